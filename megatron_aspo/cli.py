@@ -1,0 +1,60 @@
+"""The command line: `megatron-aspo train RECIPE [key.path=value …]`."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from megatron_aspo import __version__
+from megatron_aspo.errors import UserError
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt no Exception, so that nothing on the way swallows it."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 a mistake the user can cure, 130 interrupted, 143 terminated, 1 anything else."""
+    parser = argparse.ArgumentParser(prog="megatron-aspo", description="Reinforcement learning of language models on Megatron-Core.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a model by a recipe", description="Train a model by a recipe.")
+    train.add_argument("recipe", type=Path, help="YAML recipe, see examples/recipes")
+    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
+    train.add_argument("--ray-address", default="", help="Ray cluster to join; without it one is started on this machine")
+    parsed = parser.parse_args(arguments)
+    sys.exit(_guarded(_train, parsed))
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.config import load_config
+
+    overrides = [*parsed.overrides, *([f"ray_address={parsed.ray_address}"] if parsed.ray_address else [])]
+    config = load_config(parsed.recipe, overrides)
+    from megatron_aspo.train import train
+
+    train(config)
+
+
+def _guarded(command, parsed: argparse.Namespace) -> int:
+    def terminate(signum, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        command(parsed)
+    except UserError as error:
+        print(f"megatron-aspo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("megatron-aspo: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Terminated:
+        print("megatron-aspo: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        # The reader of our output is gone; what cannot be printed must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

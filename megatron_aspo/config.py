@@ -1,0 +1,208 @@
+"""One typed configuration: a YAML recipe over the defaults of the rooms' options, `key.path=value` on the command line over that."""
+
+import contextlib
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.errors import UserError
+from megatron_aspo.evaluation.options import EvaluationOptions
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
+
+_TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made of."""
+
+    name: str = "run"
+    run_dir: str = ""
+    """Where the run is written; `runs/<name>` when empty. It must not exist."""
+    model: str = ""
+    """A local Hugging Face model directory, or a hub name."""
+    task: str = ""
+    """`single_digit_addition | largest_of_three | jsonl`."""
+    steps: int = 100
+    """Rollout steps."""
+    seed: int = 0
+    deterministic: bool = False
+    """Two runs of the same recipe give the same rollouts, losses and weights bit for bit; costs the engines' balancing of load."""
+    ray_address: str = ""
+    """Cluster to join; empty starts a Ray of our own on this machine."""
+    transfer_bucket_mib: int = 256
+    """Most weights in flight at one time, in MiB; a larger tensor travels alone."""
+    data: DataOptions = field(default_factory=DataOptions)
+    algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}").expanduser().absolute()
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus response, in tokens."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+
+def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
+    """The recipe with the overrides applied, checked. Raises UserError for anything wrong, with the key and the nearest valid one."""
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no recipe {recipe}; examples stand in examples/recipes") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {recipe} cannot be read: {error}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {recipe} must be a mapping of keys to values")
+    for override in overrides:
+        _apply(values, override)
+    config = _build(Config, values, "")
+    check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration; `load_config` of it gives the same one."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def check(config: Config) -> None:
+    """Refuse values and combinations that cannot work, with the rule and the cure."""
+    from megatron_aspo.losses.names import ADVANTAGE_NAMES, GROUP_FILTERS, POLICY_LOSS_NAMES
+
+    _require(bool(config.model), "model is empty; name a local Hugging Face model directory or a hub name")
+    _require(bool(config.task), "task is empty; choose one of single_digit_addition, largest_of_three, jsonl")
+    for key, value, choices in (
+        ("algorithm.policy_loss", config.algorithm.policy_loss, POLICY_LOSS_NAMES),
+        ("algorithm.advantage", config.algorithm.advantage, ADVANTAGE_NAMES),
+        ("algorithm.group_filter", config.algorithm.group_filter, GROUP_FILTERS),
+        ("trainer.dtype", config.trainer.dtype, ("float32", "bfloat16")),
+        ("trainer.layer_spec", config.trainer.layer_spec, ("auto", "local", "transformer_engine")),
+        ("rollout.dtype", config.rollout.dtype, ("float32", "bfloat16")),
+    ):
+        _require(value in choices, f"{key}={value} is not known; {_nearest(value, choices)}")
+    for section, names in (
+        (config, ("steps", "transfer_bucket_mib")),
+        (config.data, ("reward_workers", "max_prompt_tokens", "held_out_prompts")),
+        (config.algorithm, ("epochs", "mini_batch_prompts", "dual_clip_neg", "dual_clip_pos")),
+        (
+            config.trainer,
+            ("tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_tokens", "logprob_chunk_tokens", "timeout_s"),
+        ),
+        (config.optimizer, ("lr", "eps")),
+        (
+            config.rollout,
+            (
+                "engines",
+                "tensor_parallel",
+                "prompts_per_step",
+                "max_response_tokens",
+                "temperature",
+                "max_running_requests",
+                "kv_cache_gib",
+                "start_timeout_s",
+            ),
+        ),
+    ):
+        for name in names:
+            _require(getattr(section, name) > 0, f"{_path(config, section)}{name}={getattr(section, name)} must be greater than 0")
+    for section, names in (
+        (config, ("seed",)),
+        (config.algorithm, ("clip_low", "clip_high", "high_entropy_clip_low", "high_entropy_clip_high", "kl_coef", "entropy_coef")),
+        (config.trainer, ("threads",)),
+        (config.optimizer, ("warmup_steps", "weight_decay", "clip_grad")),
+        (config.rollout, ("threads",)),
+        (config.evaluation, ("draws", "every", "temperature")),
+    ):
+        for name in names:
+            _require(getattr(section, name) >= 0, f"{_path(config, section)}{name}={getattr(section, name)} must not be negative")
+    for name in ("clip_low", "high_entropy_clip_low"):
+        value = getattr(config.algorithm, name)
+        _require(value < 1, f"algorithm.{name}={value} must be under 1: a ratio is positive")
+    for name in ("beta1", "beta2"):
+        value = getattr(config.optimizer, name)
+        _require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
+    quantile = config.algorithm.low_entropy_quantile
+    _require(0 <= quantile <= 1, f"algorithm.low_entropy_quantile={quantile} must be in [0, 1]")
+    _require(
+        config.rollout.responses_per_prompt >= 2,
+        f"rollout.responses_per_prompt={config.rollout.responses_per_prompt}: algorithm.advantage={config.algorithm.advantage} compares "
+        "the responses of a group; take at least 2",
+    )
+    _require(
+        not config.evaluation.every or config.evaluation.draws > 0,
+        f"evaluation.every={config.evaluation.every} evaluates while training, but evaluation.draws=0 draws nothing; set both or neither",
+    )
+    _require(
+        not config.trainer.distributed_optimizer or config.trainer.data_parallel > 1,
+        "trainer.distributed_optimizer=true shards over data-parallel ranks; set trainer.data_parallel above 1 or leave it false",
+    )
+
+
+def _path(config: Config, section: object) -> str:
+    return next((f"{f.name}." for f in fields(config) if getattr(config, f.name) is section), "")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _apply(values: dict, override: str) -> None:
+    """Set one `key.path=value` in the nested mapping."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {override!r} is not of the form key.path=value")
+    *sections, key = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {section} is not a section of keys")
+    try:
+        values[key] = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _build(kind: type, given: dict, prefix: str):
+    """The dataclass `kind` with the given values over its defaults. Every value must have the field's type; floats also take integers."""
+    known = {f.name: f.type for f in fields(kind)}
+    values = {}
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"unknown key {prefix}{key}; {_nearest(str(key), list(known), prefix)}")
+        wanted = known[key]
+        if is_dataclass(wanted):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key} is a section of keys, not the value {value!r}")
+            values[key] = _build(wanted, value, f"{prefix}{key}.")
+            continue
+        if wanted is float and type(value) in (int, str):
+            # YAML reads 1e-6, without a point, as text.
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
+            raise UserError(f"{prefix}{key}={value!r} is not {_TYPE_NAMES[wanted]}")
+        values[key] = value
+    return kind(**values)
+
+
+def _nearest(wrong: str, valid: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(wrong, valid, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{close[0]}?" if close else f"valid: {', '.join(prefix + name for name in sorted(valid))}"

@@ -1,0 +1,165 @@
+"""Prompts from a JSONL file of the user's own: one JSON object on each line, UTF-8.
+
+    {"prompt": "Tell me a joke.", "answer": "42"}
+    {"prompt": [{"role": "user", "content": "What is 6 x 7?"}], "ground_truth": 42, "id": "six-seven", "level": 1}
+
+- `prompt`: a list of messages (role `system`, `user` or `assistant`; the last one the user's), put into the model's chat template; or a
+  string, given to the model as it stands, without the template.
+- `ground_truth`, or else `answer`: any JSON value, handed to the reward.
+- `id` (optional): a string or integer, once in a file. Without it the line number is the id.
+- `data_source` (optional): a string, `jsonl` if absent.
+- Whatever else there is goes to the reward as `extra`.
+
+Blank lines are skipped.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_aspo.data.chat import encode_chat, encode_text
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.order import shuffled_position
+from megatron_aspo.data.records import Prompt
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.result import Reward, RewardResult
+from megatron_aspo.rewards.user import load_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+
+
+class JsonlTask:
+    """Epochs over the shuffled rows of `data.path`, held-out prompts in the order of `data.eval_path`, and the user's reward."""
+
+    name = "jsonl"
+
+    def __init__(self, options: DataOptions, tokenizer: "PreTrainedTokenizerBase", seed: int):
+        if not options.path:
+            raise UserError("task=jsonl needs data.path, the JSONL file of training prompts; set it")
+        self._reward = self.build_reward(options)
+        self._seed = seed
+        self._training = read_prompts(Path(options.path), "train", tokenizer, options.max_prompt_tokens)
+        self._held_out = read_prompts(Path(options.eval_path), "eval", tokenizer, options.max_prompt_tokens) if options.eval_path else None
+
+    @classmethod
+    def build_reward(cls, options: DataOptions) -> Reward:
+        """Raises UserError if `data.reward` is missing or cannot be loaded."""
+        if not options.reward:
+            raise UserError("task=jsonl needs data.reward, the function that scores a response, as package.module:function; set it")
+        return load_reward(options.reward)
+
+    def prompt(self, index: int) -> Prompt:
+        return self._training[shuffled_position(self._seed, index, len(self._training))]
+
+    def held_out(self) -> list[Prompt]:
+        """Raises UserError if no file of held-out prompts was named."""
+        if self._held_out is None:
+            raise UserError("task=jsonl needs data.eval_path, a JSONL file of held-out prompts, to evaluate; set it, or evaluation.draws=0")
+        return list(self._held_out)
+
+    def reward(self, prompt: Prompt, response: str) -> RewardResult:
+        return self._reward(prompt, response)
+
+
+def read_prompts(path: Path, split: str, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int) -> list[Prompt]:
+    """All prompts of the file, ids `SPLIT/ID`. Raises UserError naming file and line for the first thing that is wrong."""
+    prompts: list[Prompt] = []
+    line_of_id: dict[str, int] = {}
+    for number, row in _read_rows(path):
+        where = f"{path}:{number}"
+        prompt = _make_prompt(row, where, f"{split}/{row.get('id', number)}", tokenizer)
+        if prompt.id in line_of_id:
+            raise UserError(f"{where}: id {row.get('id', number)!r} is also that of line {line_of_id[prompt.id]}; ids must differ")
+        if not 1 <= len(prompt.token_ids) <= max_prompt_tokens:
+            raise UserError(
+                f"{where}: the prompt has {len(prompt.token_ids)} tokens, expected 1 to data.max_prompt_tokens={max_prompt_tokens}; "
+                "shorten it, or raise that"
+            )
+        line_of_id[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path} holds no prompts; expected one JSON object on each line")
+    return prompts
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error}); expected one JSON object on each line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a JSON {_json_type(row)}, expected an object with prompt and ground_truth")
+        yield number, row
+
+
+def _make_prompt(row: dict[str, Any], where: str, prompt_id: str, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+    truth_field = "ground_truth" if "ground_truth" in row else "answer"
+    for field in ("prompt", truth_field):
+        if field not in row:
+            wanted = "ground_truth (or answer)" if field == truth_field else field
+            raise UserError(f"{where}: the field {wanted} is missing; add it")
+    if type(row.get("id", "")) not in (str, int):
+        raise UserError(f"{where}: id is a JSON {_json_type(row['id'])}, expected a string or an integer")
+    data_source = row.get("data_source", JsonlTask.name)
+    if not isinstance(data_source, str):
+        raise UserError(f"{where}: data_source is a JSON {_json_type(data_source)}, expected a string")
+    content = row["prompt"]
+    if isinstance(content, str):
+        text = content
+        _check_text(text, "prompt", where)
+        token_ids = encode_text(tokenizer, text)
+    elif isinstance(content, list):
+        _check_messages(content, where)
+        text = content[-1]["content"]
+        token_ids = encode_chat(tokenizer, content)
+    else:
+        raise UserError(f"{where}: prompt is a JSON {_json_type(content)}, expected a string or a list of messages")
+    extra = {key: value for key, value in row.items() if key not in ("prompt", truth_field, "id", "data_source")}
+    return Prompt(prompt_id, token_ids, text, ground_truth=row[truth_field], data_source=data_source, extra=extra)
+
+
+def _check_messages(messages: list[Any], where: str) -> None:
+    if not messages:
+        raise UserError(f"{where}: prompt is an empty list, expected at least one message")
+    for position, message in enumerate(messages):
+        name = f"prompt[{position}]"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise UserError(f"{where}: {name} is not a message, expected an object with role and content")
+        if message["role"] not in ROLES:
+            raise UserError(f"{where}: {name} has role {message['role']!r}, expected one of {', '.join(ROLES)}")
+        _check_text(message["content"], f"{name}.content", where)
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{where}: the last message is the {messages[-1]['role']}'s, expected the user's, which the model is to answer")
+
+
+def _check_text(text: Any, name: str, where: str) -> None:
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{where}: {name} is a JSON {_json_type(text)}, expected a string that is not empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {name} holds half of a surrogate pair (\\ud800 to \\udfff); write the whole character") from error
+
+
+def _json_type(value: Any) -> str:
+    if value == "":
+        return "empty string"
+    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return kinds[type(value)]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

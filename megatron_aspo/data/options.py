@@ -1,0 +1,19 @@
+"""Options of the data room."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    path: str = ""
+    """JSONL file of training prompts; needed by `task: jsonl`, refused by the procedural tasks."""
+    eval_path: str = ""
+    """JSONL file of held-out prompts; needed by `task: jsonl` when an evaluation is asked for."""
+    reward: str = ""
+    """`package.module:function` that scores a response; needed by `task: jsonl`."""
+    reward_workers: int = 1
+    """Processes that score responses."""
+    max_prompt_tokens: int = 2048
+    """A longer prompt (chat template included) is an error at the start of the run."""
+    held_out_prompts: int = 20
+    """How many prompts a procedural task keeps out of training, at least."""

@@ -1,0 +1,41 @@
+"""Health figures of a step's rollouts: rewards, lengths, repetition, groups."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_aspo.data.records import Group
+
+NGRAM = 20
+
+
+def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
+    """Figures of everything that was generated, before any filter."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = np.concatenate([group.rewards for group in groups])
+    lengths = np.array([len(sample.generation.token_ids) for sample in samples])
+    repetition = [repeated_ngrams(sample.text) for sample in samples]
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/max": float(rewards.max()),
+        "reward/min": float(rewards.min()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": int(lengths.max()),
+        "response/cut_off_share": float(np.mean([sample.generation.finish_reason == "length" for sample in samples])),
+        "response/repetition_share": float(np.mean([share for share, _ in repetition])),
+        "response/repetition_top_count": max(top for _, top in repetition),
+        "groups/total": len(groups),
+        "groups/solved_by_all": sum(bool((group.rewards > 0).all()) for group in groups),
+        "groups/solved_by_none": sum(bool((group.rewards <= 0).all()) for group in groups),
+    }
+
+
+def repeated_ngrams(text: str, n: int = NGRAM) -> tuple[float, int]:
+    """(share of the text's n-grams of lower-cased words that occur more than once, count of the most frequent one)."""
+    words = text.lower().split()
+    counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    total = counts.total()
+    if not total:
+        return 0.0, 0
+    return sum(count for count in counts.values() if count > 1) / total, max(counts.values())

@@ -1,0 +1,57 @@
+"""What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+_PHASES = ("generate", "reward", "logprobs", "update", "publish")
+
+
+class Progress:
+    """Prints to standard output."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._started = time.perf_counter()
+        self._done = 0
+
+    def say(self, text: str) -> None:
+        """One line of its own."""
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Names something that takes a while: a spinner on a terminal, two lines elsewhere."""
+        start = time.perf_counter()
+        if self._console.is_terminal:
+            with self._console.status(text):
+                yield
+        else:
+            self.say(f"{text} …")
+            yield
+        self.say(f"{text}: {time.perf_counter() - start:.1f} s")
+
+    def begin(self) -> None:
+        """The steps start now: the time left counts from here."""
+        self._started = time.perf_counter()
+        self._done = 0
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """One line a step: reward, entropy, seconds of each phase, time left."""
+        self._done += 1
+        left = (time.perf_counter() - self._started) / self._done * (self._steps - step - 1)
+        phases = " ".join(f"{name} {metrics['seconds/' + name]:.1f}" for name in _PHASES if "seconds/" + name in metrics)
+        entropy = f"entropy {metrics['train/entropy']:.3f}" if "train/entropy" in metrics else "no update"
+        self.say(
+            f"step {step + 1}/{self._steps}  reward {metrics['reward/mean']:.3f}  {entropy}  "
+            f"{metrics['seconds/step']:.1f} s ({phases})  {_clock(left)} left"
+        )
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"

@@ -1,0 +1,21 @@
+"""What scoring a response gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_aspo.data.records import Prompt
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    score: float
+    """Finite."""
+    reason: str
+    """A few words for the reader of a rollout dump."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """More that goes into the rollout dump; JSON values."""
+
+
+Reward = Callable[[Prompt, str], RewardResult]
+"""(prompt, response) → result; the response is decoded without special tokens."""

@@ -1,0 +1,364 @@
+"""One engine: vLLM's async engine behind a narrow protocol, made to be a Ray actor.
+
+The pool turns `Engine` into an actor; every method is asynchronous and may run beside the others. Importing this module imports neither
+vLLM nor torch: vLLM is imported by `start`, in the actor's process.
+"""
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_aspo.data.records import Generation, VersionSpan
+from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.engine_settings import EngineSpec, engine_arguments
+from megatron_aspo.rollout.output_tail import OutputTail, second_hand
+from megatron_aspo.rollout.process_tree import Remains, remains_of
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    from megatron_aspo.weights.buckets import TensorMeta
+
+INITIAL_VERSION = 0
+"""Version of the weights an engine starts with."""
+_VLLM_INITIAL_VERSION = "default"
+_LIVENESS_PERIOD_S = 0.5
+_OUTPUT_LAG_S = 0.3
+"""The last lines of a process that died may still be on their way through the pipe; give them this long before quoting them."""
+_SHUTDOWN_GRACE_S = 5.0
+"""Time that the engine core has to end by itself before it is killed."""
+_REPLY_GRACE_S = 1.0
+"""Time between noticing a dead engine core and the actor's exit, so that calls under way can still answer why."""
+
+
+class EngineError(RuntimeError):
+    """An engine failed after it had started; names the engine and its own words."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample. The logprob of every sampled token is always returned."""
+
+    id: str
+    """Unique among the requests under way; names it in errors."""
+    prompt_ids: tuple[int, ...]
+    seed: int
+    max_tokens: int
+    temperature: float
+    """Divides the logits; 0 takes the most likely token."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a started engine says of itself."""
+
+    index: int
+    pid: int
+    node_id: str
+    """Ray's id of its node."""
+    remains: Remains
+    """Its child processes and shared memory."""
+    vllm_version: str
+    device: str
+    threads: int
+    """Per worker process."""
+    seconds: float
+    """From the call of `start` until it could answer."""
+
+
+class Engine:
+    """Calls, in order: `start` once; then any; `shutdown` last."""
+
+    def __init__(self, spec: EngineSpec):
+        self._spec = spec
+        self._name = f"engine {spec.index}"
+        self._llm: Any = None
+        self._tail: OutputTail | None = None
+        self._watcher: asyncio.Task | None = None
+        self._holds: set[str] = set()
+        self._holding = asyncio.Lock()
+        self._spoiled: str | None = None
+        self._version = INITIAL_VERSION
+
+    async def start(self) -> EngineInfo:
+        """Start vLLM. Raises UserError with the engine's own last error when it does not come up."""
+        started = time.monotonic()
+        spec = self._spec
+        if not (Path(spec.model) / "config.json").is_file():
+            raise UserError(
+                f"{self._name} did not start: {spec.model} holds no config.json; the model must be a directory in Hugging Face format that "
+                "every node of the engines can read"
+            )
+        self._tail = OutputTail()
+        try:
+            import vllm
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
+        except Exception as error:
+            await asyncio.sleep(_OUTPUT_LAG_S)
+            cause = _one_line(error)
+            if second_hand(cause):
+                cause = self._tail.cause() or cause
+            raise UserError(
+                f"{self._name} did not start: {cause}; correct the model directory or the `rollout` options this is about"
+            ) from error
+        self._watcher = asyncio.create_task(self._exit_with_engine_core())
+        import ray
+
+        return EngineInfo(
+            index=spec.index,
+            pid=os.getpid(),
+            node_id=ray.get_runtime_context().get_node_id(),
+            remains=remains_of(os.getpid()),
+            vllm_version=vllm.__version__,
+            device=spec.device,
+            threads=spec.threads_per_worker,
+            seconds=time.monotonic() - started,
+        )
+
+    async def generate(self, request: Request) -> Generation:
+        """The sampled response. Waits as long as the engine is paused.
+
+        Raises ValueError for a request that cannot fit, EngineError when the engine died, was spoiled by a failed weight update, or
+        returned a logprob that is not finite.
+        """
+        return await self._collect(request, await self._submit(request))
+
+    async def generate_many(self, requests: Sequence[Request], together: bool = False) -> list[Generation]:
+        """The responses in the order of the requests; the first failure ends them all.
+
+        With `together` the requests reach a halted engine with an empty prefix cache, in their order, and start in the same step: then what
+        is computed in one batch, and so the last bits of the logprobs, depends on the requests alone.
+        """
+        tasks: list[asyncio.Task] = []
+        try:
+            if together:
+                await self._hold("submit", clear_cache=True)
+                try:
+                    for request in requests:
+                        tasks.append(asyncio.create_task(self._collect(request, await self._submit(request))))
+                finally:
+                    await self._release("submit")
+            else:
+                tasks += [asyncio.create_task(self.generate(request)) for request in requests]
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def pause(self) -> None:
+        """Halt decoding after the current step; requests under way are kept, new ones wait. Pausing twice is pausing once."""
+        await self._hold("pause", clear_cache=False)
+
+    async def resume(self) -> None:
+        """Undo `pause`."""
+        await self._release("pause")
+
+    async def sleep(self) -> None:
+        """Halt decoding and give the memory of weights and cache back to the device; on CPU it only halts."""
+        async with self._holding:
+            self._holds.add("sleep")
+            await self._llm.sleep(level=1, mode="keep")
+
+    async def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
+        """Take the memory back: `weights`, `kv_cache` or both. Decoding goes on once both are there and nothing else holds it."""
+        async with self._holding:
+            if await self._llm.wake_up(list(tags)):  # fully awake: vLLM has resumed by itself
+                self._holds.discard("sleep")
+                if self._holds:
+                    await self._llm.pause_generation(mode="keep", clear_cache=False)
+
+    async def connect(self, host: str, port: int, rank_offset: int, world_size: int, timeout_s: float) -> None:
+        """Join the group over which weights come; this engine's workers are its ranks from `rank_offset` on.
+
+        Returns when every rank of the group is there. Raises EngineError when one does not come within `timeout_s`.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info = {"host": host, "port": port, "rank_offset": rank_offset, "world_size": world_size, "timeout_s": timeout_s}
+        try:
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        except Exception as error:
+            raise EngineError(f"{self._name} could not connect to the trainer: {_one_line(error)}") from error
+
+    async def receive_weights(self, metas: Sequence["TensorMeta"], bucket_bytes: int, version: int) -> None:
+        """Replace all weights by those that rank 0 broadcasts, in the buckets of `plan_buckets(metas, bucket_bytes)`.
+
+        Requests under way are halted for it and go on under the new weights, their caches computed anew. Afterwards `version` is the
+        engine's. When it fails the engine stays halted and refuses to generate: part of its weights may be new. Raises EngineError then.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        from megatron_aspo.weights.buckets import plan_buckets
+
+        self._refuse_if_unfit()
+        buckets = plan_buckets(metas, bucket_bytes)
+        await self._hold("weights", clear_cache=True)
+        try:
+            await self._llm.start_weight_update()
+            for number, bucket in enumerate(buckets, start=1):
+                label = f"bucket {number} of {len(buckets)} of version {version} ({bucket[0].name} … {bucket[-1].name})"
+                update = {
+                    "names": [meta.name for meta in bucket],
+                    "dtypes": [meta.dtype for meta in bucket],
+                    "shapes": [list(meta.shape) for meta in bucket],
+                    "label": label,
+                }
+                await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await self._llm.finish_weight_update(str(version))
+            # Keys and values of the old weights must answer no prompt of the new ones.
+            if not await self._llm.reset_prefix_cache():
+                raise EngineError("the prefix cache could not be emptied")
+        except Exception as error:
+            self._spoiled = f"{self._name} holds a mixture of weights since its update to version {version} failed: {_one_line(error)}"
+            raise EngineError(self._spoiled) from error
+        self._version = version
+        await self._release("weights")
+
+    async def version(self) -> int:
+        """Version of the weights in use, as vLLM reports it."""
+        return _version_number(await self._llm.get_weight_version())
+
+    async def health(self) -> dict[str, Any]:
+        """Version, requests under way and what holds the engine. Raises EngineError when it is dead or spoiled."""
+        self._refuse_if_unfit()
+        return {
+            "version": await self.version(),
+            "unfinished": self._llm.get_num_unfinished_requests(),
+            "held_by": sorted(self._holds),
+        }
+
+    async def shutdown(self) -> None:
+        """End vLLM. The actor itself, and what then is left of its processes, is the pool's to end."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown, _SHUTDOWN_GRACE_S)
+            self._llm = None
+
+    async def _submit(self, request: Request) -> "RequestOutputCollector":
+        """Hand a request to the engine core; returns, once it is on its way, where its output will arrive.
+
+        Messages to the engine core keep their order: a request submitted before a resume takes part in the first step after it.
+        """
+        self._refuse_if_unfit()
+        if not request.prompt_ids or request.max_tokens < 1 or len(request.prompt_ids) + request.max_tokens > self._spec.max_model_len:
+            raise ValueError(
+                f"request {request.id}: {len(request.prompt_ids)} prompt tokens and up to {request.max_tokens} response tokens; both must "
+                f"be at least 1 and together at most {self._spec.max_model_len}"
+            )
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        params = SamplingParams(
+            temperature=request.temperature,
+            seed=request.seed,
+            max_tokens=request.max_tokens,
+            stop_token_ids=list(self._spec.stop_token_ids),
+            logprobs=0,  # the sampled token's alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        try:
+            return await self._llm.add_request(request.id, tokens_input(list(request.prompt_ids)), params)
+        except EngineDeadError as error:
+            await asyncio.sleep(_OUTPUT_LAG_S)
+            raise EngineError(self._death()) from error
+
+    async def _collect(self, request: Request, collector: "RequestOutputCollector") -> Generation:
+        """Wait for the output of a submitted request; cancelling this aborts the request in the engine."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            output = await collector.get()
+            while not output.finished:
+                output = await collector.get()
+        except EngineDeadError as error:
+            await asyncio.sleep(_OUTPUT_LAG_S)
+            raise EngineError(self._death()) from error
+        except asyncio.CancelledError:
+            await self._llm.abort(collector.request_id, internal=True)
+            raise
+        finally:
+            collector.close()
+        return self._generation(request, output.outputs[0])
+
+    def _generation(self, request: Request, output: Any) -> Generation:
+        """vLLM's CompletionOutput as our record, checked."""
+        if output.finish_reason not in ("stop", "length"):
+            raise EngineError(f"{self._name} ended request {request.id} with reason {output.finish_reason!r}")
+        token_ids = list(output.token_ids)
+        if len(output.logprobs) != len(token_ids):
+            raise EngineError(f"{self._name} returned {len(output.logprobs)} logprobs for {len(token_ids)} tokens of request {request.id}")
+        logprobs = [at_position[token].logprob for at_position, token in zip(output.logprobs, token_ids, strict=True)]
+        for position, value in enumerate(logprobs):
+            if not math.isfinite(value):
+                raise EngineError(
+                    f"{self._name}: logprob {value} at response token {position} of request {request.id}, under weights of version "
+                    f"{self._version}; the model's output is not finite there"
+                )
+        if output.weight_versions is None:
+            raise EngineError(f"{self._name} did not say which weights produced request {request.id}")
+        return Generation(
+            token_ids=np.array(token_ids, dtype=np.int32),
+            logprobs=np.array(logprobs, dtype=np.float32),
+            versions=tuple(VersionSpan(_version_number(span.version), span.start, span.end) for span in output.weight_versions),
+            finish_reason=output.finish_reason,
+        )
+
+    async def _hold(self, reason: str, clear_cache: bool) -> None:
+        """Halt decoding for `reason`. vLLM knows paused or not; here several may hold the engine, and the last to let go resumes it."""
+        async with self._holding:
+            self._holds.add(reason)
+            await self._llm.pause_generation(mode="keep", clear_cache=clear_cache)
+
+    async def _release(self, reason: str) -> None:
+        async with self._holding:
+            self._holds.discard(reason)
+            if not self._holds:
+                await self._llm.resume_generation()
+
+    def _refuse_if_unfit(self) -> None:
+        if self._llm is None:
+            raise EngineError(f"{self._name} is not running")
+        if self._llm.errored:
+            raise EngineError(self._death())
+        if self._spoiled:
+            raise EngineError(self._spoiled)
+
+    def _death(self) -> str:
+        last = self._tail.cause()
+        return f"{self._name} died: " + (
+            f"the last error that it printed is {last!r}"
+            if last
+            else "its engine core ended without a word; it was killed or out of memory"
+        )
+
+    async def _exit_with_engine_core(self) -> None:
+        """End the actor when its engine core has died: it could answer nothing, and Ray would go on taking it for alive."""
+        while not self._llm.errored:
+            await asyncio.sleep(_LIVENESS_PERIOD_S)
+        print(self._death(), flush=True)
+        await asyncio.sleep(_REPLY_GRACE_S)
+        os._exit(1)
+
+
+def _version_number(label: str) -> int:
+    return INITIAL_VERSION if label == _VLLM_INITIAL_VERSION else int(label)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:600]

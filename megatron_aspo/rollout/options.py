@@ -1,0 +1,27 @@
+"""Options of the rollout room."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    engines: int = 1
+    """Number of vLLM engines, each one Ray actor."""
+    tensor_parallel: int = 1
+    """Devices of one engine; all on one node."""
+    dtype: str = "bfloat16"
+    """`float32 | bfloat16`: the engine's weights and arithmetic."""
+    prompts_per_step: int = 64
+    responses_per_prompt: int = 16
+    """G of the group statistics."""
+    max_response_tokens: int = 32768
+    temperature: float = 1.0
+    """Divides the logits in engine and trainer alike."""
+    max_running_requests: int = 64
+    """Most requests one engine decodes at a time (vLLM's max_num_seqs)."""
+    kv_cache_gib: int = 1
+    """Key-value cache of one engine, in whole GiB."""
+    threads: int = 0
+    """CPU threads of one engine; 0 shares the node's cores evenly among its engines."""
+    start_timeout_s: float = 600.0
+    """An engine that is not up by then stops the run."""

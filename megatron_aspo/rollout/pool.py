@@ -1,0 +1,337 @@
+"""The engines of a run, as the driver sees them: one object that starts them, feeds them, brings them new weights and ends them."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import megatron_aspo
+from megatron_aspo.data.records import Generation
+from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo, Request
+from megatron_aspo.rollout.engine_settings import EngineSpec, environment
+from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.rollout.process_tree import Remains, sweep
+from megatron_aspo.rollout.share import share
+
+if TYPE_CHECKING:
+    from megatron_aspo.weights.buckets import TensorMeta
+
+_MAX_CONCURRENT_CALLS = 4096
+_SHUTDOWN_TIMEOUT_S = 30.0
+
+
+@dataclass
+class _Member:
+    """One engine, from the driver's side."""
+
+    spec: EngineSpec
+    actor: Any
+    info: EngineInfo | None = None
+    load: int = 0
+    """Requests under way on it."""
+
+    @property
+    def name(self) -> str:
+        return f"engine {self.spec.index}"
+
+
+@dataclass
+class Pending:
+    """A call that is under way on every engine, so that the driver can start the trainer's part of it meanwhile."""
+
+    _members: list[_Member]
+    _refs: list[ray.ObjectRef]
+    _explain: Callable[[_Member, Exception], Exception]
+    _results: dict[int, Any] = field(default_factory=dict)
+
+    def result(self, timeout_s: float | None = None) -> list[Any]:
+        """Each engine's answer, in their order, as soon as all have answered.
+
+        Raises the first failure at once, without waiting for the others, and TimeoutError naming the engines that did not answer in time.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        position = {ref: index for index, ref in enumerate(self._refs)}
+        waiting = [ref for ref in self._refs if position[ref] not in self._results]
+        while waiting:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+            if not done:
+                names = ", ".join(self._members[position[ref]].name for ref in waiting)
+                raise TimeoutError(f"{names} did not answer within {timeout_s:g} s")
+            index = position[done[0]]
+            try:
+                self._results[index] = ray.get(done[0])
+            except (RayActorError, RayTaskError) as error:
+                raise self._explain(self._members[index], error) from error
+        return [self._results[index] for index in range(len(self._refs))]
+
+
+class EnginePool:
+    """`start`, then anything, `shutdown` last. Methods may be called from several threads of the driver.
+
+    A dead engine ends every call that depends on it with an EngineError; the pool does not restart it.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        options: RolloutOptions,
+        max_model_len: int,
+        device: str = "cpu",
+        seed: int = 0,
+        deterministic: bool = False,
+        stop_token_ids: Sequence[int] = (),
+    ):
+        """Nothing is started yet; Ray must be running.
+
+        `model` is a directory; `max_model_len` bounds prompt plus response in tokens; `stop_token_ids` are the tokenizer's end-of-sequence
+        ids, added to those of the model's generation config.
+        """
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"device {device!r} is not known; expected 'cpu' or 'cuda'")
+        self._options = options
+        self.deterministic = deterministic
+        """May be changed between calls of `generate`."""
+        self._lock = threading.Lock()
+        threads = options.threads or _even_threads(options.engines)
+        self._members = [
+            _Member(spec, None)
+            for spec in (
+                EngineSpec(
+                    index=index,
+                    model=str(Path(model).absolute()),
+                    device=device,
+                    dtype=options.dtype,
+                    tensor_parallel=options.tensor_parallel,
+                    max_model_len=max_model_len,
+                    max_running_requests=options.max_running_requests,
+                    kv_cache_gib=options.kv_cache_gib,
+                    threads=threads,
+                    seed=seed,
+                    stop_token_ids=tuple(stop_token_ids),
+                )
+                for index in range(options.engines)
+            )
+        ]
+
+    def start(self) -> list[EngineInfo]:
+        """Start all engines at the same time; returns when all are up.
+
+        Raises UserError with the cause when one does not start or is not up after `start_timeout_s`; then none is left running.
+        """
+        self._check_resources()
+        for member in self._members:
+            member.actor = ray.remote(Engine).options(**_actor_options(member.spec)).remote(member.spec)
+        try:
+            infos = self._on_all("start").result(self._options.start_timeout_s)
+        except TimeoutError as error:
+            self.shutdown()
+            raise UserError(
+                f"{error}, the limit on starting; look for its last lines in Ray's worker logs, raise rollout.start_timeout_s, or free the "
+                "CPUs or GPUs that its Ray actor waits for"
+            ) from error
+        except BaseException:
+            self.shutdown()
+            raise
+        for member, info in zip(self._members, infos, strict=True):
+            member.info = info
+        return infos
+
+    def generate(self, requests: Sequence[Request], group_size: int = 1) -> list[Generation]:
+        """One response per request, in their order. Every `group_size` consecutive requests share a prompt and stay on one engine.
+
+        Deterministic: each engine gets its fixed share in one piece and starts it in one step. Otherwise each group goes to the engine with
+        the fewest requests under way, at the moment that engine has room for it. Raises EngineError when an engine fails; the requests that
+        are still under way are then withdrawn.
+        """
+        placement = share(len(requests), len(self._members), group_size)
+        if self.deterministic:
+            return self._generate_fixed(requests, placement)
+        return self._generate_least_loaded(requests, group_size)
+
+    def connect(self, host: str, port: int, world_size: int, timeout_s: float, first_rank: int = 1) -> Pending:
+        """Let every engine worker join the group that rank 0 opens at `host:port`; engine i's workers start at rank first_rank + i · TP."""
+        expected = first_rank + len(self._members) * self._options.tensor_parallel
+        if world_size < expected:
+            raise ValueError(f"a group of {world_size} ranks is too small: the engines' workers need ranks {first_rank} to {expected - 1}")
+        refs = [
+            member.actor.connect.remote(host, port, first_rank + member.spec.index * self._options.tensor_parallel, world_size, timeout_s)
+            for member in self._members
+        ]
+        return Pending(self._members, refs, self._explain)
+
+    def receive_weights(self, metas: Sequence["TensorMeta"], bucket_bytes: int, version: int) -> Pending:
+        """Let every engine receive the buckets of `plan_buckets(metas, bucket_bytes)` that rank 0 broadcasts, as `version`."""
+        return self._on_all("receive_weights", list(metas), bucket_bytes, version)
+
+    def pause(self) -> None:
+        """Halt decoding on every engine; returns when all have halted."""
+        self._on_all("pause").result()
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._on_all("resume").result()
+
+    def sleep(self) -> None:
+        """Let every engine give its device memory back."""
+        self._on_all("sleep").result()
+
+    def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
+        """Let every engine take back the memory of its `weights`, its `kv_cache` or both."""
+        self._on_all("wake", tags).result()
+
+    def versions(self) -> list[int]:
+        """Version of the weights in use on each engine; 0 are those it started with."""
+        return self._on_all("version").result()
+
+    def health(self) -> list[dict[str, Any]]:
+        """What each engine says of its state. Raises EngineError for a dead one."""
+        return self._on_all("health").result()
+
+    @property
+    def size(self) -> int:
+        """Number of engines."""
+        return len(self._members)
+
+    def shutdown(self) -> None:
+        """End all engines, the processes below them and their shared memory. May be called at any moment, and twice."""
+        running = [member for member in self._members if member.actor is not None]
+        if not running:
+            return
+        # An engine that is still starting answers once it is up: ended halfway, its engine core would notice only later.
+        stopping = [member.actor.shutdown.remote() for member in running]
+        ray.wait(stopping, num_returns=len(stopping), timeout=_SHUTDOWN_TIMEOUT_S)
+        for member in running:
+            ray.kill(member.actor)
+        # vLLM leaves processes and shared memory behind where it was killed: look on each engine's node.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        sweeps = [_sweep_on(info.node_id, info.remains) for member in running if (info := member.info) and info.node_id in alive]
+        for member in running:
+            member.actor = None
+            member.info = None
+        ray.get(sweeps, timeout=_SHUTDOWN_TIMEOUT_S)
+
+    def _generate_fixed(self, requests: Sequence[Request], placement: list[int]) -> list[Generation]:
+        shares = [[position for position, engine in enumerate(placement) if engine == member.spec.index] for member in self._members]
+        busy = [(member, positions) for member, positions in zip(self._members, shares, strict=True) if positions]
+        refs = [member.actor.generate_many.remote([requests[p] for p in positions], True) for member, positions in busy]
+        try:
+            answers = Pending([member for member, _ in busy], refs, self._explain).result()
+        except BaseException:
+            _withdraw(refs)
+            raise
+        generations: dict[int, Generation] = {}
+        for (_, positions), answer in zip(busy, answers, strict=True):
+            generations |= zip(positions, answer, strict=True)
+        return [generations[position] for position in range(len(requests))]
+
+    def _generate_least_loaded(self, requests: Sequence[Request], group_size: int) -> list[Generation]:
+        waiting = list(range(0, len(requests), group_size))
+        under_way: dict[ray.ObjectRef, tuple[_Member, int]] = {}
+        generations: dict[int, Generation] = {}
+        try:
+            while waiting or under_way:
+                while waiting and (member := self._claim(group_size)) is not None:
+                    first = waiting.pop(0)
+                    ref = member.actor.generate_many.remote(list(requests[first : first + group_size]))
+                    under_way[ref] = (member, first)
+                if not under_way:  # other callers fill every engine: look again soon
+                    time.sleep(0.05)
+                    continue
+                # Woken now and then, as another caller's requests may have made room meanwhile.
+                done, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
+                for ref in done:
+                    member, first = under_way.pop(ref)
+                    self._give_back(member, group_size)
+                    try:
+                        answer = ray.get(ref)
+                    except (RayActorError, RayTaskError) as error:
+                        raise self._explain(member, error) from error
+                    generations |= zip(range(first, first + group_size), answer, strict=True)
+        finally:
+            _withdraw(under_way)
+            for member, _ in under_way.values():
+                self._give_back(member, group_size)
+        return [generations[position] for position in range(len(requests))]
+
+    def _claim(self, count: int) -> _Member | None:
+        """Count `count` requests on the least loaded engine, or None when even that one has all it can run and a group in reserve."""
+        with self._lock:
+            member = min(self._members, key=lambda member: (member.load, member.spec.index))
+            if member.load >= self._options.max_running_requests + count:
+                return None
+            member.load += count
+            return member
+
+    def _give_back(self, member: _Member, count: int) -> None:
+        with self._lock:
+            member.load -= count
+
+    def _on_all(self, method: str, *arguments: Any) -> Pending:
+        return Pending(self._members, [getattr(member.actor, method).remote(*arguments) for member in self._members], self._explain)
+
+    def _explain(self, member: _Member, error: Exception) -> Exception:
+        """The exception to raise for a failed call: the engine's own where it could still speak."""
+        if isinstance(error, RayTaskError):
+            cause = error.cause
+            return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{member.name}: {cause}")
+        return EngineError(
+            f"{member.name} died: {' '.join(str(error).split())[:400]}; its last lines are in Ray's worker logs. A process that is killed "
+            "without a word usually ran out of memory"
+        )
+
+    def _check_resources(self) -> None:
+        """Refuse at once what Ray could never place; it would wait for ever."""
+        kind = "GPU" if self._members[0].spec.device == "cuda" else "CPU"
+        needed = sum(_resources(member.spec)["num_gpus" if kind == "GPU" else "num_cpus"] for member in self._members)
+        there = ray.cluster_resources().get(kind, 0)
+        if needed > there:
+            raise UserError(
+                f"the engines need {needed:g} {kind}s and the Ray cluster has {there:g}; lower rollout.engines, rollout.tensor_parallel or "
+                "rollout.threads, or start Ray with more"
+            )
+
+
+def _resources(spec: EngineSpec) -> dict[str, float]:
+    """Ray's logical resources of one engine."""
+    if spec.device == "cuda":
+        return {"num_cpus": 1, "num_gpus": spec.tensor_parallel}
+    return {"num_cpus": spec.threads, "num_gpus": 0}
+
+
+def _actor_options(spec: EngineSpec) -> dict[str, Any]:
+    # vLLM's child processes import this package too, also where it runs from a checkout that is not installed.
+    root = str(Path(megatron_aspo.__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {
+        **_resources(spec),
+        "max_concurrency": _MAX_CONCURRENT_CALLS,
+        "max_restarts": 0,
+        "runtime_env": {"env_vars": environment(spec) | {"PYTHONPATH": path}},
+    }
+
+
+def _even_threads(engines: int) -> int:
+    """This node's cores divided by the engines that a node carries, at least 1."""
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    per_node = -(-engines // max(1, nodes))
+    return max(1, len(os.sched_getaffinity(0)) // per_node)
+
+
+def _sweep_on(node_id: str, remains: Remains) -> ray.ObjectRef:
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(sweep).options(num_cpus=0, scheduling_strategy=strategy).remote(remains)
+
+
+def _withdraw(refs: Any) -> None:
+    """Cancel calls under way; one that is done already, or whose engine is dead, is left as it is."""
+    for ref in refs:
+        ray.cancel(ref)

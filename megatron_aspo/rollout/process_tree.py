@@ -1,0 +1,79 @@
+"""The processes below an engine and the shared memory they hold, so that nothing of either outlives the engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_SHARED = Path("/dev/shm")
+_OURS = ("psm_", "vllm", "sem.mp-")
+"""Beginnings of the names that Python's shared memory, vLLM and multiprocessing's semaphores give to their files."""
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process, with the time it was created: process numbers are used again."""
+
+    pid: int
+    created: float
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What has to be gone once an engine is gone."""
+
+    processes: tuple[ProcessId, ...]
+    segments: tuple[str, ...]
+    """File names in /dev/shm."""
+
+
+def remains_of(pid: int) -> Remains:
+    """The descendants of process `pid` (itself excluded) and the shared-memory segments that it and they have mapped now."""
+    root = psutil.Process(pid)
+    children = root.children(recursive=True)
+    # By inode: glibc gives a semaphore its name after mapping it, and the map goes on showing the temporary name it had.
+    mapped: set[int] = set()
+    for process in [root, *children]:
+        try:
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        except OSError:  # it ended in between
+            continue
+        mapped |= {int(line.split()[4]) for line in lines if f" {_SHARED}/" in line}
+    segments = [file.name for file in _SHARED.iterdir() if file.name.startswith(_OURS) and _inode(file) in mapped]
+    return Remains(tuple(ProcessId(child.pid, child.create_time()) for child in children), tuple(sorted(segments)))
+
+
+def sweep(remains: Remains, grace_s: float = 5.0) -> None:
+    """Wait up to `grace_s` for the processes to end by themselves, kill those that did not, and unlink the segments that are left."""
+    alive = [process for known in remains.processes if (process := _process(known)) is not None]
+    _, stubborn = psutil.wait_procs(alive, timeout=grace_s)
+    for process in stubborn:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(stubborn, timeout=grace_s)
+    unlink(remains.segments)
+
+
+def unlink(segments: Sequence[str]) -> None:
+    """Remove these files of /dev/shm, as far as they still exist."""
+    for name in segments:
+        (_SHARED / name).unlink(missing_ok=True)
+
+
+def _inode(file: Path) -> int | None:
+    """None when the file is gone: other engines come and go meanwhile."""
+    try:
+        return file.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _process(known: ProcessId) -> psutil.Process | None:
+    try:
+        process = psutil.Process(known.pid)
+        return process if process.create_time() == known.created else None
+    except psutil.NoSuchProcess:
+        return None

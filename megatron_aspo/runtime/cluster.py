@@ -1,0 +1,65 @@
+"""The Ray cluster of a run: one of our own on this machine, or one to join."""
+
+import os
+from dataclasses import dataclass
+
+import psutil
+import ray
+
+from megatron_aspo.errors import UserError
+
+_OBJECT_STORE_BYTES = 512 << 20
+"""Of a Ray of our own: batches of tokens pass through it, weights never do."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connection to Ray. Close it last."""
+
+    ours: bool
+    """Whether this process started it, and so has to end it."""
+    cores: int
+    """CPU cores of the smallest node, to be shared by the processes of one role on it."""
+    device: str
+    """`cpu | cuda`: what trainers and engines compute on."""
+
+    def close(self) -> None:
+        """Disconnect; a Ray of our own ends, with every process it started."""
+        children = psutil.Process().children(recursive=True) if self.ours else []
+        ray.shutdown()
+        _end(children)
+
+
+def open_cluster(address: str, logical_cpus: int) -> Cluster:
+    """Join the cluster at `address`, or start one here with room for `logical_cpus` reservations.
+
+    Trainers and engines of a synchronous run take turns, so one machine may reserve more logical CPUs than it has cores; how many threads
+    each process really uses is set explicitly. A Ray of our own listens on loopback only and has no dashboard.
+    Raises UserError when the cluster cannot be reached.
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+            cores = int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+        else:
+            ray.init(
+                num_cpus=max(cores, logical_cpus),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="error",
+                _node_ip_address="127.0.0.1",
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the Ray cluster at {address} cannot be joined" if address else "Ray did not start on this machine"
+        raise UserError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+    return Cluster(ours=not address, cores=max(1, cores), device="cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Kill what is left of our own Ray: a worker in the middle of a computation does not hear a polite request."""
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)

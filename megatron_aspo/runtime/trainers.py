@@ -1,0 +1,133 @@
+"""The training ranks as Ray actors, and the driver's side of them."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.trainer.settings import RankSettings, UpdateReport
+from megatron_aspo.weights.group import free_port, interface_of
+
+if TYPE_CHECKING:
+    from megatron_aspo.data.batch import TrainBatch
+    from megatron_aspo.weights.buckets import TensorMeta
+
+
+class TrainerError(RuntimeError):
+    """A training rank failed; names the rank and carries its own traceback."""
+
+
+class TrainerActor:
+    """One training rank in a process of its own. Megatron and torch are imported here, never in the driver."""
+
+    def address(self) -> tuple[str, int]:
+        """This node's private address, and a free port on it."""
+        host = ray.util.get_node_ip_address()
+        return host, free_port(host)
+
+    def start(self, settings: RankSettings, rank: int, init_method: str) -> dict[str, str]:
+        """Build the rank; returns what was chosen."""
+        # Process groups listen on the interface of the cluster's own network, never on all.
+        interface = interface_of(ray.util.get_node_ip_address())
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        os.environ["NCCL_SOCKET_IFNAME"] = interface
+        from megatron_aspo.trainer.rank import TrainerRank
+
+        self._rank = TrainerRank(settings, rank, init_method)
+        return self._rank.describe()
+
+    def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
+        return self._rank.update(batch, step)
+
+    def tensor_metas(self, dtype: str) -> list["TensorMeta"]:
+        return self._rank.tensor_metas(dtype)
+
+    def connect(self, host: str, port: int, world_size: int) -> None:
+        self._rank.connect(host, port, world_size)
+
+    def publish(self, dtype: str, bucket_bytes: int) -> int:
+        return self._rank.publish(dtype, bucket_bytes)
+
+    def export(self, directory: Path, dtype: str) -> None:
+        from megatron_aspo.checkpoint.hf_export import write_checkpoint
+
+        write_checkpoint(directory, self._rank, dtype)
+
+
+@dataclass
+class Trainers:
+    """All training ranks. Every method is a collective over them; one failing rank ends the call with its reason."""
+
+    _actors: list
+    described: dict[str, str]
+
+    @classmethod
+    def start(cls, settings: RankSettings, device: str, threads: int) -> "Trainers":
+        """Create and start every rank. Raises UserError when the model or the layout is at fault; then none is left running."""
+        options = {
+            "num_cpus": 1 if device == "cuda" else threads,
+            "num_gpus": 1 if device == "cuda" else 0,
+            # Ray sets OMP_NUM_THREADS from num_cpus on its own; it is stated here so that both agree.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[2])}},
+        }
+        actors = [ray.remote(TrainerActor).options(**options).remote() for _ in range(settings.sizes.world)]
+        trainers = cls(actors, {})
+        try:
+            host, port = trainers._get([actors[0].address.remote()])[0]
+            chosen = trainers._get([a.start.remote(settings, rank, f"tcp://{host}:{port}") for rank, a in enumerate(actors)])
+        except BaseException:
+            trainers.close()
+            raise
+        return replace(trainers, described=chosen[0])
+
+    def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
+        """One step's training; figures of all ranks in one report."""
+        shared = ray.put(batch)
+        reports = self._get([actor.update.remote(shared, step) for actor in self._actors])
+        # Complete on the last pipeline stage, whose last rank is the last of all.
+        return reports[-1]
+
+    def address(self) -> tuple[str, int]:
+        """Private address of rank 0's node, and a free port on it."""
+        return self._get([self._actors[0].address.remote()])[0]
+
+    def tensor_metas(self, dtype: str) -> list["TensorMeta"]:
+        """What `publish` sends, in order."""
+        return self._get([self._actors[0].tensor_metas.remote(dtype)])[0]
+
+    def connect(self, host: str, port: int, world_size: int) -> None:
+        self._get([actor.connect.remote(host, port, world_size) for actor in self._actors])
+
+    def publish(self, dtype: str, bucket_bytes: int) -> int:
+        """Send the current weights to the engines, which must be receiving; returns the bytes sent."""
+        return sum(self._get([actor.publish.remote(dtype, bucket_bytes) for actor in self._actors]))
+
+    def export(self, directory: Path, dtype: str) -> None:
+        """Write the current weights as a Hugging Face directory."""
+        self._get([actor.export.remote(directory, dtype) for actor in self._actors])
+
+    def close(self) -> None:
+        """End every rank."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _get(self, refs: list) -> list:
+        """Answers in order. The first failure is raised at once: the other ranks may be waiting for the failed one."""
+        rank_of = {ref: rank for rank, ref in enumerate(refs)}
+        answers: dict = {}
+        waiting = list(refs)
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            try:
+                answers[done[0]] = ray.get(done[0])
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError):
+                    raise error.cause from None
+                raise TrainerError(f"training rank {rank_of[done[0]]} failed:\n{error}") from error
+            except RayActorError as error:
+                raise TrainerError(f"the process of training rank {rank_of[done[0]]} died: {error}") from error
+        return [answers[ref] for ref in refs]

@@ -1,0 +1,188 @@
+"""Everything that adapts Megatron-Core to us: running on the CPU, and returning hidden states. The only file that does.
+
+Written for megatron-core 0.16.1. Megatron assumes CUDA by name (`torch.cuda.current_device()`, streams, events, tensor type strings). On a
+machine without CUDA each `megatron.core` module gets a proxy in place of its `torch`; torch itself and every other library stay untouched:
+a global patch of torch's constructors corrupts libraries that rely on `device="meta"` tricks, silently. Nothing here runs when CUDA exists.
+All of it can go when Megatron-Core runs on gloo and CPU tensors by itself.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+
+import torch
+from torch import Tensor
+
+_CPU = torch.device("cpu")
+
+# Imported before patching, since a module keeps the `torch` it was imported with.
+_MODULES = ("tensor_parallel.random", "models.gpt", "optimizer", "distributed", "pipeline_parallel", "transformer", "parallel_state")
+
+
+def prepare() -> None:
+    """Make Megatron-Core usable on this machine. Safe to call again, and needed again after importing further Megatron modules."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core import jit
+
+    # Megatron compiles small functions with torch.compile at import; on a CPU each compilation costs seconds and a C++ compiler.
+    jit.jit_fuser = jit.noop_decorator
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    proxy = _torch_proxy()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = proxy
+    _patch_rng_state()
+    _patch_moves_to_cuda()
+    _patch_type_checks()
+
+
+class _Namespace(types.ModuleType):
+    """A module that answers with its overrides first and the real module's attributes else."""
+
+    def __init__(self, real: types.ModuleType, **overrides):
+        super().__init__(real.__name__)
+        self.__dict__.update(overrides)
+        self.__dict__["_real"] = real
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_real"], name)
+
+
+class _NoStream:
+    """Stands for torch.cuda.Stream and torch.cuda.Event: work on the CPU is done when the call returns."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _done(self, *args, **kwargs):
+        return self
+
+    record = wait = wait_event = wait_stream = record_event = synchronize = _done
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
+
+
+def _nothing(*args, **kwargs) -> None:
+    return None
+
+
+def _constructor_on_cpu(function):
+    """A tensor constructor whose `device="cuda"` literal means the CPU."""
+
+    @functools.wraps(function)
+    def construct(*args, **kwargs):
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
+        return function(*args, **kwargs)
+
+    return construct
+
+
+@functools.cache
+def _torch_proxy() -> _Namespace:
+    cuda = _Namespace(
+        torch.cuda,
+        current_device=lambda: _CPU,
+        device_count=lambda: 1,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        set_device=_nothing,
+        set_stream=_nothing,
+        Stream=_NoStream,
+        Event=_NoStream,
+        current_stream=_NoStream,
+        default_stream=_NoStream,
+        stream=lambda stream: contextlib.nullcontext(),
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        nvtx=types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=lambda *args: contextlib.nullcontext()),
+    )
+    constructors = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
+    return _Namespace(torch, cuda=cuda, **{name: _constructor_on_cpu(getattr(torch, name)) for name in constructors})
+
+
+def _patch_rng_state() -> None:
+    """Megatron's random tracker forks the CUDA generator; here it forks the CPU's."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_moves_to_cuda() -> None:
+    """Megatron calls `.cuda()` on tensors and modules; a CPU build of torch would only raise."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+@contextlib.contextmanager
+def _cuda_type_names():
+    original = torch.Tensor.type
+
+    def type_name(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return result if args or kwargs else result.replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_name
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original
+
+
+def _patch_type_checks() -> None:
+    """Optimizer constructors and the gradient clip compare `param.type()` with "torch.cuda.FloatTensor"; answer so while they run."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import optimizer as steps
+
+    for module, name in ((optimizer, "_get_megatron_optimizer_based_on_param_groups"), (steps, "clip_grad_by_total_norm_fp32")):
+        function = getattr(module, name)
+        if not hasattr(function, "_answers_cuda"):
+
+            @functools.wraps(function)
+            def wrapped(*args, _function=function, **kwargs):
+                with _cuda_type_names():
+                    return _function(*args, **kwargs)
+
+            wrapped._answers_cuda = True
+            setattr(module, name, wrapped)
+
+
+@functools.cache
+def hidden_state_model() -> type:
+    """Megatron's GPTModel with two changes, for which it has no public switch.
+
+    The forward pass of the last pipeline stage ends at the final hidden states [tokens, 1, hidden size]: the output projection is done in
+    `logprobs`, a chunk at a time. And unfused rotary embeddings go by `position_ids`: for packed batches Megatron counts positions within
+    segments, or across them when the longest segment is as long as the whole batch, and neither is right for segments that share a prompt.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    class HiddenStateModel(GPTModel):
+        def _preprocess(self, *, position_ids: Tensor, packed_seq_params, **kwargs) -> tuple:
+            result = super()._preprocess(position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
+            if self.config.apply_rope_fusion:
+                return result
+            decoder_input, rotary, *rest = result
+            # One row per token of the batch, which Megatron then takes as it is.
+            return (decoder_input, rotary[position_ids[0]], *rest)
+
+        def _postprocess(self, hidden_states: Tensor, **kwargs) -> Tensor:
+            return hidden_states
+
+        def output_weight(self) -> Tensor:
+            """[rows, hidden size]: this rank's rows of the output matrix; last stage only."""
+            return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    return HiddenStateModel

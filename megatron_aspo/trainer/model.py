@@ -1,0 +1,82 @@
+"""Megatron's GPT model for a Hugging Face model directory."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_aspo.trainer.device import Device
+from megatron_aspo.trainer.layers import LAYER_SPECS
+from megatron_aspo.trainer.megatron_adapter import hidden_state_model
+from megatron_aspo.trainer.parallel import ParallelState
+from megatron_aspo.weights.hf_model import HFModel
+from megatron_aspo.weights.layout import padded_vocab
+
+
+def _leave_unfilled(weight: Tensor) -> Tensor:
+    return weight
+
+
+def transformer_config(model: HFModel, parallel: ParallelState, device: Device, dtype: torch.dtype, layer_spec: str) -> TransformerConfig:
+    """Megatron's configuration of this model on this layout."""
+    dims = model.dims
+    fused = layer_spec == "transformer_engine"
+    return TransformerConfig(
+        num_layers=dims.layers,
+        hidden_size=dims.hidden,
+        num_attention_heads=dims.heads,
+        num_query_groups=dims.kv_heads,
+        kv_channels=dims.head_dim,
+        ffn_hidden_size=dims.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=dims.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.sizes.tensor,
+        pipeline_model_parallel_size=parallel.sizes.pipeline,
+        # Micro-batches are packed and differ in length: pipeline neighbours tell each other the shape.
+        variable_seq_lengths=parallel.sizes.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # the only one that Megatron lets meet variable lengths
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Every weight comes from the checkpoint. Initialization stays on, with nothing to do: Megatron marks the tensor-parallel parameters
+        # there, and the gradient norm counts unmarked ones on one rank only.
+        init_method=_leave_unfilled,
+        output_layer_init_method=_leave_unfilled,
+        embedding_init_method=_leave_unfilled,
+        use_cpu_initialization=not device.is_cuda,
+        # Gradients are sums: the denominators are ours, known before the first micro-batch (trainer/objective.py).
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        persist_layer_norm=False,
+        attention_softmax_in_fp32=True,
+    )
+
+
+def build_model(model: HFModel, config: TransformerConfig, parallel: ParallelState, layer_spec: str) -> torch.nn.Module:
+    """This rank's stage and share of the model, weights not yet filled. Its forward pass ends at the final hidden states."""
+    built = hidden_state_model()(
+        config=config,
+        transformer_layer_spec=LAYER_SPECS[layer_spec](config),
+        vocab_size=padded_vocab(model.dims.vocab, parallel.sizes.tensor),
+        max_sequence_length=model.max_positions,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        share_embeddings_and_output_weights=model.dims.tied,
+        position_embedding_type="rope",
+        rotary_base=model.rope_theta,
+        parallel_output=True,
+    )
+    # Megatron's schedule asks for it; the class attribute differs between versions.
+    built.model_type = ModelType.encoder_or_decoder
+    return built

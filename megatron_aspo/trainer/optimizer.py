@@ -1,0 +1,79 @@
+"""Megatron's optimizer for a wrapped model, and its learning rate."""
+
+import importlib.util
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_aspo.trainer.device import Device
+from megatron_aspo.trainer.options import OptimizerOptions
+
+
+def wrap_model(model: torch.nn.Module, config: TransformerConfig, distributed_optimizer: bool) -> DistributedDataParallel:
+    """Megatron's data-parallel wrapper: float32 gradients, summed (not averaged) over data-parallel ranks, refused when not finite."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    return DistributedDataParallel(config, ddp, model)
+
+
+def build_optimizer(
+    model: DistributedDataParallel,
+    config: TransformerConfig,
+    options: OptimizerOptions,
+    dtype: torch.dtype,
+    distributed_optimizer: bool,
+) -> MegatronOptimizer:
+    """AdamW over the model's parameters, and the schedule's hooks that need it."""
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.eps,
+            clip_grad=options.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=distributed_optimizer,
+        ),
+        [model],
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.no_sync_func = model.no_sync
+
+    def finalize(model_chunks, num_tokens, **kwargs):
+        # The schedule counts tokens to divide by; ours are divided already (losses/objective.py).
+        finalize_model_grads(model_chunks, None, **kwargs)
+
+    config.finalize_model_grads_func = finalize
+    return optimizer
+
+
+def learning_rate(options: OptimizerOptions, step: int) -> float:
+    """Of rollout step `step` (from 0): linear from lr / warmup_steps to lr, then constant."""
+    return options.lr * min(1.0, (step + 1) / max(1, options.warmup_steps))
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, options: OptimizerOptions, step: int) -> float:
+    """Set this step's learning rate and weight decay on every parameter group; returns the rate."""
+    rate = learning_rate(options, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        # Megatron marks one-dimensional parameters with a multiplier of 0.
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+    return rate
+
+
+def fused_adam(device: Device) -> str:
+    """Which Adam Megatron takes here: Transformer Engine's, apex's or torch's, in that order."""
+    if device.is_cuda:
+        for package in ("transformer_engine", "apex"):
+            if importlib.util.find_spec(package) is not None:
+                return f"{package} FusedAdam"
+    return "torch AdamW"

@@ -1,0 +1,41 @@
+"""Options of the training ranks and of the optimizer."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    dtype: str = "bfloat16"
+    """`float32 | bfloat16`: parameters and activations; with bfloat16 the optimizer keeps float32 main weights."""
+    layer_spec: str = "auto"
+    """`auto | local | transformer_engine`: auto takes Transformer Engine where CUDA and the package are present."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over the data-parallel ranks."""
+    micro_batch_tokens: int = 16384
+    """Most tokens in one packed micro-batch; a longer sample is a micro-batch of its own."""
+    shared_prompts: bool = False
+    """Compute the tokens of a group's prompt once for all its responses; exact. For short answers it saves most of the work, for long ones
+    it costs attention over masked pairs. Needs the local layer spec."""
+    logprob_chunk_tokens: int = 1024
+    """Response tokens whose logits exist at one time."""
+    threads: int = 0
+    """CPU threads of one rank; 0 shares the node's cores evenly among its ranks."""
+    timeout_s: float = 600.0
+    """A collective that takes longer ends the run."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    lr: float = 1e-6
+    warmup_steps: int = 10
+    """Rollout steps of linear warm-up, from lr / warmup_steps."""
+    weight_decay: float = 0.1
+    """Not applied to one-dimensional parameters."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm; 0 turns clipping off."""

@@ -1,0 +1,71 @@
+"""The parallel state of one training rank: one object that is passed in. Megatron's globals are set here and read nowhere else of ours."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_aspo.trainer.device import Device
+from megatron_aspo.weights.layout import Coordinates, ParallelSizes
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Where this rank stands and whom it talks to."""
+
+    rank: int
+    sizes: ParallelSizes
+    at: Coordinates
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.at.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.at.pipeline == self.sizes.pipeline - 1
+
+
+def initialize(rank: int, sizes: ParallelSizes, init_method: str, device: Device, timeout_s: float, seed: int) -> ParallelState:
+    """Join the process group of all training ranks (unless this process already has) and set up Megatron's groups.
+
+    init_method: `tcp://host:port` of rank 0. Collective over all ranks.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not dist.is_initialized():
+        dist.init_process_group(
+            device.backend, init_method=init_method, rank=rank, world_size=sizes.world, timeout=timedelta(seconds=timeout_s)
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    at = sizes.coordinates(rank)
+    theirs = Coordinates(
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    if at != theirs:
+        raise RuntimeError(f"rank {rank}: the weight map expects {at}, Megatron placed it at {theirs}")
+    return ParallelState(
+        rank=rank,
+        sizes=sizes,
+        at=at,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+
+
+def destroy() -> None:
+    """Undo `initialize` but for the process group of all ranks, so that another layout can be set up in the same process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,264 @@
+"""One training rank: its share of the model, the three passes over a step's batch, and its share of every weight transfer.
+
+Every public method is collective: all ranks call it with the same arguments.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_aspo.trainer import device as devices, megatron_adapter
+
+megatron_adapter.prepare()  # before anything else imports Megatron-Core
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_aspo.data.batch import TrainBatch, mini_batches, pack
+from megatron_aspo.losses.objective import ObjectiveTokens, objective
+from megatron_aspo.losses.tally import Tally, add_tallies
+from megatron_aspo.trainer import parallel as parallel_states
+from megatron_aspo.trainer.layers import check_shared_prompts, choose_layer_spec, packed_params
+from megatron_aspo.trainer.logprobs import logprobs
+from megatron_aspo.trainer.micro_batch import MicroBatch, cut
+from megatron_aspo.trainer.model import build_model, transformer_config
+from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
+from megatron_aspo.trainer.settings import RankSettings, UpdateReport
+from megatron_aspo.weights.buckets import TensorMeta, pack as pack_bucket, plan_buckets
+from megatron_aspo.weights.families import replica_layouts
+from megatron_aspo.weights.group import stateless_group
+from megatron_aspo.weights.hf_model import HFModel, TensorReader, read_model
+from megatron_aspo.weights.layout import check_divisible
+from megatron_aspo.weights.transfer import Gather, load
+
+megatron_adapter.prepare()  # again, for the modules imported since
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the step's response tokens, float32 [response tokens]; on the last stage, all data-parallel ranks alike."""
+
+    old: Tensor
+    reference: Tensor | None
+
+
+class TrainerRank:
+    def __init__(self, settings: RankSettings, rank: int, init_method: str, local_rank: int = 0):
+        """Join the other ranks, build this rank's share of the model and fill it. Collective."""
+        self.settings = settings
+        options = settings.trainer
+        self.device = devices.select_device(local_rank)
+        self.hf: HFModel = read_model(settings.model_directory)
+        check_divisible(self.hf.dims, settings.sizes)
+        self.dtype = getattr(torch, options.dtype)
+        self.layer_spec = choose_layer_spec(options.layer_spec, self.device)
+        if options.shared_prompts:
+            check_shared_prompts(self.layer_spec)
+        self.parallel = parallel_states.initialize(rank, settings.sizes, init_method, self.device, options.timeout_s, settings.seed)
+        self._layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
+        # Data-parallel replicas hold the same: the layout of the rank at the same place of the first replica.
+        self._layout = self._layouts[rank - self.parallel.at.data * settings.sizes.tensor]
+
+        self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec)
+        self.model = self._build()
+        self.reference = self._build() if settings.algorithm.kl_coef else None
+        if self.reference is not None:
+            self.reference.requires_grad_(False)
+        self._wrapped = wrap_model(self.model, self._config, options.distributed_optimizer)
+        self._optimizer = build_optimizer(self._wrapped, self._config, settings.optimizer, self.dtype, options.distributed_optimizer)
+        # With bfloat16 the optimizer's float32 copies were made of the weights just loaded.
+        self._forward_backward: Callable = get_forward_backward_func()
+        self._transfer_group = None
+
+    def describe(self) -> dict[str, str]:
+        """What was chosen, to be printed at the start."""
+        return {
+            "device": str(self.device.torch_device),
+            "backend": self.device.backend,
+            "layer_spec": self.layer_spec,
+            "optimizer": fused_adam(self.device),
+            "dtype": self.settings.trainer.dtype,
+        }
+
+    def _build(self) -> torch.nn.Module:
+        model = build_model(self.hf, self._config, self.parallel, self.layer_spec).to(self.device.torch_device)
+        load(self._layout, dict(model.named_parameters()), TensorReader(self.hf))
+        return model
+
+    # --- passes ---------------------------------------------------------------------------------------------------------------------------
+
+    def update(self, batch: TrainBatch, step: int) -> UpdateReport:
+        """Old and reference log-probabilities, then epochs × mini-batches of the policy loss, an optimizer step after each."""
+        report = UpdateReport()
+        report.learning_rate = set_learning_rate(self._optimizer, self.settings.optimizer, step)
+        with _timed(report, "logprobs"):
+            scores = self.score(batch)
+            if self.parallel.is_last_stage:
+                report.mismatch = _mismatch(scores.old, batch)
+        algorithm = self.settings.algorithm
+        with _timed(report, "update"):
+            for samples in mini_batches(batch.groups, algorithm.mini_batch_prompts, algorithm.epochs, seed=self.settings.seed + step):
+                report.tally = add_tallies(report.tally, self.accumulate_gradients(batch, samples, scores))
+                applied, gradient_norm = self.apply_gradients()
+                report.gradient_norms.append(gradient_norm)
+                report.skipped_updates += not applied
+                report.tokens += int(batch.lengths[samples].sum())
+        if self.parallel.is_last_stage:
+            report.tally = self._sum_over_replicas(report.tally)
+        return report
+
+    def score(self, batch: TrainBatch) -> Scores:
+        """Log-probabilities of every response token under the current and the reference weights."""
+        return Scores(
+            old=self._score(self.model, batch),
+            reference=None if self.reference is None else self._score(self.reference, batch),
+        )
+
+    @torch.no_grad()
+    def _score(self, model: torch.nn.Module, batch: TrainBatch) -> Tensor:
+        result = torch.zeros(int(batch.response_offsets[-1]), dtype=torch.float32, device=self.device.torch_device)
+
+        def keep(micro: MicroBatch, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tally]:
+            result[micro.response_index] = logprob
+            return logprob.sum(), {}
+
+        self._run(model, batch, np.arange(batch.samples), keep, forward_only=True)
+        if self.parallel.is_last_stage:
+            # Each replica filled its own samples and left zeros elsewhere.
+            dist.all_reduce(result, group=self.parallel.dp_group)
+        return result
+
+    def accumulate_gradients(self, batch: TrainBatch, samples: np.ndarray, scores: Scores) -> Tally:
+        """Forward and backward of one mini-batch; leaves its gradient in the model. Returns this replica's tally (last stage)."""
+        algorithm = self.settings.algorithm
+        counted = sum(int(batch.mask[batch.response_offsets[i] : batch.response_offsets[i + 1]].sum()) for i in samples)
+
+        def loss(micro: MicroBatch, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tally]:
+            tokens = ObjectiveTokens(
+                logprobs=logprob,
+                entropy=entropy,
+                old_logprobs=scores.old[micro.response_index],
+                ref_logprobs=None if scores.reference is None else scores.reference[micro.response_index],
+                advantages=micro.advantages,
+                mask=micro.mask,
+                offsets=micro.offsets,
+                names=micro.names,
+            )
+            return objective(tokens, algorithm, counted)
+
+        self._wrapped.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        return add_tallies(*self._run(self._wrapped, batch, samples, loss, forward_only=False))
+
+    def apply_gradients(self) -> tuple[bool, float]:
+        """Clip and take one optimizer step; returns whether it was applied, and the gradient norm before clipping."""
+        applied, gradient_norm, _ = self._optimizer.step()
+        return bool(applied), float(gradient_norm)
+
+    def _run(self, model, batch: TrainBatch, samples: np.ndarray, loss: Callable, *, forward_only: bool) -> list[Tally]:
+        """Megatron's pipeline schedule over this replica's micro-batches of `samples`; `loss` runs on the last stage."""
+        options = self.settings.trainer
+        packs = pack(batch, samples, self.parallel.sizes.data, options.micro_batch_tokens, options.shared_prompts)[self.parallel.at.data]
+        inner = getattr(model, "module", model)
+
+        def forward_step(iterator: Iterator[MicroBatch], model):
+            micro = next(iterator)
+            hidden = model(
+                input_ids=micro.token_ids, position_ids=micro.position_ids, attention_mask=None, packed_seq_params=packed_params(micro)
+            )
+
+            def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Tally]:
+                logprob, entropy = logprobs(
+                    hidden[micro.predictors, 0],
+                    inner.output_weight(),
+                    micro.targets,
+                    self.settings.temperature,
+                    self.parallel.tp_group,
+                    vocab=self.hf.dims.vocab,
+                    chunk_tokens=self.settings.trainer.logprob_chunk_tokens,
+                )
+                value, tally = loss(micro, logprob, entropy)
+                # The schedule wants a count to divide by later; `finalize` in optimizer.py ignores it.
+                return value, torch.zeros((), dtype=torch.int, device=value.device), tally
+
+            return hidden, finish
+
+        return self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter([cut(batch, pack, self.device.torch_device, options.shared_prompts) for pack in packs]),
+            model=model,
+            num_microbatches=len(packs),
+            seq_length=1,  # shapes are exchanged per micro-batch (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _sum_over_replicas(self, tally: Tally) -> Tally:
+        tallies: list[Tally] = [{} for _ in range(self.parallel.sizes.data)]
+        dist.all_gather_object(tallies, tally, group=self.parallel.dp_group)
+        return add_tallies(*tallies)
+
+    # --- weights --------------------------------------------------------------------------------------------------------------------------
+
+    def tensor_metas(self, dtype: str) -> list[TensorMeta]:
+        """Every Hugging Face tensor, in the order in which transfers send them."""
+        return [TensorMeta(name, dtype, shape) for name, shape in self.hf.tensor_shapes.items()]
+
+    def whole_tensors(
+        self, metas: list[TensorMeta], value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole Hugging Face tensors on rank 0; the other ranks of the first replica send, the rest do nothing.
+
+        `value` picks what is gathered of each parameter, itself or a tensor of its shape (its gradient, say).
+        """
+        if self.parallel.at.data != 0:
+            return iter(())
+        held = {name: value(parameter) for name, parameter in self.model.named_parameters()}
+        return Gather(self._layouts, self.parallel.rank, held).whole(metas)
+
+    def connect(self, host: str, port: int, world_size: int) -> None:
+        """Rank 0 becomes the sender of the group that it forms with all engine workers; the others return at once."""
+        if self.parallel.rank == 0:
+            self._transfer_group = stateless_group(host, port, 0, world_size, self.settings.trainer.timeout_s)
+
+    def publish(self, dtype: str, bucket_bytes: int) -> int:
+        """Send the current weights to every engine worker, in buckets that both sides derive from the same metas. Returns bytes sent."""
+        sent = 0
+        for bucket in plan_buckets(self.tensor_metas(dtype), bucket_bytes):
+            tensors = [tensor for _, tensor in self.whole_tensors(bucket)]
+            if self.parallel.rank == 0:
+                payload = pack_bucket(tensors)
+                self._transfer_group.broadcast(payload, root=0)
+                sent += payload.numel()
+        return sent
+
+    def close(self) -> None:
+        """Leave all process groups."""
+        self._transfer_group = None
+        parallel_states.destroy()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _mismatch(old: Tensor, batch: TrainBatch) -> dict[str, float]:
+    mask = torch.from_numpy(batch.mask)
+    if not mask.any():
+        return {}
+    difference = old.cpu().double()[mask] - torch.from_numpy(batch.rollout_logprobs).double()[mask]
+    return {
+        "mean": float(difference.abs().mean()),
+        "max": float(difference.abs().max()),
+        "k3": float((torch.expm1(difference) - difference).mean()),
+    }
+
+
+@contextmanager
+def _timed(report: UpdateReport, phase: str):
+    start = time.perf_counter()
+    yield
+    report.seconds[phase] = time.perf_counter() - start

@@ -1,0 +1,40 @@
+"""What goes into a training rank and what comes out of a step: plain values that travel between processes, no torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.tally import Tally
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
+from megatron_aspo.weights.layout import ParallelSizes
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What a training rank needs to know; plain values, so that it travels to any process."""
+
+    model_directory: Path
+    trainer: TrainerOptions
+    optimizer: OptimizerOptions
+    algorithm: AlgorithmOptions
+    temperature: float
+    seed: int
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(self.trainer.tensor_parallel, self.trainer.pipeline_parallel, self.trainer.data_parallel)
+
+
+@dataclass
+class UpdateReport:
+    """What one step's training produced; complete on the ranks of the last stage, empty elsewhere."""
+
+    tally: Tally = field(default_factory=dict)
+    mismatch: dict[str, float] = field(default_factory=dict)
+    """Engine against trainer on the same tokens: `mean`, `max` of |old − rollout logprob|, `k3`."""
+    gradient_norms: list[float] = field(default_factory=list)
+    skipped_updates: int = 0
+    learning_rate: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    """Tokens the model read in training passes, over all data-parallel ranks."""

@@ -1,0 +1,82 @@
+"""Weights between files and training ranks, read off the layouts: loading, and gathering whole tensors on one rank."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_aspo.weights.buckets import TensorMeta
+from megatron_aspo.weights.hf_model import TensorReader
+from megatron_aspo.weights.layout import Box, Layout, Piece, volume
+
+
+def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    return tensor[tuple(slice(*edge) for edge in box)]
+
+
+@torch.no_grad()
+def load(layout: Layout, parameters: dict[str, torch.Tensor], reader: TensorReader) -> None:
+    """Fill this rank's parameters from files, casting to each parameter's dtype. Padding becomes zero."""
+    check_parameters(layout, parameters)
+    for parameter in parameters.values():
+        parameter.zero_()
+    homes: dict[tuple[str, Box], list[Piece]] = {}
+    for piece in layout.pieces:
+        homes.setdefault((piece.tensor, piece.box), []).append(piece)
+    for name, box, values in reader.read(list(homes)):
+        for piece in homes[name, box]:
+            _view(parameters[piece.parameter], piece.local).copy_(values)
+
+
+def check_parameters(layout: Layout, parameters: dict[str, torch.Tensor]) -> None:
+    """Raise unless the model's parameters are exactly the layout's, by name and shape."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if shapes != layout.parameter_shapes:
+        differing = sorted(set(shapes.items()) ^ set(layout.parameter_shapes.items()))
+        raise RuntimeError(f"the model's parameters differ from the weight map: {differing[:6]}")
+
+
+class Gather:
+    """Collects whole Hugging Face tensors on the first rank from the ranks of the first data-parallel replica.
+
+    Every rank that takes part builds it from the same layouts, so that senders and receiver agree on who sends what with no coordinator.
+    Each element is sent once: of identical boxes the lowest rank sends. Rank 0 must be part of the replica.
+    """
+
+    def __init__(self, layouts: dict[int, Layout], rank: int, parameters: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None):
+        self._rank = rank
+        self._parameters = parameters
+        self._group = group
+        self._sources: dict[str, dict[int, list[Piece]]] = {}
+        seen: set[tuple[str, Box]] = set()
+        for source in sorted(layouts):
+            for piece in layouts[source].pieces:
+                if (piece.tensor, piece.box) not in seen:
+                    seen.add((piece.tensor, piece.box))
+                    self._sources.setdefault(piece.tensor, {}).setdefault(source, []).append(piece)
+
+    @torch.no_grad()
+    def whole(self, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective over the replica: yields (name, whole tensor in the meta's dtype) on rank 0, nothing elsewhere."""
+        for meta in metas:
+            dtype = getattr(torch, meta.dtype)
+            whole = None
+            for source, pieces in self._sources[meta.name].items():
+                if self._rank == source:
+                    values = torch.cat([_view(self._parameters[p.parameter], p.local).reshape(-1) for p in pieces]).to(dtype)
+                    if source != 0:
+                        dist.send(values, dst=0, group=self._group)
+                        continue
+                elif self._rank == 0:
+                    device = next(iter(self._parameters.values())).device
+                    values = torch.empty(sum(volume(p.box) for p in pieces), dtype=dtype, device=device)
+                    dist.recv(values, src=source, group=self._group)
+                else:
+                    continue
+                if whole is None:
+                    whole = torch.empty(meta.shape, dtype=dtype, device=values.device)
+                for piece, run in zip(pieces, values.split([volume(p.box) for p in pieces]), strict=True):
+                    target = _view(whole, piece.box)
+                    target.copy_(run.view(target.shape))
+            if whole is not None:
+                yield meta.name, whole

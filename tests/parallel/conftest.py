@@ -1,0 +1,19 @@
+"""Session-wide pools, made when first asked for."""
+
+import pytest
+
+from tests.parallel.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pools():
+    made: dict[int, Pool] = {}
+
+    def get(world: int) -> Pool:
+        if world not in made:
+            made[world] = Pool(world)
+        return made[world]
+
+    yield get
+    for pool in made.values():
+        pool.close()

@@ -1,0 +1,64 @@
+"""A long-lived pool of real processes for each world size: starting one costs seconds of imports, so the tests of a session share them."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    import torch
+
+    torch.set_num_threads(1)
+    while (job := pipe.recv()) is not None:
+        function, arguments = job
+        try:
+            pipe.send((True, function(rank, f"tcp://127.0.0.1:{port}", *arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Pool:
+    """`world` processes that have joined, or will join, one gloo group."""
+
+    def __init__(self, world: int):
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self._pipes, self._processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:
+        """`function(rank, init_method, *arguments)` on every rank; the results by rank. Any rank's failure fails the caller."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout_s):
+                raise TimeoutError(f"rank {rank} gave no answer in {timeout_s} s")
+            done, value = pipe.recv()
+            results.append(value)
+            if not done:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            raise RuntimeError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()

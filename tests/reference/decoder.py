@@ -1,0 +1,72 @@
+"""A Llama / Qwen2 decoder in plain PyTorch and float64: the independent truth for logits, gradients and updates.
+
+Reads Hugging Face tensors by name from a dict; knows nothing of Megatron, of packing or of any module of the project.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class Decoder:
+    def __init__(self, directory: Path):
+        config = json.loads((directory / "config.json").read_text())
+        self.weights = {name: tensor.double().requires_grad_() for name, tensor in load_file(directory / "model.safetensors").items()}
+        self.layers = config["num_hidden_layers"]
+        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.head_dim = config.get("head_dim") or config["hidden_size"] // self.heads
+        self.eps = config["rms_norm_eps"]
+        self.theta = config["rope_parameters"]["rope_theta"]
+        self.tied = config["tie_word_embeddings"]
+
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """[tokens, vocabulary] of one sequence."""
+        w = self.weights
+        x = w["model.embed_tokens.weight"][token_ids]
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}."
+            x = x + self._attention(self._norm(x, w[prefix + "input_layernorm.weight"]), prefix + "self_attn.")
+            y = self._norm(x, w[prefix + "post_attention_layernorm.weight"])
+            gate, up = y @ w[prefix + "mlp.gate_proj.weight"].T, y @ w[prefix + "mlp.up_proj.weight"].T
+            x = x + (gate * torch.sigmoid(gate) * up) @ w[prefix + "mlp.down_proj.weight"].T
+        output = w["model.embed_tokens.weight"] if self.tied else w["lm_head.weight"]
+        return self._norm(x, w["model.norm.weight"]) @ output.T
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * weight
+
+    def _attention(self, x: Tensor, prefix: str) -> Tensor:
+        tokens = x.shape[0]
+        q, k, v = (
+            self._project(x, f"{prefix}{part}_proj", heads)
+            for part, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
+        )
+        q, k = self._rotate(q), self._rotate(k)
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(self.head_dim)
+        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        attended = torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+        return attended.reshape(tokens, -1) @ self.weights[prefix + "o_proj.weight"].T
+
+    def _project(self, x: Tensor, name: str, heads: int) -> Tensor:
+        y = x @ self.weights[name + ".weight"].T
+        if name + ".bias" in self.weights:
+            y = y + self.weights[name + ".bias"]
+        return y.view(x.shape[0], heads, self.head_dim)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        half = self.head_dim // 2
+        frequencies = self.theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(x.shape[0], dtype=torch.float64)[:, None, None] * frequencies
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+
+
+def token_logprobs(decoder: Decoder, prompt: list[int], response: list[int], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(logprob, entropy) of each response token, float64."""
+    logprobs = (decoder.logits(prompt + response)[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(response)[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)

@@ -1,0 +1,77 @@
+"""The command as a user calls it: status, one line, nothing left behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import save_tiny
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "examples" / "recipes" / "quickstart.yaml"
+
+
+def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_aspo", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Heads that 3 does not divide, and no tokenizer: enough for all that is checked before a tokenizer is needed."""
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny("llama", directory)
+    return directory
+
+
+def refused(tmp_path: Path, *arguments: object) -> str:
+    before = set(tmp_path.rglob("*"))
+    result = command("train", *arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert set(tmp_path.rglob("*")) == before
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("megatron-aspo: error: ")
+    return lines[0]
+
+
+def test_an_unknown_key_is_one_line_and_status_2(tmp_path):
+    assert "did you mean algorithm.policy_loss?" in refused(tmp_path, RECIPE, "algorithm.policy_los=aspo")
+
+
+def test_a_missing_model_is_one_line_and_status_2(tmp_path):
+    assert "no such" in refused(tmp_path, RECIPE, "model=./nowhere")
+
+
+def test_a_missing_recipe_is_one_line_and_status_2(tmp_path):
+    assert "there is no recipe" in refused(tmp_path, "absent.yaml")
+
+
+def test_a_tensor_parallel_size_that_does_not_divide_heads_is_refused(tmp_path, model):
+    assert "does not divide the model's 4 attention heads" in refused(tmp_path, RECIPE, f"model={model}", "trainer.tensor_parallel=3")
+    assert "rollout.tensor_parallel=3" in refused(tmp_path, RECIPE, f"model={model}", "rollout.tensor_parallel=3")
+
+
+def test_an_existing_run_directory_is_refused(tmp_path):
+    (tmp_path / "taken").mkdir()
+    assert "taken exists" in refused(tmp_path, RECIPE, "run_dir=taken")
+
+
+def test_prompt_plus_response_must_fit_the_model(tmp_path, model):
+    assert "more than the model's 1024 positions" in refused(tmp_path, RECIPE, f"model={model}", "rollout.max_response_tokens=1000")
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path, model):
+    assert "tokenizer" in refused(tmp_path, RECIPE, f"model={model}")
+
+
+@pytest.mark.parametrize("code", ["import megatron_aspo", "from megatron_aspo.cli import main; main(['--help'])"])
+def test_importing_the_package_and_asking_for_help_load_nothing_heavy(code):
+    heavy = "{'torch', 'ray', 'vllm', 'transformers', 'numpy'} & set(sys.modules)"
+    check = f"import sys, atexit; atexit.register(lambda: print('HEAVY', {heavy}))\n{code}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, timeout=60)
+    assert "HEAVY set()" in result.stdout

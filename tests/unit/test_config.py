@@ -1,0 +1,92 @@
+"""Recipes and overrides: what is refused, and with which words."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_aspo.config import Config, load_config, to_yaml
+from megatron_aspo.errors import UserError
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: some/model\ntask: single_digit_addition\noptimizer:\n  lr: 1e-5\n")
+    return path
+
+
+def test_values_come_from_defaults_recipe_and_overrides_in_that_order(recipe):
+    config = load_config(recipe, ["optimizer.weight_decay=0.5", "algorithm.policy_loss=ppo_clip", "deterministic=true", "steps=7"])
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.clip_grad) == (1e-5, 0.5, 1.0)
+    assert (config.algorithm.policy_loss, config.deterministic, config.steps) == ("ppo_clip", True, 7)
+
+
+def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
+    config = load_config(recipe, ["optimizer.lr=1e-6", "rollout.temperature=1"])
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.polcy_loss=aspo", "unknown key algorithm.polcy_loss; did you mean algorithm.policy_loss?"),
+        ("modell=x", "unknown key modell; did you mean model?"),
+        ("algorithm.policy_loss=asbo", "did you mean aspo?"),
+        ("algorithm.policy_loss=", "algorithm.policy_loss= is not known; valid: aspo, ppo_clip"),
+        ("trainer=3", "trainer is a section of keys, not the value 3"),
+        ("model.path=x", "model is not a section of keys"),
+        ("optimizer.lr=fast", "optimizer.lr='fast' is not a finite number"),
+        ("optimizer.lr=.inf", "optimizer.lr=inf is not a finite number"),
+        ("steps=1.5", "steps=1.5 is not a whole number"),
+        ("steps=true", "steps=True is not a whole number"),
+        ("steps=0", "steps=0 must be greater than 0"),
+        ("rollout.engines=-1", "rollout.engines=-1 must be greater than 0"),
+        ("algorithm.kl_coef=-0.1", "algorithm.kl_coef=-0.1 must not be negative"),
+        ("algorithm.clip_low=1.5", "algorithm.clip_low=1.5 must be under 1"),
+        ("algorithm.low_entropy_quantile=80", "must be in [0, 1]"),
+        ("optimizer.beta2=1", "optimizer.beta2=1.0 must be in [0, 1)"),
+        ("rollout.responses_per_prompt=1", "take at least 2"),
+        ("trainer.distributed_optimizer=true", "set trainer.data_parallel above 1"),
+        ("trainer.dtype=float64", "trainer.dtype=float64 is not known"),
+        ("deterministic=maybe", "deterministic='maybe' is not true or false"),
+        ("evaluation={draws: 0, every: 2}", "evaluation.draws=0 draws nothing"),
+        ("model=", "model is empty"),
+        ("steps", "not of the form key.path=value"),
+        ("=3", "not of the form key.path=value"),
+        ("steps=[", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_refused_with_the_key_and_the_cure(recipe, override, message):
+    with pytest.raises(UserError) as caught:
+        load_config(recipe, [override])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1", "\tx: 1"])
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match="recipe"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_a_missing_or_binary_recipe_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no recipe"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "binary.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_of_the_examples_is_valid(path):
+    assert load_config(path).name == path.stem
+
+
+def test_the_default_run_directory_is_named_after_the_run():
+    assert Config(name="abc").directory == Path("runs/abc").absolute()
+    assert Config(name="abc", run_dir="/elsewhere/x").directory == Path("/elsewhere/x")

