@@ -25,6 +25,7 @@ setup(
         "numpy",
         "protobuf",
         "psutil",
+        "pyarrow",
         "pyyaml",
         "ray",
         "rich",

@@ -14,6 +14,7 @@ from megatron_aspo.evaluation.accuracy import Accuracy, accuracy
 from megatron_aspo.losses.advantages import group_advantages, kept_groups
 from megatron_aspo.observe.health import rollout_health
 from megatron_aspo.observe.metrics import training_metrics
+from megatron_aspo.observe.rollouts import write_rollouts
 from megatron_aspo.observe.summary import Evaluation, print_summary
 from megatron_aspo.runtime.run import Run, open_run
 
@@ -45,6 +46,7 @@ def train_step(run: Run, step: int) -> dict:
     started = time.perf_counter()
     algorithm = run.config.algorithm
     collected = run.rollouts.collect(step)
+    write_rollouts(run.directory / "rollouts" / f"step_{step}.parquet", collected.groups)
     groups = kept_groups(collected.groups, algorithm.group_filter)
     batch = make_train_batch(groups, group_advantages(groups, algorithm.advantage))
     report = run.trainers.update(batch, step)

@@ -85,8 +85,8 @@ def pack(batch: TrainBatch, samples: np.ndarray, ranks: int, token_budget: int, 
     """Micro-batches of each data-parallel rank: [rank][micro-batch] → sample indices; the same number of micro-batches on every rank.
 
     What is placed is a sample or, with shared prompts, as many samples of one group as the token budget takes. The longest goes first
-    to the lightest rank, then within the rank to the lightest of as many micro-batches as the budget asks of the fullest rank. A sample over the
-    budget is a micro-batch of its own; a micro-batch may be empty.
+    to the lightest rank, then within the rank to the lightest of as many micro-batches as the budget asks of the fullest rank. A sample
+    over the budget is a micro-batch of its own; a micro-batch may be empty.
     """
     units = _units(batch, samples, token_budget, shared_prompts)
     lengths = np.array([unit_tokens(batch, unit) for unit in units], np.int64)

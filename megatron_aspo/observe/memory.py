@@ -16,9 +16,9 @@ class PeakMemory:
         self._thread.start()
 
     @property
-    def gib(self) -> float:
-        """The largest sample so far, in GiB."""
-        return self._peak / 2**30
+    def gb(self) -> float:
+        """The largest sample so far, in GB (10⁹ bytes)."""
+        return self._peak / 1e9
 
     def close(self) -> None:
         self._stop.set()

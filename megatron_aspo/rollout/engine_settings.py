@@ -28,7 +28,7 @@ class EngineSpec:
     max_model_len: int
     """Longest prompt plus response, in tokens."""
     max_running_requests: int
-    kv_cache_gib: int
+    kv_cache_gib: float
     """Key-value cache of the whole engine."""
     threads: int
     """CPU threads of the whole engine."""
@@ -75,7 +75,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "distributed_executor_backend": "uni" if spec.tensor_parallel == 1 else "mp",
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_running_requests,
-        "kv_cache_memory_bytes": spec.kv_cache_gib * GIB // spec.tensor_parallel,
+        "kv_cache_memory_bytes": int(spec.kv_cache_gib * GIB) // spec.tensor_parallel,
         "seed": spec.seed,
         "enable_prefix_caching": True,
         # log-softmax(logits / temperature): the distribution that was sampled from. `raw_logprobs` ignores the temperature.

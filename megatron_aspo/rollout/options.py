@@ -19,8 +19,8 @@ class RolloutOptions:
     """Divides the logits in engine and trainer alike."""
     max_running_requests: int = 64
     """Most requests one engine decodes at a time (vLLM's max_num_seqs)."""
-    kv_cache_gib: int = 1
-    """Key-value cache of one engine, in whole GiB."""
+    kv_cache_gib: float = 1.0
+    """Key-value cache of one engine, in GiB."""
     threads: int = 0
     """CPU threads of one engine; 0 shares the node's cores evenly among its engines."""
     start_timeout_s: float = 600.0

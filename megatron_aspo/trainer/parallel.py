@@ -30,16 +30,15 @@ class ParallelState:
 
 
 def initialize(rank: int, sizes: ParallelSizes, init_method: str, device: Device, timeout_s: float, seed: int) -> ParallelState:
-    """Join the process group of all training ranks (unless this process already has) and set up Megatron's groups.
+    """Join the process group of all training ranks and set up Megatron's groups. Collective over all ranks.
 
-    init_method: `tcp://host:port` of rank 0. Collective over all ranks.
+    init_method: where the ranks meet, as torch.distributed names it: `tcp://host:port` of rank 0.
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    if not dist.is_initialized():
-        dist.init_process_group(
-            device.backend, init_method=init_method, rank=rank, world_size=sizes.world, timeout=timedelta(seconds=timeout_s)
-        )
+    dist.init_process_group(
+        device.backend, init_method=init_method, rank=rank, world_size=sizes.world, timeout=timedelta(seconds=timeout_s)
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -65,7 +64,11 @@ def initialize(rank: int, sizes: ParallelSizes, init_method: str, device: Device
 
 
 def destroy() -> None:
-    """Undo `initialize` but for the process group of all ranks, so that another layout can be set up in the same process."""
+    """Leave every group that `initialize` made; another layout can be set up in the same process afterwards.
+
+    Megatron only forgets its groups. Each holds threads, which end when torch destroys it.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

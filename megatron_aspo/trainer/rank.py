@@ -241,8 +241,6 @@ class TrainerRank:
         """Leave all process groups."""
         self._transfer_group = None
         parallel_states.destroy()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _mismatch(old: Tensor, batch: TrainBatch) -> dict[str, float]:

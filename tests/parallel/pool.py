@@ -2,14 +2,14 @@
 
 import multiprocessing
 import os
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 
-def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
+def _serve(pipe: Connection) -> None:
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     import torch
 
@@ -17,35 +17,32 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     while (job := pipe.recv()) is not None:
         function, arguments = job
         try:
-            pipe.send((True, function(rank, f"tcp://127.0.0.1:{port}", *arguments)))
+            pipe.send((True, function(*arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Pool:
-    """`world` processes that have joined, or will join, one gloo group."""
+    """`world` processes. Each job meets in a process group of its own and leaves it at the end."""
 
     def __init__(self, world: int):
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        self._meetings = tempfile.TemporaryDirectory()
+        self._jobs = 0
         self._pipes, self._processes = [], []
-        for rank in range(world):
+        for _ in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:
         """`function(rank, init_method, *arguments)` on every rank; the results by rank. Any rank's failure fails the caller."""
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
+        self._jobs += 1
+        init_method = f"file://{self._meetings.name}/{self._jobs}"
+        for rank, pipe in enumerate(self._pipes):
+            pipe.send((function, (rank, init_method, *arguments)))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(timeout_s):
@@ -62,3 +59,4 @@ class Pool:
         for process in self._processes:
             process.kill()
             process.join()
+        self._meetings.cleanup()

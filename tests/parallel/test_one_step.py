@@ -91,7 +91,18 @@ class Truth:
     norm: float
 
 
+_truths: dict[tuple, Truth] = {}
+
+
 def truth(case: Case, policy_loss: str) -> Truth:
+    """Computed once for each model and loss."""
+    key = (case.directory, policy_loss)
+    if key not in _truths:
+        _truths[key] = _compute_truth(case, policy_loss)
+    return _truths[key]
+
+
+def _compute_truth(case: Case, policy_loss: str) -> Truth:
     decoder = Decoder(case.directory)
     per_token, logprobs, start = [], [], 0
     for prompt, response, advantage in zip(case.prompts, case.responses, case.advantages.astype(np.float32)):

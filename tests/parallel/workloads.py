@@ -1,5 +1,8 @@
 """What the pool's processes run. Each function is collective: (rank, init_method, …) on every rank of the pool."""
 
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -8,12 +11,10 @@ from megatron_aspo.data.batch import TrainBatch
 
 def one_step(rank: int, init_method: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None):
     """Gradients and weights (Hugging Face names) and the tally of one optimizer step over the whole batch; rank 0's answer counts."""
-    from megatron_aspo.trainer import parallel
     from megatron_aspo.trainer.optimizer import set_learning_rate
-    from megatron_aspo.trainer.rank import Scores, TrainerRank
+    from megatron_aspo.trainer.rank import Scores
 
-    trainer = TrainerRank(settings, rank, init_method)
-    try:
+    with _trainer(rank, init_method, settings) as trainer:
         scored = trainer.score(batch).old
         scores = Scores(torch.from_numpy(old), None if reference is None else torch.from_numpy(reference))
         set_learning_rate(trainer._optimizer, settings.optimizer, step=0)
@@ -24,14 +25,72 @@ def one_step(rank: int, init_method: str, settings, batch: TrainBatch, old: np.n
             gradients = {name: t.numpy() for name, t in trainer.whole_tensors(metas, lambda parameter: parameter.main_grad)}
         _, norm = trainer.apply_gradients()
         weights = {name: t.numpy() for name, t in trainer.whole_tensors(metas)}
-        if trainer.parallel.is_last_stage:
-            tally = trainer._sum_over_replicas(tally)
+        last = trainer.parallel.is_last_stage
         return {
-            "logprobs": scored.numpy() if trainer.parallel.is_last_stage else None,
+            "logprobs": scored.numpy() if last else None,
             "gradients": gradients,
             "weights": weights,
             "norm": norm,
-            "tally": tally if trainer.parallel.is_last_stage else None,
+            "tally": trainer._sum_over_replicas(tally) if last else None,
         }
+
+
+@contextmanager
+def _trainer(rank: int, init_method: str, settings):
+    from megatron_aspo.trainer.rank import TrainerRank
+
+    trainer = TrainerRank(settings, rank, init_method)
+    try:
+        yield trainer
     finally:
-        parallel.destroy()
+        trainer.close()
+
+
+def logits(rank: int, init_method: str, settings, sequences: list[list[int]]) -> np.ndarray:
+    """This rank's columns of the logits of packed sequences, [tokens, rows of the output matrix]; one pipeline stage."""
+    from megatron_aspo.trainer.layers import SharedPromptParams
+
+    with _trainer(rank, init_method, settings) as trainer, torch.no_grad():
+        lengths = [len(sequence) for sequence in sequences]
+        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        hidden = trainer.model(
+            input_ids=torch.tensor([[token for sequence in sequences for token in sequence]]),
+            position_ids=torch.tensor([[i for n in lengths for i in range(n)]]),
+            attention_mask=None,
+            packed_seq_params=SharedPromptParams(
+                qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
+            ),
+        )
+        return (hidden[:, 0] @ trainer.model.output_weight().T).numpy()
+
+
+def export(rank: int, init_method: str, settings, directory: Path, dtype: str) -> None:
+    """Write the weights just loaded."""
+    from megatron_aspo.checkpoint.hf_export import write_checkpoint
+
+    with _trainer(rank, init_method, settings) as trainer:
+        write_checkpoint(directory, trainer, dtype)
+
+
+def vocab_parallel_logprobs(rank: int, init_method: str, world: int, hidden, weight, targets, upstream, vocab: int):
+    """The seam with the vocabulary cut over all ranks: values and gradients of this rank."""
+    import torch.distributed as dist
+
+    from megatron_aspo.trainer.logprobs import logprobs
+
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world)
+    rows = weight.shape[0] // world
+    hidden = torch.from_numpy(hidden).requires_grad_()
+    mine = torch.from_numpy(weight[rank * rows : (rank + 1) * rows].copy()).requires_grad_()
+    values = logprobs(hidden, mine, torch.from_numpy(targets), 0.8, dist.group.WORLD, vocab=vocab, chunk_tokens=4)
+    torch.autograd.backward(values, [torch.from_numpy(u) for u in upstream])
+    dist.destroy_process_group()
+    return values[0].detach().numpy(), values[1].detach().numpy(), hidden.grad.numpy(), mine.grad.numpy()
+
+
+def train_once(rank: int, init_method: str, settings, batch: TrainBatch) -> tuple:
+    """One whole `update`: scores, epochs × mini-batches; the report of the last rank and the weights of rank 0."""
+    with _trainer(rank, init_method, settings) as trainer:
+        report = trainer.update(batch, step=0)
+        weights = {name: t.numpy() for name, t in trainer.whole_tensors(trainer.tensor_metas("float32"))}
+        return report, weights

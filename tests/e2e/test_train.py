@@ -1,0 +1,232 @@
+"""The whole command on this machine: real Ray, vLLM and Megatron, driven as a user drives it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as parquet
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from megatron_aspo.rollout.engine import Request
+from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.rollout.pool import EnginePool
+from tests.models import save_tiny
+from tests.tokenizers import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+REWARD = '''
+def vowels(prompt, response, ground_truth, extra):
+    """Share of the response's letters that stand in the ground truth: tells the responses of a group apart."""
+    return sum(letter in ground_truth for letter in response) / max(1, len(response))
+'''
+HEALTH = [
+    "reward/mean",
+    "train/entropy",
+    "train/kl",
+    "train/hard_mask_share/positive",
+    "train/hard_mask_share/negative",
+    "train/soft_cap_share/positive",
+    "train/soft_cap_share/negative",
+    "train/weight/positive",
+    "train/weight/negative",
+    "train/weight_distance",
+    "response/repetition_share",
+    "response/repetition_top_count",
+    "response/length_mean",
+    "response/length_max",
+    "response/cut_off_share",
+    "groups/solved_by_all",
+    "groups/solved_by_none",
+    "groups/dropped",
+    "groups/resampled",
+    "train/gradient_norm",
+    "train/skipped_updates",
+    "train/learning_rate",
+    "mismatch/mean",
+    "mismatch/max",
+    "mismatch/k3",
+    "staleness/mean",
+    "tokens/generated_per_s",
+    "tokens/trained_per_s",
+    "seconds/generate",
+    "seconds/reward",
+    "seconds/logprobs",
+    "seconds/update",
+    "seconds/publish",
+    "seconds/step",
+]
+"""ALGORITHM's health figures, by our names."""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A tied model, prompts of more than 128 tokens, a reward of the user's own, a recipe."""
+    place = tmp_path_factory.mktemp("train")
+    tokenizer = byte_tokenizer()
+    save_tiny("qwen2", place / "model", tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(place / "model")
+    (place / "my_rewards.py").write_text(REWARD)
+    rows = [{"prompt": [{"role": "user", "content": f"{i}: " + "the quick brown fox " * 8}], "ground_truth": "aeiou"} for i in range(12)]
+    for name, chosen in (("train", rows[:8]), ("held_out", rows[8:])):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    recipe = {
+        "model": "model",
+        "task": "jsonl",
+        "steps": 3,
+        "deterministic": True,
+        "data": {"path": "train.jsonl", "eval_path": "held_out.jsonl", "reward": "my_rewards:vowels", "max_prompt_tokens": 256},
+        "algorithm": {"epochs": 2, "mini_batch_prompts": 2},
+        "trainer": {"dtype": "float32", "tensor_parallel": 2, "micro_batch_tokens": 512, "threads": 1},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 1},
+        "rollout": {
+            "engines": 2,
+            "dtype": "float32",
+            "prompts_per_step": 4,
+            "responses_per_prompt": 4,
+            "max_response_tokens": 16,
+            "threads": 1,
+        },
+        "evaluation": {"draws": 2},
+    }
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return place
+
+
+def start(workplace: Path, *overrides: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_aspo", "train", "recipe.yaml", *overrides],
+        cwd=workplace,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(workplace: Path, *overrides: str) -> tuple[int, str, str]:
+    process = start(workplace, *overrides)
+    out, error = process.communicate(timeout=400)
+    return process.returncode, out, error
+
+
+@pytest.fixture(scope="module")
+def finished(workplace) -> list[Path]:
+    """Run directories of the same deterministic recipe, run twice in fresh processes."""
+    for name in ("first", "second"):
+        status, out, error = train(workplace, f"name={name}")
+        assert status == 0, error
+        summary = json.loads(out.splitlines()[-1])
+        assert summary["steps"] == 3 and Path(summary["run_dir"]) == workplace / "runs" / name
+    return [workplace / "runs" / name for name in ("first", "second")]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_engine_and_trainer_agree_on_every_token_of_every_step(finished):
+    """float32, tied, prompts over 128 tokens, two engines, after 0, 1 and 2 rounds of updates."""
+    steps = metrics(finished[0])
+    assert len(steps) == 3
+    for step in steps:
+        assert step["mismatch/max"] <= 1e-4, step
+        assert step["train/updates"] == 4
+    # The weights did move, or agreement would prove nothing.
+    assert steps[2]["train/kl"] > 1e-3
+
+
+def test_every_health_figure_is_logged_and_training_is_off_policy(finished):
+    for step in metrics(finished[0]):
+        assert set(HEALTH) <= set(step)
+        assert step["train/weight_distance"] > 1e-3
+    assert any(step["train/hard_mask_share/positive"] + step["train/hard_mask_share/negative"] > 0 for step in metrics(finished[0]))
+
+
+def test_two_runs_are_the_same_bit_for_bit(finished):
+    def timeless(run: Path) -> list[dict]:
+        return [{k: v for k, v in step.items() if not k.startswith("seconds/") and not k.endswith("_per_s")} for step in metrics(run)]
+
+    assert timeless(finished[0]) == timeless(finished[1])
+    for step in range(3):
+        first, second = (parquet.read_table(run / "rollouts" / f"step_{step}.parquet") for run in finished)
+        assert first.equals(second) and first.num_rows == 16
+    weights = [(run / "checkpoints" / "step_3" / "huggingface" / "model.safetensors").read_bytes() for run in finished]
+    assert weights[0] == weights[1]
+
+
+def test_rollouts_carry_the_version_that_sampled_them(finished):
+    for step in range(3):
+        rows = parquet.read_table(finished[0] / "rollouts" / f"step_{step}.parquet").to_pylist()
+        assert {span["version"] for row in rows for span in row["versions"]} == {step}
+        assert all(row["versions"][-1]["stop"] == len(row["response_ids"]) == len(row["rollout_logprobs"]) for row in rows)
+
+
+def test_transformers_and_a_fresh_vllm_load_the_checkpoint(finished, ray_cluster):
+    directory = finished[0] / "checkpoints" / "step_3" / "huggingface"
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    pool = EnginePool(str(directory), RolloutOptions(dtype="float32", max_running_requests=4, threads=1), max_model_len=256)
+    try:
+        pool.start()
+        prompt = tuple(range(10, 150))
+        (generation,) = pool.generate([Request("one", prompt, seed=0, max_tokens=16, temperature=0.0)])
+    finally:
+        pool.shutdown()
+    ids = torch.tensor([[*prompt, *generation.token_ids.tolist()]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    assert logits.argmax(-1).tolist() == generation.token_ids.tolist()
+
+
+def test_another_loss_and_another_task_are_one_override_away(workplace):
+    """On the tied model's byte tokenizer nothing is ever right: no group tells its responses apart, and the run says so and ends well."""
+    overrides = [
+        "algorithm.policy_loss=ppo_clip",
+        "task=largest_of_three",
+        "data.path=",
+        "data.eval_path=",
+        "data.reward=",
+        "rollout.engines=1",
+    ]
+    status, _out, error = train(workplace, "name=other", *overrides, "algorithm.group_filter=none", "steps=1", "trainer.tensor_parallel=1")
+    assert status == 0, error
+    (step,) = metrics(workplace / "runs" / "other")
+    assert step["train/updates"] == 4 and yaml.safe_load((workplace / "runs/other/config.yaml").read_text())["task"] == "largest_of_three"
+
+
+def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(workplace):
+    status, _, error = train(workplace, "name=dead", "rollout.kv_cache_gib=100000", "trainer.tensor_parallel=1", "rollout.engines=1")
+    assert status == 2
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("megatron-aspo: error: engine 0 did not start: ") and len(line) > 70
+    assert not (workplace / "runs" / "dead").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
+    name = f"stopped_{int(number)}"
+    process = start(workplace, f"name={name}", "steps=1000", "rollout.engines=1", "trainer.tensor_parallel=1", "evaluation.draws=0")
+    metrics_file = workplace / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics_file.exists() and metrics_file.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.5)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 4
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status, error
+    assert error.strip().splitlines()[-1] in ("megatron-aspo: interrupted", "megatron-aspo: terminated")
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    # What was done is whole.
+    assert all(np.isfinite(step["train/loss"]) for step in metrics(workplace / "runs" / name))
