@@ -10,10 +10,6 @@ from megatron_aspo import __version__
 from megatron_aspo.errors import UserError
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived. Like KeyboardInterrupt no Exception, so that nothing on the way swallows it."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 a mistake the user can cure, 130 interrupted, 143 terminated, 1 anything else."""
     parser = argparse.ArgumentParser(prog="megatron-aspo", description="Reinforcement learning of language models on Megatron-Core.")
@@ -38,23 +34,27 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _guarded(command, parsed: argparse.Namespace) -> int:
-    def terminate(signum, frame):
-        raise Terminated
+    received: list[int] = []
 
-    signal.signal(signal.SIGTERM, terminate)
+    def stop(number: int, frame) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         command(parsed)
     except UserError as error:
         print(f"megatron-aspo: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("megatron-aspo: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except Terminated:
-        print("megatron-aspo: terminated", file=sys.stderr)
-        return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader of our output is gone; what cannot be printed must not be tried again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except BaseException:
+        # Ray turns an interrupt in the middle of a call into other exceptions: whatever ends the run after a signal, the signal did.
+        if not received:
+            raise
+        print(f"megatron-aspo: {'interrupted' if received[0] == signal.SIGINT else 'terminated'}", file=sys.stderr)
+        return 128 + received[0]
     return 0

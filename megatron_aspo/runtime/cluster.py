@@ -1,6 +1,10 @@
 """The Ray cluster of a run: one of our own on this machine, or one to join."""
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -37,24 +41,48 @@ def open_cluster(address: str, logical_cpus: int) -> Cluster:
     each process really uses is set explicitly. A Ray of our own listens on loopback only and has no dashboard.
     Raises UserError when the cluster cannot be reached.
     """
-    cores = len(os.sched_getaffinity(0))
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
-            cores = int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
-        else:
-            ray.init(
-                num_cpus=max(cores, logical_cpus),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="error",
-                _node_ip_address="127.0.0.1",
-            )
+        with _own_signal_handlers():
+            cores = _join(address) if address else _start(logical_cpus)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray did not start on this machine"
         raise UserError(f"{where}: {str(error).strip().splitlines()[0]}") from error
     return Cluster(ours=not address, cores=max(1, cores), device="cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
+
+
+def _join(address: str) -> int:
+    """Returns the cores of the smallest node."""
+    ray.init(address=address, log_to_driver=False, logging_level="error")
+    return int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+
+
+def _start(logical_cpus: int) -> int:
+    """Returns the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    ray.init(
+        address="local",  # never one that happens to run here, or that the environment names
+        num_cpus=max(cores, logical_cpus),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level="error",
+        _node_ip_address="127.0.0.1",
+    )
+    return cores
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray 2.60 replaces the handler of SIGTERM by one that ends the process at once; ours ends the run in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(processes: list[psutil.Process]) -> None:
