@@ -17,6 +17,7 @@ setup(
     packages=find_namespace_packages(include=["megatron_aspo", "megatron_aspo.*"]),
     entry_points={"console_scripts": ["megatron-aspo = megatron_aspo.cli:main"]},
     install_requires=[
+        "accelerate",  # transformers reads GGUF files through it
         "gguf",
         "huggingface_hub",
         "jinja2",

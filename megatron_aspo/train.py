@@ -45,11 +45,14 @@ def train_step(run: Run, step: int) -> dict:
     """One pass through the loop; returns the step's figures."""
     started = time.perf_counter()
     algorithm = run.config.algorithm
+    run.progress.phase(step, "generating")
     collected = run.rollouts.collect(step)
     write_rollouts(run.directory / "rollouts" / f"step_{step}.parquet", collected.groups)
     groups = kept_groups(collected.groups, algorithm.group_filter)
     batch = make_train_batch(groups, group_advantages(groups, algorithm.advantage))
+    run.progress.phase(step, "training")
     report = run.trainers.update(batch, step)
+    run.progress.phase(step, "publishing weights")
     publishing = time.perf_counter()
     # With no group left there was no update, and the engines have these weights already.
     sent = run.publisher.publish(version=step + 1) if groups else 0

@@ -12,11 +12,12 @@ _PHASES = ("generate", "reward", "logprobs", "update", "publish")
 
 
 class Progress:
-    """Prints to standard output."""
+    """Prints to standard output. On a terminal the last line is alive and says what is going on."""
 
     def __init__(self, steps: int):
         self._steps = steps
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._status = self._console.status("")
         self._started = time.perf_counter()
         self._done = 0
 
@@ -26,14 +27,13 @@ class Progress:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Names something that takes a while: a spinner on a terminal, two lines elsewhere."""
+        """Names something that takes a while, and how long it took."""
         start = time.perf_counter()
-        if self._console.is_terminal:
-            with self._console.status(text):
-                yield
-        else:
-            self.say(f"{text} …")
+        self._now(f"{text} …")
+        try:
             yield
+        finally:
+            self._status.stop()
         self.say(f"{text}: {time.perf_counter() - start:.1f} s")
 
     def begin(self) -> None:
@@ -41,16 +41,33 @@ class Progress:
         self._started = time.perf_counter()
         self._done = 0
 
+    def phase(self, step: int, name: str) -> None:
+        """The step has come to this phase; seen on a terminal only."""
+        if self._console.is_terminal:
+            self._now(f"step {step + 1}/{self._steps}: {name} …")
+
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """One line a step: reward, entropy, seconds of each phase, time left."""
+        self._status.stop()
         self._done += 1
         left = (time.perf_counter() - self._started) / self._done * (self._steps - step - 1)
-        phases = " ".join(f"{name} {metrics['seconds/' + name]:.1f}" for name in _PHASES if "seconds/" + name in metrics)
+        phases = " ".join(f"{name} {metrics['seconds/' + name]:.1f}" for name in _PHASES)
         entropy = f"entropy {metrics['train/entropy']:.3f}" if "train/entropy" in metrics else "no update"
         self.say(
             f"step {step + 1}/{self._steps}  reward {metrics['reward/mean']:.3f}  {entropy}  "
             f"{metrics['seconds/step']:.1f} s ({phases})  {_clock(left)} left"
         )
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._status.stop()
+
+    def _now(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._status.update(text)
+            self._status.start()
+        else:
+            self.say(text)
 
 
 def _clock(seconds: float) -> str:

@@ -68,6 +68,7 @@ def open_run(config: Config) -> Iterator[Run]:
         if config.evaluation.draws:
             _check_held_out(task.held_out())
     with ExitStack() as stack:
+        stack.callback(progress.close)
         memory = stack.enter_context(contextlib.closing(PeakMemory()))
         with progress.waiting("starting Ray"):
             cluster = open_cluster(config.ray_address, logical_cpus=_reservations(config))
@@ -82,9 +83,13 @@ def open_run(config: Config) -> Iterator[Run]:
         with progress.waiting("starting engines and training ranks"), ThreadPoolExecutor(1) as pool:
             # The engines start in the background: both take long, and neither needs the other.
             starting = pool.submit(engines.start)
-            trainers = Trainers.start(settings, cluster.device, threads)
-            stack.callback(_undisturbed, trainers.close)
-            started = starting.result()
+            try:
+                trainers = Trainers.start(settings, cluster.device, threads)
+                stack.callback(_undisturbed, trainers.close)
+                started = starting.result()
+            except BaseException:
+                engines.shutdown()  # else leaving the thread pool would wait for them to come up
+                raise
         progress.say(
             f"engines: {len(started)} × vLLM {started[0].vllm_version} on {started[0].device}, {config.rollout.dtype}; training ranks: "
             f"{settings.sizes.world}, " + ", ".join(f"{key} {value}" for key, value in trainers.described.items())

@@ -1,4 +1,4 @@
-"""One Ray cluster for all end-to-end tests of a session."""
+"""What tests of several folders share: one Ray cluster a session."""
 
 from collections.abc import Iterator
 
