@@ -8,7 +8,7 @@ import psutil
 class PeakMemory:
     """Samples, in a thread, the proportional set size (shared pages counted once) of this process and all its descendants."""
 
-    def __init__(self, every_s: float = 2.0):
+    def __init__(self, every_s: float = 5.0):
         self._every_s = every_s
         self._peak = 0
         self._stop = threading.Event()
