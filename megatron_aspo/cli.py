@@ -19,7 +19,11 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("recipe", type=Path, help="YAML recipe, see examples/recipes")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
     train.add_argument("--ray-address", default="", help="Ray cluster to join; without it one is started on this machine")
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    # Overrides may also stand behind an option.
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    parsed.overrides += rest
     sys.exit(_guarded(_train, parsed))
 
 
@@ -28,6 +32,9 @@ def _train(parsed: argparse.Namespace) -> None:
 
     overrides = [*parsed.overrides, *([f"ray_address={parsed.ray_address}"] if parsed.ray_address else [])]
     config = load_config(parsed.recipe, overrides)
+    if not config.ray_address:
+        # Ray 2.60 serves on every interface unless told, before it is imported, that it is to be a cluster of this machine alone.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from megatron_aspo.train import train
 
     train(config)
@@ -44,17 +51,17 @@ def _guarded(command, parsed: argparse.Namespace) -> int:
         signal.signal(number, stop)
     try:
         command(parsed)
-    except UserError as error:
-        print(f"megatron-aspo: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of our output is gone; what cannot be printed must not be tried again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except BaseException:
+    except BaseException as error:
         # Ray turns an interrupt in the middle of a call into other exceptions: whatever ends the run after a signal, the signal did.
-        if not received:
-            raise
-        print(f"megatron-aspo: {'interrupted' if received[0] == signal.SIGINT else 'terminated'}", file=sys.stderr)
-        return 128 + received[0]
+        if received:
+            print(f"megatron-aspo: {'interrupted' if received[0] == signal.SIGINT else 'terminated'}", file=sys.stderr)
+            return 128 + received[0]
+        if isinstance(error, UserError):
+            print(f"megatron-aspo: error: {error}", file=sys.stderr)
+            return 2
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output is gone; what cannot be printed must not be tried again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        raise
     return 0

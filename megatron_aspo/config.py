@@ -66,7 +66,7 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"recipe {recipe} cannot be read: {error}") from error
     try:
         values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {recipe} must be a mapping of keys to values")
@@ -138,6 +138,9 @@ def check(config: Config) -> None:
     for name in ("beta1", "beta2"):
         value = getattr(config.optimizer, name)
         _require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
+    for key, value in (("rollout.temperature", config.rollout.temperature), ("evaluation.temperature", config.evaluation.temperature)):
+        # vLLM would raise it to 0.01 by itself, and engine and trainer would differ.
+        _require(value >= 0.01 or (value == 0 and key.startswith("evaluation")), f"{key}={value} must be at least 0.01")
     quantile = config.algorithm.low_entropy_quantile
     _require(0 <= quantile <= 1, f"algorithm.low_entropy_quantile={quantile} must be in [0, 1]")
     _require(
@@ -176,7 +179,7 @@ def _apply(values: dict, override: str) -> None:
             raise UserError(f"override {override!r}: {section} is not a section of keys")
     try:
         values[key] = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
 
 

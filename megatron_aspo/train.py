@@ -12,7 +12,7 @@ from megatron_aspo.data.batch import make_train_batch
 from megatron_aspo.data.records import Group
 from megatron_aspo.evaluation.accuracy import Accuracy, accuracy
 from megatron_aspo.losses.advantages import group_advantages, kept_groups
-from megatron_aspo.observe.health import rollout_health
+from megatron_aspo.observe.health import rollout_health, staleness
 from megatron_aspo.observe.metrics import training_metrics
 from megatron_aspo.observe.rollouts import write_rollouts
 from megatron_aspo.observe.summary import Evaluation, print_summary
@@ -28,16 +28,16 @@ def train(config: Config) -> None:
         tokens = 0
         for step in range(config.steps):
             metrics = train_step(run, step)
-            if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
+            if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
                 result = evaluate(run, f"after step {step + 1}")
                 metrics |= {"evaluation/accuracy": result.accuracy.mean, "evaluation/standard_error": result.accuracy.standard_error}
             run.metrics.write(metrics)
             run.progress.step(step, metrics)
             tokens += metrics["tokens/generated"]
         minutes = (time.perf_counter() - started) / 60
-        after = evaluate(run, "after training")
         checkpoint = run.directory / "checkpoints" / f"step_{config.steps}" / "huggingface"
         run.trainers.export(checkpoint, config.trainer.dtype)
+        after = evaluate(run, "after training")
         print_summary(run, before, after, minutes, tokens, checkpoint)
 
 
@@ -46,6 +46,7 @@ def train_step(run: Run, step: int) -> dict:
     started = time.perf_counter()
     algorithm = run.config.algorithm
     run.progress.phase(step, "generating")
+    sampled_from = run.publisher.version
     collected = run.rollouts.collect(step)
     write_rollouts(run.directory / "rollouts" / f"step_{step}.parquet", collected.groups)
     groups = kept_groups(collected.groups, algorithm.group_filter)
@@ -63,7 +64,7 @@ def train_step(run: Run, step: int) -> dict:
         "groups/dropped": len(collected.groups) - len(groups),
         "groups/resampled": 0,
         **training_metrics(report),
-        "staleness/mean": 0.0,
+        "staleness/mean": staleness(collected.groups, sampled_from),
         "tokens/generated": collected.tokens,
         "tokens/trained": report.tokens,
         "tokens/generated_per_s": collected.tokens / seconds["generate"],

@@ -33,7 +33,6 @@ def write_checkpoint(directory: Path, trainer: "TrainerRank", dtype: str) -> Non
     index = {}
     for number, metas in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # A clone where the whole tensor is the parameter itself: safetensors refuses views.
         tensors = {tensor_name: tensor.cpu().contiguous() for tensor_name, tensor in trainer.whole_tensors(metas)}
         if writes:
             save_file(tensors, unfinished / name, metadata={"format": "pt"})

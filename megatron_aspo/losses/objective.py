@@ -87,7 +87,7 @@ def _tally(tokens: ObjectiveTokens, term: PolicyTerm, per_token: Tensor, kl: Ten
         "loss": (per_token, mask),
         "policy_loss": (term.loss, mask),
         "entropy": (tokens.entropy, mask),
-        "weight_distance": ((term.weight - 1).abs(), mask),
+        "weight_distance": ((term.weight - 1).abs(), mask & (tokens.advantages != 0)),
     }
     if kl is not None:
         figures["kl"] = (kl, mask)
@@ -96,6 +96,7 @@ def _tally(tokens: ObjectiveTokens, term: PolicyTerm, per_token: Tensor, kl: Ten
         figures[f"hard_mask_share/{sign}"] = (term.masked.float(), chosen)
         figures[f"soft_cap_share/{sign}"] = (term.capped.float(), chosen)
         figures[f"weight/{sign}"] = (term.weight, chosen)
+        figures[f"weight_distance/{sign}"] = ((term.weight - 1).abs(), chosen)
     # One transfer to the host for all figures.
     sums = torch.stack([torch.stack([_counted_sum(values, chosen).double(), chosen.sum().double()]) for values, chosen in figures.values()])
     return {name: (total, count) for name, (total, count) in zip(figures, sums.tolist(), strict=True)}

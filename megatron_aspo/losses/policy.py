@@ -35,7 +35,7 @@ class PolicyTerm:
 
     loss: Tensor
     weight: Tensor
-    """|∂loss/∂logprob| / |A| of an unmasked token: what the loss multiplies the plain policy gradient by."""
+    """What the loss multiplies the plain policy gradient by where it cuts nothing; for cut tokens, what the cut was decided by."""
     masked: Tensor
     """bool: the hard mask; these tokens have zero gradient."""
     capped: Tensor

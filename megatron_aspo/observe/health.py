@@ -31,6 +31,13 @@ def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def staleness(groups: Sequence[Group], version: int) -> float:
+    """Mean over response tokens of how many versions older than `version` the weights were that sampled them."""
+    spans = [span for group in groups for sample in group.samples for span in sample.generation.versions]
+    tokens = sum(span.stop - span.start for span in spans)
+    return sum((version - span.version) * (span.stop - span.start) for span in spans) / tokens
+
+
 def repeated_ngrams(text: str, n: int = NGRAM) -> tuple[float, int]:
     """(share of the text's n-grams of lower-cased words that occur more than once, count of the most frequent one)."""
     words = text.lower().split()

@@ -25,7 +25,7 @@ def training_metrics(report: UpdateReport) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends lines; each is on disk when `write` returns."""
+    """Appends lines, each handed to the system whole when `write` returns."""
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")

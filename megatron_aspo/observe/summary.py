@@ -33,7 +33,8 @@ def print_summary(run: "Run", before: Evaluation | None, after: Evaluation | Non
     table.add_row("steps", str(run.config.steps))
     table.add_row("training minutes", f"{minutes:.1f}")
     table.add_row("generated tokens/s", f"{tokens / (60 * minutes):.0f}")
-    table.add_row("peak memory", f"{run.memory.gb:.1f} GB")
+    if run.memory:
+        table.add_row("peak memory", f"{run.memory.gb:.1f} GB")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     if before and after:
@@ -52,7 +53,7 @@ def print_summary(run: "Run", before: Evaluation | None, after: Evaluation | Non
                 "steps": run.config.steps,
                 "train_minutes": round(minutes, 3),
                 "tokens_per_second": round(tokens / (60 * minutes), 1),
-                "peak_gb": round(run.memory.gb, 2),
+                "peak_gb": round(run.memory.gb, 2) if run.memory else None,
                 "run_dir": str(run.directory),
                 "hf_checkpoint": str(checkpoint),
             }

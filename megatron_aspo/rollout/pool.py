@@ -127,7 +127,6 @@ class EnginePool:
 
         Raises UserError with the cause when one does not start or is not up after `start_timeout_s`; then none is left running.
         """
-        self._check_resources()
         for member in self._members:
             member.actor = ray.remote(Engine).options(**_actor_options(member.spec)).remote(member.spec)
         try:
@@ -288,23 +287,11 @@ class EnginePool:
             "without a word usually ran out of memory"
         )
 
-    def _check_resources(self) -> None:
-        """Refuse at once what Ray could never place; it would wait for ever."""
-        kind = "GPU" if self._members[0].spec.device == "cuda" else "CPU"
-        needed = sum(_resources(member.spec)["num_gpus" if kind == "GPU" else "num_cpus"] for member in self._members)
-        there = ray.cluster_resources().get(kind, 0)
-        if needed > there:
-            raise UserError(
-                f"the engines need {needed:g} {kind}s and the Ray cluster has {there:g}; lower rollout.engines, rollout.tensor_parallel or "
-                "rollout.threads, or start Ray with more"
-            )
-
 
 def _resources(spec: EngineSpec) -> dict[str, float]:
     """Ray's logical resources of one engine."""
-    if spec.device == "cuda":
-        return {"num_cpus": 1, "num_gpus": spec.tensor_parallel}
-    return {"num_cpus": spec.threads, "num_gpus": 0}
+    # One CPU is a token, not a count of threads: engines and training ranks of one node take turns, and both use all its cores.
+    return {"num_cpus": 1, "num_gpus": spec.tensor_parallel if spec.device == "cuda" else 0}
 
 
 def _actor_options(spec: EngineSpec) -> dict[str, Any]:

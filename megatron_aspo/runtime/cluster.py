@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ class Cluster:
     """CPU cores of the smallest node, to be shared by the processes of one role on it."""
     device: str
     """`cpu | cuda`: what trainers and engines compute on."""
+    slots: int
+    """How many of those devices Ray can hand out; on CPU, logical CPUs."""
 
     def close(self) -> None:
         """Disconnect; a Ray of our own ends, with every process it started."""
@@ -37,23 +40,28 @@ class Cluster:
 def open_cluster(address: str, logical_cpus: int) -> Cluster:
     """Join the cluster at `address`, or start one here with room for `logical_cpus` reservations.
 
-    Trainers and engines of a synchronous run take turns, so one machine may reserve more logical CPUs than it has cores; how many threads
-    each process really uses is set explicitly. A Ray of our own listens on loopback only and has no dashboard.
+    On CPU a process reserves one logical CPU, whatever its threads: trainers and engines of a synchronous run take turns on the cores. A
+    Ray of our own listens on loopback only and has no dashboard.
     Raises UserError when the cluster cannot be reached.
     """
     try:
         with _own_signal_handlers():
             cores = _join(address) if address else _start(logical_cpus)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray did not start on this machine"
         raise UserError(f"{where}: {str(error).strip().splitlines()[0]}") from error
-    return Cluster(ours=not address, cores=max(1, cores), device="cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
+    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+    return Cluster(ours=not address, cores=max(1, cores), device="cuda" if gpus else "cpu", slots=gpus or cpus)
 
 
 def _join(address: str) -> int:
     """Returns the cores of the smallest node."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        # Ray itself tries for minutes before it says that nobody listens.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     ray.init(address=address, log_to_driver=False, logging_level="error")
-    return int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+    return int(min(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
 
 
 def _start(logical_cpus: int) -> int:
@@ -66,7 +74,6 @@ def _start(logical_cpus: int) -> int:
         object_store_memory=_OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level="error",
-        _node_ip_address="127.0.0.1",
     )
     return cores
 

@@ -1,6 +1,7 @@
 """Everything a run needs, brought up in order and taken down in reverse: Ray, engines, training ranks, the run directory."""
 
 import contextlib
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rewards.worker import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
-from megatron_aspo.runtime.cluster import open_cluster
+from megatron_aspo.runtime.cluster import Cluster, open_cluster
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_model import TensorReader, read_model
@@ -39,7 +40,8 @@ class Run:
     publisher: Publisher
     metrics: MetricsFile
     progress: Progress
-    memory: PeakMemory
+    memory: PeakMemory | None
+    """None on a cluster that others started: its processes are not ours to see."""
 
 
 @contextmanager
@@ -48,8 +50,7 @@ def open_run(config: Config) -> Iterator[Run]:
 
     Whatever fails on the way leaves no process and no file behind. Raises UserError for what the user can cure.
     """
-    if config.directory.exists():
-        raise UserError(f"run directory {config.directory} exists; choose another name or run_dir, or remove it")
+    _check_run_directory(config)
     progress = Progress(config.steps)
     model_directory = resolve_model(config.model)
     settings = RankSettings(model_directory, config.trainer, config.optimizer, config.algorithm, config.rollout.temperature, config.seed)
@@ -71,8 +72,9 @@ def open_run(config: Config) -> Iterator[Run]:
         stack.callback(progress.close)
         memory = stack.enter_context(contextlib.closing(PeakMemory()))
         with progress.waiting("starting Ray"):
-            cluster = open_cluster(config.ray_address, logical_cpus=_reservations(config))
+            cluster = open_cluster(config.ray_address, settings.sizes.world + config.rollout.engines)
             stack.callback(_undisturbed, cluster.close)
+        _check_resources(config, cluster, settings.sizes.world)
         rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers))
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         engines = EnginePool(
@@ -105,14 +107,25 @@ def open_run(config: Config) -> Iterator[Run]:
         directory = _make_run_directory(config)
         metrics = stack.enter_context(contextlib.closing(MetricsFile(directory / "metrics.jsonl")))
         rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.seed)
-        yield Run(config, directory, rollouts, trainers, publisher, metrics, progress, memory)
+        try:
+            yield Run(config, directory, rollouts, trainers, publisher, metrics, progress, memory if cluster.ours else None)
+        except UserError:
+            # A mistake that only the first responses show, such as a reward that fails: the corrected run may have the name.
+            if not (directory / "metrics.jsonl").stat().st_size:
+                shutil.rmtree(directory)
+            raise
 
 
-def _reservations(config: Config) -> int:
-    """Logical CPUs that the run's processes reserve on one machine."""
-    trainers = config.trainer.tensor_parallel * config.trainer.pipeline_parallel * config.trainer.data_parallel
-    engines = config.rollout.engines * config.rollout.tensor_parallel
-    return 64 + trainers * max(1, config.trainer.threads) + engines * max(1, config.rollout.threads)
+def _check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
+    """Refuse at once what Ray could never place: it would wait for ever."""
+    engines, per_engine = config.rollout.engines, config.rollout.tensor_parallel if cluster.device == "cuda" else 1
+    needed = ranks + engines * per_engine
+    kind = "GPU" if cluster.device == "cuda" else "CPU"
+    if needed > cluster.slots:
+        raise UserError(
+            f"{ranks} training ranks and {engines} engines need {needed} {kind}s of the Ray cluster, which has {cluster.slots}; "
+            "lower trainer.data_parallel or rollout.engines, or start Ray with more"
+        )
 
 
 def _check_engine_cut(config: Config, heads: int, kv_heads: int) -> None:
@@ -124,6 +137,17 @@ def _check_engine_cut(config: Config, heads: int, kv_heads: int) -> None:
 def _check_held_out(prompts: list) -> None:
     if len(prompts) < 2:
         raise UserError(f"there are {len(prompts)} held-out prompts; a standard error needs at least 2, or set evaluation.draws=0")
+
+
+def _check_run_directory(config: Config) -> None:
+    try:
+        if longest := max((part for part in config.directory.parts if len(part.encode()) > 255), default=""):
+            raise OSError(f"a part of it has {len(longest.encode())} bytes, over the 255 that file systems take")
+        exists = config.directory.exists()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"name={config.name} run_dir={config.run_dir} is no usable path: {error}; choose another") from error
+    if exists:
+        raise UserError(f"run directory {config.directory} exists; choose another name or run_dir, or remove it")
 
 
 def _make_run_directory(config: Config) -> Path:

@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
-from megatron_aspo.weights.group import free_port, interface_of
+from megatron_aspo.weights.group import free_port, interface_of, meeting_store
 
 if TYPE_CHECKING:
     from megatron_aspo.data.batch import TrainBatch
@@ -29,15 +29,16 @@ class TrainerActor:
         host = ray.util.get_node_ip_address()
         return host, free_port(host)
 
-    def start(self, settings: RankSettings, rank: int, init_method: str) -> dict[str, str]:
-        """Build the rank; returns what was chosen."""
+    def start(self, settings: RankSettings, rank: int, host: str, port: int) -> dict[str, str]:
+        """Build the rank; the ranks meet at rank 0's `host:port`. Returns what was chosen."""
         # Process groups listen on the interface of the cluster's own network, never on all.
         interface = interface_of(ray.util.get_node_ip_address())
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         os.environ["NCCL_SOCKET_IFNAME"] = interface
         from megatron_aspo.trainer.rank import TrainerRank
 
-        self._rank = TrainerRank(settings, rank, init_method)
+        store = meeting_store(host, port, rank, settings.sizes.world, settings.trainer.timeout_s)
+        self._rank = TrainerRank(settings, rank, store)
         return self._rank.describe()
 
     def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
@@ -69,16 +70,16 @@ class Trainers:
     def start(cls, settings: RankSettings, device: str, threads: int) -> "Trainers":
         """Create and start every rank. Raises UserError when the model or the layout is at fault; then none is left running."""
         options = {
-            "num_cpus": 1 if device == "cuda" else threads,
+            "num_cpus": 1,  # a token: see Cluster
             "num_gpus": 1 if device == "cuda" else 0,
-            # Ray sets OMP_NUM_THREADS from num_cpus on its own; it is stated here so that both agree.
+            # Ray would set OMP_NUM_THREADS from num_cpus.
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[2])}},
         }
         actors = [ray.remote(TrainerActor).options(**options).remote() for _ in range(settings.sizes.world)]
         trainers = cls(actors, {})
         try:
             host, port = trainers._get([actors[0].address.remote()])[0]
-            chosen = trainers._get([a.start.remote(settings, rank, f"tcp://{host}:{port}") for rank, a in enumerate(actors)])
+            chosen = trainers._get([a.start.remote(settings, rank, host, port) for rank, a in enumerate(actors)])
         except BaseException:
             trainers.close()
             raise

@@ -51,7 +51,7 @@ def transformer_config(model: HFModel, parallel: ParallelState, device: Device, 
         output_layer_init_method=_leave_unfilled,
         embedding_init_method=_leave_unfilled,
         use_cpu_initialization=not device.is_cuda,
-        # Gradients are sums: the denominators are ours, known before the first micro-batch (trainer/objective.py).
+        # Gradients are sums: the denominators are ours, known before the first micro-batch (losses/objective.py).
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -24,7 +24,7 @@ class TrainerOptions:
     threads: int = 0
     """CPU threads of one rank; 0 shares the node's cores evenly among its ranks."""
     timeout_s: float = 600.0
-    """A collective that takes longer ends the run."""
+    """A collective that takes longer ends the run; Megatron counts its own groups' in whole minutes, at least one."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ class ParallelState:
     at: Coordinates
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    pp_group: dist.ProcessGroup
 
     @property
     def is_first_stage(self) -> bool:
@@ -29,16 +28,14 @@ class ParallelState:
         return self.at.pipeline == self.sizes.pipeline - 1
 
 
-def initialize(rank: int, sizes: ParallelSizes, init_method: str, device: Device, timeout_s: float, seed: int) -> ParallelState:
+def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Device, timeout_s: float, seed: int) -> ParallelState:
     """Join the process group of all training ranks and set up Megatron's groups. Collective over all ranks.
 
-    init_method: where the ranks meet, as torch.distributed names it: `tcp://host:port` of rank 0.
+    store: where the ranks meet.
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    dist.init_process_group(
-        device.backend, init_method=init_method, rank=rank, world_size=sizes.world, timeout=timedelta(seconds=timeout_s)
-    )
+    dist.init_process_group(device.backend, store=store, rank=rank, world_size=sizes.world, timeout=timedelta(seconds=timeout_s))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -59,7 +56,6 @@ def initialize(rank: int, sizes: ParallelSizes, init_method: str, device: Device
         at=at,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
     )
 
 

@@ -48,8 +48,8 @@ class Scores:
 
 
 class TrainerRank:
-    def __init__(self, settings: RankSettings, rank: int, init_method: str, local_rank: int = 0):
-        """Join the other ranks, build this rank's share of the model and fill it. Collective."""
+    def __init__(self, settings: RankSettings, rank: int, store: dist.Store, local_rank: int = 0):
+        """Join the other ranks, which meet at `store`, build this rank's share of the model and fill it. Collective."""
         self.settings = settings
         options = settings.trainer
         self.device = devices.select_device(local_rank)
@@ -59,7 +59,7 @@ class TrainerRank:
         self.layer_spec = choose_layer_spec(options.layer_spec, self.device)
         if options.shared_prompts:
             check_shared_prompts(self.layer_spec)
-        self.parallel = parallel_states.initialize(rank, settings.sizes, init_method, self.device, options.timeout_s, settings.seed)
+        self.parallel = parallel_states.initialize(rank, settings.sizes, store, self.device, options.timeout_s, settings.seed)
         self._layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
         # Data-parallel replicas hold the same: the layout of the rank at the same place of the first replica.
         self._layout = self._layouts[rank - self.parallel.at.data * settings.sizes.tensor]
@@ -224,7 +224,7 @@ class TrainerRank:
     def connect(self, host: str, port: int, world_size: int) -> None:
         """Rank 0 becomes the sender of the group that it forms with all engine workers; the others return at once."""
         if self.parallel.rank == 0:
-            self._transfer_group = stateless_group(host, port, 0, world_size, self.settings.trainer.timeout_s)
+            self._transfer_group = stateless_group(host, port, 0, world_size, self.settings.trainer.timeout_s, self.device.backend)
 
     def publish(self, dtype: str, bucket_bytes: int) -> int:
         """Send the current weights to every engine worker, in buckets that both sides derive from the same metas. Returns bytes sent."""

@@ -37,4 +37,4 @@ class UpdateReport:
     learning_rate: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
-    """Tokens the model read in training passes, over all data-parallel ranks."""
+    """Tokens of the samples trained on in all passes, each prompt counted for each of its responses, shared or not."""

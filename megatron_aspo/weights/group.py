@@ -74,7 +74,7 @@ def stateless_group(host: str, port: int, rank: int, world_size: int, timeout_s:
     timeout = timedelta(seconds=timeout_s)
     address = f"{host}:{port}"
     who = f"rank {rank} of {world_size}"
-    store = _store(host, port, rank, world_size, timeout, who)
+    store = meeting_store(host, port, rank, world_size, timeout_s)
     _meet(store, rank, world_size, timeout_s, who, address)
     prefixed = dist.PrefixStore("weights", store)
     try:
@@ -118,8 +118,13 @@ def interface_of(ip: str) -> str:
     return found[ip]
 
 
-def _store(host: str, port: int, rank: int, world_size: int, timeout: timedelta, who: str) -> dist.TCPStore:
-    """The key-value store through which the ranks find each other; rank 0 serves it."""
+def meeting_store(host: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
+    """The key-value store through which the ranks find each other; rank 0 serves it, at `host` only.
+
+    Raises TransferError when rank 0 cannot listen there or does not answer within the timeout.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    who = f"rank {rank} of {world_size}"
     common = {"world_size": world_size, "timeout": timeout, "wait_for_workers": False}
     if rank != 0:
         try:

@@ -39,6 +39,8 @@ HEALTH = [
     "train/weight/positive",
     "train/weight/negative",
     "train/weight_distance",
+    "train/weight_distance/positive",
+    "train/weight_distance/negative",
     "response/repetition_share",
     "response/repetition_top_count",
     "response/length_mean",

@@ -38,11 +38,11 @@ class Pool:
             self._processes.append(process)
 
     def run(self, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:
-        """`function(rank, init_method, *arguments)` on every rank; the results by rank. Any rank's failure fails the caller."""
+        """`function(rank, meeting, *arguments)` on every rank; the results by rank. Any rank's failure fails the caller."""
         self._jobs += 1
-        init_method = f"file://{self._meetings.name}/{self._jobs}"
+        meeting = f"{self._meetings.name}/{self._jobs}"
         for rank, pipe in enumerate(self._pipes):
-            pipe.send((function, (rank, init_method, *arguments)))
+            pipe.send((function, (rank, meeting, *arguments)))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(timeout_s):

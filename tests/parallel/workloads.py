@@ -1,20 +1,21 @@
-"""What the pool's processes run. Each function is collective: (rank, init_method, …) on every rank of the pool."""
+"""What the pool's processes run. Each function is collective: (rank, path at which the ranks meet, …) on every rank of the pool."""
 
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_aspo.data.batch import TrainBatch
 
 
-def one_step(rank: int, init_method: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None):
+def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None):
     """Gradients and weights (Hugging Face names) and the tally of one optimizer step over the whole batch; rank 0's answer counts."""
     from megatron_aspo.trainer.optimizer import set_learning_rate
     from megatron_aspo.trainer.rank import Scores
 
-    with _trainer(rank, init_method, settings) as trainer:
+    with _trainer(rank, meeting, settings) as trainer:
         scored = trainer.score(batch).old
         scores = Scores(torch.from_numpy(old), None if reference is None else torch.from_numpy(reference))
         set_learning_rate(trainer._optimizer, settings.optimizer, step=0)
@@ -36,21 +37,21 @@ def one_step(rank: int, init_method: str, settings, batch: TrainBatch, old: np.n
 
 
 @contextmanager
-def _trainer(rank: int, init_method: str, settings):
+def _trainer(rank: int, meeting: str, settings):
     from megatron_aspo.trainer.rank import TrainerRank
 
-    trainer = TrainerRank(settings, rank, init_method)
+    trainer = TrainerRank(settings, rank, dist.FileStore(meeting, settings.sizes.world))
     try:
         yield trainer
     finally:
         trainer.close()
 
 
-def logits(rank: int, init_method: str, settings, sequences: list[list[int]]) -> np.ndarray:
+def logits(rank: int, meeting: str, settings, sequences: list[list[int]]) -> np.ndarray:
     """This rank's columns of the logits of packed sequences, [tokens, rows of the output matrix]; one pipeline stage."""
     from megatron_aspo.trainer.layers import SharedPromptParams
 
-    with _trainer(rank, init_method, settings) as trainer, torch.no_grad():
+    with _trainer(rank, meeting, settings) as trainer, torch.no_grad():
         lengths = [len(sequence) for sequence in sequences]
         cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         hidden = trainer.model(
@@ -64,21 +65,19 @@ def logits(rank: int, init_method: str, settings, sequences: list[list[int]]) ->
         return (hidden[:, 0] @ trainer.model.output_weight().T).numpy()
 
 
-def export(rank: int, init_method: str, settings, directory: Path, dtype: str) -> None:
+def export(rank: int, meeting: str, settings, directory: Path, dtype: str) -> None:
     """Write the weights just loaded."""
     from megatron_aspo.checkpoint.hf_export import write_checkpoint
 
-    with _trainer(rank, init_method, settings) as trainer:
+    with _trainer(rank, meeting, settings) as trainer:
         write_checkpoint(directory, trainer, dtype)
 
 
-def vocab_parallel_logprobs(rank: int, init_method: str, world: int, hidden, weight, targets, upstream, vocab: int):
+def vocab_parallel_logprobs(rank: int, meeting: str, world: int, hidden, weight, targets, upstream, vocab: int):
     """The seam with the vocabulary cut over all ranks: values and gradients of this rank."""
-    import torch.distributed as dist
-
     from megatron_aspo.trainer.logprobs import logprobs
 
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world)
+    dist.init_process_group("gloo", store=dist.FileStore(meeting, world), rank=rank, world_size=world)
     rows = weight.shape[0] // world
     hidden = torch.from_numpy(hidden).requires_grad_()
     mine = torch.from_numpy(weight[rank * rows : (rank + 1) * rows].copy()).requires_grad_()
@@ -88,9 +87,9 @@ def vocab_parallel_logprobs(rank: int, init_method: str, world: int, hidden, wei
     return values[0].detach().numpy(), values[1].detach().numpy(), hidden.grad.numpy(), mine.grad.numpy()
 
 
-def train_once(rank: int, init_method: str, settings, batch: TrainBatch) -> tuple:
+def train_once(rank: int, meeting: str, settings, batch: TrainBatch) -> tuple:
     """One whole `update`: scores, epochs × mini-batches; the report of the last rank and the weights of rank 0."""
-    with _trainer(rank, init_method, settings) as trainer:
+    with _trainer(rank, meeting, settings) as trainer:
         report = trainer.update(batch, step=0)
         weights = {name: t.numpy() for name, t in trainer.whole_tensors(trainer.tensor_metas("float32"))}
         return report, weights

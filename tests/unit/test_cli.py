@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import save_tiny
+from tests.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "recipes" / "quickstart.yaml"
@@ -58,6 +59,18 @@ def test_a_tensor_parallel_size_that_does_not_divide_heads_is_refused(tmp_path, 
 def test_an_existing_run_directory_is_refused(tmp_path):
     (tmp_path / "taken").mkdir()
     assert "taken exists" in refused(tmp_path, RECIPE, "run_dir=taken")
+
+
+def test_a_path_that_cannot_be_is_refused(tmp_path):
+    assert "no usable path" in refused(tmp_path, RECIPE, "name=" + "x" * 300)
+    assert "no usable path" in refused(tmp_path, RECIPE, "run_dir=~nobody_here/x")
+
+
+def test_a_cluster_where_nobody_listens_is_refused_at_once_and_options_may_stand_anywhere(tmp_path, tmp_path_factory):
+    whole = tmp_path_factory.mktemp("whole")
+    save_tiny("llama", whole)
+    byte_tokenizer().save_pretrained(whole)
+    assert "the Ray cluster at 127.0.0.1:1 cannot be joined" in refused(tmp_path, RECIPE, "--ray-address", "127.0.0.1:1", f"model={whole}")
 
 
 def test_prompt_plus_response_must_fit_the_model(tmp_path, model):

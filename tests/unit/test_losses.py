@@ -1,5 +1,7 @@
 """Policy losses and their surroundings against float64 references and closed forms."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -197,3 +199,14 @@ def test_health_figures_separate_the_signs():
 def test_names_that_a_configuration_may_use_are_the_tables_keys():
     assert set(names.POLICY_LOSS_NAMES) == set(POLICY_LOSSES)
     assert set(names.ADVANTAGE_NAMES) == set(ADVANTAGES)
+
+
+def test_staleness_is_counted_by_token():
+    from megatron_aspo.data.records import VersionSpan
+    from megatron_aspo.observe.health import staleness
+    from tests.unit.test_batch import group
+
+    one = group(0, [5], [[1, 2, 3], [4]])
+    spans = (VersionSpan(2, 0, 1), VersionSpan(5, 1, 3)), (VersionSpan(4, 0, 1),)
+    samples = tuple(replace(s, generation=replace(s.generation, versions=v)) for s, v in zip(one.samples, spans))
+    assert staleness([replace(one, samples=samples)], 5) == (3 + 0 + 0 + 1) / 4
