@@ -345,11 +345,6 @@ def test_what_the_engine_core_says_before_it_dies_reaches_the_user(ray_cluster, 
     shutil.rmtree(tmp_path)
 
 
-def test_more_than_the_cluster_has_is_refused_at_once(ray_cluster, tmp_path):
-    with pytest.raises(UserError, match="the engines need 99 CPUs and the Ray cluster has 16"):
-        EnginePool(str(tmp_path), options(engines=99), max_model_len=256).start()
-
-
 # From here on the engines of `tied` are killed.
 
 
