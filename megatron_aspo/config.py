@@ -1,22 +1,24 @@
 """One typed configuration: a YAML recipe over the defaults of the rooms' options, `key.path=value` on the command line over that."""
 
 import contextlib
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import get_origin
 
 import yaml
 
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvaluationOptions
+from megatron_aspo.losses.check import check_algorithm, nearest
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 
-_TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+_TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", dict: "a mapping of names to values"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Config:
     """Everything a run is made of."""
 
     name: str = "run"
+    preset: str = "paper"
+    """`paper`, or `archer_reference`: what the public code of ASPO's authors does where it differs; it fixes the values that it sets."""
     run_dir: str = ""
     """Where the run is written; `runs/<name>` when empty. It must not exist."""
     model: str = ""
@@ -72,8 +76,12 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"recipe {recipe} must be a mapping of keys to values")
     for override in overrides:
         _apply(values, override)
-    config = _build(Config, values, "")
-    check(config)
+    preset = str(values.get("preset", "paper"))
+    _require(preset in PRESETS, f"preset={preset} is not known; {nearest(preset, PRESETS)}")
+    implied = _over(_loss_defaults(values), PRESETS[preset])
+    config = _build(Config, _over(implied, values), "")
+    _check_preset(config)
+    check(config, implied)
     return config
 
 
@@ -82,25 +90,41 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
-def check(config: Config) -> None:
-    """Refuse values and combinations that cannot work, with the rule and the cure."""
-    from megatron_aspo.losses.names import ADVANTAGE_NAMES, GROUP_FILTERS, POLICY_LOSS_NAMES
+def _loss_defaults(values: dict) -> Values:
+    algorithm = values.get("algorithm")
+    return LOSS_DEFAULTS.get(str(algorithm.get("policy_loss")), {}) if isinstance(algorithm, dict) else {}
 
+
+def _over(below: dict, above: dict) -> dict:
+    """Both nested mappings in one; where both have a value, that of `above`."""
+    result = dict(below)
+    for key, value in above.items():
+        result[key] = _over(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+    return result
+
+
+def _check_preset(config: Config) -> None:
+    for section, keys in PRESETS[config.preset].items():
+        for key, fixed in keys.items():
+            value = getattr(getattr(config, section), key)
+            _require(
+                value == fixed, f"preset={config.preset} fixes {section}.{key}={fixed}, not {value}; remove the key, or set preset=paper"
+            )
+
+
+def check(config: Config, implied: Values | None = None) -> None:
+    """Refuse values and combinations that cannot work, with the rule and the cure. implied: what was not set by the recipe itself."""
     _require(bool(config.model), "model is empty; name a local Hugging Face model directory or a hub name")
     _require(bool(config.task), "task is empty; choose one of single_digit_addition, largest_of_three, jsonl")
     for key, value, choices in (
-        ("algorithm.policy_loss", config.algorithm.policy_loss, POLICY_LOSS_NAMES),
-        ("algorithm.advantage", config.algorithm.advantage, ADVANTAGE_NAMES),
-        ("algorithm.group_filter", config.algorithm.group_filter, GROUP_FILTERS),
         ("trainer.dtype", config.trainer.dtype, ("float32", "bfloat16")),
         ("trainer.layer_spec", config.trainer.layer_spec, ("auto", "local", "transformer_engine")),
         ("rollout.dtype", config.rollout.dtype, ("float32", "bfloat16")),
     ):
-        _require(value in choices, f"{key}={value} is not known; {_nearest(value, choices)}")
+        _require(value in choices, f"{key}={value} is not known; {nearest(value, choices)}")
     for section, names in (
         (config, ("steps", "transfer_bucket_mib")),
         (config.data, ("reward_workers", "max_prompt_tokens", "held_out_prompts")),
-        (config.algorithm, ("epochs", "mini_batch_prompts", "dual_clip_neg", "dual_clip_pos")),
         (
             config.trainer,
             ("tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_tokens", "logprob_chunk_tokens", "timeout_s"),
@@ -112,6 +136,7 @@ def check(config: Config) -> None:
                 "engines",
                 "tensor_parallel",
                 "prompts_per_step",
+                "responses_per_prompt",
                 "max_response_tokens",
                 "temperature",
                 "max_running_requests",
@@ -124,7 +149,6 @@ def check(config: Config) -> None:
             _require(getattr(section, name) > 0, f"{_path(config, section)}{name}={getattr(section, name)} must be greater than 0")
     for section, names in (
         (config, ("seed",)),
-        (config.algorithm, ("clip_low", "clip_high", "high_entropy_clip_low", "high_entropy_clip_high", "kl_coef", "entropy_coef")),
         (config.trainer, ("threads",)),
         (config.optimizer, ("warmup_steps", "weight_decay", "clip_grad")),
         (config.rollout, ("threads",)),
@@ -132,21 +156,14 @@ def check(config: Config) -> None:
     ):
         for name in names:
             _require(getattr(section, name) >= 0, f"{_path(config, section)}{name}={getattr(section, name)} must not be negative")
-    for name in ("clip_low", "high_entropy_clip_low"):
-        value = getattr(config.algorithm, name)
-        _require(value < 1, f"algorithm.{name}={value} must be under 1: a ratio is positive")
     for name in ("beta1", "beta2"):
         value = getattr(config.optimizer, name)
         _require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
     for key, value in (("rollout.temperature", config.rollout.temperature), ("evaluation.temperature", config.evaluation.temperature)):
         # vLLM would raise it to 0.01 by itself, and engine and trainer would differ.
         _require(value >= 0.01 or (value == 0 and key.startswith("evaluation")), f"{key}={value} must be at least 0.01")
-    quantile = config.algorithm.low_entropy_quantile
-    _require(0 <= quantile <= 1, f"algorithm.low_entropy_quantile={quantile} must be in [0, 1]")
-    _require(
-        config.rollout.responses_per_prompt >= 2,
-        f"rollout.responses_per_prompt={config.rollout.responses_per_prompt}: algorithm.advantage={config.algorithm.advantage} compares "
-        "the responses of a group; take at least 2",
+    check_algorithm(
+        config.algorithm, config.rollout.responses_per_prompt, config.rollout.max_response_tokens, (implied or {}).get("algorithm")
     )
     _require(
         not config.evaluation.every or config.evaluation.draws > 0,
@@ -185,11 +202,11 @@ def _apply(values: dict, override: str) -> None:
 
 def _build(kind: type, given: dict, prefix: str):
     """The dataclass `kind` with the given values over its defaults. Every value must have the field's type; floats also take integers."""
-    known = {f.name: f.type for f in fields(kind)}
+    known = {f.name: get_origin(f.type) or f.type for f in fields(kind)}
     values = {}
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"unknown key {prefix}{key}; {_nearest(str(key), list(known), prefix)}")
+            raise UserError(f"unknown key {prefix}{key}; {nearest(str(key), known, prefix)}")
         wanted = known[key]
         if is_dataclass(wanted):
             if not isinstance(value, dict):
@@ -204,8 +221,3 @@ def _build(kind: type, given: dict, prefix: str):
             raise UserError(f"{prefix}{key}={value!r} is not {_TYPE_NAMES[wanted]}")
         values[key] = value
     return kind(**values)
-
-
-def _nearest(wrong: str, valid: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(wrong, valid, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{close[0]}?" if close else f"valid: {', '.join(prefix + name for name in sorted(valid))}"

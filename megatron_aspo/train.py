@@ -11,7 +11,6 @@ from megatron_aspo.config import Config
 from megatron_aspo.data.batch import make_train_batch
 from megatron_aspo.data.records import Group
 from megatron_aspo.evaluation.accuracy import Accuracy, accuracy
-from megatron_aspo.losses.advantages import group_advantages, kept_groups
 from megatron_aspo.observe.health import rollout_health, staleness
 from megatron_aspo.observe.metrics import training_metrics
 from megatron_aspo.observe.rollouts import write_rollouts
@@ -48,21 +47,26 @@ def train_step(run: Run, step: int) -> dict:
     run.progress.phase(step, "generating")
     sampled_from = run.publisher.version
     collected = run.rollouts.collect(step)
+    if collected.missing:
+        run.progress.say(
+            f"step {step + 1}: {algorithm.resample_rounds} extra generations (algorithm.resample_rounds) left {collected.missing} groups "
+            f"missing; the step trains on {len(collected.kept)}"
+        )
     write_rollouts(run.directory / "rollouts" / f"step_{step}.parquet", collected.groups)
-    groups = kept_groups(collected.groups, algorithm.group_filter)
-    batch = make_train_batch(groups, group_advantages(groups, algorithm.advantage))
+    batch = make_train_batch(collected.kept, algorithm.batch_order, run.trainers.world, overlong_filter=algorithm.overlong_filter)
     run.progress.phase(step, "training")
     report = run.trainers.update(batch, step)
     run.progress.phase(step, "publishing weights")
     publishing = time.perf_counter()
-    # With no group left there was no update, and the engines have these weights already.
-    sent = run.publisher.publish(version=step + 1) if groups else 0
+    # With nothing left to train on there was no update, and the engines have these weights already.
+    sent = run.publisher.publish(version=step + 1) if report.gradient_norms else 0
     seconds = collected.seconds | report.seconds | {"publish": time.perf_counter() - publishing, "step": time.perf_counter() - started}
     return {
         "step": step,
         **rollout_health(collected.groups),
-        "groups/dropped": len(collected.groups) - len(groups),
-        "groups/resampled": 0,
+        "groups/dropped": len(collected.groups) - len(collected.kept),
+        "groups/resampled": collected.resampled,
+        "groups/missing": collected.missing,
         **training_metrics(report),
         "staleness/mean": staleness(collected.groups, sampled_from),
         "tokens/generated": collected.tokens,

@@ -26,8 +26,8 @@ class TrainBatch:
     """bool [response tokens]: which count in numerators and denominators."""
     rollout_logprobs: np.ndarray
     """float32 [response tokens]"""
-    advantages: np.ndarray
-    """float32 [samples]: every token of a response carries its response's."""
+    rewards: np.ndarray
+    """float64 [samples]: shaped; a KL penalty in the reward is still to come."""
     groups: np.ndarray
     """int64 [samples]: number of the sample's group within the step, from 0 with no gap."""
     names: tuple[str, ...]
@@ -36,6 +36,11 @@ class TrainBatch:
     @property
     def samples(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def counted(self) -> np.ndarray:
+        """int64 [samples]: counted response tokens."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.mask)])[self.response_offsets])
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -48,18 +53,29 @@ class TrainBatch:
         return np.diff(self.offsets) - 1
 
 
-def make_train_batch(groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> TrainBatch:
-    """Flatten groups. `advantages[i]` is float64 [G] for group i."""
+def make_train_batch(groups: Sequence[Group], order: str, ranks: int, *, overlong_filter: bool) -> TrainBatch:
+    """Flatten groups: as they come or, in the order `data_index`, by their prompts' places in the data set.
+
+    Every response token counts, but not in a response that was cut off, with `overlong_filter`, nor, under `data_index`, in the last
+    responses that are over a multiple of `ranks`. These stay for the statistics of their group.
+    """
+    multiple = 1
+    if order == "data_index":
+        groups, multiple = sorted(groups, key=lambda group: group.prompt.place), ranks
     samples = [(number, sample) for number, group in enumerate(groups) for sample in group.samples]
+    counts = [
+        i < len(samples) // multiple * multiple and not (overlong_filter and s.generation.finish_reason == "length")
+        for i, (_, s) in enumerate(samples)
+    ]
     responses = [sample.generation.token_ids for _, sample in samples]
     tokens = [np.concatenate([s.prompt.token_ids, s.generation.token_ids]).astype(np.int64) for _, s in samples]
     return TrainBatch(
         token_ids=np.concatenate(tokens) if tokens else np.zeros(0, np.int64),
         offsets=_offsets(tokens),
         response_offsets=_offsets(responses),
-        mask=np.ones(sum(map(len, responses)), bool),
+        mask=np.repeat(np.array(counts, bool), [len(r) for r in responses]),
         rollout_logprobs=np.concatenate([s.generation.logprobs for _, s in samples] or [np.zeros(0)]).astype(np.float32),
-        advantages=np.concatenate([np.asarray(a) for a in advantages] or [np.zeros(0)]).astype(np.float32),
+        rewards=np.concatenate([*(group.shaped_rewards for group in groups), np.zeros(0)]),
         groups=np.array([number for number, _ in samples], np.int64),
         names=tuple(f"{s.prompt.id}[{s.index}]" for _, s in samples),
     )
@@ -69,13 +85,15 @@ def _offsets(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([len(a) for a in arrays])]).astype(np.int64)
 
 
-def mini_batches(groups: np.ndarray, groups_per_mini_batch: int, epochs: int, seed: int) -> list[np.ndarray]:
-    """Sample indices of each optimizer step, in order: every epoch visits each group once, in a new order drawn from `seed`."""
+def mini_batches(groups: np.ndarray, groups_per_mini_batch: int, epochs: int, seed: int | None) -> list[np.ndarray]:
+    """Sample indices of each optimizer step, in order: every epoch visits each group once, in a new order drawn from `seed`, or, with None,
+    by number.
+    """
     count = int(groups.max()) + 1 if groups.size else 0
     random = np.random.default_rng(seed)
     result = []
     for _ in range(epochs):
-        order = random.permutation(count)
+        order = np.arange(count) if seed is None else random.permutation(count)
         for start in range(0, count, groups_per_mini_batch):
             result.append(np.flatnonzero(np.isin(groups, order[start : start + groups_per_mini_batch])))
     return result

@@ -71,7 +71,7 @@ def read_prompts(path: Path, split: str, tokenizer: "PreTrainedTokenizerBase", m
     line_of_id: dict[str, int] = {}
     for number, row in _read_rows(path):
         where = f"{path}:{number}"
-        prompt = _make_prompt(row, where, f"{split}/{row.get('id', number)}", tokenizer)
+        prompt = _make_prompt(row, where, f"{split}/{row.get('id', number)}", number, tokenizer)
         if prompt.id in line_of_id:
             raise UserError(f"{where}: id {row.get('id', number)!r} is also that of line {line_of_id[prompt.id]}; ids must differ")
         if not 1 <= len(prompt.token_ids) <= max_prompt_tokens:
@@ -105,7 +105,7 @@ def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _make_prompt(row: dict[str, Any], where: str, prompt_id: str, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+def _make_prompt(row: dict[str, Any], where: str, prompt_id: str, number: int, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
     truth_field = "ground_truth" if "ground_truth" in row else "answer"
     for field in ("prompt", truth_field):
         if field not in row:
@@ -128,7 +128,7 @@ def _make_prompt(row: dict[str, Any], where: str, prompt_id: str, tokenizer: "Pr
     else:
         raise UserError(f"{where}: prompt is a JSON {_json_type(content)}, expected a string or a list of messages")
     extra = {key: value for key, value in row.items() if key not in ("prompt", truth_field, "id", "data_source")}
-    return Prompt(prompt_id, token_ids, text, ground_truth=row[truth_field], data_source=data_source, extra=extra)
+    return Prompt(prompt_id, token_ids, text, ground_truth=row[truth_field], data_source=data_source, extra=extra, place=number)
 
 
 def _check_messages(messages: list[Any], where: str) -> None:

@@ -40,14 +40,14 @@ class ProceduralTask:
     def reward(self, prompt: Prompt, response: str) -> RewardResult:
         return self._reward(prompt, response)
 
-    def _make_prompt(self, key: str, question: str, answer: int) -> Prompt:
+    def _make_prompt(self, key: str, place: int, question: str, answer: int) -> Prompt:
         text = f"{question} Answer with only the number."
         token_ids = encode_chat(self._tokenizer, [{"role": "user", "content": text}])
         if len(token_ids) > self._max_prompt_tokens:
             raise UserError(
                 f"a prompt of task={self.name} has {len(token_ids)} tokens; raise data.max_prompt_tokens={self._max_prompt_tokens} to that"
             )
-        return Prompt(id=f"{self.name}/{key}", token_ids=token_ids, text=text, ground_truth=answer, data_source=self.name)
+        return Prompt(id=f"{self.name}/{key}", token_ids=token_ids, text=text, ground_truth=answer, data_source=self.name, place=place)
 
 
 class SingleDigitAddition(ProceduralTask):
@@ -74,7 +74,7 @@ class SingleDigitAddition(ProceduralTask):
         return [self._ask(a, b) for a, b in self._held_out]
 
     def _ask(self, a: int, b: int) -> Prompt:
-        return self._make_prompt(f"{a}+{b}", f"What is {a} + {b}?", a + b)
+        return self._make_prompt(f"{a}+{b}", 10 * a + b, f"What is {a} + {b}?", a + b)
 
 
 class LargestOfThree(ProceduralTask):
@@ -106,7 +106,9 @@ class LargestOfThree(ProceduralTask):
 
     def _ask(self, numbers: list[int]) -> Prompt:
         a, b, c = numbers
-        return self._make_prompt(f"{a},{b},{c}", f"Which is the largest of the numbers {a}, {b} and {c}?", max(numbers))
+        return self._make_prompt(
+            f"{a},{b},{c}", 10_000 * a + 100 * b + c, f"Which is the largest of the numbers {a}, {b} and {c}?", max(numbers)
+        )
 
 
 def _score_last_number(prompt: Prompt, response: str) -> RewardResult:

@@ -19,6 +19,8 @@ class Prompt:
     ground_truth: Any
     data_source: str
     extra: dict[str, Any] = field(default_factory=dict)
+    place: int = 0
+    """Where it stands in its data set."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Sample:
     text: str
     """The response, decoded without special tokens."""
     reward: float
+    shaped_reward: float
+    """With the length penalty: what training sees."""
     reward_details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,3 +73,8 @@ class Group:
     def rewards(self) -> np.ndarray:
         """float64 [G]."""
         return np.array([sample.reward for sample in self.samples], dtype=np.float64)
+
+    @property
+    def shaped_rewards(self) -> np.ndarray:
+        """float64 [G]."""
+        return np.array([sample.shaped_reward for sample in self.samples], dtype=np.float64)

@@ -1,4 +1,6 @@
-"""What stands beside the policy loss: KL to the reference and entropy classes."""
+"""What stands beside the policy loss, per token: KL to the reference, entropy classes, correction of engine–trainer mismatch."""
+
+from math import inf
 
 import torch
 from torch import Tensor
@@ -6,20 +8,47 @@ from torch import Tensor
 from megatron_aspo.losses.policy import LOG_RATIO_BOUND
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 estimate of KL(π_θ ‖ π_ref) per token: e^x − x − 1 with x = ref_logprobs − logprobs clamped to ±20. ≥ 0, [tokens]."""
-    x = (ref_logprobs - logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return torch.expm1(x) - x
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, value_clamp: float = 0.0) -> Tensor:
+    """Estimate of KL(π_θ ‖ π_ref) per token, [tokens], from x = ref_logprobs − logprobs bounded to ±20.
 
-
-def low_entropy_tokens(entropy: Tensor, mask: Tensor, offsets: list[int], quantile: float) -> Tensor:
-    """bool [tokens]: entropy at or under the `quantile` (linear interpolation) of the counted tokens of the same response.
-
-    entropy: [tokens]; mask: bool [tokens]; offsets: response i is tokens[offsets[i]:offsets[i + 1]].
+    k1 = −x, k2 = x² / 2, k3 = e^x − x − 1 (Schulman, "Approximating KL divergence", 2020). A `value_clamp` above 0 bounds the value to ±
+    itself; beyond it there is no gradient.
     """
-    entropy = entropy.detach()
-    threshold = torch.empty_like(entropy)
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-        counted = entropy[start:stop][mask[start:stop]]
-        threshold[start:stop] = torch.quantile(counted, quantile) if counted.numel() else 0.0
-    return entropy <= threshold
+    x = (ref_logprobs - logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    value = {"k1": lambda: -x, "k2": lambda: x * x / 2, "k3": lambda: torch.expm1(x) - x}[estimator]()
+    return value.clamp(-value_clamp, value_clamp) if value_clamp else value
+
+
+def quantile(values: Tensor, q: float) -> float:
+    """The q-quantile by linear interpolation, in float64; −inf of no value. Of any number of values, which torch.quantile is not."""
+    if not values.numel():
+        return -inf
+    ordered = values.detach().double().sort().values
+    position = q * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return float(torch.lerp(ordered[below], ordered[above], position - below))
+
+
+def low_entropy_tokens(entropy: Tensor, mask: Tensor, offsets: list[int], q: float, threshold: float | None = None) -> Tensor:
+    """bool [tokens]: entropy at or under `threshold`, else under the q-quantile of the counted tokens of the same response.
+
+    entropy: [tokens]; mask: bool [tokens]; offsets: response i is tokens [offsets[i], offsets[i + 1]).
+    """
+    thresholds = torch.full_like(entropy, -inf if threshold is None else threshold, dtype=torch.float64)
+    if threshold is None:
+        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+            thresholds[start:stop] = quantile(entropy[start:stop][mask[start:stop]], q)
+    return entropy.detach().double() <= thresholds
+
+
+def rollout_correction(old_logprobs: Tensor, rollout_logprobs: Tensor, name: str, cap: float) -> tuple[Tensor, Tensor]:
+    """What multiplies the policy term, and where it is not u (`tis`) or 1 (bool), both [tokens]; u = exp(old − rollout).
+
+    `tis`: min(u, cap), truncated importance sampling. `mask`: 1 inside [1/cap, cap], else 0. `none`: 1.
+    """
+    ratio = (old_logprobs - rollout_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    if name == "tis":
+        return ratio.clamp(max=cap), ratio > cap
+    outside = (ratio < 1 / cap) | (ratio > cap) if name == "mask" else torch.zeros_like(ratio, dtype=torch.bool)
+    return torch.where(outside, torch.zeros_like(ratio), torch.ones_like(ratio)), outside

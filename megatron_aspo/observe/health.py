@@ -19,6 +19,7 @@ def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
     return {
         "reward/mean": float(rewards.mean()),
         "reward/max": float(rewards.max()),
+        "reward/shaped_mean": float(np.mean([sample.shaped_reward for sample in samples])),
         "reward/min": float(rewards.min()),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": int(lengths.max()),

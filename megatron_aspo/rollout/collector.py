@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_aspo.data.records import Generation, Group, Prompt, Sample
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.shaping import is_trained_on, overlong_penalty
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
 
@@ -29,6 +31,13 @@ class Collected:
     """Scored groups and how long their parts took."""
 
     groups: list[Group]
+    """Everything that was generated."""
+    kept: list[Group]
+    """What is trained on."""
+    resampled: int = 0
+    """Groups generated in place of others."""
+    missing: int = 0
+    """Groups still wanted when the bound on extra generations was reached."""
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     """Response tokens generated."""
@@ -44,16 +53,43 @@ class Rollouts:
         rewards: "RewardPool",
         tokenizer: "PreTrainedTokenizerBase",
         options: RolloutOptions,
+        algorithm: AlgorithmOptions,
         seed: int,
     ):
         self._task, self._engines, self._rewards, self._tokenizer = task, engines, rewards, tokenizer
-        self._options, self._seed = options, seed
+        self._options, self._algorithm, self._seed = options, algorithm, seed
+        self._drawn = 0
 
     def collect(self, step: int) -> Collected:
-        """G scored responses to each of the prompts of this step."""
-        first = step * self._options.prompts_per_step
-        prompts = [self._task.prompt(first + i) for i in range(self._options.prompts_per_step)]
-        return self._respond(prompts, self._options.responses_per_prompt, self._options.temperature, f"step {step}")
+        """G scored responses to each of the next prompts_per_step prompts, and which groups the filter keeps.
+
+        With `resample` another prompt is drawn for each group that it does not, in at most resample_rounds further generations.
+        """
+        wanted = self._options.prompts_per_step
+        collected = self._collect(wanted, f"step {step}")
+        if self._algorithm.group_filter != "resample":
+            return collected
+        for extra in range(1, self._algorithm.resample_rounds + 1):
+            missing = wanted - len(collected.kept)
+            if not missing:
+                break
+            more = self._collect(missing, f"step {step}, extra {extra}")
+            collected = Collected(
+                groups=collected.groups + more.groups,
+                kept=collected.kept + more.kept,
+                resampled=collected.resampled + missing,
+                seconds={phase: value + more.seconds[phase] for phase, value in collected.seconds.items()},
+                tokens=collected.tokens + more.tokens,
+            )
+        collected.missing = wanted - len(collected.kept)
+        return collected
+
+    def _collect(self, count: int, purpose: str) -> Collected:
+        prompts = [self._task.prompt(self._drawn + i) for i in range(count)]
+        self._drawn += count
+        collected = self._respond(prompts, self._options.responses_per_prompt, self._options.temperature, purpose)
+        collected.kept = [group for group in collected.groups if is_trained_on(group.shaped_rewards, self._algorithm.group_filter)]
+        return collected
 
     def evaluate(self, draws: int, temperature: float) -> Collected:
         """`draws` scored responses to each held-out prompt. The seeds never change, so that two evaluations can be compared."""
@@ -86,13 +122,15 @@ class Rollouts:
                 generation=generation,
                 text=text,
                 reward=result.score,
+                shaped_reward=result.score
+                + overlong_penalty(len(generation.token_ids), self._options.max_response_tokens, self._algorithm),
                 reward_details={"reason": result.reason, **result.details},
             )
             for i, (owner, request, generation, text, result) in enumerate(zip(owners, requests, generations, texts, results, strict=True))
         ]
         groups = [Group(prompt, tuple(samples[n * responses : (n + 1) * responses])) for n, prompt in enumerate(prompts)]
         seconds = {"generate": generated - start, "reward": time.perf_counter() - generated}
-        return Collected(groups, seconds, tokens=_total_tokens(generations))
+        return Collected(groups, groups, seconds=seconds, tokens=_total_tokens(generations))
 
 
 def _total_tokens(generations: Sequence[Generation]) -> int:

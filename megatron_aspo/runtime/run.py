@@ -53,7 +53,16 @@ def open_run(config: Config) -> Iterator[Run]:
     _check_run_directory(config)
     progress = Progress(config.steps)
     model_directory = resolve_model(config.model)
-    settings = RankSettings(model_directory, config.trainer, config.optimizer, config.algorithm, config.rollout.temperature, config.seed)
+    settings = RankSettings(
+        model_directory,
+        config.trainer,
+        config.optimizer,
+        config.algorithm,
+        config.rollout.temperature,
+        config.seed,
+        config.rollout.responses_per_prompt,
+        config.rollout.max_response_tokens,
+    )
     with progress.waiting("checking model and data"):
         model = read_model(model_directory)
         TensorReader(model)
@@ -68,6 +77,10 @@ def open_run(config: Config) -> Iterator[Run]:
         task = build_task(config.task, config.data, tokenizer, config.seed)
         if config.evaluation.draws:
             _check_held_out(task.held_out())
+        if ":" in config.algorithm.policy_loss:
+            from megatron_aspo.losses.custom import find_policy_loss  # imports torch
+
+            find_policy_loss(config.algorithm)
     with ExitStack() as stack:
         stack.callback(progress.close)
         memory = stack.enter_context(contextlib.closing(PeakMemory()))
@@ -106,7 +119,7 @@ def open_run(config: Config) -> Iterator[Run]:
         )
         directory = _make_run_directory(config)
         metrics = stack.enter_context(contextlib.closing(MetricsFile(directory / "metrics.jsonl")))
-        rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.seed)
+        rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed)
         try:
             yield Run(config, directory, rollouts, trainers, publisher, metrics, progress, memory if cluster.ours else None)
         except UserError:

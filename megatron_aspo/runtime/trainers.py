@@ -1,6 +1,7 @@
 """The training ranks as Ray actors, and the driver's side of them."""
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,13 @@ class TrainerActor:
         host = ray.util.get_node_ip_address()
         return host, free_port(host)
 
-    def start(self, settings: RankSettings, rank: int, host: str, port: int) -> dict[str, str]:
-        """Build the rank; the ranks meet at rank 0's `host:port`. Returns what was chosen."""
+    def start(self, settings: RankSettings, rank: int, host: str, port: int, working_directory: str) -> dict[str, str]:
+        """Build the rank; the ranks meet at rank 0's `host:port`. Modules of the driver's working directory are found as in the driver.
+
+        Returns what was chosen.
+        """
+        if working_directory not in sys.path:
+            sys.path.append(working_directory)
         # Process groups listen on the interface of the cluster's own network, never on all.
         interface = interface_of(ray.util.get_node_ip_address())
         os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -79,11 +85,16 @@ class Trainers:
         trainers = cls(actors, {})
         try:
             host, port = trainers._get([actors[0].address.remote()])[0]
-            chosen = trainers._get([a.start.remote(settings, rank, host, port) for rank, a in enumerate(actors)])
+            chosen = trainers._get([a.start.remote(settings, rank, host, port, os.getcwd()) for rank, a in enumerate(actors)])
         except BaseException:
             trainers.close()
             raise
         return replace(trainers, described=chosen[0])
+
+    @property
+    def world(self) -> int:
+        """Number of training ranks."""
+        return len(self._actors)
 
     def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
         """One step's training; figures of all ranks in one report."""

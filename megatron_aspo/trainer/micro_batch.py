@@ -33,8 +33,6 @@ class MicroBatch:
     """int64 [response tokens]: where each stands in the step's response token arrays."""
     mask: Tensor
     """bool [response tokens]"""
-    advantages: Tensor
-    """float32 [response tokens]"""
     offsets: list[int]
     """Response i is response tokens [offsets[i], offsets[i + 1])."""
     names: tuple[str, ...]
@@ -85,7 +83,6 @@ def cut(batch: TrainBatch, samples: np.ndarray, device: torch.device, shared_pro
         targets=put(targets),
         response_index=put([flat]),
         mask=torch.from_numpy(batch.mask[flat]).to(device),
-        advantages=torch.from_numpy(np.repeat(batch.advantages[samples], counts)).to(device),
         offsets=[0, *np.cumsum(counts).tolist()],
         names=tuple(batch.names[i] for i in samples),
     )

@@ -56,8 +56,8 @@ def build_optimizer(
 
 
 def learning_rate(options: OptimizerOptions, step: int) -> float:
-    """Of rollout step `step` (from 0): linear from lr / warmup_steps to lr, then constant."""
-    return options.lr * min(1.0, (step + 1) / max(1, options.warmup_steps))
+    """Of rollout step `step` (from 0): linear from lr / warmup_steps, or from 0, to lr, then constant."""
+    return options.lr * min(1.0, (step + (not options.warmup_from_zero)) / max(1, options.warmup_steps))
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, options: OptimizerOptions, step: int) -> float:
@@ -66,7 +66,7 @@ def set_learning_rate(optimizer: MegatronOptimizer, options: OptimizerOptions, s
     for group in optimizer.param_groups:
         group["lr"] = rate
         # Megatron marks one-dimensional parameters with a multiplier of 0.
-        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+        group["weight_decay"] = options.weight_decay * (1.0 if options.decay_one_dimensional else group["wd_mult"])
     return rate
 
 

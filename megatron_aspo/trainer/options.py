@@ -32,8 +32,11 @@ class OptimizerOptions:
     lr: float = 1e-6
     warmup_steps: int = 10
     """Rollout steps of linear warm-up, from lr / warmup_steps."""
+    warmup_from_zero: bool = False
+    """Start the warm-up at 0 instead: the first step changes nothing."""
     weight_decay: float = 0.1
-    """Not applied to one-dimensional parameters."""
+    decay_one_dimensional: bool = False
+    """Apply the weight decay to biases and norms too."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8

@@ -20,8 +20,13 @@ megatron_adapter.prepare()  # before anything else imports Megatron-Core
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_aspo.data.batch import TrainBatch, mini_batches, pack
+from megatron_aspo.losses.advantages import advantages
+from megatron_aspo.losses.aggregation import Totals
+from megatron_aspo.losses.check import reads_entropy_classes
 from megatron_aspo.losses.objective import ObjectiveTokens, objective
+from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally, add_tallies
+from megatron_aspo.losses.terms import kl_estimate, quantile
 from megatron_aspo.trainer import parallel as parallel_states
 from megatron_aspo.trainer.layers import check_shared_prompts, choose_layer_spec, packed_params
 from megatron_aspo.trainer.logprobs import logprobs
@@ -41,10 +46,15 @@ megatron_adapter.prepare()  # again, for the modules imported since
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities of the step's response tokens, float32 [response tokens]; on the last stage, all data-parallel ranks alike."""
+    """What the policy loss holds fixed over the phase, float32 [response tokens]; on the last stage, all data-parallel ranks alike.
+
+    Log-probabilities stand at 0 in responses of which no token counts.
+    """
 
     old: Tensor
+    """By the trainer, or by the engine with `old_logprobs: rollout`."""
     reference: Tensor | None
+    advantages: Tensor
 
 
 class TrainerRank:
@@ -66,7 +76,7 @@ class TrainerRank:
 
         self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec)
         self.model = self._build()
-        self.reference = self._build() if settings.algorithm.kl_coef else None
+        self.reference = self._build() if settings.algorithm.has_kl else None
         if self.reference is not None:
             self.reference.requires_grad_(False)
         self._wrapped = wrap_model(self.model, self._config, options.distributed_optimizer)
@@ -97,12 +107,14 @@ class TrainerRank:
         report = UpdateReport()
         report.learning_rate = set_learning_rate(self._optimizer, self.settings.optimizer, step)
         with _timed(report, "logprobs"):
-            scores = self.score(batch)
-            if self.parallel.is_last_stage:
-                report.mismatch = _mismatch(scores.old, batch)
+            scores, report.mismatch, report.tally = self.prepare(batch)
         algorithm = self.settings.algorithm
+        seed = None if algorithm.batch_order == "data_index" else self.settings.seed + step
         with _timed(report, "update"):
-            for samples in mini_batches(batch.groups, algorithm.mini_batch_prompts, algorithm.epochs, seed=self.settings.seed + step):
+            for samples in mini_batches(batch.groups, algorithm.mini_batch_prompts, algorithm.epochs, seed):
+                samples = samples[batch.counted[samples] > 0]
+                if not len(samples):
+                    continue  # filtered whole: no gradient, no step
                 report.tally = add_tallies(report.tally, self.accumulate_gradients(batch, samples, scores))
                 applied, gradient_norm = self.apply_gradients()
                 report.gradient_norms.append(gradient_norm)
@@ -112,48 +124,77 @@ class TrainerRank:
             report.tally = self._sum_over_replicas(report.tally)
         return report
 
-    def score(self, batch: TrainBatch) -> Scores:
-        """Log-probabilities of every response token under the current and the reference weights."""
-        return Scores(
-            old=self._score(self.model, batch),
-            reference=None if self.reference is None else self._score(self.reference, batch),
-        )
+    def prepare(self, batch: TrainBatch) -> tuple[Scores, dict[str, float], Tally]:
+        """Old and reference log-probabilities, advantages; how far trainer and engine differ; the tally of a KL penalty in the reward."""
+        algorithm = self.settings.algorithm
+        samples = np.flatnonzero(batch.counted)
+        current, _ = self.score(self.model, batch, samples)
+        reference = None if self.reference is None else self.score(self.reference, batch, samples)[0]
+        mismatch = _mismatch(current, batch) if self.parallel.is_last_stage else {}
+        old = current if algorithm.old_logprobs == "recompute" else torch.from_numpy(batch.rollout_logprobs).to(current)
+        rewards, tally = batch.rewards, {}
+        if reference is not None and algorithm.kl_in == "reward":
+            penalty = algorithm.kl_coef * _response_kl(current, reference, batch, algorithm)
+            rewards = rewards - penalty
+            tally["kl_penalty"] = (float(penalty[samples].sum()), len(samples))
+        per_sample = advantages(rewards, batch.groups, batch.counted, algorithm)
+        per_token = torch.from_numpy(np.repeat(per_sample, np.diff(batch.response_offsets))).to(old)
+        return Scores(old, reference, per_token), mismatch, tally
 
     @torch.no_grad()
-    def _score(self, model: torch.nn.Module, batch: TrainBatch) -> Tensor:
-        result = torch.zeros(int(batch.response_offsets[-1]), dtype=torch.float32, device=self.device.torch_device)
+    def score(self, model: torch.nn.Module, batch: TrainBatch, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the response tokens of `samples`, zeros elsewhere, float32 [response tokens]; last stage."""
+        result = torch.zeros((2, int(batch.response_offsets[-1])), dtype=torch.float32, device=self.device.torch_device)
 
         def keep(micro: MicroBatch, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tally]:
-            result[micro.response_index] = logprob
+            result[:, micro.response_index] = torch.stack([logprob, entropy])
             return logprob.sum(), {}
 
-        self._run(model, batch, np.arange(batch.samples), keep, forward_only=True)
+        self._run(model, batch, samples, keep, forward_only=True)
         if self.parallel.is_last_stage:
             # Each replica filled its own samples and left zeros elsewhere.
             dist.all_reduce(result, group=self.parallel.dp_group)
-        return result
+        return result[0], result[1]
 
     def accumulate_gradients(self, batch: TrainBatch, samples: np.ndarray, scores: Scores) -> Tally:
         """Forward and backward of one mini-batch; leaves its gradient in the model. Returns this replica's tally (last stage)."""
         algorithm = self.settings.algorithm
-        counted = sum(int(batch.mask[batch.response_offsets[i] : batch.response_offsets[i + 1]].sum()) for i in samples)
+        totals = self._totals(batch, samples)
 
         def loss(micro: MicroBatch, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tally]:
             tokens = ObjectiveTokens(
                 logprobs=logprob,
                 entropy=entropy,
                 old_logprobs=scores.old[micro.response_index],
+                rollout_logprobs=rollout[micro.response_index],
                 ref_logprobs=None if scores.reference is None else scores.reference[micro.response_index],
-                advantages=micro.advantages,
+                advantages=scores.advantages[micro.response_index],
                 mask=micro.mask,
                 offsets=micro.offsets,
                 names=micro.names,
             )
-            return objective(tokens, algorithm, counted)
+            return objective(tokens, algorithm, totals)
 
+        rollout = torch.from_numpy(batch.rollout_logprobs).to(scores.old)
         self._wrapped.zero_grad_buffer()
         self._optimizer.zero_grad()
         return add_tallies(*self._run(self._wrapped, batch, samples, loss, forward_only=False))
+
+    def _totals(self, batch: TrainBatch, samples: np.ndarray) -> Totals:
+        """Denominators of the mini-batch; a quantile of entropy over all of it takes a forward pass of its own."""
+        settings, counted = self.settings, batch.counted[samples]
+        threshold = None
+        if settings.algorithm.entropy_quantile_scope == "mini_batch" and reads_entropy_classes(settings.algorithm):
+            _, entropy = self.score(self.model, batch, samples)
+            chosen = np.repeat(np.isin(np.arange(batch.samples), samples), np.diff(batch.response_offsets)) & batch.mask
+            threshold = quantile(entropy[torch.from_numpy(chosen).to(entropy.device)], settings.algorithm.low_entropy_quantile)
+        return Totals(
+            tokens=int(counted.sum()),
+            responses=int((counted > 0).sum()),
+            full_responses=settings.algorithm.mini_batch_prompts * settings.responses_per_prompt,
+            max_response_tokens=settings.max_response_tokens,
+            entropy_threshold=threshold,
+        )
 
     def apply_gradients(self) -> tuple[bool, float]:
         """Clip and take one optimizer step; returns whether it was applied, and the gradient norm before clipping."""
@@ -253,6 +294,12 @@ def _mismatch(old: Tensor, batch: TrainBatch) -> dict[str, float]:
         "max": float(difference.abs().max()),
         "k3": float((torch.expm1(difference) - difference).mean()),
     }
+
+
+def _response_kl(current: Tensor, reference: Tensor, batch: TrainBatch, algorithm: AlgorithmOptions) -> np.ndarray:
+    """float64 [samples]: the KL estimate summed over the counted tokens of each response."""
+    per_token = kl_estimate(current, reference, algorithm.kl_estimator, algorithm.kl_value_clamp).cpu().double().numpy() * batch.mask
+    return np.diff(np.concatenate([[0.0], np.cumsum(per_token)])[batch.response_offsets])
 
 
 @contextmanager

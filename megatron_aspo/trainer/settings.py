@@ -19,6 +19,9 @@ class RankSettings:
     algorithm: AlgorithmOptions
     temperature: float
     seed: int
+    responses_per_prompt: int
+    """G: with mini_batch_prompts, the responses of a full mini-batch."""
+    max_response_tokens: int
 
     @property
     def sizes(self) -> ParallelSizes:

@@ -45,6 +45,8 @@ def test_an_update_on_cuda_sees_the_logprobs_of_transformers(pool, directory, la
         AlgorithmOptions(epochs=1, mini_batch_prompts=8, kl_coef=0.01),
         temperature=1.0,
         seed=0,
+        responses_per_prompt=2,
+        max_response_tokens=32,
     )
     ((report, weights),) = pool.run(train_once, settings, given)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

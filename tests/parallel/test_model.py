@@ -18,9 +18,7 @@ VOCAB = 131
 
 
 def settings(directory, dtype: str = "float32", **layout) -> RankSettings:
-    return RankSettings(
-        directory, TrainerOptions(dtype=dtype, **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), temperature=1.0, seed=0
-    )
+    return RankSettings(directory, TrainerOptions(dtype=dtype, **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
 
 
 @pytest.fixture(scope="module", params=["llama untied", "llama tied", "qwen2 untied", "qwen2 tied"])

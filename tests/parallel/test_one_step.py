@@ -51,7 +51,7 @@ class Case:
             response_offsets=responses,
             mask=np.ones(responses[-1], bool),
             rollout_logprobs=self.old,
-            advantages=self.advantages.astype(np.float32),
+            rewards=np.zeros(len(tokens)),
             groups=np.arange(len(tokens)) // 2,
             names=tuple(f"sample {i}" for i in range(len(tokens))),
         )
@@ -146,8 +146,10 @@ def run(pools, case: Case, policy_loss: str, **layout) -> list[dict]:
         algorithm=AlgorithmOptions(policy_loss=policy_loss, kl_coef=KL_COEF),
         temperature=1.0,
         seed=0,
+        responses_per_prompt=2,
+        max_response_tokens=32,
     )
-    return pools(settings.sizes.world).run(workloads.one_step, settings, case.batch(), case.old, case.reference)
+    return pools(settings.sizes.world).run(workloads.one_step, settings, case.batch(), case.old, case.reference, case.advantages)
 
 
 def relative_error(ours: dict, true: dict) -> float:

@@ -37,7 +37,7 @@ def batch(groups: int = 5) -> TrainBatch:
         response_offsets=responses_end,
         mask=np.ones(responses_end[-1], bool),
         rollout_logprobs=np.full(responses_end[-1], -3.0, np.float32),
-        advantages=random.normal(size=len(prompts)).astype(np.float32),
+        rewards=random.normal(size=len(prompts)),
         groups=np.repeat(np.arange(groups), 3),
         names=tuple(f"sample {i}" for i in range(len(prompts))),
     )
@@ -51,6 +51,8 @@ def update(pools, directory, given: TrainBatch, dtype="float32", **trainer):
         AlgorithmOptions(epochs=2, mini_batch_prompts=2, kl_coef=0.01),
         temperature=0.9,
         seed=0,
+        responses_per_prompt=3,
+        max_response_tokens=12,
     )
     results = pools(settings.sizes.world).run(workloads.train_once, settings, given)
     return results[-1][0], results[0][1]
@@ -96,6 +98,6 @@ def test_bfloat16_follows_float32(pools, directory):
 
 
 def test_a_step_whose_groups_were_all_dropped_changes_nothing(pools, directory):
-    report, weights = update(pools, directory, make_train_batch([], []))
+    report, weights = update(pools, directory, make_train_batch([], "shuffled", 1, overlong_filter=False))
     assert report.gradient_norms == [] and report.tally == {} and report.mismatch == {}
     assert all(np.array_equal(weights[name], tensor) for name, tensor in load_file(directory / "model.safetensors").items())

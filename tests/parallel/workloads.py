@@ -10,14 +10,15 @@ import torch.distributed as dist
 from megatron_aspo.data.batch import TrainBatch
 
 
-def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None):
+def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None, advantages: np.ndarray):
     """Gradients and weights (Hugging Face names) and the tally of one optimizer step over the whole batch; rank 0's answer counts."""
     from megatron_aspo.trainer.optimizer import set_learning_rate
     from megatron_aspo.trainer.rank import Scores
 
     with _trainer(rank, meeting, settings) as trainer:
-        scored = trainer.score(batch).old
-        scores = Scores(torch.from_numpy(old), None if reference is None else torch.from_numpy(reference))
+        scored, _ = trainer.score(trainer.model, batch, np.arange(batch.samples))
+        per_token = np.repeat(advantages, np.diff(batch.response_offsets)).astype(np.float32)
+        scores = Scores(torch.from_numpy(old), None if reference is None else torch.from_numpy(reference), torch.from_numpy(per_token))
         set_learning_rate(trainer._optimizer, settings.optimizer, step=0)
         tally = trainer.accumulate_gradients(batch, np.arange(batch.samples), scores)
         metas = trainer.tensor_metas("float32")

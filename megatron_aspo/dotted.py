@@ -1,0 +1,48 @@
+"""Functions of the user's own, named in a configuration as `package.module:function`."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_aspo.errors import UserError
+
+
+def load_function(path: str, key: str) -> Callable:
+    """The plain function at `path`; modules in the working directory are found too. `key` names the setting in messages.
+
+    Raises UserError if it cannot be imported or is not a plain function.
+    """
+    module_name, _, function_name = path.partition(":")
+    if not module_name or not function_name or module_name.startswith("."):
+        raise UserError(f"{key}={path} is not of the form package.module:function")
+    # Last, so that a file in the working directory never hides an installed package.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the module's own code may raise anything
+        raise UserError(f"{key}={path}: importing {module_name} raised {one_line(error)}; correct the path or the module") from error
+    if not hasattr(module, function_name):
+        raise UserError(f"{key}={path}: {module_name} ({module.__file__}) has no {function_name}; correct the name")
+    function = getattr(module, function_name)
+    if not callable(function):
+        raise UserError(f"{key}={path} is a {type(function).__name__}, expected a function")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"{key}={path} is an async function, expected a plain one; drop the async")
+    return function
+
+
+def check_call(function: Callable, path: str, key: str, signature: str, *arguments: Any, **options: Any) -> None:
+    """Raises UserError unless `function` takes these arguments; `signature` says in words what is expected."""
+    try:
+        inspect.signature(function).bind(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}={path} cannot be called as {signature} ({error}); change its parameters") from error
+
+
+def one_line(error: Exception) -> str:
+    """Type and text of an exception on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

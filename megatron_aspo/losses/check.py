@@ -1,0 +1,161 @@
+"""Which options of the algorithm go together; light, so that a recipe is checked without importing torch."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.losses import names
+from megatron_aspo.losses.options import AlgorithmOptions
+
+_CHOICES = {
+    "advantage": names.ADVANTAGE_NAMES,
+    "aggregation": names.AGGREGATIONS,
+    "sequence_count": names.SEQUENCE_COUNTS,
+    "entropy_quantile_scope": names.ENTROPY_SCOPES,
+    "kl_estimator": names.KL_ESTIMATORS,
+    "kl_in": names.KL_PLACES,
+    "old_logprobs": names.OLD_LOGPROBS,
+    "rollout_correction": names.ROLLOUT_CORRECTIONS,
+    "batch_order": names.BATCH_ORDERS,
+    "group_filter": names.GROUP_FILTERS,
+}
+
+_CLASSES = ("low_entropy_quantile", "entropy_quantile_scope", "high_entropy_clip_low", "high_entropy_clip_high")
+_CLIP = ("clip_low", "clip_high")
+_READ_BY_LOSS = {
+    "aspo": {*_CLIP, *_CLASSES, "dual_clip_neg", "dual_clip_pos"},
+    "ppo_clip": {*_CLIP, "dual_clip_neg"},
+    "archer": {*_CLIP, *_CLASSES, "dual_clip_neg", "high_entropy_kl_coef"},
+    "gspo": {*_CLIP},
+    "cispo": {*_CLIP},
+    "reinforce": set(),
+    "no_is": {*_CLIP},
+}
+"""Which options of a policy loss each one looks at."""
+
+
+def nearest(wrong: str, valid: Iterable[str], prefix: str = "") -> str:
+    """The cure for a mistyped name: the closest valid one, or all of them."""
+    close = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=0.5)
+    return f"did you mean {prefix}{close[0]}?" if close else f"valid: {', '.join(prefix + name for name in sorted(valid))}"
+
+
+def reads_entropy_classes(options: AlgorithmOptions) -> bool:
+    """Whether the policy loss may tell low-entropy tokens from others: two of ours do, and one of the user's own may."""
+    return options.policy_loss in names.ENTROPY_CLASS_LOSSES or ":" in options.policy_loss
+
+
+def check_algorithm(
+    options: AlgorithmOptions, responses_per_prompt: int, max_response_tokens: int, implied: Mapping[str, Any] | None = None
+) -> None:
+    """Raises UserError for values and combinations that cannot work or would have no effect, with the rule and the cure.
+
+    implied: values that a preset or the policy loss set, which may stand without effect.
+    """
+    for name, valid in _CHOICES.items():
+        value = getattr(options, name)
+        _require(value in valid, f"algorithm.{name}={value} is not known; {nearest(value, valid)}")
+    loss = options.policy_loss
+    own = ":" in loss
+    _require(
+        own or loss in names.POLICY_LOSS_NAMES,
+        f"algorithm.policy_loss={loss} is not known; {nearest(loss, names.POLICY_LOSS_NAMES)}; one of your own is package.module:function",
+    )
+    _check_ranges(options)
+    _check_effect(options, own, implied or {})
+    _check_combinations(options, responses_per_prompt, max_response_tokens)
+
+
+def _check_ranges(options: AlgorithmOptions) -> None:
+    for name in ("epochs", "mini_batch_prompts", "resample_rounds", "overlong_factor"):
+        _require(getattr(options, name) > 0, f"algorithm.{name}={getattr(options, name)} must be greater than 0")
+    for name in (
+        "clip_low",
+        "clip_high",
+        "high_entropy_clip_low",
+        "high_entropy_clip_high",
+        "kl_coef",
+        "high_entropy_kl_coef",
+        "kl_value_clamp",
+        "entropy_coef",
+        "overlong_buffer_tokens",
+    ):
+        _require(getattr(options, name) >= 0, f"algorithm.{name}={getattr(options, name)} must not be negative")
+    for name in ("clip_low", "high_entropy_clip_low"):
+        _require(getattr(options, name) <= 1, f"algorithm.{name}={getattr(options, name)} must be at most 1: a ratio is positive")
+    for name in ("dual_clip_neg", "dual_clip_pos", "rollout_correction_cap"):
+        _require(getattr(options, name) > 1, f"algorithm.{name}={getattr(options, name)} must be greater than 1, the weight on policy")
+    q = options.low_entropy_quantile
+    _require(0 <= q <= 1, f"algorithm.low_entropy_quantile={q} must be in [0, 1]")
+
+
+def _check_effect(options: AlgorithmOptions, own: bool, implied: Mapping[str, Any]) -> None:
+    """An option that nothing would read is a mistake of whoever set it."""
+
+    def needs(reason: str, *unread: str) -> None:
+        for field in fields(options):
+            value = getattr(options, field.name)
+            default = field.default_factory() if field.name == "policy_loss_options" else field.default
+            if field.name in unread and value != default and value != implied.get(field.name, default):
+                raise UserError(f"algorithm.{field.name}={value} has no effect: it needs {reason}; remove it")
+
+    if own:
+        needs("policy_loss=archer", "high_entropy_kl_coef")
+    else:
+        needs("a policy loss of your own", "policy_loss_options")
+        read = _READ_BY_LOSS[options.policy_loss]
+        for name in sorted(set().union(*_READ_BY_LOSS.values()) - read):
+            readers = [loss for loss, its in _READ_BY_LOSS.items() if name in its]
+            needs(f"policy_loss {' or '.join(readers)}, not {options.policy_loss}", name)
+    if options.aggregation == "token_mean":
+        needs("a seq_mean aggregation", "sequence_count")
+    if options.advantage != "grpo":
+        needs("advantage=grpo", "advantage_std")
+    if options.advantage != "reinforce_plus_plus":
+        needs("advantage=reinforce_plus_plus", "subtract_group_mean")
+    if not options.has_kl:
+        needs("kl_coef above 0", "kl_estimator", "kl_in", "kl_value_clamp")
+    if options.rollout_correction == "none":
+        needs("rollout_correction=tis or mask", "rollout_correction_cap")
+    if options.group_filter != "resample":
+        needs("group_filter=resample", "resample_rounds")
+    if not options.overlong_buffer_tokens:
+        needs("overlong_buffer_tokens above 0", "overlong_factor")
+
+
+def _check_combinations(options: AlgorithmOptions, responses_per_prompt: int, max_response_tokens: int) -> None:
+    _require(
+        not (options.has_kl and options.kl_in == "loss" and options.kl_estimator == "k1"),
+        "algorithm.kl_estimator=k1 in the loss has no useful gradient: its mean over samples is zero; take k2 or k3, or kl_in=reward",
+    )
+    _require(
+        not (options.policy_loss == "archer" and options.kl_in == "reward"),
+        "algorithm.policy_loss=archer weights the KL term by token, which a reward cannot; set kl_in=loss",
+    )
+    _require(
+        options.old_logprobs == "recompute" or options.rollout_correction == "none",
+        f"algorithm.rollout_correction={options.rollout_correction} corrects π_old against the engine, but old_logprobs=rollout takes the "
+        "engine's own: there is nothing to correct; set one of them back",
+    )
+    _require(
+        options.overlong_buffer_tokens <= max_response_tokens,
+        f"algorithm.overlong_buffer_tokens={options.overlong_buffer_tokens} is more than rollout.max_response_tokens={max_response_tokens}",
+    )
+    if responses_per_prompt == 1:
+        alone = "rollout.responses_per_prompt=1 leaves nothing to compare within a group, but"
+        _require(
+            options.advantage == "reinforce_plus_plus" and not options.subtract_group_mean,
+            f"{alone} algorithm.advantage={options.advantage} subtract_group_mean={options.subtract_group_mean} does so; "
+            "take at least 2, or advantage=reinforce_plus_plus without the group mean",
+        )
+        _require(
+            options.group_filter == "none",
+            f"{alone} algorithm.group_filter={options.group_filter} would drop every group of one; set group_filter=none",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
