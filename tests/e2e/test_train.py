@@ -1,10 +1,7 @@
 """The whole command on this machine: real Ray, vLLM and Megatron, driven as a user drives it."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,15 +16,8 @@ from transformers import AutoModelForCausalLM
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
-from tests.models import save_tiny
-from tests.tokenizers import byte_tokenizer
+from tests.e2e.workplace import metrics, start, train
 
-ROOT = Path(__file__).parents[2]
-REWARD = '''
-def vowels(prompt, response, ground_truth, extra):
-    """Share of the response's letters that stand in the ground truth: tells the responses of a group apart."""
-    return sum(letter in ground_truth for letter in response) / max(1, len(response))
-'''
 HEALTH = [
     "reward/mean",
     "train/entropy",
@@ -70,58 +60,6 @@ HEALTH = [
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A tied model, prompts of more than 128 tokens, a reward of the user's own, a recipe."""
-    place = tmp_path_factory.mktemp("train")
-    tokenizer = byte_tokenizer()
-    save_tiny("qwen2", place / "model", tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    tokenizer.save_pretrained(place / "model")
-    (place / "my_rewards.py").write_text(REWARD)
-    rows = [{"prompt": [{"role": "user", "content": f"{i}: " + "the quick brown fox " * 8}], "ground_truth": "aeiou"} for i in range(12)]
-    for name, chosen in (("train", rows[:8]), ("held_out", rows[8:])):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    recipe = {
-        "model": "model",
-        "task": "jsonl",
-        "steps": 3,
-        "deterministic": True,
-        "data": {"path": "train.jsonl", "eval_path": "held_out.jsonl", "reward": "my_rewards:vowels", "max_prompt_tokens": 256},
-        "algorithm": {"epochs": 2, "mini_batch_prompts": 2},
-        "trainer": {"dtype": "float32", "tensor_parallel": 2, "micro_batch_tokens": 512, "threads": 1},
-        "optimizer": {"lr": 2e-3, "warmup_steps": 1},
-        "rollout": {
-            "engines": 2,
-            "dtype": "float32",
-            "prompts_per_step": 4,
-            "responses_per_prompt": 4,
-            "max_response_tokens": 16,
-            "threads": 1,
-        },
-        "evaluation": {"draws": 2},
-    }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return place
-
-
-def start(workplace: Path, *overrides: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_aspo", "train", "recipe.yaml", *overrides],
-        cwd=workplace,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def train(workplace: Path, *overrides: str) -> tuple[int, str, str]:
-    process = start(workplace, *overrides)
-    out, error = process.communicate(timeout=400)
-    return process.returncode, out, error
-
-
-@pytest.fixture(scope="module")
 def finished(workplace) -> list[Path]:
     """Run directories of the same deterministic recipe, run twice in fresh processes."""
     for name in ("first", "second"):
@@ -130,10 +68,6 @@ def finished(workplace) -> list[Path]:
         summary = json.loads(out.splitlines()[-1])
         assert summary["steps"] == 3 and Path(summary["run_dir"]) == workplace / "runs" / name
     return [workplace / "runs" / name for name in ("first", "second")]
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_engine_and_trainer_agree_on_every_token_of_every_step(finished):

@@ -1,5 +1,7 @@
 """A whole update (scores, epochs × mini-batches) on different layouts and packings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -43,12 +45,12 @@ def batch(groups: int = 5) -> TrainBatch:
     )
 
 
-def update(pools, directory, given: TrainBatch, dtype="float32", **trainer):
+def update(pools, directory, given: TrainBatch, dtype="float32", algorithm=None, **trainer):
     settings = RankSettings(
         directory,
         TrainerOptions(dtype=dtype, **trainer),
         OptimizerOptions(lr=3e-3, warmup_steps=1, eps=1e-3),
-        AlgorithmOptions(epochs=2, mini_batch_prompts=2, kl_coef=0.01),
+        AlgorithmOptions(epochs=2, mini_batch_prompts=2, kl_coef=0.01, **(algorithm or {})),
         temperature=0.9,
         seed=0,
         responses_per_prompt=3,
@@ -95,6 +97,38 @@ def test_bfloat16_follows_float32(pools, directory):
     for name in full:
         # bfloat16 keeps 8 bits: half a unit in the last place, and a few Adam steps whose size is bounded by the learning rate.
         assert np.abs(weights[name] - full[name]).max() <= np.abs(full[name]).max() / 256 + 6 * 3e-3
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_sum"])
+def test_filtered_responses_leave_no_trace(pools, directory, aggregation):
+    """A step with uncounted responses, a whole mini-batch of them among others, against the same step without these responses."""
+    given = batch(6)
+    algorithm = {"advantage": "reinforce_plus_plus", "aggregation": aggregation, "batch_order": "data_index"}
+    out = np.array([1, 6, 7, 8, 9, 10, 11, 17])  # groups 2 and 3 are a mini-batch
+    mask = np.repeat(~np.isin(np.arange(given.samples), out), np.diff(given.response_offsets))
+    masked_report, masked = update(pools, directory, replace(given, mask=mask), micro_batch_tokens=40, algorithm=algorithm)
+    kept = np.setdiff1d(np.arange(given.samples), out)
+
+    def rows(values, offsets):
+        return np.concatenate([values[offsets[i] : offsets[i + 1]] for i in kept])
+
+    def ends(offsets):
+        return np.concatenate([[0], np.cumsum(np.diff(offsets)[kept])])
+
+    without = TrainBatch(
+        token_ids=rows(given.token_ids, given.offsets),
+        offsets=ends(given.offsets),
+        response_offsets=ends(given.response_offsets),
+        mask=rows(given.mask, given.response_offsets),
+        rollout_logprobs=rows(given.rollout_logprobs, given.response_offsets),
+        rewards=given.rewards[kept],
+        groups=np.unique(given.groups[kept], return_inverse=True)[1],
+        names=tuple(given.names[i] for i in kept),
+    )
+    report, weights = update(pools, directory, without, micro_batch_tokens=40, algorithm=algorithm)
+    assert len(masked_report.gradient_norms) == len(report.gradient_norms) == 4 and masked_report.tokens == report.tokens
+    assert np.allclose(masked_report.gradient_norms, report.gradient_norms, rtol=1e-5)
+    assert max(np.abs(masked[name] - weights[name]).max() for name in weights) < 1e-6
 
 
 def test_a_step_whose_groups_were_all_dropped_changes_nothing(pools, directory):

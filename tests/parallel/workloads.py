@@ -94,3 +94,14 @@ def train_once(rank: int, meeting: str, settings, batch: TrainBatch) -> tuple:
         report = trainer.update(batch, step=0)
         weights = {name: t.numpy() for name, t in trainer.whole_tensors(trainer.tensor_metas("float32"))}
         return report, weights
+
+
+def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) -> dict:
+    """What is held fixed over the phase, with the model's weights `scale` times the reference's; the last rank's answer counts."""
+    with _trainer(rank, meeting, settings) as trainer:
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(scale)
+        scores, mismatch, tally = trainer.prepare(batch)
+        arrays = {name: None if t is None else t.numpy() for name, t in vars(scores).items()}
+        return arrays | {"mismatch": mismatch, "tally": tally}

@@ -1,0 +1,92 @@
+"""The algorithm's options in whole runs: what they change in the loop, the data and the figures."""
+
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+
+from tests.e2e.workplace import metrics, train
+
+
+def drawn(run, step: int) -> list[tuple[str, set[float]]]:
+    """Of a step's groups in the order in which they were generated: the prompt's id, and its responses' rewards."""
+    rows = parquet.read_table(run / "rollouts" / f"step_{step}.parquet").to_pylist()
+    return [(rows[i]["prompt_id"], {row["shaped_reward"] for row in rows[i : i + 4]}) for i in range(0, len(rows), 4)]
+
+
+def test_a_loss_of_the_users_own_on_resampled_groups(workplace):
+    """Two data-parallel ranks, the engine's logprobs as the old ones, KL in the reward, the quantile over the mini-batch."""
+    overrides = [
+        "steps=2",
+        "evaluation.draws=0",
+        "rollout.engines=1",
+        "trainer.tensor_parallel=1",
+        "trainer.data_parallel=2",
+        "data.reward=my_rewards:half_alike",
+        "algorithm.policy_loss=my_losses:gated",
+        "algorithm.policy_loss_options={strength: 2.0}",
+        "algorithm.group_filter=resample",
+        "algorithm.resample_rounds=1",
+        "algorithm.old_logprobs=rollout",
+        "algorithm.advantage=rloo",
+        "algorithm.kl_in=reward",
+        "algorithm.kl_estimator=k1",
+        "algorithm.kl_coef=0.1",
+        "algorithm.aggregation=seq_mean_token_mean",
+        "algorithm.entropy_quantile_scope=mini_batch",
+    ]
+    status, out, error = train(workplace, "name=own", *overrides)
+    assert status == 0, error
+    run = workplace / "runs" / "own"
+    order = []
+    for step, figures in enumerate(metrics(run)):
+        groups = drawn(run, step)
+        order += [prompt for prompt, _ in groups]
+        differ = [len(rewards) > 1 for _, rewards in groups]
+        # Four prompts, then one more for each of them whose rewards are all equal, once.
+        assert len(groups) == 4 + differ[:4].count(False) and figures["groups/resampled"] == len(groups) - 4
+        assert figures["groups/dropped"] == differ.count(False) and figures["groups/missing"] == 4 - differ.count(True)
+        assert (f"step {step + 1}: 1 extra generations" in out) == (figures["groups/missing"] > 0)
+        assert figures["mismatch/max"] <= 1e-4 and figures["train/gradient_norm"] > 0
+        # 1 / cosh² of the gate's argument.
+        assert 0 < figures["train/weight/positive"] <= 1 and figures["train/weight/positive"] != figures["train/weight/negative"]
+    # Extra prompts go on where the last ones ended: every epoch over the eight visits each once.
+    assert len(order) > 8 and len(set(order[:8])) == 8
+    first, second = metrics(run)
+    assert first["groups/resampled"] + second["groups/resampled"] > 0
+    # The reference is the model at the start.
+    assert abs(first["train/kl_penalty"]) < 1e-4 < abs(second["train/kl_penalty"])
+
+
+def test_the_archer_reference_starts_at_learning_rate_zero_and_keeps_its_values(workplace):
+    overrides = ["preset=archer_reference", "steps=2", "evaluation.draws=0", "rollout.engines=1", "trainer.tensor_parallel=1"]
+    shaping = ["algorithm.overlong_buffer_tokens=8", "algorithm.overlong_factor=0.5"]
+    status, _out, error = train(workplace, "name=archer", *overrides, *shaping)
+    assert status == 0, error
+    run = workplace / "runs" / "archer"
+    first, second = metrics(run)
+    assert (first["train/learning_rate"], second["train/learning_rate"]) == (0.0, 2e-3)
+    # Rate 0 left the weights: the reference is still the policy, and every ratio 1.
+    assert first["train/kl"] == pytest.approx(0, abs=1e-6) and first["train/weight_distance"] < 1e-4 < second["train/weight_distance"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["algorithm"]["kl_value_clamp"] == 10.0
+    rows = [row for step in range(2) for row in parquet.read_table(run / "rollouts" / f"step_{step}.parquet").to_pylist()]
+    for row in rows:
+        penalty = min(0, -(len(row["response_ids"]) - (16 - 8)) / 8) * 0.5
+        assert row["shaped_reward"] == pytest.approx(row["reward"] + penalty, abs=1e-12)
+    assert any(row["shaped_reward"] < row["reward"] for row in rows)
+    assert first["reward/shaped_mean"] < first["reward/mean"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.policy_loss=my_losses:absent"], "has no absent; correct the name"),
+        (
+            ["algorithm.policy_loss=my_losses:gated", "algorithm.policy_loss_options={strenth: 2}"],
+            "cannot be called as (tokens, strenth=…)",
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_called_is_refused_before_anything_starts(workplace, overrides, message):
+    status, out, error = train(workplace, "name=refused", *overrides)
+    assert status == 2 and message in error and "starting Ray" not in out
+    assert not (workplace / "runs" / "refused").exists()

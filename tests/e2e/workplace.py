@@ -1,0 +1,83 @@
+"""A user's directory, and the command as a user gives it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.models import save_tiny
+from tests.tokenizers import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+REWARDS = '''
+def vowels(prompt, response, ground_truth, extra):
+    """Share of the response's letters that stand in the ground truth: tells the responses of a group apart."""
+    return sum(letter in ground_truth for letter in response) / max(1, len(response))
+
+
+def half_alike(prompt, response, ground_truth, extra):
+    """Every second prompt gives all its responses the same."""
+    return 0.5 if int(prompt.split(":")[0]) % 2 else vowels(prompt, response, ground_truth, extra)
+'''
+LOSSES = '''
+def gated(tokens, *, strength=1.0):
+    """A soft gate on the ratio."""
+    return -tokens.advantages * (strength * tokens.log_ratio).tanh() / strength
+'''
+
+
+def make_workplace(place: Path) -> None:
+    """A tied model, prompts of more than 128 tokens, rewards and a policy loss of the user's own, a recipe."""
+    tokenizer = byte_tokenizer()
+    save_tiny("qwen2", place / "model", tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(place / "model")
+    (place / "my_rewards.py").write_text(REWARDS)
+    (place / "my_losses.py").write_text(LOSSES)
+    rows = [{"prompt": [{"role": "user", "content": f"{i}: " + "the quick brown fox " * 8}], "ground_truth": "aeiou"} for i in range(12)]
+    for name, chosen in (("train", rows[:8]), ("held_out", rows[8:])):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    recipe = {
+        "model": "model",
+        "task": "jsonl",
+        "steps": 3,
+        "deterministic": True,
+        "data": {"path": "train.jsonl", "eval_path": "held_out.jsonl", "reward": "my_rewards:vowels", "max_prompt_tokens": 256},
+        "algorithm": {"epochs": 2, "mini_batch_prompts": 2},
+        "trainer": {"dtype": "float32", "tensor_parallel": 2, "micro_batch_tokens": 512, "threads": 1},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 1},
+        "rollout": {
+            "engines": 2,
+            "dtype": "float32",
+            "prompts_per_step": 4,
+            "responses_per_prompt": 4,
+            "max_response_tokens": 16,
+            "threads": 1,
+        },
+        "evaluation": {"draws": 2},
+    }
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def start(workplace: Path, *overrides: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_aspo", "train", "recipe.yaml", *overrides],
+        cwd=workplace,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(workplace: Path, *overrides: str) -> tuple[int, str, str]:
+    process = start(workplace, *overrides)
+    out, error = process.communicate(timeout=400)
+    return process.returncode, out, error
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
