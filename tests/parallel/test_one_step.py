@@ -1,6 +1,6 @@
 """One off-policy step (r ≠ 1) on real Megatron-Core processes against plain PyTorch in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -135,14 +135,14 @@ def _compute_truth(case: Case, policy_loss: str) -> Truth:
     )
 
 
-def run(pools, case: Case, policy_loss: str, **layout) -> list[dict]:
+def run(pools, case: Case, policy_loss: str, optimizer: OptimizerOptions = OPTIMIZER, **layout) -> list[dict]:
     from megatron_aspo.trainer.settings import RankSettings
 
     trainer = TrainerOptions(dtype="float32", micro_batch_tokens=64, logprob_chunk_tokens=16, **layout)
     settings = RankSettings(
         model_directory=case.directory,
         trainer=trainer,
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         algorithm=AlgorithmOptions(policy_loss=policy_loss, kl_coef=KL_COEF),
         temperature=1.0,
         seed=0,
@@ -176,6 +176,17 @@ def test_distributed_optimizer_takes_the_same_step(pools, case):
     true = truth(case, "aspo")
     ours = run(pools, case, "aspo", data_parallel=2, distributed_optimizer=True)[0]
     assert relative_error(ours["weights"], true.weights) <= 1e-5
+
+
+def test_weight_decay_reaches_biases_and_norms_when_asked(pools, case):
+    """The first Adam step of a one-dimensional parameter with decay is the one without, less lr · decay of the weight."""
+    without, start = truth(case, "aspo").weights, Decoder(case.directory).weights
+    ours = run(pools, case, "aspo", replace(OPTIMIZER, decay_one_dimensional=True))[0]["weights"]
+    norms = [name for name, weight in start.items() if weight.dim() == 1]
+    assert norms
+    for name in norms:
+        expected = without[name] - OPTIMIZER.lr * OPTIMIZER.weight_decay * start[name].detach().numpy()
+        assert np.abs(ours[name] - expected).max() < 1e-6 < np.abs(ours[name] - without[name]).max()
 
 
 def test_aspo_and_ppo_clip_differ_as_the_reference_says(pools, case):
