@@ -110,7 +110,9 @@ _ATTENTION = _MCORE + "self_attention."
 
 
 def _decoder_rules() -> tuple[Rule, ...]:
-    """Llama and Qwen2: pre-norm decoder, grouped-query attention, SwiGLU, optional bias of query, key and value."""
+    """Llama, Qwen2, Qwen3: pre-norm decoder, grouped-query attention, SwiGLU, optional bias of query, key and value, optional norm of query
+    and key heads.
+    """
     qkv = [
         rule
         for part, heads in (("q", lambda d: d.heads), ("k", lambda d: d.kv_heads), ("v", lambda d: d.kv_heads))
@@ -146,6 +148,16 @@ def _decoder_rules() -> tuple[Rule, ...]:
             te_parameter=_ATTENTION + "linear_qkv.layer_norm_weight",
         ),
         *qkv,
+        *(
+            _rule(
+                f"{_HF}self_attn.{part}_norm.weight",
+                f"{_ATTENTION}{part}_layernorm.weight",
+                lambda d: (d.head_dim,),
+                _whole(lambda d: d.head_dim),
+                when=lambda d: d.qk_norm,
+            )
+            for part in ("q", "k")
+        ),
         _rule(
             _HF + "self_attn.o_proj.weight",
             _ATTENTION + "linear_proj.weight",
@@ -206,6 +218,7 @@ def _decoder_rules() -> tuple[Rule, ...]:
 FAMILIES: dict[str, tuple[Rule, ...]] = {
     "LlamaForCausalLM": _decoder_rules(),
     "Qwen2ForCausalLM": _decoder_rules(),
+    "Qwen3ForCausalLM": _decoder_rules(),
 }
 """By the `architectures` entry of a Hugging Face config."""
 

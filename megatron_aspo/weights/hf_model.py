@@ -64,6 +64,7 @@ def read_model(directory: Path) -> HFModel:
         vocab=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
         qkv_bias=architecture == "Qwen2ForCausalLM",
+        qk_norm=architecture == "Qwen3ForCausalLM",
     )
     return HFModel(
         directory=directory,

@@ -30,6 +30,8 @@ class ModelDims:
     tied: bool
     """The output projection is the embedding matrix."""
     qkv_bias: bool
+    qk_norm: bool = False
+    """Query and key heads are normalized, each with one weight of head_dim."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Case:
         )
 
 
-@pytest.fixture(scope="module", params=["llama untied", "llama tied", "qwen2 untied", "qwen2 tied"])
+@pytest.fixture(scope="module", params=["llama untied", "llama tied", "qwen2 untied", "qwen2 tied", "qwen3 tied"])
 def case(request, tmp_path_factory) -> Case:
     family, tying = request.param.split()
     directory = tmp_path_factory.mktemp("model")

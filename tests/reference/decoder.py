@@ -1,4 +1,4 @@
-"""A Llama / Qwen2 decoder in plain PyTorch and float64: the independent truth for logits, gradients and updates.
+"""A Llama / Qwen2 / Qwen3 decoder in plain PyTorch and float64: the independent truth for logits, gradients and updates.
 
 Reads Hugging Face tensors by name from a dict; knows nothing of Megatron, of packing or of any module of the project.
 """
@@ -45,6 +45,8 @@ class Decoder:
             self._project(x, f"{prefix}{part}_proj", heads)
             for part, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
         )
+        if prefix + "q_norm.weight" in self.weights:
+            q, k = self._norm(q, self.weights[prefix + "q_norm.weight"]), self._norm(k, self.weights[prefix + "k_norm.weight"])
         q, k = self._rotate(q), self._rotate(k)
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(self.head_dim)

@@ -37,7 +37,8 @@ def test_numbered_elements_come_back_from_every_layout(tensor, pipeline, data, g
         head_dim=head_dim,
         vocab=vocab,
         tied=tied,
-        qkv_bias=family.startswith("Q"),
+        qkv_bias=family.startswith("Qwen2"),
+        qk_norm=family.startswith("Qwen3"),
     )
     sizes = ParallelSizes(tensor, pipeline, data)
     shapes = tensor_shapes(family, d)
