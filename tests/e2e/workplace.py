@@ -30,10 +30,11 @@ def gated(tokens, *, strength=1.0):
 
 
 def make_workplace(place: Path) -> None:
-    """A tied model, prompts of more than 128 tokens, rewards and a policy loss of the user's own, a recipe."""
+    """Tied models, prompts of more than 128 tokens, rewards and a policy loss of the user's own, a recipe."""
     tokenizer = byte_tokenizer()
-    save_tiny("qwen2", place / "model", tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    tokenizer.save_pretrained(place / "model")
+    for name, family in (("model", "qwen2"), ("qwen3", "qwen3")):
+        save_tiny(family, place / name, tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        tokenizer.save_pretrained(place / name)
     (place / "my_rewards.py").write_text(REWARDS)
     (place / "my_losses.py").write_text(LOSSES)
     rows = [{"prompt": [{"role": "user", "content": f"{i}: " + "the quick brown fox " * 8}], "ground_truth": "aeiou"} for i in range(12)]
