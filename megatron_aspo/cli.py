@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train RECIPE [key.path=value …]`."""
+"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `megatron-aspo check-loss LOSS [option=value …]`."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from megatron_aspo.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 a mistake the user can cure, 130 interrupted, 143 terminated, 1 anything else."""
+    """Run one command and exit: 0 done, 1 a check failed, 2 a mistake the user can cure, 130 interrupted, 143 terminated; else 1."""
     parser = argparse.ArgumentParser(prog="megatron-aspo", description="Reinforcement learning of language models on Megatron-Core.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -19,10 +19,15 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("recipe", type=Path, help="YAML recipe, see examples/recipes")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
     train.add_argument("--ray-address", default="", help="Ray cluster to join; without it one is started on this machine")
+    check = commands.add_parser("check-loss", help="try a policy loss of your own", description="Try a policy loss before a run does.")
+    check.add_argument("loss", help="package.module:function, or the name of one of ours")
+    check.add_argument("options", nargs="*", metavar="option=value", help="its options (algorithm.policy_loss_options in a recipe)")
     parsed, rest = parser.parse_known_args(arguments)
     # Overrides may also stand behind an option.
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if parsed.command == "check-loss":
+        sys.exit(_guarded(_check_loss, parsed))
     parsed.overrides += rest
     sys.exit(_guarded(_train, parsed))
 
@@ -40,6 +45,12 @@ def _train(parsed: argparse.Namespace) -> None:
     train(config)
 
 
+def _check_loss(parsed: argparse.Namespace) -> int:
+    from megatron_aspo.check_loss import check_loss
+
+    return 0 if check_loss(parsed.loss, parsed.options) else 1
+
+
 def _guarded(command, parsed: argparse.Namespace) -> int:
     received: list[int] = []
 
@@ -50,7 +61,7 @@ def _guarded(command, parsed: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        command(parsed)
+        return command(parsed) or 0
     except BaseException as error:
         # Ray turns an interrupt in the middle of a call into other exceptions: whatever ends the run after a signal, the signal did.
         if received:
@@ -64,4 +75,3 @@ def _guarded(command, parsed: argparse.Namespace) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         raise
-    return 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -200,6 +201,13 @@ def _apply(values: dict, override: str) -> None:
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
 
 
+def number_if_one(value: object) -> object:
+    """YAML reads 1e-6, without a point, as text; here it is a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
 def _build(kind: type, given: dict, prefix: str):
     """The dataclass `kind` with the given values over its defaults. Every value must have the field's type; floats also take integers."""
     known = {f.name: get_origin(f.type) or f.type for f in fields(kind)}
@@ -214,9 +222,10 @@ def _build(kind: type, given: dict, prefix: str):
             values[key] = _build(wanted, value, f"{prefix}{key}.")
             continue
         if wanted is float and type(value) in (int, str):
-            # YAML reads 1e-6, without a point, as text.
             with contextlib.suppress(ValueError):
                 value = float(value)
+        if wanted is dict and type(value) is dict:
+            value = {name: number_if_one(entry) for name, entry in value.items()}
         if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
             raise UserError(f"{prefix}{key}={value!r} is not {_TYPE_NAMES[wanted]}")
         values[key] = value

@@ -23,6 +23,12 @@ def test_values_come_from_defaults_recipe_and_overrides_in_that_order(recipe):
     assert (config.algorithm.policy_loss, config.deterministic, config.steps) == ("ppo_clip", True, 7)
 
 
+def test_options_of_a_loss_of_ones_own_may_be_numbers_with_an_exponent(recipe):
+    given = "{a: 1e-3, b: -2.5E2, c: 3, d: e3, e: 1e, f: .5e1}"
+    config = load_config(recipe, ["algorithm.policy_loss=m:f", f"algorithm.policy_loss_options={given}"])
+    assert config.algorithm.policy_loss_options == {"a": 1e-3, "b": -250.0, "c": 3, "d": "e3", "e": "1e", "f": 5.0}
+
+
 def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
     config = load_config(recipe, ["optimizer.lr=1e-6", "rollout.temperature=1"])
     (tmp_path / "again.yaml").write_text(to_yaml(config))

@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""The ASPO paper's diagnosis on runs of one's own: mean weight and mean ratio of tokens with A > 0 against A < 0, by step.
+
+    python tools/plot_weights.py runs/weights-aspo runs/weights-ppo_clip runs/weights-no_is --out docs/figures/weights_by_sign.svg
+
+Reads each run's `config.yaml` and `metrics.jsonl`. Beside the picture it writes the numbers drawn, as JSON of the same name. The last
+line printed is one JSON object: for each policy loss the means over all steps.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import yaml
+
+FIGURES = ("weight", "ratio")
+SIGNS = ("positive", "negative")
+
+
+def read_run(directory: Path) -> tuple[str, dict[str, list[float]]]:
+    """The policy loss, and `figure/sign` → a value for each step that made an update; also the mean reward."""
+    loss = yaml.safe_load((directory / "config.yaml").read_text())["algorithm"]["policy_loss"]
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if all(f"train/{figure}/{sign}" in step for figure in FIGURES for sign in SIGNS)]
+    series = {f"{figure}/{sign}": [step[f"train/{figure}/{sign}"] for step in steps] for figure in FIGURES for sign in SIGNS}
+    return loss, {"step": [step["step"] + 1 for step in steps], **series, "reward": [step["reward/mean"] for step in steps]}
+
+
+def draw(runs: dict[str, dict[str, list[float]]], out: Path) -> None:
+    """One column a run: the weight that multiplies the policy gradient above, the ratio r below."""
+    plt.rcParams.update({"svg.hashsalt": "megatron_aspo", "svg.fonttype": "none", "font.size": 9})
+    figure, axes = plt.subplots(2, len(runs), figsize=(3.2 * len(runs), 4.6), sharex=True, sharey="row", squeeze=False)
+    for column, (loss, series) in zip(axes.T, runs.items(), strict=True):
+        for ax, name in zip(column, FIGURES, strict=True):
+            for sign, colour, label in zip(SIGNS, ("tab:blue", "tab:red"), ("A > 0", "A < 0"), strict=True):
+                ax.plot(series["step"], series[f"{name}/{sign}"], color=colour, marker="o", markersize=3, label=label)
+            ax.axhline(1.0, color="grey", linewidth=0.6)
+        column[0].set_title(loss)
+        column[1].set_xlabel("rollout step")
+    axes[0, 0].set_ylabel("mean weight w")
+    axes[1, 0].set_ylabel("mean ratio r")
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, default=Path("docs/figures/weights_by_sign.svg"))
+    parsed = parser.parse_args()
+    runs = {}
+    for directory in parsed.runs:
+        loss, series = read_run(directory)
+        if loss in runs or not series["step"]:
+            parser.error(f"{directory}: {'a second run of ' + loss if loss in runs else 'no step made an update'}")
+        runs[loss] = series
+    draw(runs, parsed.out)
+    parsed.out.with_suffix(".json").write_text(json.dumps(runs) + "\n")
+    means = {loss: {name: sum(values) / len(values) for name, values in series.items() if name != "step"} for loss, series in runs.items()}
+    print(json.dumps(means))
+
+
+if __name__ == "__main__":
+    main()
