@@ -89,10 +89,6 @@ def _result(loss: PolicyLoss, options: AlgorithmOptions) -> str:
             term = loss(fresh(tokens)[0])
         if term.loss.dtype != dtype:
             raise Broken(f"{dtype} tokens gave a {term.loss.dtype} loss", "Make constants by tokens.logprobs.new_tensor(…); do not cast.")
-        for name in ("weight", "masked", "capped"):
-            shape = getattr(term, name).shape
-            if shape != tokens.mask.shape:
-                raise Broken(f"PolicyTerm.{name} is {list(shape)}, expected [{len(tokens.mask)}]", "Give one value for each token.")
         first = evaluate(loss, tokens)
         require_finite(tokens, first)
         names, cure = ("at the second call", "at the first"), "A loss must depend on its arguments alone, without randomness or memory."

@@ -1,6 +1,7 @@
 """One typed configuration: a YAML recipe over the defaults of the rooms' options, `key.path=value` on the command line over that."""
 
 import contextlib
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import yaml
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvaluationOptions
-from megatron_aspo.losses.check import check_algorithm, nearest
+from megatron_aspo.losses.check import check_algorithm, nearest, reads_entropy_classes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
 from megatron_aspo.rollout.options import RolloutOptions
@@ -75,8 +76,12 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {recipe} must be a mapping of keys to values")
+    written, given = values, {}
+    values = copy.deepcopy(written)
     for override in overrides:
         _apply(values, override)
+        _apply(given, override)
+    _check_switch(written, given)
     preset = str(values.get("preset", "paper"))
     _require(preset in PRESETS, f"preset={preset} is not known; {nearest(preset, PRESETS)}")
     implied = _over(_loss_defaults(values), PRESETS[preset])
@@ -89,6 +94,33 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved configuration; `load_config` of it gives the same one."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def _check_switch(written: dict, given: dict) -> None:
+    """Refuse overrides that change the policy loss or the preset over values that the recipe wrote down for another one.
+
+    The resolved recipe of a run writes every value down: replayed with another loss it would keep the bounds of the old one.
+    """
+    written, given = _flat(written), _flat(given)
+    for key, default, sets in (
+        ("algorithm.policy_loss", AlgorithmOptions().policy_loss, LOSS_DEFAULTS),
+        ("preset", Config.preset, PRESETS),
+    ):
+        old, new = str(written.get(key, default)), str(given.get(key, written.get(key, default)))
+        for name in (old, new) if old != new else ():
+            for stale in sorted(_flat(sets.get(name, {})).keys() & written.keys() - given.keys()):
+                raise UserError(
+                    f"{key}={new} takes the place of {old}, but the recipe sets {stale}={written[stale]}, which goes with {name}; "
+                    "set it too, or remove it from the recipe"
+                )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """Nested mappings as one, of key paths."""
+    result = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
 
 
 def _loss_defaults(values: dict) -> Values:
@@ -105,6 +137,11 @@ def _over(below: dict, above: dict) -> dict:
 
 
 def _check_preset(config: Config) -> None:
+    _require(
+        not PRESETS[config.preset] or reads_entropy_classes(config.algorithm),
+        f"preset={config.preset} fixes ε by entropy class, which policy_loss={config.algorithm.policy_loss} does not know; take aspo or "
+        "archer, or set preset=paper",
+    )
     for section, keys in PRESETS[config.preset].items():
         for key, fixed in keys.items():
             value = getattr(getattr(config, section), key)
@@ -171,6 +208,19 @@ def check(config: Config, implied: Values | None = None) -> None:
         f"evaluation.every={config.evaluation.every} evaluates while training, but evaluation.draws=0 draws nothing; set both or neither",
     )
     _require(
+        not config.optimizer.warmup_from_zero or config.optimizer.warmup_steps > 0,
+        "optimizer.warmup_from_zero=true has no effect but a first step without learning when optimizer.warmup_steps=0; set one of them",
+    )
+    _require(
+        not config.optimizer.decay_one_dimensional or config.optimizer.weight_decay > 0 or "optimizer" in (implied or {}),
+        "optimizer.decay_one_dimensional=true has no effect with optimizer.weight_decay=0; set one of them",
+    )
+    _require(
+        config.algorithm.sequence_count == "counted" or config.algorithm.mini_batch_prompts <= config.rollout.prompts_per_step,
+        f"algorithm.mini_batch_prompts={config.algorithm.mini_batch_prompts} is more than rollout.prompts_per_step="
+        f"{config.rollout.prompts_per_step}: no mini-batch is ever full, but sequence_count=full_mini_batch divides by one; lower it",
+    )
+    _require(
         not config.trainer.distributed_optimizer or config.trainer.data_parallel > 1,
         "trainer.distributed_optimizer=true shards over data-parallel ranks; set trainer.data_parallel above 1 or leave it false",
     )
@@ -225,6 +275,7 @@ def _build(kind: type, given: dict, prefix: str):
             with contextlib.suppress(ValueError):
                 value = float(value)
         if wanted is dict and type(value) is dict:
+            _require(all(isinstance(name, str) for name in value), f"{prefix}{key}={value!r} has a name that is not text")
             value = {name: number_if_one(entry) for name, entry in value.items()}
         if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
             raise UserError(f"{prefix}{key}={value!r} is not {_TYPE_NAMES[wanted]}")

@@ -35,7 +35,7 @@ def load_function(path: str, key: str) -> Callable:
     return function
 
 
-def check_call(function: Callable, path: str, key: str, signature: str, *arguments: Any, **options: Any) -> None:
+def check_call(function: Callable, path: str, key: str, signature: str, /, *arguments: Any, **options: Any) -> None:
     """Raises UserError unless `function` takes these arguments; `signature` says in words what is expected."""
     try:
         inspect.signature(function).bind(*arguments, **options)

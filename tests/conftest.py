@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
-import ray
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A small local cluster on the loopback interface. Its CPUs are logical: more than the machine may have."""
+    import ray  # slow: not for the tests that need none
+
     ray.init(
         address="local",
         num_cpus=16,

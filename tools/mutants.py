@@ -207,6 +207,8 @@ def _replace(place: tuple[ast.AST, str, int | None], new: ast.AST) -> ast.AST:
 
 
 def _left_alone(node: ast.AST, parent: ast.AST, field: str) -> bool:
+    if field in ("annotation", "returns", "type_params"):
+        return True
     match node:
         case ast.Expr(ast.Constant(str())) | ast.Import() | ast.ImportFrom():
             return True
@@ -215,7 +217,7 @@ def _left_alone(node: ast.AST, parent: ast.AST, field: str) -> bool:
         case ast.Constant(value=None):
             # `x is ""` is never true: the same as swapping the branches, and a warning of the compiler.
             return isinstance(parent, ast.Compare)
-    return field in ("annotation", "returns", "type_params")
+    return False
 
 
 def mutants(tree: ast.Module, source: str, file: str) -> list[Mutant]:

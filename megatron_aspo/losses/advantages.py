@@ -8,10 +8,12 @@ from megatron_aspo.losses.options import AlgorithmOptions
 
 
 def group_statistic(values: np.ndarray, groups: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """[samples]: `function` of the values of each group, put back where they stood. groups: int64 [samples]."""
+    """[samples]: `function`, to which a common offset means nothing, of the values of each group, put back where they stood."""
     result = np.zeros(len(values))
     for group in np.unique(groups):
-        result[groups == group] = function(values[groups == group])
+        chosen = values[groups == group]
+        # Equal values become zeros, and their mean is exact.
+        result[groups == group] = function(chosen - chosen[0])
     return result
 
 
@@ -37,6 +39,7 @@ def reinforce_plus_plus(rewards: np.ndarray, groups: np.ndarray, counted: np.nda
     """
     if options.subtract_group_mean:
         rewards = group_statistic(rewards, groups, lambda values: values - values.mean())
+    rewards = rewards - rewards[:1]  # a common offset ignored, as above
     tokens = max(counted.sum(), 1)
     deviation = rewards - (counted * rewards).sum() / tokens
     return deviation / (np.sqrt((counted * deviation**2).sum() / tokens) + 1e-8)

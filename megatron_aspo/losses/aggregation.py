@@ -1,6 +1,7 @@
 """The one normalisation: from per-token losses to the loss of a mini-batch, whatever micro-batches and ranks it is cut into."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,5 +39,5 @@ def token_weights(mask: Tensor, offsets: list[int], options: AlgorithmOptions, t
         return mask.double() / responses
     if options.aggregation == "seq_mean_token_sum_norm":
         return mask.double() / (responses * totals.max_response_tokens)
-    parts = [mask[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    parts = [mask[start:stop] for start, stop in pairwise(offsets)]
     return torch.cat([part.double() / (responses * part.sum().clamp(min=1)) for part in parts] or [mask.double()])

@@ -38,7 +38,7 @@ _READ_BY_LOSS = {
 
 def nearest(wrong: str, valid: Iterable[str], prefix: str = "") -> str:
     """The cure for a mistyped name: the closest valid one, or all of them."""
-    close = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(wrong, list(valid), cutoff=0.5)
     return f"did you mean {prefix}{close[0]}?" if close else f"valid: {', '.join(prefix + name for name in sorted(valid))}"
 
 
@@ -98,7 +98,7 @@ def _check_effect(options: AlgorithmOptions, own: bool, implied: Mapping[str, An
         for field in fields(options):
             value = getattr(options, field.name)
             default = field.default_factory() if field.name == "policy_loss_options" else field.default
-            if field.name in unread and value != default and value != implied.get(field.name, default):
+            if field.name in unread and value not in (default, implied.get(field.name)):
                 raise UserError(f"algorithm.{field.name}={value} has no effect: it needs {reason}; remove it")
 
     if own:
@@ -109,6 +109,8 @@ def _check_effect(options: AlgorithmOptions, own: bool, implied: Mapping[str, An
         for name in sorted(set().union(*_READ_BY_LOSS.values()) - read):
             readers = [loss for loss, its in _READ_BY_LOSS.items() if name in its]
             needs(f"policy_loss {' or '.join(readers)}, not {options.policy_loss}", name)
+    if options.policy_loss == "reinforce":
+        needs("a policy loss with a ratio, not reinforce", "old_logprobs")
     if options.aggregation == "token_mean":
         needs("a seq_mean aggregation", "sequence_count")
     if options.advantage != "grpo":
@@ -150,9 +152,15 @@ def _check_combinations(options: AlgorithmOptions, responses_per_prompt: int, ma
             f"{alone} algorithm.advantage={options.advantage} subtract_group_mean={options.subtract_group_mean} does so; "
             "take at least 2, or advantage=reinforce_plus_plus without the group mean",
         )
+    whitened = options.advantage == "reinforce_plus_plus" and not options.subtract_group_mean
+    for reason, carries in (
+        ("advantage=reinforce_plus_plus without subtract_group_mean", whitened),
+        ("kl_in=reward", options.kl_in == "reward"),
+    ):
         _require(
-            options.group_filter == "none",
-            f"{alone} algorithm.group_filter={options.group_filter} would drop every group of one; set group_filter=none",
+            not carries or options.group_filter == "none",
+            f"algorithm.group_filter={options.group_filter} leaves out groups by their rewards alone, but with {reason} such groups carry "
+            "gradient; set group_filter=none",
         )
 
 

@@ -30,18 +30,21 @@ def find_policy_loss(options: AlgorithmOptions) -> PolicyLoss:
 
 def _call(function: Callable, options: AlgorithmOptions, tokens: PolicyTokens) -> PolicyTerm:
     result = function(tokens, **options.policy_loss_options)
-    loss = result.loss if isinstance(result, PolicyTerm) else result
-    if not isinstance(loss, Tensor) or loss.shape != tokens.logprobs.shape:
-        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"{options.policy_loss} returned {got}, expected one loss for each of {tokens.logprobs.numel()} tokens")
-    return result if isinstance(result, PolicyTerm) else _term(loss, tokens)
+    term = vars(result) if isinstance(result, PolicyTerm) else {"loss": result}
+    for name, values in term.items():
+        if not isinstance(values, Tensor) or values.shape != tokens.logprobs.shape:
+            got = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise ValueError(
+                f"{options.policy_loss} returned {got} as {name}, expected a value for each of {tokens.logprobs.numel()} tokens"
+            )
+    return result if isinstance(result, PolicyTerm) else _term(result, tokens)
 
 
 def _term(loss: Tensor, tokens: PolicyTokens) -> PolicyTerm:
     """A bare loss with the figures that its gradient shows: w = −(∂L/∂logp) / A, and a token is masked where that is 0."""
     advantages = tokens.advantages
     if loss.requires_grad:
-        (gradient,) = torch.autograd.grad(loss.sum(), tokens.logprobs, retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss.sum(), tokens.logprobs, retain_graph=True, materialize_grads=True)
     else:
         gradient = torch.zeros_like(advantages)
     signed = advantages != 0

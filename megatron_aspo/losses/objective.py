@@ -5,7 +5,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from megatron_aspo.dotted import one_line
+from megatron_aspo.errors import UserError
 from megatron_aspo.losses.aggregation import Totals, token_weights
+from megatron_aspo.losses.check import reads_entropy_classes
 from megatron_aspo.losses.custom import find_policy_loss
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import LOG_RATIO_BOUND, PolicyTerm, PolicyTokens
@@ -39,14 +42,16 @@ def objective(tokens: ObjectiveTokens, options: AlgorithmOptions, totals: Totals
 
     L_t = policy term × rollout correction + β·KL estimate − entropy_coef·H. Raises FloatingPointError for a non-finite counted input.
     """
-    _check_finite(tokens)
+    _check_finite(tokens, _inputs(tokens))
     tokens = _without_uncounted(tokens)
     entropy = tokens.entropy.detach()
-    low_entropy = low_entropy_tokens(entropy, tokens.mask, tokens.offsets, options.low_entropy_quantile, totals.entropy_threshold)
+    low_entropy = torch.zeros_like(tokens.mask)
+    if reads_entropy_classes(options):
+        low_entropy = low_entropy_tokens(entropy, tokens.mask, tokens.offsets, options.low_entropy_quantile, totals.entropy_threshold)
     policy_tokens = PolicyTokens(
         tokens.logprobs, tokens.old_logprobs, tokens.advantages, entropy, low_entropy, tokens.mask, tokens.offsets, options
     )
-    term = find_policy_loss(options)(policy_tokens)
+    term = _policy_term(policy_tokens, tokens)
     correction, corrected = rollout_correction(
         tokens.old_logprobs, tokens.rollout_logprobs, options.rollout_correction, options.rollout_correction_cap
     )
@@ -61,10 +66,28 @@ def objective(tokens: ObjectiveTokens, options: AlgorithmOptions, totals: Totals
         figures["kl"] = (kl, tokens.mask)
         if options.kl_in == "loss":
             per_token = per_token + _kl_weight(low_entropy, kl, options) * kl
+    per_token = torch.where(tokens.mask, per_token, 0.0)
     weights = token_weights(tokens.mask, tokens.offsets, options, totals)
     loss = (weights * per_token).sum()
     shares = {"loss": loss, "policy_loss": (weights * term.loss * correction).sum()}
     return loss, _tally(figures | _policy_figures(tokens, term), shares, float(tokens.mask.sum()) / max(totals.tokens, 1))
+
+
+def _policy_term(policy_tokens: PolicyTokens, tokens: ObjectiveTokens) -> PolicyTerm:
+    """Raises UserError for whatever is wrong with a loss of the user's own."""
+    options = policy_tokens.options
+    if ":" not in options.policy_loss:
+        return find_policy_loss(options)(policy_tokens)
+    try:
+        term = find_policy_loss(options)(policy_tokens)
+        if policy_tokens.logprobs.requires_grad and not term.loss.requires_grad and policy_tokens.advantages.any():
+            raise ValueError("the loss carries no gradient")
+        _check_finite(tokens, {"loss": term.loss})
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(
+            f"algorithm.policy_loss={options.policy_loss}: {one_line(error)}; correct it, and try it with megatron-aspo check-loss"
+        ) from error
+    return term
 
 
 def _kl_weight(low_entropy: Tensor, like: Tensor, options: AlgorithmOptions) -> Tensor:
@@ -80,7 +103,8 @@ def _without_uncounted(tokens: ObjectiveTokens) -> ObjectiveTokens:
     return ObjectiveTokens(**values | {name: torch.where(tokens.mask, v, 0.0) for name, v in floats.items()})
 
 
-def _check_finite(tokens: ObjectiveTokens) -> None:
+def _inputs(tokens: ObjectiveTokens) -> dict[str, Tensor]:
+    """By the names that error messages use."""
     inputs = {
         "logprob": tokens.logprobs,
         "entropy": tokens.entropy,
@@ -89,16 +113,18 @@ def _check_finite(tokens: ObjectiveTokens) -> None:
         "reference logprob": tokens.ref_logprobs,
         "advantage": tokens.advantages,
     }
-    for what, values in inputs.items():
-        if values is None:
-            continue
-        bad = tokens.mask & ~torch.isfinite(values.detach())
-        if bad.any():
-            at = int(bad.nonzero()[0])
-            response = next(i for i, stop in enumerate(tokens.offsets[1:]) if at < stop)
-            raise FloatingPointError(
-                f"sample {tokens.names[response]}: {what} of response token {at - tokens.offsets[response]} is {float(values[at].detach())}"
-            )
+    return {what: values for what, values in inputs.items() if values is not None}
+
+
+def _check_finite(tokens: ObjectiveTokens, given: dict[str, Tensor]) -> None:
+    bad = tokens.mask & ~torch.isfinite(torch.stack(list(given.values())))
+    if bad.any():
+        row, at = bad.nonzero()[0].tolist()
+        what, values = list(given.items())[row]
+        response = next(i for i, stop in enumerate(tokens.offsets[1:]) if at < stop)
+        raise FloatingPointError(
+            f"sample {tokens.names[response]}: {what} of response token {at - tokens.offsets[response]} is {float(values[at].detach())}"
+        )
 
 
 Figures = dict[str, tuple[Tensor, Tensor]]

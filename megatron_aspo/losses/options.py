@@ -63,8 +63,8 @@ class AlgorithmOptions:
     batch_order: str = "shuffled"
     """`shuffled`: an order of its own for each epoch; `data_index`: by place in the data set, cut to a multiple of the training ranks."""
     group_filter: str = "drop"
-    """Groups whose shaped rewards are all equal carry no gradient: `none` keeps them, `drop` leaves them out, `resample` draws other
-    prompts for them; `drop_zero_or_one` leaves out only those whose rewards are all 0 or all 1."""
+    """Where advantages compare within the group, groups whose shaped rewards are all equal carry no gradient: `none` keeps them, `drop`
+    leaves them out, `resample` draws other prompts for them; `drop_zero_or_one` leaves out only those that are all 0 or all 1."""
     resample_rounds: int = 3
     """`resample`: most extra generations in a step."""
     overlong_buffer_tokens: int = 0

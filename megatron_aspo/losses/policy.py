@@ -9,6 +9,7 @@ its own response and on nothing else, so that it does not matter how a mini-batc
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class PolicyTokens:
     def response_means(self, values: Tensor) -> Tensor:
         """For every token the mean of `values` over the counted tokens of its response; 0 where none counts."""
         means = []
-        for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+        for start, stop in pairwise(self.offsets):
             counted = values[start:stop][self.mask[start:stop]]
             means.append((counted.sum() / max(counted.numel(), 1)).expand(stop - start))
         return torch.cat(means) if means else values
@@ -168,13 +169,13 @@ def cispo(tokens: PolicyTokens) -> PolicyTerm:
 def reinforce(tokens: PolicyTokens) -> PolicyTerm:
     """−A·logp: no weight, no bound."""
     none = torch.zeros_like(tokens.logprobs, dtype=torch.bool)
-    return PolicyTerm(-tokens.advantages * tokens.logprobs, torch.ones_like(tokens.logprobs).detach(), none, none)
+    return PolicyTerm(-tokens.advantages * tokens.logprobs, torch.ones_like(tokens.logprobs), none, none)
 
 
 def no_is(tokens: PolicyTokens) -> PolicyTerm:
     """The ASPO paper's ablation: −A·ρ under `ppo_clip`'s hard mask, without importance weight and dual clip."""
-    masked = _hard_mask(tokens.advantages, tokens.log_ratio.detach().exp(), *_bounds(tokens))
-    weight = torch.ones_like(tokens.logprobs).detach()
+    masked = _hard_mask(tokens.advantages, tokens.log_ratio.exp(), *_bounds(tokens))
+    weight = torch.ones_like(tokens.logprobs)
     return PolicyTerm(_weighted(tokens, weight, masked), weight, masked, capped=torch.zeros_like(masked))
 
 

@@ -1,5 +1,6 @@
 """What stands beside the policy loss, per token: KL to the reference, entropy classes, correction of engine–trainer mismatch."""
 
+from itertools import pairwise
 from math import inf
 
 import torch
@@ -35,11 +36,12 @@ def low_entropy_tokens(entropy: Tensor, mask: Tensor, offsets: list[int], q: flo
 
     entropy: [tokens]; mask: bool [tokens]; offsets: response i is tokens [offsets[i], offsets[i + 1]).
     """
-    thresholds = torch.full_like(entropy, -inf if threshold is None else threshold, dtype=torch.float64)
-    if threshold is None:
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-            thresholds[start:stop] = quantile(entropy[start:stop][mask[start:stop]], q)
-    return entropy.detach().double() <= thresholds
+    if threshold is not None:
+        return entropy.double() <= threshold
+    thresholds = torch.empty_like(entropy, dtype=torch.float64)
+    for start, stop in pairwise(offsets):
+        thresholds[start:stop] = quantile(entropy[start:stop][mask[start:stop]], q)
+    return entropy.double() <= thresholds
 
 
 def rollout_correction(old_logprobs: Tensor, rollout_logprobs: Tensor, name: str, cap: float) -> tuple[Tensor, Tensor]:

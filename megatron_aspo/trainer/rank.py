@@ -48,7 +48,7 @@ megatron_adapter.prepare()  # again, for the modules imported since
 class Scores:
     """What the policy loss holds fixed over the phase, float32 [response tokens]; on the last stage, all data-parallel ranks alike.
 
-    Log-probabilities stand at 0 in responses of which no token counts.
+    What the trainer computes stands at 0 in responses of which no token counts, unless their rewards need it.
     """
 
     old: Tensor
@@ -127,16 +127,18 @@ class TrainerRank:
     def prepare(self, batch: TrainBatch) -> tuple[Scores, dict[str, float], Tally]:
         """Old and reference log-probabilities, advantages; how far trainer and engine differ; the tally of a KL penalty in the reward."""
         algorithm = self.settings.algorithm
-        samples = np.flatnonzero(batch.counted)
+        # A penalty in the reward is part of the statistics of a group, to which every response belongs.
+        penalized = algorithm.has_kl and algorithm.kl_in == "reward"
+        samples = np.arange(batch.samples) if penalized else np.flatnonzero(batch.counted)
         current, _ = self.score(self.model, batch, samples)
         reference = None if self.reference is None else self.score(self.reference, batch, samples)[0]
         mismatch = _mismatch(current, batch) if self.parallel.is_last_stage else {}
         old = current if algorithm.old_logprobs == "recompute" else torch.from_numpy(batch.rollout_logprobs).to(current)
         rewards, tally = batch.rewards, {}
-        if reference is not None and algorithm.kl_in == "reward":
+        if penalized:
             penalty = algorithm.kl_coef * _response_kl(current, reference, batch, algorithm)
             rewards = rewards - penalty
-            tally["kl_penalty"] = (float(penalty[samples].sum()), len(samples))
+            tally["kl_penalty"] = (float(penalty.sum()), batch.samples)
         per_sample = advantages(rewards, batch.groups, batch.counted, algorithm)
         per_token = torch.from_numpy(np.repeat(per_sample, np.diff(batch.response_offsets))).to(old)
         return Scores(old, reference, per_token), mismatch, tally
@@ -297,9 +299,10 @@ def _mismatch(old: Tensor, batch: TrainBatch) -> dict[str, float]:
 
 
 def _response_kl(current: Tensor, reference: Tensor, batch: TrainBatch, algorithm: AlgorithmOptions) -> np.ndarray:
-    """float64 [samples]: the KL estimate summed over the counted tokens of each response."""
-    per_token = kl_estimate(current, reference, algorithm.kl_estimator, algorithm.kl_value_clamp).cpu().double().numpy() * batch.mask
-    return np.diff(np.concatenate([[0.0], np.cumsum(per_token)])[batch.response_offsets])
+    """float64 [samples]: the KL estimate summed over the tokens of each response."""
+    per_token = kl_estimate(current, reference, algorithm.kl_estimator, algorithm.kl_value_clamp).cpu().double().numpy()
+    owners = np.repeat(np.arange(batch.samples), np.diff(batch.response_offsets))
+    return np.bincount(owners, weights=per_token, minlength=batch.samples)
 
 
 @contextmanager

@@ -133,9 +133,12 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
         "data.reward=",
         "rollout.engines=1",
     ]
-    status, _out, error = train(workplace, "name=other", *overrides, "algorithm.group_filter=none", "steps=1", "trainer.tensor_parallel=1")
+    reward = ["algorithm.group_filter=none", "algorithm.kl_in=reward", "algorithm.kl_estimator=k1", "algorithm.kl_coef=0.1"]
+    status, _out, error = train(workplace, "name=other", *overrides, *reward, "steps=2", "trainer.tensor_parallel=1")
     assert status == 0, error
-    (step,) = metrics(workplace / "runs" / "other")
+    first, step = metrics(workplace / "runs" / "other")
+    # The reference is the model at the start.
+    assert abs(first["train/kl_penalty"]) < 1e-4 < abs(step["train/kl_penalty"])
     assert step["train/updates"] == 4 and yaml.safe_load((workplace / "runs/other/config.yaml").read_text())["task"] == "largest_of_three"
 
 

@@ -26,6 +26,10 @@ LOSSES = '''
 def gated(tokens, *, strength=1.0):
     """A soft gate on the ratio."""
     return -tokens.advantages * (strength * tokens.log_ratio).tanh() / strength
+
+
+def broken(tokens):
+    return tokens.rewards
 '''
 
 

@@ -90,17 +90,18 @@ def test_scores_and_advantages_on_every_layout(pools, case, layout):
         ("k1", 0.05, lambda x: np.clip(-x, -0.05, 0.05)),
     ],
 )
-def test_a_kl_penalty_in_the_reward_is_summed_over_the_counted_tokens(pools, case, estimator, clamp, estimate, layout):
+def test_a_kl_penalty_in_the_reward_is_summed_over_every_response(pools, case, estimator, clamp, estimate, layout):
     _, batch, current, original = case
     algorithm = AlgorithmOptions(kl_in="reward", kl_coef=0.3, kl_estimator=estimator, kl_value_clamp=clamp)
     ours = prepare(pools, case, algorithm, **layout)
-    per_token = estimate(original - current) * batch.mask
+    per_token = estimate(original - current)
+    # A filtered response too: its reward is part of its group's statistics.
     penalty = 0.3 * np.array([per_token[a:b].sum() for a, b in zip(ENDS, ENDS[1:])])
-    assert penalty[FILTERED] == 0 and np.abs(penalty).max() > 0.01
+    assert np.abs(penalty).min() > 1e-3
     expected = np.repeat(advantage_pairs(batch.rewards - penalty), LENGTHS)
     assert np.allclose(ours["advantages"], expected, rtol=1e-4)
     total, count = ours["tally"]["kl_penalty"]
-    assert count == 5 and total == pytest.approx(penalty.sum(), rel=1e-4)
+    assert count == 6 and total == pytest.approx(penalty.sum(), rel=1e-4)
 
 
 def test_the_engines_logprobs_can_be_the_old_ones_and_the_mismatch_is_measured_all_the_same(pools, case):

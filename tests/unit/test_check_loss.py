@@ -340,7 +340,7 @@ def cancels(tokens: PolicyTokens) -> Tensor:
         (a_list, {"result"}, "returned a list"),
         (single, {"result"}, "torch.float64 tokens gave a torch.float32 loss"),
         (double, {"result"}, "torch.float32 tokens gave a torch.float64 loss"),
-        (short_weight, {"result"}, "PolicyTerm.weight is [], expected [40]"),
+        (short_weight, {"result"}, "returned a tensor of shape [] as weight, expected a value for each of 40 tokens"),
         (raises, {"result"}, "it raised AttributeError: 'PolicyTokens' object has no attribute 'rewards' (test_check_loss.py, line "),
         (noisy, {"result"}, "at the second call"),
         (nan_without_advantage, {"extremes", "empty"}, "without dividing by A"),

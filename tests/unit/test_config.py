@@ -23,6 +23,40 @@ def test_values_come_from_defaults_recipe_and_overrides_in_that_order(recipe):
     assert (config.algorithm.policy_loss, config.deterministic, config.steps) == ("ppo_clip", True, 7)
 
 
+@pytest.mark.parametrize("loss", ["gspo", "cispo"])
+def test_a_preset_does_not_give_a_loss_the_bounds_of_another(recipe, loss):
+    with pytest.raises(UserError, match=f"preset=archer_reference fixes ε by entropy class, which policy_loss={loss} does not know"):
+        load_config(recipe, ["preset=archer_reference", f"algorithm.policy_loss={loss}"])
+    assert load_config(recipe, ["preset=archer_reference", "algorithm.policy_loss=archer"]).algorithm.clip_low == 0.2
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (
+            [],
+            ["algorithm.policy_loss=gspo"],
+            "algorithm.policy_loss=gspo takes the place of aspo, but the recipe sets algorithm.aggregation=",
+        ),
+        (["algorithm.policy_loss=gspo"], ["algorithm.policy_loss=aspo"], "algorithm.aggregation=seq_mean_token_mean, which goes with gspo"),
+        (["preset=archer_reference"], ["preset=paper"], "preset=paper takes the place of archer_reference"),
+    ],
+)
+def test_a_resolved_recipe_does_not_carry_the_values_of_one_loss_over_to_another(recipe, tmp_path, first, then, message):
+    (tmp_path / "again.yaml").write_text(to_yaml(load_config(recipe, first)))
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "again.yaml", then)
+    assert message in str(caught.value) and str(caught.value).endswith("set it too, or remove it from the recipe")
+
+
+def test_a_loss_may_be_changed_with_the_values_that_go_with_it(recipe, tmp_path):
+    (tmp_path / "again.yaml").write_text(to_yaml(load_config(recipe)))
+    bounds = ["algorithm.clip_low=3e-4", "algorithm.clip_high=4e-4", "algorithm.aggregation=seq_mean_token_mean"]
+    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=gspo", *bounds]).algorithm.clip_low == 3e-4
+    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=ppo_clip"]).algorithm.clip_low == 0.2
+    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=aspo"]).algorithm.clip_low == 0.2
+
+
 def test_options_of_a_loss_of_ones_own_may_be_numbers_with_an_exponent(recipe):
     given = "{a: 1e-3, b: -2.5E2, c: 3, d: e3, e: 1e, f: .5e1}"
     config = load_config(recipe, ["algorithm.policy_loss=m:f", f"algorithm.policy_loss_options={given}"])
@@ -53,6 +87,13 @@ def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
         ("algorithm.kl_coef=-0.1", "algorithm.kl_coef=-0.1 must not be negative"),
         ("algorithm.clip_low=1.5", "algorithm.clip_low=1.5 must be at most 1"),
         ("algorithm.policy_loss_options=3", "algorithm.policy_loss_options=3 is not a mapping of names to values"),
+        ("optimizer={warmup_from_zero: true, warmup_steps: 0}", "optimizer.warmup_from_zero=true has no effect"),
+        ("algorithm.policy_loss_options={1: 2}", "algorithm.policy_loss_options={1: 2} has a name that is not text"),
+        ("optimizer={decay_one_dimensional: true, weight_decay: 0}", "optimizer.decay_one_dimensional=true has no effect"),
+        (
+            "algorithm={aggregation: seq_mean_token_sum, sequence_count: full_mini_batch, mini_batch_prompts: 65}",
+            "algorithm.mini_batch_prompts=65 is more than rollout.prompts_per_step=64",
+        ),
         ("preset=papper", "preset=papper is not known; did you mean paper?"),
         ("algorithm.low_entropy_quantile=80", "must be in [0, 1]"),
         ("optimizer.beta2=1", "optimizer.beta2=1.0 must be in [0, 1)"),

@@ -1,212 +1,227 @@
-"""Policy losses and their surroundings against float64 references and closed forms."""
+"""Policy losses and the objective: values worked out by hand, and each policy loss against the float64 reference."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_aspo.losses import names
-from megatron_aspo.losses.advantages import ADVANTAGES, grpo
-from megatron_aspo.losses.objective import ObjectiveTokens, objective
+from megatron_aspo.losses.aggregation import Totals
+from megatron_aspo.losses.objective import objective
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.policy import POLICY_LOSSES, PolicyTokens, aspo
-from megatron_aspo.losses.tally import add_tallies
-from megatron_aspo.losses.terms import k3, low_entropy_tokens
-from tests.reference import objectives
+from megatron_aspo.losses.policy import POLICY_LOSSES
+from tests.reference import losses as reference
+from tests.reference.losses import Response
+from tests.unit import loss_cases as cases
 
-OPTIONS = AlgorithmOptions()
-
-
-def tokens(ratio, advantage, low_entropy=True) -> PolicyTokens:
-    old = torch.full((1,), -1.0, dtype=torch.float64)
-    logprobs = (old + float(np.log(ratio))).requires_grad_()
-    return PolicyTokens(logprobs, old, torch.full((1,), float(advantage), dtype=torch.float64), torch.tensor([low_entropy]))
+DTYPES = [torch.float64, torch.float32]
 
 
-def gradient(name: str, given: PolicyTokens) -> float:
-    POLICY_LOSSES[name](given, OPTIONS).loss.sum().backward()
-    return float(given.logprobs.grad)
+def one_token(ratio: float, A: float) -> Response:
+    logp = np.array([-1.0])
+    return Response(logp, logp - np.log(ratio), logp, None, np.zeros(1), np.ones(1, bool), A)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "low_entropy", "expected"),
-    [
-        (1.1, 2.0, True, -2.0 / 1.1),  # inverted weight
-        (0.5, 2.0, True, -2.0 / 0.5),  # a lagging token gets the larger update
-        (0.2, 2.0, True, -2.0 * 3.0),  # 1/r = 5 capped at c_pos, gradient kept
-        (1.3, 2.0, True, 0.0),  # hard mask, ε = 0.2
-        (1.3, 2.0, False, -2.0 / 1.3),  # ε = 0.4 of a high-entropy token
-        (1.5, 2.0, False, 0.0),
-        (1.1, -2.0, True, 2.0 * 1.1),
-        (5.0, -2.0, True, 2.0 * 3.0),  # capped at c_neg, gradient kept
-        (0.7, -2.0, True, 0.0),
-        (0.7, -2.0, False, 2.0 * 0.7),
-        (1.7, 0.0, True, 0.0),
-    ],
-)
-def test_aspo_gradient_is_minus_advantage_times_weight(ratio, advantage, low_entropy, expected):
-    assert gradient("aspo", tokens(ratio, advantage, low_entropy)) == pytest.approx(expected, abs=1e-12)
+def of_one_token(loss: str, ratio: float, A: float, low: bool = True, **options):
+    """(term, ∂L/∂logp); logp is −1."""
+    tokens = cases.policy_tokens([one_token(ratio, A)], [low], AlgorithmOptions(**options))
+    term = POLICY_LOSSES[loss](tokens)
+    (gradient,) = torch.autograd.grad(term.loss.sum(), tokens.logprobs)
+    return term, float(gradient)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "expected"),
-    [(1.1, 2.0, -2.2), (1.3, 2.0, 0.0), (0.5, 2.0, -1.0), (0.7, -2.0, 0.0), (2.5, -2.0, 5.0), (3.5, -2.0, 0.0)],
-)
-def test_ppo_clip_gradient(ratio, advantage, expected):
-    assert gradient("ppo_clip", tokens(ratio, advantage)) == pytest.approx(expected, abs=1e-12)
+# loss, r, A, low-entropy, value, gradient, weight, masked, capped; ε = 0.2, 0.4 where entropy is not low, c = 3
+BY_HAND = [
+    ("aspo", 1.1, 2.0, True, -2.0 / 1.1, -2.0 / 1.1, 1 / 1.1, False, False),
+    ("aspo", 0.5, 2.0, True, -2.0 / 0.5, -2.0 / 0.5, 2.0, False, False),
+    ("aspo", 0.2, 2.0, True, -6.0, -6.0, 3.0, False, True),
+    ("aspo", 1.3, 2.0, True, -2.0 / 1.2, 0.0, 1 / 1.2, True, False),
+    ("aspo", 1.3, 2.0, False, -2.0 / 1.3, -2.0 / 1.3, 1 / 1.3, False, False),
+    ("aspo", 1.5, 2.0, False, -2.0 / 1.4, 0.0, 1 / 1.4, True, False),
+    ("aspo", 1.1, -2.0, True, 2.2, 2.2, 1.1, False, False),
+    ("aspo", 5.0, -2.0, True, 6.0, 6.0, 3.0, False, True),
+    ("aspo", 0.7, -2.0, True, 1.6, 0.0, 0.8, True, False),
+    ("aspo", 0.7, -2.0, False, 1.4, 1.4, 0.7, False, False),
+    ("aspo", 0.5, -2.0, False, 1.2, 0.0, 0.6, True, False),
+    ("ppo_clip", 1.1, 2.0, False, -2.2, -2.2, 1.1, False, False),
+    ("ppo_clip", 1.3, 2.0, False, -2.4, 0.0, 1.2, True, False),
+    ("ppo_clip", 0.5, 2.0, False, -1.0, -1.0, 0.5, False, False),
+    ("ppo_clip", 9.0, 2.0, False, -2.4, 0.0, 1.2, True, False),
+    ("ppo_clip", 0.7, -2.0, False, 1.6, 0.0, 0.8, True, False),
+    ("ppo_clip", 0.9, -2.0, False, 1.8, 1.8, 0.9, False, False),
+    ("ppo_clip", 2.5, -2.0, False, 5.0, 5.0, 2.5, False, False),
+    ("ppo_clip", 3.5, -2.0, False, 6.0, 0.0, 3.0, False, True),
+    ("archer", 1.3, 2.0, True, -2.4, 0.0, 1.2, True, False),
+    ("archer", 1.3, 2.0, False, -2.6, -2.6, 1.3, False, False),
+    ("archer", 1.5, 2.0, False, -2.8, 0.0, 1.4, True, False),
+    ("archer", 0.7, -2.0, True, 1.6, 0.0, 0.8, True, False),
+    ("archer", 0.7, -2.0, False, 1.4, 1.4, 0.7, False, False),
+    ("archer", 0.5, -2.0, False, 1.2, 0.0, 0.6, True, False),
+    ("archer", 3.5, -2.0, False, 6.0, 0.0, 3.0, False, True),
+    ("gspo", 1.1, 2.0, False, -2.2, -2.2, 1.1, False, False),
+    ("gspo", 1.3, 2.0, False, -2.4, 0.0, 1.2, True, False),
+    ("gspo", 0.5, 2.0, False, -1.0, -1.0, 0.5, False, False),
+    ("gspo", 0.7, -2.0, False, 1.6, 0.0, 0.8, True, False),
+    ("gspo", 3.5, -2.0, False, 7.0, 7.0, 3.5, False, False),
+    ("cispo", 1.1, 2.0, False, 2.2, -2.2, 1.1, False, False),
+    ("cispo", 1.3, 2.0, False, 2.4, -2.4, 1.2, False, True),
+    ("cispo", 1.3, -2.0, False, -2.4, 2.4, 1.2, False, True),
+    ("cispo", 0.7, 2.0, False, 1.6, -1.6, 0.8, False, True),
+    ("reinforce", 3.5, 2.0, True, 2.0, -2.0, 1.0, False, False),
+    ("reinforce", 0.1, -2.0, True, -2.0, 2.0, 1.0, False, False),
+    ("no_is", 1.1, 2.0, False, -2.0, -2.0, 1.0, False, False),
+    ("no_is", 1.3, 2.0, False, -2.0, 0.0, 1.0, True, False),
+    ("no_is", 0.5, 2.0, False, -2.0, -2.0, 1.0, False, False),
+    ("no_is", 0.7, -2.0, False, 2.0, 0.0, 1.0, True, False),
+    ("no_is", 3.5, -2.0, False, 2.0, 2.0, 1.0, False, False),
+]
 
 
-@pytest.mark.parametrize("name", ["aspo", "ppo_clip"])
-def test_random_tokens_agree_with_the_reference(name):
-    random = np.random.default_rng(1)
-    for advantage in (1.7, -0.6):
-        old = torch.from_numpy(random.normal(-2, 1, 500))
-        current = (old + torch.from_numpy(random.normal(0, 1, 500))).requires_grad_()
-        low = torch.from_numpy(random.random(500) < 0.8)
-        truth = getattr(objectives, name)(current, old, advantage, low)
-        expected = torch.autograd.grad(truth.sum(), current)[0]
-        term = POLICY_LOSSES[name](PolicyTokens(current, old, torch.full_like(old, advantage), low), OPTIONS)
-        assert torch.allclose(torch.autograd.grad(term.loss.sum(), current)[0], expected, rtol=1e-12, atol=0)
-        assert torch.equal(term.masked, expected == 0) or name == "ppo_clip"
+@pytest.mark.parametrize(("loss", "ratio", "A", "low", "value", "gradient", "weight", "masked", "capped"), BY_HAND)
+def test_value_gradient_and_figures_are_those_worked_out_by_hand(loss, ratio, A, low, value, gradient, weight, masked, capped):
+    term, got = of_one_token(loss, ratio, A, low)
+    assert got == pytest.approx(gradient, rel=1e-12, abs=0)
+    assert term.loss.item() == pytest.approx(value, rel=1e-12)
+    assert term.weight.item() == pytest.approx(weight, rel=1e-12)
+    assert (term.masked.item(), term.capped.item()) == (masked, capped)
 
 
-def test_log_ratios_beyond_20_do_not_overflow():
-    given = PolicyTokens(
-        torch.tensor([0.0, -300.0], requires_grad=True), torch.tensor([-300.0, 0.0]), torch.tensor([-1.0, 1.0]), torch.ones(2, dtype=bool)
-    )
-    term = aspo(given, OPTIONS)
-    assert torch.isfinite(term.loss).all() and term.weight.tolist() == [3.0, 3.0] and term.capped.all()
+def test_each_bound_has_an_option_of_its_own():
+    own = {"clip_low": 0.1, "clip_high": 0.15, "high_entropy_clip_low": 0.3, "high_entropy_clip_high": 0.35}
+    own |= {"dual_clip_neg": 1.6, "dual_clip_pos": 1.7}
+    for loss, A, inside, outside, low in [
+        ("aspo", -1.0, 0.91, 0.89, True),
+        ("aspo", 1.0, 1.14, 1.16, True),
+        ("aspo", -1.0, 0.71, 0.69, False),
+        ("aspo", 1.0, 1.34, 1.36, False),
+        ("archer", -1.0, 0.91, 0.89, True),
+        ("archer", 1.0, 1.14, 1.16, True),
+        ("archer", -1.0, 0.71, 0.69, False),
+        ("archer", 1.0, 1.34, 1.36, False),
+        *[(loss, A, *bounds, low) for loss in ("ppo_clip", "gspo", "no_is") for low in (True, False)
+          for A, bounds in ((-1.0, (0.91, 0.89)), (1.0, (1.14, 1.16)))],
+    ]:  # fmt: skip
+        assert of_one_token(loss, inside, A, low, **own)[1] != 0, (loss, inside)
+        assert of_one_token(loss, outside, A, low, **own)[1] == 0, (loss, outside)
+    assert of_one_token("aspo", 1.7, -1.0, **own)[1] == pytest.approx(1.6, rel=1e-12)
+    assert of_one_token("aspo", 0.5, 1.0, **own)[1] == pytest.approx(-1.7, rel=1e-12)
+    for loss in ("ppo_clip", "archer"):
+        assert of_one_token(loss, 1.59, -1.0, **own)[1] == pytest.approx(1.59, rel=1e-12)
+        assert of_one_token(loss, 1.61, -1.0, **own)[1] == 0
+    assert of_one_token("cispo", 0.5, 1.0, **own)[1] == pytest.approx(-0.9, rel=1e-12)
+    assert of_one_token("cispo", 2.0, 1.0, **own)[1] == pytest.approx(-1.15, rel=1e-12)
 
 
-def test_low_entropy_is_decided_within_each_response_by_its_counted_tokens():
-    entropy = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 60.0, 70.0, 9.0, 0.5])
-    mask = torch.tensor([True] * 7 + [False, True])
-    # Response 0: 0.8-quantile of 1…5 is 4.2. Response 1: of 60, 70 it is 68. Response 2 counts one of its two tokens.
-    result = low_entropy_tokens(entropy, mask, [0, 5, 7, 9], 0.8)
-    assert result.tolist() == [True, True, True, True, False, True, False, False, True]
+def test_cispo_has_no_lower_bound_where_epsilon_is_one():
+    term, gradient = of_one_token("cispo", 1e-6, 2.0, clip_low=1.0)
+    assert gradient == pytest.approx(-2e-6, rel=1e-12) and not term.capped.item()
 
 
-def test_k3_is_the_closed_form_and_its_gradient():
-    logprob = torch.tensor([-1.0, -2.0, -0.1], dtype=torch.float64, requires_grad=True)
-    reference = torch.tensor([-1.5, -1.0, -0.1], dtype=torch.float64)
-    value = k3(logprob, reference)
-    x = (reference - logprob).detach().numpy()
-    assert np.allclose(value.detach().numpy(), np.exp(x) - x - 1, rtol=1e-12)
-    value.sum().backward()
-    assert np.allclose(logprob.grad.numpy(), 1 - np.exp(x), rtol=1e-12)
+def test_the_sequence_ratio_is_of_the_counted_tokens_of_its_own_response():
+    old = np.full(6, -1.0)
+    logp = old + np.log([1.21, 99.0, 1.0, 0.9, 0.9, 7.0])
+    mask = np.array([True, False, True, True, True, False])
+    responses = [
+        Response(logp[part], old[part], old[part], None, np.zeros(3), mask[part], A)
+        for part, A in ((slice(0, 3), 1.0), (slice(3, 6), -1.0))
+    ]
+    term = POLICY_LOSSES["gspo"](cases.policy_tokens(responses, [False] * 6, AlgorithmOptions(clip_low=0.05)))
+    assert term.weight.numpy() == pytest.approx(np.repeat([1.1, 0.95], 3), rel=1e-12)  # √(1.21·1), and 0.9 cut at 0.95
+    assert term.masked.tolist() == [False] * 3 + [True] * 3
 
 
-def test_grpo_advantage_is_the_standard_score_with_n_minus_1():
-    rewards = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
-    assert np.allclose(grpo(rewards), (rewards - 0.6) / (np.sqrt(0.3) + 1e-6), rtol=1e-12)
-    assert np.array_equal(grpo(np.ones(4)), np.zeros(4))
-    with pytest.raises(ValueError, match="at least 2"):
-        grpo(np.ones(1))
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_an_advantage_of_zero_gives_neither_loss_nor_gradient_nor_mask(loss):
+    for ratio in (1e-3, 0.7, 1.0, 1.3, 50.0):
+        term, gradient = of_one_token(loss, ratio, 0.0)
+        assert term.loss.item() == 0 and gradient == 0 and not term.masked.item()
+        assert loss not in ("ppo_clip", "archer") or not term.capped.item()
 
 
-def batch(responses: int = 6, seed: int = 0) -> ObjectiveTokens:
-    random = np.random.default_rng(seed)
-    lengths = random.integers(1, 9, responses)
-    n = int(lengths.sum())
-    old = torch.from_numpy(random.normal(-2, 1, n))
-    return ObjectiveTokens(
-        logprobs=(old + torch.from_numpy(random.normal(0, 0.5, n))).requires_grad_(),
-        entropy=torch.from_numpy(random.random(n)),
-        old_logprobs=old,
-        ref_logprobs=old + 0.1,
-        advantages=torch.from_numpy(np.repeat(random.normal(0, 1, responses), lengths)),
-        mask=torch.from_numpy(random.random(n) < 0.8),
-        offsets=[0, *np.cumsum(lengths).tolist()],
-        names=tuple(f"sample {i}" for i in range(responses)),
-    )
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_policy_loss_is_the_reference(loss, dtype):
+    options = AlgorithmOptions(clip_low=0.3, high_entropy_clip_high=0.5, dual_clip_neg=2.5, dual_clip_pos=1.5)
+    responses = cases.one_of_each(1)
+    if dtype == torch.float32:
+        responses = cases.float32(responses)
+    low = np.random.default_rng(2).random(sum(len(r.mask) for r in responses)) < 0.6
+    tokens = cases.policy_tokens(responses, low, options, dtype)
+    term = POLICY_LOSSES[loss](tokens)
+    (gradient,) = torch.autograd.grad(term.loss.sum(), tokens.logprobs)
+    relative, least = (1e-12, 0.0) if dtype == torch.float64 else (2e-6, 1.0)
+    for i, response in enumerate(responses):
+        mask = response.mask
+        if not mask.any():
+            continue
+        part = slice(tokens.offsets[i], tokens.offsets[i + 1])
+        want = reference.POLICY[loss](response.logp[mask], response.old[mask], response.A, low[part][mask], options)
+        of_response = (term.loss[part].detach(), gradient[part], term.weight[part])
+        for got, truth in zip(of_response[: 3 if response.A else 2], (want.value, want.gradient, want.weight)):
+            cases.assert_close(got[mask], truth, relative * np.maximum(np.abs(truth), least), f"{loss}, response {i}")
+        assert term.masked[part][mask].tolist() == want.masked.tolist()
+        if response.A:
+            assert term.capped[part][mask].tolist() == want.capped.tolist()
 
 
-def part(whole: ObjectiveTokens, first: int, last: int) -> ObjectiveTokens:
-    cut = slice(whole.offsets[first], whole.offsets[last])
-    tensors = {n: getattr(whole, n)[cut] for n in ("logprobs", "entropy", "old_logprobs", "ref_logprobs", "advantages", "mask")}
-    return ObjectiveTokens(**tensors, offsets=[o - cut.start for o in whole.offsets[first : last + 1]], names=whole.names[first:last])
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_only_the_loss_of_a_term_carries_a_gradient_and_all_of_it_keeps_the_dtype(loss):
+    for dtype in DTYPES:
+        responses = cases.one_of_each()
+        tokens = cases.policy_tokens(responses, [True] * sum(len(r.mask) for r in responses), AlgorithmOptions(), dtype)
+        term = POLICY_LOSSES[loss](tokens)
+        assert term.loss.requires_grad and not (term.weight.requires_grad or term.masked.requires_grad or term.capped.requires_grad)
+        assert (term.loss.dtype, term.weight.dtype, term.masked.dtype, term.capped.dtype) == (dtype, dtype, torch.bool, torch.bool)
+        assert {tensor.shape for tensor in (term.loss, term.weight, term.masked, term.capped)} == {tokens.logprobs.shape}
 
 
-@pytest.mark.parametrize("edges", [[0, 6], [0, 1, 6], [0, 2, 3, 6], [0, 1, 2, 3, 4, 5, 6]])
-def test_the_gradient_does_not_depend_on_how_the_mini_batch_is_cut(edges):
-    options = AlgorithmOptions(kl_coef=0.1, entropy_coef=0.01)
-    whole = batch()
-    counted = int(whole.mask.sum())
-    reference = whole.logprobs.detach().clone().requires_grad_()
-    # Written out: the plain mean over counted tokens.
-    low = torch.cat([objectives.low_entropy(whole.entropy[a:b][whole.mask[a:b]]) for a, b in zip(whole.offsets, whole.offsets[1:])])
-    flags = torch.zeros_like(whole.mask)
-    flags[whole.mask] = low
-    per_token = torch.stack(
-        [objectives.aspo(reference[i], whole.old_logprobs[i], float(whole.advantages[i]), flags[i]) for i in range(len(reference))]
-    )
-    per_token = per_token + 0.1 * objectives.k3(reference, whole.ref_logprobs)
-    (per_token[whole.mask].sum() / counted).backward()
-    losses = [objective(part(whole, a, b), options, counted) for a, b in zip(edges, edges[1:])]
-    sum(loss for loss, _ in losses).backward()
-    assert torch.allclose(whole.logprobs.grad, reference.grad, rtol=1e-12, atol=1e-16)
-    total, count = add_tallies(*[tally for _, tally in losses])["loss"]
-    expected = (per_token - 0.01 * whole.entropy)[whole.mask].mean()
-    assert count == counted and total / count == pytest.approx(float(expected.detach()), rel=1e-12)
-
-
-@pytest.mark.parametrize("what", ["logprobs", "old_logprobs", "ref_logprobs", "advantages", "entropy"])
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_non_finite_counted_input_names_the_sample(what, value):
-    whole = batch()
-    at = whole.offsets[2]
-    values = getattr(whole, what).detach().clone()
-    values[at] = value
-    mask = whole.mask.clone()
-    mask[at] = True
-    spoiled = ObjectiveTokens(**{**whole.__dict__, what: values, "mask": mask})
-    with pytest.raises(FloatingPointError, match=r"sample 2: .*response token 0"):
-        objective(spoiled, OPTIONS, 1)
-    mask[at] = False
-    loss, _ = objective(ObjectiveTokens(**{**spoiled.__dict__, "mask": mask}), OPTIONS, 1)
-    assert torch.isfinite(loss)
-
-
-def test_an_empty_micro_batch_contributes_nothing_and_has_a_gradient():
-    empty = part(batch(), 0, 0)
-    loss, tally = objective(empty, OPTIONS, 5)
+@pytest.mark.parametrize("sequence_count", ["counted", "full_mini_batch"])
+@pytest.mark.parametrize("aggregation", cases.AGGREGATIONS)
+def test_aggregation_of_two_responses_written_out(aggregation, sequence_count):
+    """REINFORCE: the gradient is −A·w, with 2 of 3 and 1 of 2 tokens counted, and a response of which none is."""
+    masks = [np.array([True, True, False]), np.array([False, True]), np.array([False]), np.zeros(0, bool)]
+    responses = [Response(*[np.full(len(m), -1.0)] * 3, None, np.zeros(len(m)), m, A) for m, A in zip(masks, [1.0, -2.0, 5.0, 5.0])]
+    options = AlgorithmOptions(policy_loss="reinforce", aggregation=aggregation, sequence_count=sequence_count)
+    tokens = cases.as_tokens(responses)
+    loss, _ = objective(tokens, options, Totals(tokens=3, responses=2, full_responses=8, max_response_tokens=10))
     loss.backward()
-    assert float(loss.detach()) == 0 and tally == {}
+    n = 8 if sequence_count == "full_mini_batch" else 2
+    first, second = {
+        "token_mean": (1 / 3, 1 / 3),
+        "seq_mean_token_mean": (1 / n / 2, 1 / n),
+        "seq_mean_token_sum": (1 / n, 1 / n),
+        "seq_mean_token_sum_norm": (1 / n / 10, 1 / n / 10),
+    }[aggregation]
+    assert tokens.logprobs.grad.numpy() == pytest.approx(np.array([-first, -first, 0, 0, 2 * second, 0]), rel=1e-12)
+    assert loss.item() == pytest.approx(2 * first - 2 * second, rel=1e-12)
 
 
-def test_health_figures_separate_the_signs():
-    random = np.random.default_rng(2)
-    n = 400
-    old = torch.from_numpy(random.normal(-2, 1, n))
-    current = (old + torch.from_numpy(random.normal(0, 0.8, n))).requires_grad_()
-    advantages = torch.from_numpy(np.where(np.arange(n) % 2, 1.0, -1.0))
-    mask = torch.ones(n, dtype=torch.bool)
-    given = ObjectiveTokens(current, torch.zeros(n).double(), old, None, advantages, mask, [0, n], ("s",))
-    _, tally = objective(given, AlgorithmOptions(kl_coef=0.0), n)
-    r = (current.detach() - old).exp().numpy()
-    positive = np.arange(n) % 2 == 1
-    # All entropies are equal, so every token is low-entropy and ε is 0.2.
-    assert tally["hard_mask_share/positive"] == ((r[positive] > 1.2).sum(), 200)
-    assert tally["hard_mask_share/negative"] == ((r[~positive] < 0.8).sum(), 200)
-    assert tally["soft_cap_share/positive"][0] == (1 / r[positive] > 3).sum()
-    assert tally["soft_cap_share/negative"][0] == (r[~positive] > 3).sum()
-    weights = np.minimum(np.where(positive, 1 / np.minimum(r, 1.2), np.maximum(r, 0.8)), 3)
-    assert tally["weight/positive"][0] == pytest.approx(weights[positive].sum(), rel=1e-12)
-    assert tally["weight_distance"][0] == pytest.approx(np.abs(weights - 1).sum(), rel=1e-12)
+@pytest.mark.parametrize("aggregation", cases.AGGREGATIONS)
+def test_a_mini_batch_of_which_nothing_counts_is_a_loss_of_zero_with_a_gradient_of_zero(aggregation):
+    """Empty, or wholly uncounted: another rank may have all the tokens, or there are none."""
+    for lengths, totals in product(([], [0], [3, 0, 1]), (Totals(0, 0, 8, 10), Totals(7, 3, 8, 10))):
+        masks = [np.zeros(n, bool) for n in lengths]
+        for loss in cases.LOSSES:
+            tokens = cases.as_tokens([cases.random_response(np.random.default_rng(3), mask) for mask in masks])
+            value, tally = objective(tokens, AlgorithmOptions(policy_loss=loss, aggregation=aggregation), totals)
+            value.backward()
+            assert value.item() == 0
+            assert tokens.logprobs.grad.tolist() == tokens.entropy.grad.tolist() == [0] * sum(lengths)
+            assert set(tally.values()) == {(0.0, 0.0)}
 
 
-def test_names_that_a_configuration_may_use_are_the_tables_keys():
-    assert set(names.POLICY_LOSS_NAMES) == set(POLICY_LOSSES)
-    assert set(names.ADVANTAGE_NAMES) == set(ADVANTAGES)
+def test_groups_of_two_push_in_opposite_directions():
+    """G = 2, on policy, equal lengths: A = ±1/√2 up to the 1e-6 in the denominator, and the gradients cancel token by token."""
+    A = float(np.sqrt(0.5))
+    responses = [one_token(1.0, A), one_token(1.0, -A)]
+    tokens = cases.as_tokens(responses)
+    objective(tokens, AlgorithmOptions(), Totals(2, 2, 2, 8))[0].backward()
+    assert tokens.logprobs.grad.numpy() == pytest.approx(np.array([-A / 2, A / 2]), rel=1e-12)
 
 
-def test_staleness_is_counted_by_token():
-    from megatron_aspo.data.records import VersionSpan
-    from megatron_aspo.observe.health import staleness
-    from tests.unit.test_batch import group
-
-    one = group(0, [5], [[1, 2, 3], [4]])
-    spans = (VersionSpan(2, 0, 1), VersionSpan(5, 1, 3)), (VersionSpan(4, 0, 1),)
-    samples = tuple(replace(s, generation=replace(s.generation, versions=v)) for s, v in zip(one.samples, spans))
-    assert staleness([replace(one, samples=samples)], 5) == (3 + 0 + 0 + 1) / 4
+def test_the_records_of_the_losses_cannot_be_changed():
+    tokens = cases.policy_tokens([one_token(1.0, 1.0)], [True], AlgorithmOptions())
+    for record in (tokens, POLICY_LOSSES["aspo"](tokens), AlgorithmOptions(), Totals(1, 1, 1, 1), cases.as_tokens([one_token(1.0, 1.0)])):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, fields(record)[0].name, None)
