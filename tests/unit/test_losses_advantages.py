@@ -55,6 +55,11 @@ def test_without_a_counted_token_nothing_is_taken_off():
 
 def test_one_counted_token_is_its_own_mean():
     assert of("reinforce_plus_plus", [1.0, 3.0], [0, 0], [1, 0]) == pytest.approx([0, 2e8], rel=1e-12)
+    assert of("reinforce_plus_plus", [1.0, 3.0], [0, 0], [0, 1]) == pytest.approx([-2e8, 0], rel=1e-12)
+
+
+def test_a_group_of_one_is_its_own_mean():
+    assert of("reinforce_plus_plus", [0.7], [0], [3], subtract_group_mean=True) == [0]
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)

@@ -90,7 +90,7 @@ def test_a_policy_term_is_taken_with_its_own_figures():
     assert tally["weight_distance"] == (3.0, 4)
 
 
-def test_a_loss_without_gradient_masks_every_token_that_has_an_advantage():
+def test_a_loss_without_gradient_masks_every_token_with_an_advantage_that_has_an_advantage():
     term = term_of("constant")
     assert term.loss.tolist() == [1] * 6 and term.weight.tolist() == [0] * 6
     assert term.masked.tolist() == [True] * 5 + [False] and term.capped.tolist() == [False] * 6
@@ -134,6 +134,12 @@ def test_what_goes_wrong_in_training_is_said_in_one_line(name, said):
         objective(tokens, options(name), Totals(5, 3, 3, 8))
     cure = "correct it, and try it with megatron-aspo check-loss"
     assert str(error.value) == f"algorithm.policy_loss={HERE}:{name}: {said}; {cure}"
+
+
+def test_a_gradient_that_is_not_the_policy_s_masks_every_token_with_an_advantage():
+    term = term_of("elsewhere")
+    # The last token has no advantage.
+    assert not term.weight.any() and term.masked.tolist() == [True] * 5 + [False]
 
 
 def test_a_group_without_advantage_needs_no_gradient():

@@ -151,3 +151,10 @@ def test_nothing_that_counts_weighs_nothing(aggregation):
 
 def test_totals_have_no_entropy_threshold_unless_given():
     assert Totals(1, 2, 3, 4).entropy_threshold is None
+
+
+def test_a_threshold_between_two_neighbouring_float32_entropies_parts_them():
+    """At 0.8 of the way it would be the upper one, rounded to float32."""
+    lower = np.float32(1.5)
+    entropy = torch.tensor([lower, np.nextafter(lower, np.float32(2))])
+    assert low_entropy_tokens(entropy, torch.ones(2, dtype=torch.bool), [0, 2], 0.8).tolist() == [True, False]

@@ -68,6 +68,11 @@ def stopped(tokens):
     return -tokens.advantages * tokens.logprobs.detach()
 
 
+def elsewhere(tokens):
+    """A gradient, but not of the policy."""
+    return -tokens.advantages * torch.ones_like(tokens.advantages).requires_grad_()
+
+
 def column(tokens):
     return (-tokens.advantages * tokens.logprobs)[:, None]
 
