@@ -37,7 +37,10 @@ def resolve(root: str) -> dict[str, str]:
     Returns distribution name → version, sorted by canonical name, without `root` itself and without LEFT_OUT.
     Raises SystemExit naming every requirement that is missing or installed at a version that does not satisfy it.
     """
-    installed = {canonicalize_name(dist.metadata["Name"]): dist for dist in importlib.metadata.distributions()}
+    installed: dict[str, importlib.metadata.Distribution] = {}
+    for distribution in importlib.metadata.distributions():
+        # The first on the path is the one that is imported: setuptools, once imported, appends copies of its own.
+        installed.setdefault(canonicalize_name(distribution.metadata["Name"]), distribution)
     extras_seen: dict[str, set[str]] = {}
     problems = []
     todo = [(Requirement(root), "the lock's root")]

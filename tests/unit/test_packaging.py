@@ -1,5 +1,6 @@
 """The lock, the package's weight, and the tools that set things up."""
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -23,6 +24,15 @@ def load_tool(name):
 def test_the_lock_is_the_closure_of_what_setup_py_asks_for_at_the_installed_versions():
     make_lock = load_tool("make_lock")
     assert make_lock.LOCK.read_text() == make_lock.render(make_lock.resolve(make_lock.ROOT)), "run .venv/bin/python tools/make_lock.py"
+
+
+def test_a_copy_later_on_the_path_is_not_what_is_installed(tmp_path, monkeypatch):
+    copy = tmp_path / "numpy-0.1.dist-info"
+    copy.mkdir()
+    (copy / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    make_lock = load_tool("make_lock")
+    assert make_lock.resolve(make_lock.ROOT)["numpy"] == importlib.metadata.version("numpy") != "0.1"
 
 
 def test_the_lock_is_exact_and_without_cuda():
