@@ -24,7 +24,8 @@ from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.cluster import Cluster, open_cluster
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.hf_model import TensorReader, read_model
+from megatron_aspo.weights.hf_files import TensorReader
+from megatron_aspo.weights.hf_model import read_model
 from megatron_aspo.weights.layout import check_divisible
 from megatron_aspo.weights.publish import Publisher
 

@@ -37,7 +37,8 @@ from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.weights.buckets import TensorMeta, pack as pack_bucket, plan_buckets
 from megatron_aspo.weights.families import replica_layouts
 from megatron_aspo.weights.group import stateless_group
-from megatron_aspo.weights.hf_model import HFModel, TensorReader, read_model
+from megatron_aspo.weights.hf_files import TensorReader
+from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.layout import check_divisible
 from megatron_aspo.weights.transfer import Gather, load
 

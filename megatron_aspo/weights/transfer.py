@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_aspo.weights.buckets import TensorMeta
-from megatron_aspo.weights.hf_model import TensorReader
+from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.layout import Box, Layout, Piece, volume
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_aspo.errors import UserError
-from megatron_aspo.weights.hf_model import TensorReader, read_model
+from megatron_aspo.weights.hf_files import TensorReader
+from megatron_aspo.weights.hf_model import read_model
 from tests.models import save_tiny
 
 
