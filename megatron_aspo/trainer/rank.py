@@ -35,7 +35,7 @@ from megatron_aspo.trainer.model import build_model, transformer_config
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.weights.buckets import TensorMeta, pack as pack_bucket, plan_buckets
-from megatron_aspo.weights.families import replica_layouts
+from megatron_aspo.weights.families import layout, replica_layouts
 from megatron_aspo.weights.group import stateless_group
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
@@ -72,8 +72,7 @@ class TrainerRank:
             check_shared_prompts(self.layer_spec)
         self.parallel = parallel_states.initialize(rank, settings.sizes, store, self.device, options.timeout_s, settings.seed)
         self._layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
-        # Data-parallel replicas hold the same: the layout of the rank at the same place of the first replica.
-        self._layout = self._layouts[rank - self.parallel.at.data * settings.sizes.tensor]
+        self._layout = layout(self.hf.architecture, self.hf.dims, settings.sizes, self.parallel.at, self.layer_spec)
 
         self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec)
         self.model = self._build()

@@ -7,8 +7,10 @@ Everything here is pure: no process group, no torch.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import reduce
+
+import numpy as np
 
 from megatron_aspo.errors import UserError
 
@@ -32,37 +34,61 @@ class ModelDims:
     qkv_bias: bool
     qk_norm: bool = False
     """Query and key heads are normalized, each with one weight of head_dim."""
+    experts: int = 0
+    """Experts of each layer; 0: the feed-forward part is dense."""
+    moe_ffn: int = 0
+    """Feed-forward channels of one expert."""
 
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How many ways the model is cut. Ranks are numbered tensor fastest, then data, then pipeline (Megatron's default order)."""
+    """How many ways the model is cut. Ranks are numbered tensor fastest, then data, then pipeline (Megatron's default order).
+
+    The tensor × data ranks of a stage are numbered a second time for the experts: expert tensor fastest, then expert, then expert data.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    virtual: int = 1
+    """Model chunks of each pipeline stage (interleaved schedule)."""
+    expert: int = 1
+    """Ranks over which the experts of a layer are spread."""
+    expert_tensor: int | None = None
+    """Ways in which each expert is cut; None: as `tensor`."""
 
     @property
     def world(self) -> int:
         return self.tensor * self.pipeline * self.data
 
+    @property
+    def expert_tensor_size(self) -> int:
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
     def coordinates(self, rank: int) -> "Coordinates":
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is outside the {self.world} ranks of {self}")
+        pipeline, inside = divmod(rank, self.tensor * self.data)
         return Coordinates(
-            tensor=rank % self.tensor,
-            data=rank // self.tensor % self.data,
-            pipeline=rank // (self.tensor * self.data),
+            tensor=inside % self.tensor,
+            data=inside // self.tensor,
+            pipeline=pipeline,
+            expert=inside // self.expert_tensor_size % self.expert,
+            expert_tensor=inside % self.expert_tensor_size,
+            expert_data=inside // (self.expert_tensor_size * self.expert),
         )
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank stands along each axis."""
+    """Where one rank stands along each axis. The first three say which rank it is, and equality goes by them."""
 
     tensor: int
     data: int
     pipeline: int
+    expert: int = field(default=0, compare=False)
+    expert_tensor: int = field(default=0, compare=False)
+    expert_data: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -82,15 +108,8 @@ class Layout:
     pieces: tuple[Piece, ...]
     parameter_shapes: dict[str, tuple[int, ...]]
     """Shape of every parameter of this rank, padding included."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One run of indices along the cut axis: `start` in the whole tensor, `local` in this rank's parameter, `length` in both."""
-
-    start: int
-    local: int
-    length: int
+    expert_parameters: frozenset[str] = frozenset()
+    """Those of them that belong to experts."""
 
 
 def padded_vocab(vocab: int, tensor_parallel: int) -> int:
@@ -100,14 +119,71 @@ def padded_vocab(vocab: int, tensor_parallel: int) -> int:
 
 def check_divisible(dims: ModelDims, sizes: ParallelSizes) -> None:
     """Raises UserError when the model cannot be cut this way."""
-    for what, amount in (("attention heads", dims.heads), ("key-value heads", dims.kv_heads), ("feed-forward channels", dims.ffn)):
-        if amount % sizes.tensor:
-            good = [n for n in range(1, amount + 1) if all(a % n == 0 for a in (dims.heads, dims.kv_heads, dims.ffn))]
-            raise UserError(f"trainer.tensor_parallel={sizes.tensor} does not divide the model's {amount} {what}; choose one of {good}")
-    if dims.layers % sizes.pipeline:
-        good = [n for n in range(1, dims.layers + 1) if dims.layers % n == 0]
+    _check_tensor(dims, sizes.tensor)
+    if sizes.virtual > 1 and sizes.pipeline == 1:
+        raise UserError(f"trainer.virtual_pipeline={sizes.virtual} interleaves pipeline stages, of which there is one; set it to 1")
+    chunks = sizes.pipeline * sizes.virtual
+    if dims.layers % chunks:
+        if sizes.virtual == 1:
+            raise UserError(
+                f"trainer.pipeline_parallel={sizes.pipeline} does not divide the model's {dims.layers} layers; "
+                f"choose one of {_divisors(dims.layers)}"
+            )
         raise UserError(
-            f"trainer.pipeline_parallel={sizes.pipeline} does not divide the model's {dims.layers} layers; choose one of {good}"
+            f"trainer.pipeline_parallel={sizes.pipeline} × trainer.virtual_pipeline={sizes.virtual} does not divide the model's "
+            f"{dims.layers} layers; their product must be one of {_divisors(dims.layers)}"
+        )
+    _check_experts(dims, sizes)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _check_tensor(dims: ModelDims, tensor: int) -> None:
+    """Megatron cuts the fused query, key and value evenly, whole groups or parts of one, and assembles a group that is in parts."""
+    qkv_rows = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
+    # What each size asks of the model, and whether it fits.
+    rules = [
+        (f"{dims.heads} attention heads", lambda n: dims.heads % n == 0),
+        (
+            f"{dims.kv_heads} key-value heads, nor is it a multiple of them",
+            lambda n: dims.kv_heads % n == 0 or n % dims.kv_heads == 0,
+        ),
+        (f"{qkv_rows} rows of query, key and value", lambda n: qkv_rows % n == 0),
+    ]
+    if not dims.experts:
+        rules.append((f"{dims.ffn} feed-forward channels", lambda n: dims.ffn % n == 0))
+    for what, fits in rules:
+        if not fits(tensor):
+            good = [n for n in range(1, dims.heads + 1) if all(fits(n) for _, fits in rules)]
+            raise UserError(f"trainer.tensor_parallel={tensor} does not divide the model's {what}; choose one of {good}")
+
+
+def _check_experts(dims: ModelDims, sizes: ParallelSizes) -> None:
+    if not dims.experts:
+        if sizes.expert > 1 or sizes.expert_tensor not in (None, 1, sizes.tensor):
+            raise UserError(
+                f"trainer.expert_parallel={sizes.expert}, trainer.expert_tensor_parallel={sizes.expert_tensor}: the model has no experts; "
+                "leave them out"
+            )
+        return
+    if dims.experts % sizes.expert:
+        raise UserError(
+            f"trainer.expert_parallel={sizes.expert} does not divide the model's {dims.experts} experts; "
+            f"choose one of {_divisors(dims.experts)}"
+        )
+    ways = sizes.expert_tensor_size
+    if dims.moe_ffn % ways:
+        raise UserError(
+            f"trainer.expert_tensor_parallel={ways} does not divide the {dims.moe_ffn} feed-forward channels of an expert; "
+            f"choose one of {_divisors(dims.moe_ffn)}"
+        )
+    stage = sizes.tensor * sizes.data
+    if stage % (ways * sizes.expert):
+        raise UserError(
+            f"trainer.expert_parallel={sizes.expert} × trainer.expert_tensor_parallel={ways} does not divide the {stage} ranks of a "
+            f"pipeline stage (tensor_parallel × data_parallel); their product must be one of {_divisors(stage)}"
         )
 
 
@@ -128,14 +204,34 @@ def check_exact_cover(layouts: Iterable[Layout], shapes: dict[str, tuple[int, ..
                 raise UserError(f"the weight map places {piece.tensor}, which the model does not have")
             boxes[piece.tensor].add(piece.box)
     for name, shape in shapes.items():
-        ordered = sorted(boxes[name])
-        covered = sum(volume(box) for box in ordered)
-        overlap = any(all(a[0] < b[1] and b[0] < a[1] for a, b in zip(left, right, strict=True)) for left, right in pairwise(ordered))
-        if covered != math.prod(shape) or overlap:
+        missing, repeated = _cover_errors(boxes[name], shape)
+        if missing or repeated:
             raise UserError(
-                f"the weight map covers {covered} elements of {name} {shape}, which has {math.prod(shape)}: "
-                "this layout of the model is not supported"
+                f"the weight map covers {name} {shape} wrongly, {missing} elements not at all and {repeated} more than once or beyond its "
+                "edges: this layout of the model is not supported"
             )
+
+
+def _cover_errors(boxes: set[Box], shape: tuple[int, ...]) -> tuple[int, int]:
+    """Elements that no box holds; elements that several boxes hold, or that lie outside `shape`.
+
+    Exact: the edges of all boxes cut the space into cells, each of which a box holds whole or not at all.
+    """
+    whole = tuple((0, extent) for extent in shape)
+    if boxes == {whole}:
+        return 0, 0
+    edges = [np.unique([edge for box in [whole, *boxes] for edge in box[axis]]) for axis in range(len(shape))]
+    held = np.zeros([len(e) - 1 for e in edges], dtype=np.int64)
+    wanted = np.zeros_like(held)
+
+    def cells(box: Box) -> tuple[slice, ...]:
+        return tuple(slice(*np.searchsorted(e, edge)) for e, edge in zip(edges, box, strict=True))
+
+    for box in boxes:
+        held[cells(box)] += 1
+    wanted[cells(whole)] = 1
+    volumes = reduce(np.multiply.outer, [np.diff(e) for e in edges])
+    return int(volumes[held < wanted].sum()), int(volumes[held > wanted].sum())
 
 
 def check_parameters_filled(layout: Layout, padding: dict[str, int]) -> None:
