@@ -1,6 +1,7 @@
-"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `megatron-aspo check-loss LOSS [option=value …]`."""
+"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `check-loss LOSS [option=value …]`, `convert SOURCE TARGET`."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -18,24 +19,68 @@ def main(arguments: list[str] | None = None) -> None:
     train = commands.add_parser("train", help="train a model by a recipe", description="Train a model by a recipe.")
     train.add_argument("recipe", type=Path, help="YAML recipe, see examples/recipes")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
+    train.add_argument("--resume", default="", metavar="auto|PATH", help="go on from the newest checkpoint, or from the one named")
     train.add_argument("--ray-address", default="", help="Ray cluster to join; without it one is started on this machine")
     check = commands.add_parser("check-loss", help="try a policy loss of your own", description="Try a policy loss before a run does.")
     check.add_argument("loss", help="package.module:function, or the name of one of ours")
     check.add_argument("options", nargs="*", metavar="option=value", help="its options (algorithm.policy_loss_options in a recipe)")
+    _add_convert(commands)
     parsed, rest = parser.parse_known_args(arguments)
     # Overrides may also stand behind an option.
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if parsed.command == "check-loss":
-        sys.exit(_guarded(_check_loss, parsed))
+    if parsed.command != "train":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        sys.exit(_guarded({"check-loss": _check_loss, "convert": _convert}[parsed.command], parsed))
     parsed.overrides += rest
     sys.exit(_guarded(_train, parsed))
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="convert between Hugging Face and Megatron",
+        description="Convert a Hugging Face model to a Megatron checkpoint at any layout, or a checkpoint back; all of it, or nothing.",
+    )
+    convert.add_argument(
+        "source", help="Hugging Face directory or hub name, or a Megatron checkpoint such as runs/NAME/checkpoints/step_10"
+    )
+    convert.add_argument("target", type=Path, help="directory to make; must not exist")
+    convert.add_argument("--to", choices=("megatron", "huggingface"), help="default: what the source is not")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="element type of all tensors; default: the source's")
+    convert.add_argument("--verify", action="store_true", help="compare the logits of both models on random tokens")
+    convert.add_argument("--max-shard-gb", type=float, metavar="GB", help="largest file of a Hugging Face target (default 5)")
+    layout = convert.add_argument_group("layout of a Megatron target")
+    for axis, what in (
+        ("tensor", "ranks that share each matrix"),
+        ("pipeline", "stages that share the layers"),
+        ("virtual-pipeline", "chunks of layers on each stage"),
+        ("expert", "ranks that share the experts"),
+        ("expert-tensor", "ranks that share each expert's matrices; default: as --tensor-parallel"),
+    ):
+        option = f"--{axis}-parallel" if axis != "virtual-pipeline" else "--virtual-pipeline"
+        layout.add_argument(option, type=_count, metavar="N", help=what)
+    layout.add_argument("--naming", choices=("local", "transformer_engine"), help="whose parameter names (default local)")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
+
+
+def _convert(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.checkpoint.command import run_convert
+
+    run_convert(parsed)
 
 
 def _train(parsed: argparse.Namespace) -> None:
     from megatron_aspo.config import load_config
 
-    overrides = [*parsed.overrides, *([f"ray_address={parsed.ray_address}"] if parsed.ray_address else [])]
+    options = {"ray_address": parsed.ray_address, "resume": parsed.resume}
+    overrides = [*parsed.overrides, *(f"{key}={json.dumps(value)}" for key, value in options.items() if value)]
     config = load_config(parsed.recipe, overrides)
     if not config.ray_address:
         # Ray 2.60 serves on every interface unless told, before it is imported, that it is to be a cluster of this machine alone.

@@ -11,6 +11,7 @@ from typing import get_origin
 
 import yaml
 
+from megatron_aspo.checkpoint.options import CheckpointOptions
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvaluationOptions
@@ -31,7 +32,9 @@ class Config:
     preset: str = "paper"
     """`paper`, or `archer_reference`: what the public code of ASPO's authors does where it differs; it fixes the values that it sets."""
     run_dir: str = ""
-    """Where the run is written; `runs/<name>` when empty. It must not exist."""
+    """Where the run is written; `runs/<name>` when empty. It must not exist, but to be resumed."""
+    resume: str = "never"
+    """`never | auto`, or the path of a checkpoint or a run: auto goes on from the newest checkpoint of the run directory, if any."""
     model: str = ""
     """A local Hugging Face model directory, or a hub name."""
     task: str = ""
@@ -51,10 +54,16 @@ class Config:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     @property
     def directory(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}").expanduser().absolute()
+
+    @property
+    def export_directory(self) -> Path:
+        """The final model, in Hugging Face format."""
+        return self.directory / "exports" / f"step_{self.steps}"
 
     @property
     def max_model_len(self) -> int:
@@ -191,6 +200,7 @@ def check(config: Config, implied: Values | None = None) -> None:
         (config.optimizer, ("warmup_steps", "weight_decay", "clip_grad")),
         (config.rollout, ("threads",)),
         (config.evaluation, ("draws", "every", "temperature")),
+        (config.checkpoint, ("every", "keep_last", "keep_every", "keep_best")),
     ):
         for name in names:
             _require(getattr(section, name) >= 0, f"{_path(config, section)}{name}={getattr(section, name)} must not be negative")
@@ -207,6 +217,7 @@ def check(config: Config, implied: Values | None = None) -> None:
         not config.evaluation.every or config.evaluation.draws > 0,
         f"evaluation.every={config.evaluation.every} evaluates while training, but evaluation.draws=0 draws nothing; set both or neither",
     )
+    _check_checkpoints(config)
     _require(
         not config.optimizer.warmup_from_zero or config.optimizer.warmup_steps > 0,
         "optimizer.warmup_from_zero=true has no effect but a first step without learning when optimizer.warmup_steps=0; set one of them",
@@ -223,6 +234,31 @@ def check(config: Config, implied: Values | None = None) -> None:
     _require(
         not config.trainer.distributed_optimizer or config.trainer.data_parallel > 1,
         "trainer.distributed_optimizer=true shards over data-parallel ranks; set trainer.data_parallel above 1 or leave it false",
+    )
+
+
+def _check_checkpoints(config: Config) -> None:
+    _require(bool(config.resume), "resume is empty; set never, auto, or the path of a checkpoint or a run")
+    options, defaults = config.checkpoint, CheckpointOptions()
+    for name in ("asynchronous", "keep_last", "keep_every", "keep_best"):
+        value = getattr(options, name)
+        _require(
+            options.every > 0 or value == getattr(defaults, name),
+            f"checkpoint.{name}={value} has no effect with checkpoint.every=0, which makes no checkpoints; set checkpoint.every",
+        )
+    for name in ("keep_every", "keep_best"):
+        _require(
+            options.keep_last > 0 or not getattr(options, name),
+            f"checkpoint.{name}={getattr(options, name)} has no effect with checkpoint.keep_last=0, which keeps all; set one of them",
+        )
+    _require(
+        not options.keep_every or options.keep_every % options.every == 0,
+        f"checkpoint.keep_every={options.keep_every} is not a multiple of checkpoint.every={options.every}: set it to one",
+    )
+    _require(
+        not options.keep_best or (config.evaluation.every > 0 and options.every % config.evaluation.every == 0),
+        f"checkpoint.keep_best={options.keep_best} needs an accuracy at each checkpoint: set evaluation.every so that it divides "
+        f"checkpoint.every={options.every}",
     )
 
 

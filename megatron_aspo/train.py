@@ -7,37 +7,44 @@ sampled from the weights that training starts from. Not here: critics, reward mo
 
 import time
 
-from megatron_aspo.config import Config
+from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.batch import make_train_batch
-from megatron_aspo.data.records import Group
-from megatron_aspo.evaluation.accuracy import Accuracy, accuracy
+from megatron_aspo.evaluation.accuracy import Evaluation, evaluation
 from megatron_aspo.observe.health import rollout_health, staleness
 from megatron_aspo.observe.metrics import training_metrics
+from megatron_aspo.observe.model_card import model_card
 from megatron_aspo.observe.rollouts import write_rollouts
-from megatron_aspo.observe.summary import Evaluation, print_summary
-from megatron_aspo.runtime.run import Run, open_run
+from megatron_aspo.observe.summary import print_summary
+from megatron_aspo.runtime.run import Run, is_complete, open_run
 
 
 def train(config: Config) -> None:
-    """Run the recipe from start to end; prints a summary whose last line is one JSON object."""
+    """Run the recipe from start, or from where it stopped, to end; prints a summary whose last line is one JSON object."""
+    if is_complete(config):
+        print(f"run {config.directory} is complete: its model is {config.export_directory}")
+        return
     with open_run(config) as run:
-        before = evaluate(run, "before training")
+        before = evaluate(run, 0) if run.start.step == 0 else run.evaluation(0)
         started = time.perf_counter()
         run.progress.begin()
         tokens = 0
-        for step in range(config.steps):
+        for step in range(run.start.step, config.steps):
             metrics = train_step(run, step)
+            accuracy = None
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
-                result = evaluate(run, f"after step {step + 1}")
-                metrics |= {"evaluation/accuracy": result.accuracy.mean, "evaluation/standard_error": result.accuracy.standard_error}
+                accuracy = evaluate(run, step + 1).accuracy
+                metrics |= {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error}
             run.metrics.write(metrics)
             run.progress.step(step, metrics)
             tokens += metrics["tokens/generated"]
+            run.report_checkpoint()
+            run.save_if_due(step + 1, accuracy)
         minutes = (time.perf_counter() - started) / 60
-        checkpoint = run.directory / "checkpoints" / f"step_{config.steps}" / "huggingface"
-        run.trainers.export(checkpoint, config.trainer.dtype)
-        after = evaluate(run, "after training")
-        print_summary(run, before, after, minutes, tokens, checkpoint)
+        run.report_checkpoint(wait=True)
+        after = evaluate(run, config.steps)
+        card = model_card(to_yaml(config), before, after, run.metrics.last())
+        run.trainers.export(config.export_directory, config.trainer.dtype, card)
+        print_summary(run, before, after, minutes, tokens, config.export_directory)
 
 
 def train_step(run: Run, step: int) -> dict:
@@ -46,7 +53,9 @@ def train_step(run: Run, step: int) -> dict:
     algorithm = run.config.algorithm
     run.progress.phase(step, "generating")
     sampled_from = run.publisher.version
+    first = run.rollouts.drawn
     collected = run.rollouts.collect(step)
+    run.ledger.append("drawn", step=step, first=first, count=len(collected.groups))
     if collected.missing:
         run.progress.say(
             f"step {step + 1}: {algorithm.resample_rounds} extra generations (algorithm.resample_rounds) left {collected.missing} groups "
@@ -56,6 +65,8 @@ def train_step(run: Run, step: int) -> dict:
     batch = make_train_batch(collected.kept, algorithm.batch_order, run.trainers.world, overlong_filter=algorithm.overlong_filter)
     run.progress.phase(step, "training")
     report = run.trainers.update(batch, step)
+    used = [first + place for place, group in enumerate(collected.groups) if any(group is kept for kept in collected.kept)]
+    run.ledger.append("trained", step=step, first=first, count=len(collected.groups), used=used, sampled_from=sampled_from)
     run.progress.phase(step, "publishing weights")
     publishing = time.perf_counter()
     # With nothing left to train on there was no update, and the engines have these weights already.
@@ -78,13 +89,15 @@ def train_step(run: Run, step: int) -> dict:
     }
 
 
-def evaluate(run: Run, when: str) -> Evaluation | None:
-    """Accuracy on the held-out prompts; None when the recipe asks for none."""
+def evaluate(run: Run, done: int) -> Evaluation | None:
+    """Accuracy on the held-out prompts after `done` steps; None when the recipe asks for none."""
     options = run.config.evaluation
     if not options.draws:
         return None
+    when = "before training" if not done else "after training" if done == run.config.steps else f"after step {done}"
     with run.progress.waiting(f"evaluation {when}"):
-        groups: list[Group] = run.rollouts.evaluate(options.draws, options.temperature).groups
-    result: Accuracy = accuracy(groups)
-    run.progress.say(f"held-out accuracy {when}: {result} ({result.prompts} prompts × {result.draws} draws)")
-    return Evaluation(result, groups)
+        result = evaluation(run.rollouts.evaluate(options.draws, options.temperature).groups)
+    result.write(run.evaluation_path(done))
+    accuracy = result.accuracy
+    run.progress.say(f"held-out accuracy {when}: {accuracy} ({accuracy.prompts} prompts × {accuracy.draws} draws)")
+    return result

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+from megatron_aspo.checkpoint.atomic import disk_errors, write_text
 from megatron_aspo.losses.tally import means
 from megatron_aspo.trainer.settings import UpdateReport
 
@@ -25,9 +27,14 @@ def training_metrics(report: UpdateReport) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends lines, each handed to the system whole when `write` returns."""
+    """Appends lines, each on the disk when `write` returns."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, first_step: int = 0):
+        """first_step: the step that is done next. Lines of that step and later ones, left by a process that was killed, are moved to
+        `metrics.superseded.jsonl` beside the file.
+        """
+        if path.exists():
+            _set_aside(path, first_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -35,8 +42,26 @@ class MetricsFile:
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"the figure {name} is {value}")
-        self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self._file.flush()
+        with disk_errors(Path(self._file.name)):
+            self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def last(self) -> dict[str, Any]:
+        """The newest line; empty when there is none."""
+        lines = Path(self._file.name).read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[-1]) if lines else {}
 
     def close(self) -> None:
         self._file.close()
+
+
+def _set_aside(path: Path, first_step: int) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # torn: its step was not done
+    kept = [line for line in lines if json.loads(line)["step"] < first_step]
+    if superseded := [line for line in lines if line not in kept]:
+        with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(superseded)
+    write_text(path, "".join(kept))

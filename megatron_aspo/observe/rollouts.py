@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from megatron_aspo.checkpoint.atomic import disk_errors
 from megatron_aspo.data.records import Group, Sample
 
 SCHEMA = pa.schema(
@@ -33,8 +34,9 @@ def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
     table = pa.Table.from_pylist([_row(sample) for group in groups for sample in group.samples], schema=SCHEMA)
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    parquet.write_table(table, unfinished, compression="zstd")
-    unfinished.replace(path)
+    with disk_errors(path):
+        parquet.write_table(table, unfinished, compression="zstd")
+        unfinished.replace(path)
 
 
 def _row(sample: Sample) -> dict:

@@ -44,7 +44,10 @@ class Collected:
 
 
 class Rollouts:
-    """Draws prompts of the task, has the engines respond and the reward workers score."""
+    """Draws prompts of the task, has the engines respond and the reward workers score.
+
+    drawn: how many training prompts were taken so far; a resumed run goes on from there.
+    """
 
     def __init__(
         self,
@@ -55,10 +58,11 @@ class Rollouts:
         options: RolloutOptions,
         algorithm: AlgorithmOptions,
         seed: int,
+        drawn: int = 0,
     ):
         self._task, self._engines, self._rewards, self._tokenizer = task, engines, rewards, tokenizer
         self._options, self._algorithm, self._seed = options, algorithm, seed
-        self._drawn = 0
+        self.drawn = drawn
 
     def collect(self, step: int) -> Collected:
         """G scored responses to each of the next prompts_per_step prompts, and which groups the filter keeps.
@@ -85,8 +89,8 @@ class Rollouts:
         return collected
 
     def _collect(self, count: int, purpose: str) -> Collected:
-        prompts = [self._task.prompt(self._drawn + i) for i in range(count)]
-        self._drawn += count
+        prompts = [self._task.prompt(self.drawn + i) for i in range(count)]
+        self.drawn += count
         collected = self._respond(prompts, self._options.responses_per_prompt, self._options.temperature, purpose)
         collected.kept = [group for group in collected.groups if is_trained_on(group.shaped_rewards, self._algorithm.group_filter)]
         return collected

@@ -1,6 +1,7 @@
 """Everything a run needs, brought up in order and taken down in reverse: Ray, engines, training ranks, the run directory."""
 
 import contextlib
+import hashlib
 import shutil
 import signal
 import threading
@@ -9,12 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.checkpoint.store import CheckpointStore, set_aside, sweep_unfinished
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.model_directory import resolve_model
-from megatron_aspo.data.tasks import build_task
+from megatron_aspo.data.tasks import Task, build_task
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.errors import UserError
+from megatron_aspo.evaluation.accuracy import Accuracy, Evaluation
 from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.metrics import MetricsFile
 from megatron_aspo.observe.progress import Progress
@@ -22,12 +27,17 @@ from megatron_aspo.rewards.worker import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.cluster import Cluster, open_cluster
+from megatron_aspo.runtime.ledger import Ledger
+from megatron_aspo.runtime.start import Ownership, Start, find_start
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_files import TensorReader
-from megatron_aspo.weights.hf_model import read_model
+from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.layout import check_divisible
 from megatron_aspo.weights.publish import Publisher
+
+_FINGERPRINT_PROMPTS = 256
+"""How many prompts a checkpoint's fingerprint of the data covers, beside the whole file where there is one."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,50 @@ class Run:
 
     config: Config
     directory: Path
+    start: Start
+    identity: dict[str, Any]
+    """What a resumed run must have in common with the one that it goes on with."""
     rollouts: Rollouts
     trainers: Trainers
     publisher: Publisher
     metrics: MetricsFile
+    ledger: Ledger
+    checkpoints: CheckpointStore
     progress: Progress
     memory: PeakMemory | None
     """None on a cluster that others started: its processes are not ours to see."""
+
+    def evaluation_path(self, done: int) -> Path:
+        """Where the evaluation after `done` steps is kept."""
+        return self.directory / "evaluations" / f"step_{done}.json"
+
+    def evaluation(self, done: int) -> Evaluation | None:
+        """The evaluation after `done` steps, if this run directory has it."""
+        path = self.evaluation_path(done)
+        return Evaluation.read(path) if path.exists() else None
+
+    def save_if_due(self, done: int, accuracy: Accuracy | None) -> None:
+        """Start a checkpoint when the recipe wants one after `done` steps; what the run resumes from goes with it."""
+        if not self.checkpoints.is_due(done, last=done == self.config.steps):
+            return
+        self.progress.phase(done - 1, "saving a checkpoint")
+        self.report_checkpoint(wait=True)
+        stalled = self.checkpoints.save(
+            done,
+            self.identity
+            | {
+                "weights_version": self.publisher.version,
+                "drawn": self.rollouts.drawn,
+                "ledger_lines": self.ledger.lines,
+                "accuracy": accuracy.mean if accuracy else None,
+            },
+        )
+        self.progress.say(f"step {done}: checkpoint, training waited {stalled:.2f} s")
+
+    def report_checkpoint(self, wait: bool = False) -> None:
+        """Note a checkpoint that has become whole meanwhile."""
+        if path := self.checkpoints.completed(wait):
+            self.ledger.append("checkpoint", name=path.name)
 
 
 @contextmanager
@@ -51,7 +98,7 @@ def open_run(config: Config) -> Iterator[Run]:
 
     Whatever fails on the way leaves no process and no file behind. Raises UserError for what the user can cure.
     """
-    _check_run_directory(config)
+    start = find_start(config)
     progress = Progress(config.steps)
     model_directory = resolve_model(config.model)
     settings = RankSettings(
@@ -76,6 +123,9 @@ def open_run(config: Config) -> Iterator[Run]:
             )
         tokenizer = load_tokenizer(model_directory)
         task = build_task(config.task, config.data, tokenizer, config.seed)
+        identity = _identity(config, task)
+        if start.checkpoint is not None:
+            _check_identity(start, identity, model)
         if config.evaluation.draws:
             _check_held_out(task.held_out())
         if ":" in config.algorithm.policy_loss:
@@ -84,6 +134,7 @@ def open_run(config: Config) -> Iterator[Run]:
             find_policy_loss(config.algorithm)
     with ExitStack() as stack:
         stack.callback(progress.close)
+        owner = stack.enter_context(contextlib.closing(Ownership(config.directory))) if start.in_place else None
         memory = stack.enter_context(contextlib.closing(PeakMemory()))
         with progress.waiting("starting Ray"):
             cluster = open_cluster(config.ray_address, settings.sizes.world + config.rollout.engines)
@@ -100,7 +151,7 @@ def open_run(config: Config) -> Iterator[Run]:
             # The engines start in the background: both take long, and neither needs the other.
             starting = pool.submit(engines.start)
             try:
-                trainers = Trainers.start(settings, cluster.device, threads)
+                trainers = Trainers.start(settings, cluster.device, threads, start.checkpoint)
                 stack.callback(_undisturbed, trainers.close)
                 started = starting.result()
             except BaseException:
@@ -118,14 +169,39 @@ def open_run(config: Config) -> Iterator[Run]:
             bucket_bytes=config.transfer_bucket_mib << 20,
             timeout_s=config.trainer.timeout_s,
         )
-        directory = _make_run_directory(config)
-        metrics = stack.enter_context(contextlib.closing(MetricsFile(directory / "metrics.jsonl")))
-        rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed)
+        if start.step:
+            with progress.waiting("bringing the engines to the checkpoint's weights"):
+                publisher.publish(version=start.manifest.training["weights_version"])
+        directory = config.directory
+        if owner is None:
+            _make_run_directory(directory)
+            owner = stack.enter_context(contextlib.closing(Ownership(directory)))
         try:
-            yield Run(config, directory, rollouts, trainers, publisher, metrics, progress, memory if cluster.ours else None)
+            _go_on(directory, start, config, progress)
+            metrics = stack.enter_context(contextlib.closing(MetricsFile(directory / "metrics.jsonl", start.step)))
+            ledger = stack.enter_context(contextlib.closing(Ledger(directory / "ledger.jsonl")))
+            began = {"attempt": owner.attempt, "checkpoint": str(start.checkpoint or "")}
+            ledger.append("resume" if start.checkpoint else "start", step=start.step, **began)
+            drawn = start.manifest.training["drawn"] if start.manifest else 0
+            rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, drawn)
+            checkpoints = CheckpointStore(directory, config.checkpoint, trainers, owner.attempt, to_yaml(config))
+            yield Run(
+                config,
+                directory,
+                start,
+                identity,
+                rollouts,
+                trainers,
+                publisher,
+                metrics,
+                ledger,
+                checkpoints,
+                progress,
+                memory if cluster.ours else None,
+            )
         except UserError:
             # A mistake that only the first responses show, such as a reward that fails: the corrected run may have the name.
-            if not (directory / "metrics.jsonl").stat().st_size:
+            if not start.in_place and not _has_steps(directory):
                 shutil.rmtree(directory)
             raise
 
@@ -153,27 +229,57 @@ def _check_held_out(prompts: list) -> None:
         raise UserError(f"there are {len(prompts)} held-out prompts; a standard error needs at least 2, or set evaluation.draws=0")
 
 
-def _check_run_directory(config: Config) -> None:
-    try:
-        if longest := max((part for part in config.directory.parts if len(part.encode()) > 255), default=""):
-            raise OSError(f"a part of it has {len(longest.encode())} bytes, over the 255 that file systems take")
-        exists = config.directory.exists()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"name={config.name} run_dir={config.run_dir} is no usable path: {error}; choose another") from error
-    if exists:
-        raise UserError(f"run directory {config.directory} exists; choose another name or run_dir, or remove it")
+def is_complete(config: Config) -> bool:
+    """Whether `resume: auto` finds the work done: the final model stands."""
+    return config.resume == "auto" and config.export_directory.is_dir()
 
 
-def _make_run_directory(config: Config) -> Path:
-    directory = config.directory
+def _identity(config: Config, task: Task) -> dict[str, Any]:
+    """Which prompts come in which order, by the values that decide it."""
+    digest = hashlib.sha256()
+    for number in range(_FINGERPRINT_PROMPTS):
+        prompt = task.prompt(number)
+        digest.update(f"{prompt.id} {list(prompt.token_ids)}\n".encode())
+    if config.data.path:
+        digest.update(Path(config.data.path).expanduser().read_bytes())
+    return {"seed": config.seed, "task": config.task, "prompts_sha256": digest.hexdigest()}
+
+
+def _check_identity(start: Start, identity: dict[str, Any], model: HFModel) -> None:
+    for key, value in identity.items():
+        saved = start.manifest.training[key]
+        if saved != value:
+            what = "the prompts or their tokens are others" if key == "prompts_sha256" else f"{key} was {saved}, the recipe says {value}"
+            raise UserError(f"{start.checkpoint}: {what}: prompts would be lost or doubled; resume with what the run began with")
+    saved = read_model(start.checkpoint / "huggingface")
+    if (saved.architecture, saved.dims) != (model.architecture, model.dims):
+        raise UserError(f"{start.checkpoint} holds another model than {model.directory}; resume with the model that the run began with")
+
+
+def _make_run_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True)
-        (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     except FileExistsError as error:
         raise UserError(f"run directory {directory} exists; choose another name or run_dir, or remove it") from error
     except OSError as error:
         raise UserError(f"run directory {directory} cannot be made: {error.strerror}; choose another run_dir") from error
-    return directory
+
+
+def _go_on(directory: Path, start: Start, config: Config, progress: Progress) -> None:
+    """Write the recipe; put out of the way what another process began after the step from which this one goes on."""
+    with disk_errors(directory / "config.yaml"):
+        write_text(directory / "config.yaml", to_yaml(config))
+    if start.in_place:
+        sweep_unfinished(directory)
+        for aside in set_aside(directory, start.step):
+            progress.say(f"the steps after {start.step} are done again: what they made is now {aside}")
+        begin = f"going on after step {start.step} from {start.checkpoint}" if start.checkpoint else "no checkpoint yet: starting anew"
+        progress.say(begin)
+
+
+def _has_steps(directory: Path) -> bool:
+    metrics = directory / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def _undisturbed(close) -> None:

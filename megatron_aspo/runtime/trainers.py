@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from megatron_aspo.checkpoint.request import SaveRequest
 from megatron_aspo.errors import UserError
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.weights.group import free_port, interface_of, meeting_store
@@ -30,10 +31,12 @@ class TrainerActor:
         host = ray.util.get_node_ip_address()
         return host, free_port(host)
 
-    def start(self, settings: RankSettings, rank: int, host: str, port: int, working_directory: str) -> dict[str, str]:
+    def start(
+        self, settings: RankSettings, rank: int, host: str, port: int, working_directory: str, checkpoint: Path | None
+    ) -> dict[str, str]:
         """Build the rank; the ranks meet at rank 0's `host:port`. Modules of the driver's working directory are found as in the driver.
 
-        Returns what was chosen.
+        checkpoint: what its state is filled from, known to be whole. Returns what was chosen.
         """
         if working_directory not in sys.path:
             sys.path.append(working_directory)
@@ -41,10 +44,15 @@ class TrainerActor:
         interface = interface_of(ray.util.get_node_ip_address())
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         os.environ["NCCL_SOCKET_IFNAME"] = interface
+        from megatron_aspo.checkpoint.manifest import load_manifest
+        from megatron_aspo.checkpoint.saver import RankSaver, restore
         from megatron_aspo.trainer.rank import TrainerRank
 
         store = meeting_store(host, port, rank, settings.sizes.world, settings.trainer.timeout_s)
         self._rank = TrainerRank(settings, rank, store)
+        self._saver = RankSaver(self._rank)
+        if checkpoint is not None:
+            restore(self._rank, checkpoint, load_manifest(checkpoint))
         return self._rank.describe()
 
     def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
@@ -59,10 +67,16 @@ class TrainerActor:
     def publish(self, dtype: str, bucket_bytes: int) -> int:
         return self._rank.publish(dtype, bucket_bytes)
 
-    def export(self, directory: Path, dtype: str) -> None:
-        from megatron_aspo.checkpoint.hf_export import write_checkpoint
+    def save(self, request: SaveRequest) -> float:
+        return self._saver.save(request)
 
-        write_checkpoint(directory, self._rank, dtype)
+    def saved(self, wait: bool) -> bool:
+        return self._saver.finish() if wait else self._saver.finished()
+
+    def export(self, directory: Path, dtype: str, card: str) -> dict[str, str]:
+        from megatron_aspo.checkpoint.hf_export import write_export
+
+        return write_export(directory, self._rank, dtype, card)
 
 
 @dataclass
@@ -73,8 +87,11 @@ class Trainers:
     described: dict[str, str]
 
     @classmethod
-    def start(cls, settings: RankSettings, device: str, threads: int) -> "Trainers":
-        """Create and start every rank. Raises UserError when the model or the layout is at fault; then none is left running."""
+    def start(cls, settings: RankSettings, device: str, threads: int, checkpoint: Path | None = None) -> "Trainers":
+        """Create and start every rank, from the model or from a checkpoint.
+
+        Raises UserError when the model or the layout is at fault; then none is left running.
+        """
         options = {
             "num_cpus": 1,  # a token: see Cluster
             "num_gpus": 1 if device == "cuda" else 0,
@@ -85,7 +102,7 @@ class Trainers:
         trainers = cls(actors, {})
         try:
             host, port = trainers._get([actors[0].address.remote()])[0]
-            chosen = trainers._get([a.start.remote(settings, rank, host, port, os.getcwd()) for rank, a in enumerate(actors)])
+            chosen = trainers._get([a.start.remote(settings, rank, host, port, os.getcwd(), checkpoint) for rank, a in enumerate(actors)])
         except BaseException:
             trainers.close()
             raise
@@ -118,9 +135,17 @@ class Trainers:
         """Send the current weights to the engines, which must be receiving; returns the bytes sent."""
         return sum(self._get([actor.publish.remote(dtype, bucket_bytes) for actor in self._actors]))
 
-    def export(self, directory: Path, dtype: str) -> None:
-        """Write the current weights as a Hugging Face directory."""
-        self._get([actor.export.remote(directory, dtype) for actor in self._actors])
+    def save(self, request: SaveRequest) -> float:
+        """Start a checkpoint, once the one under way is done; returns the seconds until training can go on."""
+        return max(self._get([actor.save.remote(request) for actor in self._actors]))
+
+    def saved(self, wait: bool) -> bool:
+        """Whether no checkpoint is being written any more. Raises what kept one from being written."""
+        return all(self._get([actor.saved.remote(wait) for actor in self._actors]))
+
+    def export(self, directory: Path, dtype: str, card: str) -> dict[str, str]:
+        """Write the current weights as a Hugging Face directory; returns tensor → SHA-256."""
+        return self._get([actor.export.remote(directory, dtype, card) for actor in self._actors])[0]
 
     def close(self) -> None:
         """End every rank."""

@@ -89,7 +89,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def _local_block(config: TransformerConfig) -> TransformerBlockSubmodules:
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
@@ -102,7 +102,9 @@ def _local_block(config: TransformerConfig) -> TransformerBlockSubmodules:
 def _transformer_engine_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     from megatron.core.extensions.transformer_engine import TENorm
 
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+    )
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=TENorm)
 
 

@@ -24,6 +24,7 @@ _MODULES = ("tensor_parallel.random", "models.gpt", "optimizer", "distributed", 
 def prepare() -> None:
     """Make Megatron-Core usable on this machine. Safe to call again, and needed again after importing further Megatron modules."""
     if torch.cuda.is_available():
+        _define_router_gemm()
         return
     from megatron.core import jit
 
@@ -38,6 +39,15 @@ def prepare() -> None:
     _patch_rng_state()
     _patch_moves_to_cuda()
     _patch_type_checks()
+    _define_router_gemm()
+
+
+def _define_router_gemm() -> None:
+    """0.16.1's router asks whether `te_general_gemm` is None, a name that only exists where Transformer Engine does. Gone in 0.17."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 class _Namespace(types.ModuleType):

@@ -1,5 +1,7 @@
 """Megatron's GPT model for a Hugging Face model directory."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
@@ -42,7 +44,7 @@ def transformer_config(model: HFModel, parallel: ParallelState, device: Device, 
         pipeline_model_parallel_size=parallel.sizes.pipeline,
         # Micro-batches are packed and differ in length: pipeline neighbours tell each other the shape.
         variable_seq_lengths=parallel.sizes.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # the only one that Megatron lets meet variable lengths
+        **_moe_config(model, layer_spec),
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -62,6 +64,23 @@ def transformer_config(model: HFModel, parallel: ParallelState, device: Device, 
         persist_layer_norm=False,
         attention_softmax_in_fp32=True,
     )
+
+
+def _moe_config(model: HFModel, layer_spec: str) -> dict[str, Any]:
+    """Settings of routers and experts."""
+    settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}  # the only one that Megatron lets meet variable lengths
+    if model.dims.experts:
+        settings |= {
+            "num_moe_experts": model.dims.experts,
+            "moe_ffn_hidden_size": model.dims.moe_ffn,
+            "moe_router_topk": model.experts_per_token,
+            "moe_router_score_function": "softmax",
+            # Weights that sum to one are the softmax over the chosen experts; others are shares of the softmax over all.
+            "moe_router_pre_softmax": not model.norm_topk_prob,
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": layer_spec == "transformer_engine",
+        }
+    return settings
 
 
 def build_model(model: HFModel, config: TransformerConfig, parallel: ParallelState, layer_spec: str) -> torch.nn.Module:

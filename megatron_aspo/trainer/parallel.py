@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_aspo.trainer.device import Device
+from megatron_aspo.trainer.rng import seed_generators
 from megatron_aspo.weights.layout import Coordinates, ParallelSizes
 
 
@@ -41,6 +42,7 @@ def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Devic
         pipeline_model_parallel_size=sizes.pipeline,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
+    seed_generators(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     at = sizes.coordinates(rank)
     theirs = Coordinates(

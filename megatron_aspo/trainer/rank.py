@@ -71,8 +71,8 @@ class TrainerRank:
         if options.shared_prompts:
             check_shared_prompts(self.layer_spec)
         self.parallel = parallel_states.initialize(rank, settings.sizes, store, self.device, options.timeout_s, settings.seed)
-        self._layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
-        self._layout = layout(self.hf.architecture, self.hf.dims, settings.sizes, self.parallel.at, self.layer_spec)
+        self.stored_layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
+        self.layout = layout(self.hf.architecture, self.hf.dims, settings.sizes, self.parallel.at, self.layer_spec)
 
         self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec)
         self.model = self._build()
@@ -80,7 +80,7 @@ class TrainerRank:
         if self.reference is not None:
             self.reference.requires_grad_(False)
         self._wrapped = wrap_model(self.model, self._config, options.distributed_optimizer)
-        self._optimizer = build_optimizer(self._wrapped, self._config, settings.optimizer, self.dtype, options.distributed_optimizer)
+        self.optimizer = build_optimizer(self._wrapped, self._config, settings.optimizer, self.dtype, options.distributed_optimizer)
         # With bfloat16 the optimizer's float32 copies were made of the weights just loaded.
         self._forward_backward: Callable = get_forward_backward_func()
         self._transfer_group = None
@@ -97,7 +97,7 @@ class TrainerRank:
 
     def _build(self) -> torch.nn.Module:
         model = build_model(self.hf, self._config, self.parallel, self.layer_spec).to(self.device.torch_device)
-        load(self._layout, dict(model.named_parameters()), TensorReader(self.hf))
+        load(self.layout, dict(model.named_parameters()), TensorReader(self.hf))
         return model
 
     # --- passes ---------------------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class TrainerRank:
     def update(self, batch: TrainBatch, step: int) -> UpdateReport:
         """Old and reference log-probabilities, then epochs × mini-batches of the policy loss, an optimizer step after each."""
         report = UpdateReport()
-        report.learning_rate = set_learning_rate(self._optimizer, self.settings.optimizer, step)
+        report.learning_rate = set_learning_rate(self.optimizer, self.settings.optimizer, step)
         with _timed(report, "logprobs"):
             scores, report.mismatch, report.tally = self.prepare(batch)
         algorithm = self.settings.algorithm
@@ -179,7 +179,7 @@ class TrainerRank:
 
         rollout = torch.from_numpy(batch.rollout_logprobs).to(scores.old)
         self._wrapped.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         return add_tallies(*self._run(self._wrapped, batch, samples, loss, forward_only=False))
 
     def _totals(self, batch: TrainBatch, samples: np.ndarray) -> Totals:
@@ -200,7 +200,7 @@ class TrainerRank:
 
     def apply_gradients(self) -> tuple[bool, float]:
         """Clip and take one optimizer step; returns whether it was applied, and the gradient norm before clipping."""
-        applied, gradient_norm, _ = self._optimizer.step()
+        applied, gradient_norm, _ = self.optimizer.step()
         return bool(applied), float(gradient_norm)
 
     def _run(self, model, batch: TrainBatch, samples: np.ndarray, loss: Callable, *, forward_only: bool) -> list[Tally]:
@@ -262,7 +262,7 @@ class TrainerRank:
         if self.parallel.at.data != 0:
             return iter(())
         held = {name: value(parameter) for name, parameter in self.model.named_parameters()}
-        return Gather(self._layouts, self.parallel.rank, held).whole(metas)
+        return Gather(self.stored_layouts, self.parallel.rank, held).whole(metas)
 
     def connect(self, host: str, port: int, world_size: int) -> None:
         """Rank 0 becomes the sender of the group that it forms with all engine workers; the others return at once."""

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def seed_generators(seed: int) -> None:
+    """torch's, NumPy's and Python's: a loss of a user's own may draw from any, and two of them begin differently in every process."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def rng_states() -> dict[str, Tensor]:
     """uint8 or int64, on the CPU: `torch`, `cuda` where it is, Megatron's tracker as `megatron.<name>`, `numpy`, `python`; all global."""
     states = {"torch": torch.get_rng_state()}

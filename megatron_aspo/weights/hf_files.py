@@ -1,9 +1,9 @@
 """The tensors of a Hugging Face model directory: strict accounting first, then boxes of them, without loading whole files."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,52 +14,76 @@ from megatron_aspo.weights.layout import Box
 
 # Buffers that old checkpoints carry although every reader computes them.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Element types of weights: safetensors' code → torch's name."""
+
+
+class Reader(Protocol):
+    """Where boxes of Hugging Face tensors come from: a Hugging Face directory, or a checkpoint at any layout."""
+
+    def read(self, wanted: Sequence[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
+        """Yields (name, box, tensor) for each request, in any order, in the dtype that is stored."""
 
 
 class TensorReader:
     """Reads boxes of a model directory's tensors, whichever file holds them, without loading whole files."""
 
     def __init__(self, model: HFModel):
-        """Opens nothing yet; raises UserError when tensors are missing, unknown, doubled or of the wrong shape."""
+        """Reads the headers only; raises UserError when tensors are missing, unknown, doubled, or of the wrong shape or element type."""
+        self._model = model
         self._files = _tensor_files(model.directory)
         expected = model.tensor_shapes
-        if model.dims.tied and "lm_head.weight" in self._files:
-            # Some exporters write the tied matrix twice; the embedding is the one that counts.
-            self._files.pop("lm_head.weight")
+        self._second_head = self._files.pop("lm_head.weight", None) if model.dims.tied else None
         missing = [name for name in expected if name not in self._files]
         extra = [name for name in self._files if name not in expected and not name.endswith(_IGNORED_SUFFIXES)]
         if missing or extra:
             problem = f"lacks {missing[0]}" if missing else f"has the unknown tensor {extra[0]}"
             raise UserError(
                 f"{model.directory} {problem} ({len(missing)} missing, {len(extra)} unknown); "
-                f"expected the {len(expected)} tensors of a {model.architecture} with its config.json"
+                f"expected the {len(expected)} tensors of a {model.architecture} with its config.json; get the model again, or correct "
+                "config.json"
             )
-        for file in sorted(set(self._files.values())):
-            with _open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    if name in expected and tuple(handle.get_slice(name).get_shape()) != expected[name]:
-                        shape = tuple(handle.get_slice(name).get_shape())
-                        raise UserError(f"{file.name}: {name} has shape {shape}; config.json says {expected[name]}")
+        self._handles = {file: open_tensors(file) for file in sorted(set(self._files.values()))}
+        self.dtypes = {name: self._check(name, shape) for name, shape in expected.items()}
+        """Element type of each tensor, as torch names it."""
 
-    def read(self, wanted: list[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
-        """Yields (name, box, tensor) for each request, file by file, in the file's dtype."""
-        by_file: dict[Path, list[tuple[str, Box]]] = {}
+    def _check(self, name: str, shape: tuple[int, ...]) -> str:
+        stored = self._handles[self._files[name]].get_slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise UserError(
+                f"{self._files[name]}: {name} has shape {tuple(stored.get_shape())}; config.json says {shape}; one of the two is another "
+                "model's: get it again"
+            )
+        if stored.get_dtype() not in DTYPES:
+            raise UserError(
+                f"{self._files[name]}: {name} has element type {stored.get_dtype()}; expected one of {', '.join(DTYPES)}: get the model "
+                "unquantized"
+            )
+        return DTYPES[stored.get_dtype()]
+
+    def check_head(self) -> None:
+        """Some exporters write a tied model's matrix twice. Raises UserError when the copies differ: one of them would be lost."""
+        if self._second_head is None:
+            return
+        head = open_tensors(self._second_head).get_tensor("lm_head.weight")
+        embedding = self._handles[self._files["model.embed_tokens.weight"]].get_tensor("model.embed_tokens.weight")
+        if not torch.equal(head, embedding):
+            raise UserError(
+                f"{self._second_head}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them; "
+                "set tie_word_embeddings to false, or remove lm_head.weight"
+            )
+
+    def read(self, wanted: Sequence[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
         for name, box in wanted:
-            by_file.setdefault(self._files[name], []).append((name, box))
-        for file, requests in by_file.items():
-            with _open(file) as handle:
-                for name, box in requests:
-                    yield name, box, handle.get_slice(name)[tuple(slice(*edge) for edge in box)]
+            yield name, box, self._handles[self._files[name]].get_slice(name)[tuple(slice(*edge) for edge in box)]
 
 
-@contextmanager
-def _open(file: Path):
+def open_tensors(file: Path) -> safe_open:
+    """A safetensors file, mapped into memory. Raises UserError when it is not whole."""
     try:
-        handle = safe_open(file, framework="pt")
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error}); the file is damaged or incomplete, copy it again") from error
-    with handle:
-        yield handle
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -67,10 +91,10 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            claimed = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            claimed = dict(json.loads(index.read_text())["weight_map"])
+            files = sorted({directory / name for name in claimed.values()})
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{index} is not a safetensors index: {error}") from error
-        files = sorted({directory / name for name in claimed.values()})
     else:
         claimed = None
         files = sorted(directory.glob("*.safetensors"))
@@ -80,9 +104,11 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is named by {index.name} but missing; copy it again")
-        with _open(file) as handle:
-            for name in handle.keys():  # noqa: SIM118
-                if name in found:
-                    raise UserError(f"{name} stands in both {found[name].name} and {file.name}; keep one of them")
-                found[name] = file
+        for name in open_tensors(file).keys():  # noqa: SIM118 - safe_open is not a mapping
+            if name in found:
+                raise UserError(f"{name} stands in both {found[name].name} and {file.name}; keep one of them")
+            found[name] = file
+    for name, file in (claimed or {}).items():
+        if found.get(name) != directory / file:
+            raise UserError(f"{index.name} says that {name} is in {file}, which does not hold it; get the model again")
     return found

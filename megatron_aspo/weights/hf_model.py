@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.weights.families import FAMILIES, tensor_shapes
@@ -19,6 +20,19 @@ class HFModel:
     norm_eps: float
     max_positions: int
     tensor_shapes: dict[str, tuple[int, ...]]
+    experts_per_token: int = 0
+    norm_topk_prob: bool = True
+    """The weights of a token's experts are divided by their sum."""
+
+
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+}
+"""What `model_type` must say: transformers chooses the class that reads the rest of the config by it."""
 
 
 def read_model(directory: Path) -> HFModel:
@@ -32,20 +46,63 @@ def read_model(directory: Path) -> HFModel:
     architecture = (config.architectures or ["none"])[0]
     if architecture not in FAMILIES:
         raise UserError(f"{directory}: architecture {architecture} is not supported; expected one of {sorted(FAMILIES)}")
-    rope = dict(config.rope_parameters or {})
-    unsupported = {
-        "hidden_act": (config.hidden_act, ("silu", "swish")),
-        "rope_type": (rope.get("rope_type", "default"), ("default",)),
-        "use_sliding_window": (getattr(config, "use_sliding_window", False) or False, (False,)),
-        "mlp_bias": (getattr(config, "mlp_bias", False), (False,)),
-        "attention_bias": (getattr(config, "attention_bias", False), (False,)),
-        "pretraining_tp": (getattr(config, "pretraining_tp", 1), (1, None)),
-        "attention_dropout": (getattr(config, "attention_dropout", 0.0), (0.0,)),
-    }
-    for key, (value, supported) in unsupported.items():
+    for key, value, supported in _settings(config, architecture):
         if value not in supported:
             raise UserError(f"{directory}/config.json: {key}={value} is not supported for {architecture}; expected {supported[0]}")
-    dims = ModelDims(
+    dims = _dims(config, architecture)
+    if dims.heads % dims.kv_heads:
+        raise UserError(f"{directory}/config.json: num_key_value_heads={dims.kv_heads} does not divide num_attention_heads={dims.heads}")
+    norm_topk_prob = bool(getattr(config, "norm_topk_prob", True))
+    if dims.experts:
+        _check_top_k(directory, config.num_experts_per_tok, dims.experts, norm_topk_prob)
+    return HFModel(
+        directory=directory,
+        architecture=architecture,
+        dims=dims,
+        rope_theta=float(config.rope_parameters["rope_theta"]),
+        norm_eps=config.rms_norm_eps,
+        max_positions=config.max_position_embeddings,
+        tensor_shapes=tensor_shapes(architecture, dims),
+        experts_per_token=config.num_experts_per_tok if dims.experts else 0,
+        norm_topk_prob=norm_topk_prob,
+    )
+
+
+def _settings(config: Any, architecture: str) -> list[tuple[str, Any, tuple]]:
+    """(setting, its value, the supported values) of what transformers or vLLM reads in these families and we have one way for."""
+    rope = dict(config.rope_parameters or {})
+    settings = [
+        ("model_type", config.model_type, (_MODEL_TYPES[architecture],)),
+        ("quantization_config", getattr(config, "quantization_config", None), (None,)),
+        ("hidden_act", config.hidden_act, ("silu", "swish")),
+        ("rope_type", rope.get("rope_type", "default"), ("default",)),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+        ("use_sliding_window", getattr(config, "use_sliding_window", False) or False, (False,)),
+        ("layer_types", sorted(set(getattr(config, "layer_types", None) or ["full_attention"])), (["full_attention"],)),
+        ("mlp_bias", getattr(config, "mlp_bias", False), (False,)),
+        ("attention_bias", getattr(config, "attention_bias", False), (False,)),
+        ("pretraining_tp", getattr(config, "pretraining_tp", 1), (1, None)),
+        ("attention_dropout", getattr(config, "attention_dropout", 0.0), (0.0,)),
+    ]
+    if architecture == "Qwen3MoeForCausalLM":
+        settings += [
+            ("decoder_sparse_step", config.decoder_sparse_step, (1,)),
+            ("mlp_only_layers", config.mlp_only_layers, ([],)),
+            ("shared_expert_intermediate_size", getattr(config, "shared_expert_intermediate_size", None) or None, (None,)),
+        ]
+    if architecture == "MixtralForCausalLM":
+        # A window that no sequence outgrows changes nothing.
+        window = config.sliding_window
+        settings += [
+            ("sliding_window", None if window is None or window >= config.max_position_embeddings else window, (None,)),
+            ("router_jitter_noise", config.router_jitter_noise, (0.0,)),
+        ]
+    return settings
+
+
+def _dims(config: Any, architecture: str) -> ModelDims:
+    moe = architecture in ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
+    return ModelDims(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
@@ -55,14 +112,18 @@ def read_model(directory: Path) -> HFModel:
         vocab=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
         qkv_bias=architecture == "Qwen2ForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        experts=config.num_experts if moe else 0,
+        # Mixtral has no dense layer: its intermediate_size is an expert's.
+        moe_ffn=getattr(config, "moe_intermediate_size", config.intermediate_size) if moe else 0,
     )
-    return HFModel(
-        directory=directory,
-        architecture=architecture,
-        dims=dims,
-        rope_theta=float(rope["rope_theta"]),
-        norm_eps=config.rms_norm_eps,
-        max_positions=config.max_position_embeddings,
-        tensor_shapes=tensor_shapes(architecture, dims),
-    )
+
+
+def _check_top_k(directory: Path, top_k: int, experts: int, norm_topk_prob: bool) -> None:
+    # A single expert whose weight is divided by itself: the router has no gradient, and Megatron refuses it.
+    least = 2 if norm_topk_prob else 1
+    if not least <= top_k <= experts:
+        raise UserError(
+            f"{directory}/config.json: num_experts_per_tok={top_k} is not supported with {experts} experts and "
+            f"norm_topk_prob={norm_topk_prob}; expected {least} to {experts}"
+        )

@@ -1,12 +1,12 @@
 """Weights between files and training ranks, read off the layouts: loading, and gathering whole tensors on one rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_aspo.weights.buckets import TensorMeta
-from megatron_aspo.weights.hf_files import TensorReader
+from megatron_aspo.weights.hf_files import Reader
 from megatron_aspo.weights.layout import Box, Layout, Piece, volume
 
 
@@ -15,17 +15,27 @@ def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 @torch.no_grad()
-def load(layout: Layout, parameters: dict[str, torch.Tensor], reader: TensorReader) -> None:
-    """Fill this rank's parameters from files, casting to each parameter's dtype. Padding becomes zero."""
-    check_parameters(layout, parameters)
-    for parameter in parameters.values():
-        parameter.zero_()
-    homes: dict[tuple[str, Box], list[Piece]] = {}
+def assemble(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters named by `dtypes`, one at a time, each cast to its element type, on the CPU. Padding is zero."""
+    pieces: dict[str, list[Piece]] = {}
     for piece in layout.pieces:
-        homes.setdefault((piece.tensor, piece.box), []).append(piece)
-    for name, box, values in reader.read(list(homes)):
-        for piece in homes[name, box]:
-            _view(parameters[piece.parameter], piece.local).copy_(values)
+        pieces.setdefault(piece.parameter, []).append(piece)
+    for name, dtype in dtypes.items():
+        homes = {(piece.tensor, piece.box): piece.local for piece in pieces[name]}
+        shape = layout.parameter_shapes[name]
+        filled = sum(volume(piece.local) for piece in pieces[name]) == torch.Size(shape).numel()
+        parameter = (torch.empty if filled else torch.zeros)(shape, dtype=dtype)
+        for tensor, box, values in reader.read(list(homes)):
+            _view(parameter, homes[tensor, box]).copy_(values)
+        yield name, parameter
+
+
+@torch.no_grad()
+def load(layout: Layout, parameters: dict[str, torch.Tensor], reader: Reader) -> None:
+    """Fill this rank's parameters, casting to each parameter's dtype."""
+    check_parameters(layout, parameters)
+    for name, values in assemble(layout, reader, {name: parameter.dtype for name, parameter in parameters.items()}):
+        parameters[name].copy_(values)
 
 
 def check_parameters(layout: Layout, parameters: dict[str, torch.Tensor]) -> None:

@@ -96,7 +96,7 @@ def test_two_runs_are_the_same_bit_for_bit(finished):
     for step in range(3):
         first, second = (parquet.read_table(run / "rollouts" / f"step_{step}.parquet") for run in finished)
         assert first.equals(second) and first.num_rows == 16
-    weights = [(run / "checkpoints" / "step_3" / "huggingface" / "model.safetensors").read_bytes() for run in finished]
+    weights = [(run / "exports" / "step_3" / "model.safetensors").read_bytes() for run in finished]
     assert weights[0] == weights[1]
 
 
@@ -108,7 +108,7 @@ def test_rollouts_carry_the_version_that_sampled_them(finished):
 
 
 def test_transformers_and_a_fresh_vllm_load_the_checkpoint(finished, ray_cluster):
-    directory = finished[0] / "checkpoints" / "step_3" / "huggingface"
+    directory = finished[0] / "exports" / "step_3"
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     pool = EnginePool(str(directory), RolloutOptions(dtype="float32", max_running_requests=4, threads=1), max_model_len=256)
     try:

@@ -19,7 +19,7 @@ def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarr
         scored, _ = trainer.score(trainer.model, batch, np.arange(batch.samples))
         per_token = np.repeat(advantages, np.diff(batch.response_offsets)).astype(np.float32)
         scores = Scores(torch.from_numpy(old), None if reference is None else torch.from_numpy(reference), torch.from_numpy(per_token))
-        set_learning_rate(trainer._optimizer, settings.optimizer, step=0)
+        set_learning_rate(trainer.optimizer, settings.optimizer, step=0)
         tally = trainer.accumulate_gradients(batch, np.arange(batch.samples), scores)
         metas = trainer.tensor_metas("float32")
         gradients = None
@@ -68,10 +68,10 @@ def logits(rank: int, meeting: str, settings, sequences: list[list[int]]) -> np.
 
 def export(rank: int, meeting: str, settings, directory: Path, dtype: str) -> None:
     """Write the weights just loaded."""
-    from megatron_aspo.checkpoint.hf_export import write_checkpoint
+    from megatron_aspo.checkpoint.hf_export import write_export
 
     with _trainer(rank, meeting, settings) as trainer:
-        write_checkpoint(directory, trainer, dtype)
+        write_export(directory, trainer, dtype)
 
 
 def vocab_parallel_logprobs(rank: int, meeting: str, world: int, hidden, weight, targets, upstream, vocab: int):

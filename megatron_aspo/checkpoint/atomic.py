@@ -1,0 +1,86 @@
+"""Files and directories that appear whole or not at all, whatever is killed or runs full on the way."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_aspo.errors import UserError
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory beside `target` to be filled; it takes the target's name when the block ends, and is removed when the block fails.
+
+    Raises UserError when the target exists or the disk does not take it.
+    """
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists; choose another name, or remove it")
+    unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
+    with disk_errors(target):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            publish(unfinished, target)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def publish(unfinished: Path, target: Path) -> None:
+    """Everything below `unfinished` reaches the disk, then it is renamed. Raises OSError when `target` exists and is not empty."""
+    for directory, _, names in os.walk(unfinished):
+        for name in names:
+            sync(Path(directory, name))
+        sync(Path(directory))
+    os.rename(unfinished, target)
+    sync(target.parent)
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory without ever leaving part of it under its name."""
+    doomed = directory.with_name(f"{directory.name}.unfinished-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """What stands at `path` is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """What the file system refuses, said as a mistake that the user can cure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{target} could not be written: {error.strerror.lower()}; nothing of it was left; {_space(target)}") from error
+        raise UserError(
+            f"{target} could not be written ({error.strerror or error}); nothing of it was left; choose another place"
+        ) from error
+
+
+def _space(target: Path) -> str:
+    place = next((p for p in target.parents if p.is_dir()), Path("/"))
+    return f"{shutil.disk_usage(place).free / 1e9:.2f} GB are free in {place}: make room, or choose another place"

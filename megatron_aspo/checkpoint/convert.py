@@ -1,0 +1,138 @@
+"""Conversion between Hugging Face directories and Megatron checkpoints, at any layout: all of the model, proved, or nothing.
+
+Every element is accounted for before the first byte is written; what was written is read back and each Hugging Face tensor's SHA-256
+compared with the source's before the directory gets its name. Memory holds one tensor of each side at a time.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_aspo.checkpoint.atomic import new_directory
+from megatron_aspo.checkpoint.hf_writer import SHARD_BYTES, write_weights
+from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, read_manifest, write_manifest
+from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file
+from megatron_aspo.checkpoint.small_files import copy_small_files, stated_dtype
+from megatron_aspo.checkpoint.tensor_file import TensorFileWriter, raw_bytes
+from megatron_aspo.data.model_directory import resolve_model
+from megatron_aspo.errors import UserError
+from megatron_aspo.weights.buckets import TensorMeta
+from megatron_aspo.weights.families import replica_layouts
+from megatron_aspo.weights.hf_files import DTYPES, Reader, TensorReader
+from megatron_aspo.weights.hf_model import HFModel, read_model
+from megatron_aspo.weights.layout import ParallelSizes, check_divisible
+from megatron_aspo.weights.transfer import assemble
+
+Verify = Callable[[Path, Path, torch.dtype], None]
+"""(a Hugging Face directory, a Megatron checkpoint, the element type of both) → raises UserError when their logits differ."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert, accounted for."""
+
+    directory: Path
+    megatron: bool
+    """A checkpoint of ours, rather than a Hugging Face directory."""
+    model: HFModel
+    reader: Reader
+    dtype: str
+    """Element type of its tensors."""
+    hashes: dict[str, str]
+    """Tensor → SHA-256, where the source states them."""
+
+
+def open_source(path: str | Path, dtype: str | None = None) -> Source:
+    """Check a model directory, hub name or checkpoint as a whole; dtype: what the tensors are to become, None to keep theirs.
+
+    Raises UserError naming what is missing, unknown, damaged, of another shape or element type, and what the family does not support.
+    """
+    path = Path(path).expanduser()
+    if is_checkpoint(path):
+        manifest = read_manifest(path)
+        model = read_model(path / "huggingface")
+        return Source(path, True, model, MegatronReader(path, manifest, model), manifest.dtype, manifest.tensors)
+    model = read_model(resolve_model(path))
+    reader = TensorReader(model)
+    reader.check_head()
+    stated = stated_dtype(model.directory) or next(iter(reader.dtypes.values()))
+    for name, stored in reader.dtypes.items():
+        if stored != stated and dtype is None:
+            raise UserError(f"{model.directory}: {name} is {stored}, the model {stated}; choose one element type for all with --dtype")
+    return Source(model.directory, False, model, reader, stated, {})
+
+
+def convert(
+    source: Source,
+    target: Path,
+    *,
+    to_megatron: bool,
+    sizes: ParallelSizes,
+    naming: str = "local",
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    verify: Verify | None = None,
+) -> None:
+    """Write `source` to the new directory `target`. sizes, naming: of a Megatron target; shard_bytes: of a Hugging Face target."""
+    dtype = dtype or source.dtype
+    if dtype not in DTYPES.values():
+        raise UserError(f"--dtype {dtype} is not known; expected one of {', '.join(DTYPES.values())}")
+    if to_megatron:
+        check_divisible(source.model.dims, sizes)
+    with new_directory(target) as directory:
+        copy_small_files(source.model.directory, directory / "huggingface" if to_megatron else directory, dtype)
+        if to_megatron:
+            _write_megatron(source, directory, sizes, naming, dtype)
+        else:
+            _write_hugging_face(source, directory, dtype, shard_bytes)
+        if verify is not None:
+            verify(*((source.directory, directory) if to_megatron else (directory, source.directory)), getattr(torch, dtype))
+
+
+def _write_hugging_face(source: Source, directory: Path, dtype: str, shard_bytes: int) -> None:
+    metas = [TensorMeta(name, dtype, shape) for name, shape in source.model.tensor_shapes.items()]
+    written = write_weights(directory, metas, lambda shard: _whole(source.reader, shard), shard_bytes)
+    _compare(written, hash_tensors(TensorReader(read_model(directory)), metas))
+    if dtype == source.dtype:
+        _compare(source.hashes, written)
+
+
+def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, naming: str, dtype: str) -> None:
+    model = source.model
+    metas = [TensorMeta(name, dtype, shape) for name, shape in model.tensor_shapes.items()]
+    (directory / "model").mkdir()
+    files = {}
+    with ThreadPoolExecutor(1) as beside:
+        hashes = beside.submit(hash_tensors, source.reader, metas)
+        for rank, layout in replica_layouts(model.architecture, model.dims, sizes, naming).items():
+            file = rank_file(directory, "model", rank)
+            shapes = layout.parameter_shapes
+            with TensorFileWriter(file, [TensorMeta(name, dtype, shape) for name, shape in shapes.items()]) as writer:
+                for name, parameter in assemble(layout, source.reader, dict.fromkeys(shapes, getattr(torch, dtype))):
+                    writer.write(name, parameter)
+                files[str(file.relative_to(directory))] = writer.close().sha256
+        expected = hashes.result()
+    manifest = Manifest(model.architecture, dtype, naming, sizes, expected)
+    _compare(expected, hash_tensors(MegatronReader(directory, manifest, model), metas))
+    write_manifest(directory, manifest, files)
+
+
+def hash_tensors(reader: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
+    """Hugging Face tensor → SHA-256 of its bytes in the meta's dtype."""
+    return {name: hashlib.sha256(raw_bytes(tensor)).hexdigest() for name, tensor in _whole(reader, metas)}
+
+
+def _whole(reader: Reader, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, torch.Tensor]]:
+    for meta in metas:
+        for name, _, tensor in reader.read([(meta.name, tuple((0, n) for n in meta.shape))]):
+            yield name, tensor.to(getattr(torch, meta.dtype))
+
+
+def _compare(expected: dict[str, str], found: dict[str, str]) -> None:
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            raise UserError(f"{name} reads back differently from what was written: the disk or the memory of this machine is at fault")

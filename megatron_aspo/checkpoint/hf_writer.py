@@ -1,0 +1,44 @@
+"""A model as a Hugging Face directory that transformers and vLLM load as it is: sharded safetensors, index, small files."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_aspo.checkpoint.tensor_file import TensorFileWriter, raw_bytes
+from megatron_aspo.weights.buckets import TensorMeta, plan_buckets
+
+SHARD_BYTES = 5 * 10**9
+
+WholeTensors = Callable[[Sequence[TensorMeta]], Iterator[tuple[str, torch.Tensor]]]
+"""Yields (name, whole tensor of the meta's dtype) in the order of the metas."""
+
+
+def write_weights(
+    directory: Path | None, metas: Sequence[TensorMeta], tensors: WholeTensors, shard_bytes: int = SHARD_BYTES
+) -> dict[str, str]:
+    """Write all tensors into `directory`, one in memory at a time; returns Hugging Face tensor → SHA-256 of its bytes.
+
+    With no directory `tensors` is only run through: the part in a collective of the ranks that do not write.
+    """
+    shards = plan_buckets(metas, shard_bytes)
+    index, hashes = {}, {}
+    for number, shard in enumerate(shards, 1):
+        if directory is None:
+            for _ in tensors(shard):
+                pass
+            continue
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with TensorFileWriter(directory / file, shard) as writer:
+            for name, tensor in tensors(shard):
+                tensor = tensor.cpu()
+                writer.write(name, tensor)
+                hashes[name] = hashlib.sha256(raw_bytes(tensor)).hexdigest()
+                index[name] = file
+            writer.close()
+    if directory is not None and len(shards) > 1:
+        text = json.dumps({"metadata": {"total_size": sum(meta.nbytes for meta in metas)}, "weight_map": index}, indent=2)
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return hashes

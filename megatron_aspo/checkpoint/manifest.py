@@ -1,0 +1,107 @@
+"""What a Megatron checkpoint directory says of itself, and the proof that it is still what was written.
+
+step_12/
+  SHA256SUMS                  of every other file, readable by `sha256sum --check`
+  manifest.json               this module's `Manifest`
+  model/rank_00000.safetensors      parameters of each rank of the first replica, under Megatron's names
+  optimizer/rank_00000.safetensors  float32 main weights and Adam moments (training checkpoints only)
+  rng/rank_00000.safetensors        random generators of every rank (training checkpoints only)
+  config.yaml                 the recipe (training checkpoints only)
+  huggingface/                config, tokenizer and the other small files of the model
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.weights.layout import ParallelSizes
+
+FORMAT = 1
+MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `manifest.json`."""
+
+    architecture: str
+    """`architectures` entry of the Hugging Face config."""
+    dtype: str
+    """Element type of the parameters."""
+    naming: str
+    """`local | transformer_engine`: whose parameter names the files use."""
+    sizes: ParallelSizes
+    tensors: dict[str, str]
+    """Hugging Face tensor → SHA-256 of its bytes, row-major and little-endian, in `dtype`."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """What a run resumes from beside tensors; empty in a checkpoint that was converted."""
+    format: int = FORMAT
+
+
+def write_manifest(directory: Path, manifest: Manifest, known: dict[str, str]) -> None:
+    """Write `manifest.json` and `SHA256SUMS`. known: relative path → SHA-256 of files whose hash was taken while writing them."""
+    (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    sums = {name: known.get(name) or sha256_of(directory / name) for name in _files(directory)}
+    (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether this is, or was, a checkpoint of ours, rather than a Hugging Face directory."""
+    return (directory / MANIFEST).exists() or (directory / "huggingface").is_dir()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint that is whole: the files that were written and no other, none of them changed.
+
+    Raises UserError naming the first file that is missing, added or damaged.
+    """
+    if not is_checkpoint(directory):
+        raise UserError(f"{directory} is no checkpoint of ours: it has no {MANIFEST}; name a directory such as checkpoints/step_10")
+    try:
+        lines = (directory / SUMS).read_bytes().decode().split("\n")
+        expected = {match[2]: match[1] for line in lines[:-1] if (match := _LINE.fullmatch(line))}
+        if lines[-1] or len(expected) != len(lines) - 1:
+            raise ValueError("a line of it is not a hash and a name")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / SUMS} is damaged or missing ({error}): the checkpoint cannot be trusted") from error
+    present = _files(directory)
+    for name in sorted(expected.keys() ^ set(present)):
+        state = "is missing" if name in expected else f"is not listed in {SUMS}"
+        raise UserError(f"{directory / name} {state}: the checkpoint is not what was written")
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(present, pool.map(lambda name: sha256_of(directory / name), present), strict=True):
+            if digest != expected[name]:
+                raise UserError(f"{directory / name} is damaged: its SHA-256 is not the one in {SUMS}")
+    return load_manifest(directory)
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """The manifest alone, of a checkpoint that is known to be whole."""
+    values = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    if values.get("format") != FORMAT:
+        raise UserError(
+            f"{directory / MANIFEST} has format {values.get('format')}, this version reads {FORMAT}: use the version that wrote it"
+        )
+    return Manifest(**values | {"sizes": ParallelSizes(**values["sizes"])})
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _files(directory: Path) -> list[str]:
+    paths: Iterable[Path] = directory.rglob("*")
+    return sorted(str(p.relative_to(directory)) for p in paths if not p.is_dir() and str(p.relative_to(directory)) != SUMS)

@@ -1,0 +1,197 @@
+"""One training rank's part of a checkpoint: a copy of its state, written while training goes on; and the way back.
+
+Every rank writes its own files into a directory beside the checkpoint's, and reports; rank 0 waits for all reports, takes the hash of every
+Hugging Face tensor from what stands on the disk, writes the manifest and renames. All ranks need the same file system.
+"""
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_aspo.checkpoint.atomic import disk_errors, publish, write_text
+from megatron_aspo.checkpoint.convert import hash_tensors
+from megatron_aspo.checkpoint.manifest import Manifest, write_manifest
+from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file, slab_key
+from megatron_aspo.checkpoint.request import SaveRequest, read_attempt
+from megatron_aspo.checkpoint.small_files import copy_small_files
+from megatron_aspo.checkpoint.tensor_file import TensorFileWriter
+from megatron_aspo.errors import UserError
+from megatron_aspo.trainer.optimizer_state import optimizer_slabs, set_updates, updates
+from megatron_aspo.trainer.rng import restore_rng, rng_states
+from megatron_aspo.weights.buckets import TensorMeta, meta_of
+from megatron_aspo.weights.hf_model import read_model
+from megatron_aspo.weights.transfer import assemble
+
+if TYPE_CHECKING:
+    from megatron_aspo.trainer.rank import TrainerRank
+
+Tensors = dict[str, torch.Tensor]
+
+
+class RankSaver:
+    def __init__(self, trainer: "TrainerRank"):
+        self._trainer = trainer
+        self._copies: Tensors = {}
+        """Host memory of the copy; kept, as touching new memory takes longer than copying."""
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, request: SaveRequest) -> float:
+        """Start a checkpoint, after the one under way is done; returns the seconds until training can go on."""
+        started = time.perf_counter()
+        self.finish()
+        rooms = self._rooms()
+        if request.asynchronous:
+            rooms = {room: {key: self._copy(f"{room} {key}", t) for key, t in tensors.items()} for room, tensors in rooms.items()}
+        training = request.training | {
+            "updates": updates(self._trainer.optimizer),
+            "master": any("master/" in k for k in rooms["optimizer"]),
+        }
+        self._writer = threading.Thread(target=self._run, args=(replace(request, training=training), rooms), daemon=True)
+        self._writer.start()
+        if not request.asynchronous:
+            self.finish()
+        return time.perf_counter() - started
+
+    def finished(self) -> bool:
+        """Whether nothing is being written. Raises what ended the writer, if something did."""
+        if self._writer is None or self._writer.is_alive():
+            return self._writer is None
+        return self.finish()
+
+    def finish(self) -> bool:
+        """Wait for what is being written; raises what ended the writer, if something did."""
+        if self._writer is not None:
+            self._writer.join()
+        self._writer, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+        return True
+
+    def _rooms(self) -> dict[str, Tensors]:
+        """Room → the tensors of this rank's file there; live."""
+        trainer, rank = self._trainer, self._trainer.parallel.rank
+        held = trainer.stored_layouts[rank].parameter_shapes if rank in trainer.stored_layouts else {}
+        parameters = dict(trainer.model.named_parameters())
+        slabs = optimizer_slabs(trainer.model, trainer.optimizer)
+        if not trainer.settings.trainer.distributed_optimizer:
+            slabs = {name: slab for name, slab in slabs.items() if name in held}  # replicas hold the same
+        return {
+            "model": {name: parameters[name] for name in held},
+            "optimizer": {
+                slab_key(kind, name, slab.start, slab.stop): values
+                for name, slab in slabs.items()
+                for kind, values in (("master", slab.master), ("exp_avg", slab.exp_avg), ("exp_avg_sq", slab.exp_avg_sq))
+                if values is not None
+            },
+            "rng": dict(sorted(rng_states().items(), key=lambda item: -item[1].element_size())),
+        }
+
+    @torch.no_grad()
+    def _copy(self, place: str, tensor: torch.Tensor) -> torch.Tensor:
+        if place not in self._copies:
+            self._copies[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._copies[place].copy_(tensor)
+
+    def _run(self, request: SaveRequest, rooms: dict[str, Tensors]) -> None:
+        rank = self._trainer.parallel.rank
+        try:
+            with disk_errors(request.target):
+                report = {"files": _write_rank(request.unfinished, rank, rooms)}
+        except BaseException as error:
+            self._error = error
+            report = {"error": str(error)}
+        try:
+            with disk_errors(request.target):
+                _report(request.unfinished, rank, report)
+                if rank == 0:
+                    self._complete(request)
+        except BaseException as error:
+            self._error = self._error or error
+        if rank == 0 and self._error:
+            shutil.rmtree(request.unfinished, ignore_errors=True)
+
+    def _complete(self, request: SaveRequest) -> None:
+        trainer, directory, dtype = self._trainer, request.unfinished, self._trainer.settings.trainer.dtype
+        files = _wait_for_reports(directory, trainer.parallel.sizes.world)
+        copy_small_files(trainer.hf.directory, directory / "huggingface", dtype, skip=("README.md",))
+        (directory / "config.yaml").write_text(request.config, encoding="utf-8")
+        manifest = Manifest(trainer.hf.architecture, dtype, trainer.layer_spec, trainer.parallel.sizes, {}, request.training)
+        hashes = hash_tensors(MegatronReader(directory, manifest, trainer.hf), trainer.tensor_metas(dtype))
+        write_manifest(directory, replace(manifest, tensors=hashes), files)
+        if read_attempt(request.target.parent.parent) != request.attempt:
+            raise UserError(f"{request.target} was not made: another process has taken over this run")
+        publish(directory, request.target)
+
+
+def restore(trainer: "TrainerRank", directory: Path, manifest: Manifest) -> None:
+    """Fill weights, optimizer and, at the layout and on the kind of device of the checkpoint, random generators.
+
+    Each rank reads only its own share. At another layout the generators begin anew from the seed: a rank's state has no meaning there.
+    """
+    model = read_model(directory / "huggingface")
+    kind = "master" if manifest.training["master"] else "model"
+    layout, parameters = trainer.layout, dict(trainer.model.named_parameters())
+    slabs = optimizer_slabs(trainer.model, trainer.optimizer)
+
+    @torch.no_grad()
+    def fill(kind: str, targets: dict[str, torch.Tensor], whole: bool = False) -> None:
+        reader = MegatronReader(directory, manifest, model, kind)
+        wanted = {name: target.dtype for name, target in targets.items()}
+        for name, values in assemble(layout, reader, wanted):
+            targets[name].copy_(values if whole else values.reshape(-1)[slabs[name].start : slabs[name].stop])
+
+    # Weights at once in this run's element type: float32 main weights round to the same as where they were written.
+    fill(kind, parameters, whole=True)
+    fill(kind, {name: slab.master for name, slab in slabs.items() if slab.master is not None})
+    fill("exp_avg", {name: slab.exp_avg for name, slab in slabs.items()})
+    fill("exp_avg_sq", {name: slab.exp_avg_sq for name, slab in slabs.items()})
+    set_updates(trainer.optimizer, manifest.training["updates"])
+    if manifest.sizes == trainer.parallel.sizes:
+        states = load_file(rank_file(directory, "rng", trainer.parallel.rank))
+        if states.keys() == rng_states().keys():
+            restore_rng(states)
+
+
+def _write_rank(directory: Path, rank: int, rooms: dict[str, Tensors]) -> dict[str, str]:
+    """Returns relative path → SHA-256 of this rank's files."""
+    hashes = {}
+    for room, tensors in rooms.items():
+        if not tensors:
+            continue
+        file = rank_file(directory, room, rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        metas: list[TensorMeta] = [meta_of(key, tensor) for key, tensor in tensors.items()]
+        with TensorFileWriter(file, metas) as writer:
+            for key, tensor in tensors.items():
+                writer.write(key, tensor.cpu())
+            hashes[str(file.relative_to(directory))] = writer.close().sha256
+    return hashes
+
+
+def _report(directory: Path, rank: int, report: dict) -> None:
+    reports = directory / "reports"
+    reports.mkdir(parents=True, exist_ok=True)
+    write_text(reports / f"{rank}.json", json.dumps(report))
+
+
+def _wait_for_reports(directory: Path, world: int) -> dict[str, str]:
+    """Relative path → SHA-256 of the files of all ranks, once all are written. Raises UserError when a rank could not."""
+    files: dict[str, str] = {}
+    for rank in range(world):
+        place = directory / "reports" / f"{rank}.json"
+        while not place.exists():
+            time.sleep(0.02)
+        report = json.loads(place.read_text(encoding="utf-8"))
+        if "error" in report:
+            raise UserError(f"training rank {rank}: {report['error']}")
+        files |= report["files"]
+    shutil.rmtree(directory / "reports")
+    return files

@@ -1,0 +1,84 @@
+"""Whether a Hugging Face directory and a Megatron checkpoint are the same model: logits of both on random tokens."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_aspo.errors import UserError
+
+SEQUENCES, TOKENS = 2, 48
+TOLERANCE = 1e-4
+"""Of the largest logit, in float32: rounding of two implementations stays below it by far, a misplaced tensor is above it."""
+
+
+def verify(hugging_face: Path, megatron: Path, dtype: torch.dtype) -> None:
+    """Compute both models' logits in float32, transformers' from one directory and Megatron-Core's from the other, weights cast to `dtype`.
+
+    Raises UserError with the difference when it is more than rounding. Needs memory for one float32 model at a time.
+    """
+    expected, tokens = _transformers_logits(hugging_face, dtype)
+    found = _megatron_logits(megatron, tokens, dtype)
+    scale = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+    print(
+        f"verify: {SEQUENCES} × {TOKENS} random tokens, largest |logit| {scale:.3g}, largest difference {difference:.2e}, "
+        f"same best token for {100 * agreement:.1f} %"
+    )
+    if not difference <= TOLERANCE * scale:
+        raise UserError(f"the logits of both models differ by {difference:.2e}, more than {TOLERANCE} of the largest, {scale:.3g}")
+
+
+@torch.no_grad()
+def _transformers_logits(directory: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager", trust_remote_code=False).float()
+    tokens = torch.randint(0, model.config.vocab_size, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
+    return model(tokens).logits, tokens
+
+
+@torch.no_grad()
+def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    from megatron_aspo.trainer import megatron_adapter
+
+    megatron_adapter.prepare()
+    from megatron_aspo.checkpoint.manifest import read_manifest
+    from megatron_aspo.checkpoint.megatron_files import MegatronReader
+    from megatron_aspo.trainer import parallel as parallel_states
+    from megatron_aspo.trainer.device import select_device
+    from megatron_aspo.trainer.layers import SharedPromptParams
+    from megatron_aspo.trainer.model import build_model, transformer_config
+    from megatron_aspo.weights.families import layout
+    from megatron_aspo.weights.hf_model import read_model
+    from megatron_aspo.weights.layout import ParallelSizes
+    from megatron_aspo.weights.transfer import assemble
+
+    megatron_adapter.prepare()  # again, for the modules imported since
+    manifest = read_manifest(directory)
+    model, sizes, device = read_model(directory / "huggingface"), ParallelSizes(), select_device()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    parallel = parallel_states.initialize(0, sizes, dist.HashStore(), device, 60.0, seed=0)
+    try:
+        built = build_model(model, transformer_config(model, parallel, device, torch.float32, "local"), parallel, "local")
+        built = built.to(device.torch_device).eval()
+        here = layout(model.architecture, model.dims, sizes, sizes.coordinates(0))
+        parameters = dict(built.named_parameters())
+        for name, values in assemble(here, MegatronReader(directory, manifest, model), dict.fromkeys(parameters, dtype)):
+            parameters[name].copy_(values)
+        tokens = tokens.to(device.torch_device)
+        edges = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32, device=device.torch_device)
+        hidden = built(
+            input_ids=tokens.reshape(1, -1),
+            position_ids=torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))[None],
+            attention_mask=None,
+            packed_seq_params=SharedPromptParams(
+                qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=tokens.shape[1], max_seqlen_kv=tokens.shape[1]
+            ),
+        )
+        logits = hidden[:, 0] @ built.output_weight().T
+        return logits[:, : model.dims.vocab].reshape(*tokens.shape, -1).cpu()
+    finally:
+        parallel_states.destroy()

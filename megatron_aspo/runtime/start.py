@@ -1,0 +1,117 @@
+"""Where a run begins: anew, or at a checkpoint that is proved whole; and who owns the run directory."""
+
+import fcntl
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, read_manifest
+from megatron_aspo.checkpoint.request import ATTEMPT
+from megatron_aspo.checkpoint.store import find_checkpoints
+from megatron_aspo.config import Config
+from megatron_aspo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from."""
+
+    in_place: bool
+    """The run directory exists, and goes on."""
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps that are done already."""
+        return self.manifest.training["step"] if self.manifest else 0
+
+
+def find_start(config: Config) -> Start:
+    """By `resume`: `never`, `auto`, or the path of a checkpoint or a run. Changes nothing.
+
+    Raises UserError when the run directory is in the way, when there is nothing to resume from, and when the checkpoint is damaged; then it
+    names the one before it.
+    """
+    exists = _directory_exists(config)
+    if config.resume == "never":
+        if exists:
+            raise UserError(
+                f"run directory {config.directory} exists; choose another name or run_dir, remove it, or go on with it by resume=auto"
+            )
+        return Start(in_place=False)
+    if config.resume == "auto":
+        if not exists:
+            return Start(in_place=False)
+        _check_ours(config.directory)
+        checkpoint = _newest(config.directory)
+        return Start(True, checkpoint, _read(checkpoint)) if checkpoint else Start(True)
+    checkpoint = _named(Path(config.resume).expanduser().absolute())
+    in_place = checkpoint.parent.parent.resolve() == config.directory.resolve()
+    if exists and not in_place:
+        raise UserError(f"run directory {config.directory} exists, and {checkpoint} is another run's; choose another name or run_dir")
+    return Start(in_place, checkpoint, _read(checkpoint))
+
+
+def _named(path: Path) -> Path:
+    """resume=PATH: a checkpoint, or a run, of which the newest is meant."""
+    checkpoint = path if is_checkpoint(path) else _newest(path)
+    if checkpoint is None:
+        raise UserError(f"resume={path}: there is no checkpoint; name a directory such as runs/NAME/checkpoints/step_10")
+    return checkpoint
+
+
+def _newest(run_directory: Path) -> Path | None:
+    return next(reversed(find_checkpoints(run_directory).values()), None)
+
+
+def _read(checkpoint: Path) -> Manifest:
+    try:
+        manifest = read_manifest(checkpoint)
+    except UserError as error:
+        earlier = [path for path in find_checkpoints(checkpoint.parent.parent).values() if _step(path) < _step(checkpoint)]
+        cure = f"the one before it is {earlier[-1]}: go on from there with --resume {earlier[-1]}" if earlier else "there is none before it"
+        raise UserError(f"{error}; {cure}") from error
+    if not manifest.training:
+        raise UserError(f"{checkpoint} holds weights alone, as a conversion makes it: convert it to Hugging Face and name it as the model")
+    return manifest
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("step_")
+    return int(number) if number.isdigit() else 0
+
+
+def _check_ours(directory: Path) -> None:
+    if not (directory / ATTEMPT).is_file():
+        raise UserError(f"{directory} is no run's directory (it has no file {ATTEMPT}): resume=auto cannot go on there; choose another")
+
+
+def _directory_exists(config: Config) -> bool:
+    try:
+        if longest := max((part for part in config.directory.parts if len(part.encode()) > 255), default=""):
+            raise OSError(f"a part of it has {len(longest.encode())} bytes, over the 255 that file systems take")
+        return config.directory.exists()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"name={config.name} run_dir={config.run_dir} is no usable path: {error}; choose another") from error
+
+
+class Ownership:
+    """This process owns the run directory until it ends, however it ends. Raises UserError when another live process does."""
+
+    def __init__(self, directory: Path):
+        self.attempt = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        with disk_errors(directory):
+            self._lock = (directory / "lock").open("a", encoding="utf-8")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = (directory / ATTEMPT).read_text(encoding="utf-8") if (directory / ATTEMPT).exists() else "another process"
+                raise UserError(f"{directory} is in use by {owner}; wait until that run ends, or end it") from error
+            write_text(directory / ATTEMPT, self.attempt)
+
+    def close(self) -> None:
+        self._lock.close()

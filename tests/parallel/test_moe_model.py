@@ -1,0 +1,88 @@
+"""Models with experts, and models with few key-value heads, on real processes: logits against transformers, export."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
+from megatron_aspo.trainer.settings import RankSettings
+from tests.models import save_tiny
+from tests.parallel import workloads
+
+VOCAB = 131
+MODELS = {
+    "qwen3_moe": {},
+    "qwen3_moe tied": {"tied": True},
+    "qwen3_moe shares of all": {"norm_topk_prob": False},
+    "qwen3_moe one of all": {"norm_topk_prob": False, "num_experts_per_tok": 1},
+    "mixtral": {},
+    "mixtral three of five": {"num_local_experts": 5, "num_experts_per_tok": 3},
+}
+
+
+def settings(directory, **layout) -> RankSettings:
+    return RankSettings(
+        directory, TrainerOptions(dtype="float32", **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32
+    )
+
+
+def evaluated_logits(rank: int, meeting: str, settings, sequences: list[list[int]]) -> np.ndarray:
+    """As `workloads.logits`, outside training: there Megatron refuses experts under tensor parallelism without sequence parallelism."""
+    from megatron_aspo.trainer.layers import SharedPromptParams
+
+    lengths = [len(sequence) for sequence in sequences]
+    edges = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    with workloads._trainer(rank, meeting, settings) as trainer, torch.no_grad():
+        hidden = trainer.model.eval()(
+            input_ids=torch.tensor([[token for sequence in sequences for token in sequence]]),
+            position_ids=torch.tensor([[i for n in lengths for i in range(n)]]),
+            attention_mask=None,
+            packed_seq_params=SharedPromptParams(
+                qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
+            ),
+        )
+        return (hidden[:, 0] @ trainer.model.output_weight().T).numpy()
+
+
+def assert_logits_are_those_of_transformers(pools, directory, reference, tensor_parallel: int) -> None:
+    random = np.random.default_rng(0)
+    sequences = [random.integers(0, VOCAB, n).tolist() for n in (7, 1, 40, 12)]
+    shares = pools(tensor_parallel).run(evaluated_logits, settings(directory, tensor_parallel=tensor_parallel), sequences)
+    ours = np.concatenate(shares, axis=1)[:, :VOCAB]
+    with torch.no_grad():
+        theirs = np.concatenate([reference(torch.tensor([s])).logits[0].numpy() for s in sequences])
+    assert np.abs(ours - theirs).max() <= 1e-5
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    return directory, save_tiny(request.param.split()[0], directory, vocab_size=VOCAB, **MODELS[request.param])
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_logits_of_a_model_with_experts_equal_transformers(pools, model, tensor_parallel):
+    assert_logits_are_those_of_transformers(pools, *model, tensor_parallel)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor_parallel": 2, "pipeline_parallel": 2}], ids=str)
+def test_an_export_holds_the_very_tensors_that_were_loaded(pools, model, layout, tmp_path):
+    directory, _ = model
+    chosen = settings(directory, **layout)
+    pools(chosen.sizes.world).run(workloads.export, chosen, tmp_path / "export", "float32")
+    source, written = load_file(directory / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
+    assert set(source) == set(written)
+    assert all(torch.equal(source[name], written[name]) for name in source)
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "kv_heads", "tensor_parallel"),
+    [("qwen3", 4, 1, 1), ("qwen3", 4, 1, 2), ("qwen2", 4, 1, 4), ("llama", 4, 2, 4), ("qwen2", 6, 3, 1), ("qwen2", 6, 3, 3)],
+)
+def test_logits_are_right_for_every_number_of_key_value_heads(pools, tmp_path, family, heads, kv_heads, tensor_parallel):
+    """Also where there are fewer of them than tensor-parallel ranks, and a cut goes through a group."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 32 * heads}
+    reference = save_tiny(family, tmp_path, vocab_size=VOCAB, **{"intermediate_size": 96, "head_dim": 32, **sizes})
+    assert_logits_are_those_of_transformers(pools, tmp_path, reference, tensor_parallel)

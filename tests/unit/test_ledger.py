@@ -1,0 +1,54 @@
+"""The ledger: only ever longer, whole lines, and what they say once a run was resumed."""
+
+import pytest
+
+from megatron_aspo.runtime.ledger import Ledger, history, read_ledger
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.jsonl"
+
+
+def test_lines_come_back_in_order_across_processes(path):
+    for process in range(3):
+        ledger = Ledger(path)
+        assert ledger.lines == process
+        ledger.append("drawn", step=process, first=4 * process, count=4)
+        assert ledger.lines == process + 1
+        ledger.close()
+    assert [event["step"] for event in read_ledger(path)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("torn", [b'{"event": "tra', b'{"event": "trained", "step": 1}'])
+def test_a_line_that_was_torn_by_a_kill_is_cut_off(path, torn):
+    ledger = Ledger(path)
+    ledger.append("start", step=0)
+    ledger.close()
+    with path.open("ab") as file:
+        file.write(torn)
+    assert [event["event"] for event in read_ledger(path)] == ["start"]
+    ledger = Ledger(path)
+    ledger.append("resume", step=0)
+    ledger.close()
+    assert [event["event"] for event in read_ledger(path)] == ["start", "resume"]
+
+
+def test_steps_that_are_done_again_count_once():
+    def trained(step: int, mark: str) -> dict:
+        return {"event": "trained", "step": step, "mark": mark}
+
+    events = [
+        {"event": "start", "step": 0},
+        trained(0, "a"),
+        trained(1, "a"),
+        trained(2, "a"),
+        {"event": "checkpoint", "name": "step_2"},
+        {"event": "resume", "step": 2},
+        trained(2, "b"),
+        trained(3, "b"),
+        {"event": "resume", "step": 3},
+        trained(3, "c"),
+    ]
+    assert {step: event["mark"] for step, event in history(events).items()} == {0: "a", 1: "a", 2: "b", 3: "c"}
+    assert history([*events, {"event": "start", "step": 0}]) == {}
