@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_aspo.checkpoint.manifest import read_manifest  # noqa: E402
 from megatron_aspo.errors import UserError  # noqa: E402
 from megatron_aspo.runtime.ledger import history, read_ledger  # noqa: E402
-from tests.e2e.workplace import make_workplace, metrics, start  # noqa: E402
+from tests.e2e.workplace import make_workplace, start, timeless  # noqa: E402
 
 STEPS = 24
 SMALL_DISK_MIB = 24
@@ -112,9 +112,6 @@ def wait(process: subprocess.Popen, condition, pause: float = 0.02) -> None:
 
 
 def compare(whole: Path, torn: Path) -> dict:
-    def timeless(run: Path) -> list[dict]:
-        return [{k: v for k, v in step.items() if not k.startswith("seconds/") and not k.endswith("_per_s")} for step in metrics(run)]
-
     def tensors(run: Path) -> list[str]:
         sums = (run / "checkpoints" / f"step_{STEPS}" / "SHA256SUMS").read_text().splitlines()
         return [line for line in sums if ".safetensors" in line]

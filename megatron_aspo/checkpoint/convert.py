@@ -6,8 +6,8 @@ compared with the source's before the directory gets its name. Memory holds one 
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,10 +95,8 @@ def convert(
 
 def _write_hugging_face(source: Source, directory: Path, dtype: str, shard_bytes: int) -> None:
     metas = [TensorMeta(name, dtype, shape) for name, shape in source.model.tensor_shapes.items()]
-    written = write_weights(directory, metas, lambda shard: _whole(source.reader, shard), shard_bytes)
-    _compare(written, hash_tensors(TensorReader(read_model(directory)), metas))
-    if dtype == source.dtype:
-        _compare(source.hashes, written)
+    write_weights(directory, metas, lambda shard: _whole(source.reader, shard), shard_bytes)
+    _prove(source, TensorReader(read_model(directory)), metas)
 
 
 def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, naming: str, dtype: str) -> None:
@@ -106,24 +104,37 @@ def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, namin
     metas = [TensorMeta(name, dtype, shape) for name, shape in model.tensor_shapes.items()]
     (directory / "model").mkdir()
     files = {}
-    with ThreadPoolExecutor(1) as beside:
-        hashes = beside.submit(hash_tensors, source.reader, metas)
-        for rank, layout in replica_layouts(model.architecture, model.dims, sizes, naming).items():
-            file = rank_file(directory, "model", rank)
-            shapes = layout.parameter_shapes
-            with TensorFileWriter(file, [TensorMeta(name, dtype, shape) for name, shape in shapes.items()]) as writer:
-                for name, parameter in assemble(layout, source.reader, dict.fromkeys(shapes, getattr(torch, dtype))):
-                    writer.write(name, parameter)
-                files[str(file.relative_to(directory))] = writer.close().sha256
-        expected = hashes.result()
-    manifest = Manifest(model.architecture, dtype, naming, sizes, expected)
-    _compare(expected, hash_tensors(MegatronReader(directory, manifest, model), metas))
-    write_manifest(directory, manifest, files)
+    for rank, layout in replica_layouts(model.architecture, model.dims, sizes, naming).items():
+        file = rank_file(directory, "model", rank)
+        shapes = layout.parameter_shapes
+        with TensorFileWriter(file, [TensorMeta(name, dtype, shape) for name, shape in shapes.items()]) as writer:
+            for name, parameter in assemble(layout, source.reader, dict.fromkeys(shapes, getattr(torch, dtype))):
+                writer.write(name, parameter)
+            files[str(file.relative_to(directory))] = writer.close().sha256
+    manifest = Manifest(model.architecture, dtype, naming, sizes, {})
+    hashes = _prove(source, MegatronReader(directory, manifest, model), metas)
+    write_manifest(directory, replace(manifest, tensors=hashes), files)
 
 
 def hash_tensors(reader: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
     """Hugging Face tensor → SHA-256 of its bytes in the meta's dtype."""
-    return {name: hashlib.sha256(raw_bytes(tensor)).hexdigest() for name, tensor in _whole(reader, metas)}
+    return _hash(_whole(reader, metas))
+
+
+def _hash(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """Each tensor is hashed while the next one is read."""
+    digests: dict[str, Future[str]] = {}
+    last = None
+    with ThreadPoolExecutor(1) as beside:
+        for name, tensor in tensors:
+            if last is not None:
+                last.result()  # memory holds one tensor that waits, at most
+            last = digests[name] = beside.submit(lambda tensor=tensor: hashlib.sha256(raw_bytes(tensor)).hexdigest())
+        return {name: digest.result() for name, digest in digests.items()}
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _whole(reader: Reader, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,7 +143,18 @@ def _whole(reader: Reader, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, t
             yield name, tensor.to(getattr(torch, meta.dtype))
 
 
-def _compare(expected: dict[str, str], found: dict[str, str]) -> None:
-    for name, digest in expected.items():
-        if found.get(name) != digest:
-            raise UserError(f"{name} reads back differently from what was written: the disk or the memory of this machine is at fault")
+def _prove(source: Source, written: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
+    """Compare what was written with the source, byte by byte, and with the hashes that the source states; returns tensor → SHA-256."""
+
+    def compared() -> Iterator[tuple[str, torch.Tensor]]:
+        for (name, expected), (_, found) in zip(_whole(source.reader, metas), _whole(written, metas), strict=True):
+            if not torch.equal(_bytes(expected), _bytes(found)):
+                raise UserError(f"{name} reads back differently from what was written: the disk or the memory of this machine is at fault")
+            yield name, found
+
+    hashes = _hash(compared())
+    if metas[0].dtype == source.dtype:
+        for name, digest in source.hashes.items():
+            if hashes[name] != digest:
+                raise UserError(f"{source.directory}: {name} is not the tensor that the manifest states; the checkpoint cannot be trusted")
+    return hashes

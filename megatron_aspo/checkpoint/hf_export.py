@@ -22,7 +22,8 @@ def write_export(target: Path, trainer: "TrainerRank", dtype: str, card: str = "
         write_weights(None, metas, trainer.whole_tensors, shard_bytes)
         return {}
     with new_directory(target) as directory:
-        hashes = write_weights(directory, metas, trainer.whole_tensors, shard_bytes)
+        hashes: dict[str, str] = {}
+        write_weights(directory, metas, trainer.whole_tensors, shard_bytes, hashes)
         copy_small_files(trainer.hf.directory, directory, dtype, skip=("README.md",))
         if card:
             listing = "\n".join(f"{digest}  {name}" for name, digest in hashes.items())

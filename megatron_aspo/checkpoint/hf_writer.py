@@ -17,14 +17,18 @@ WholeTensors = Callable[[Sequence[TensorMeta]], Iterator[tuple[str, torch.Tensor
 
 
 def write_weights(
-    directory: Path | None, metas: Sequence[TensorMeta], tensors: WholeTensors, shard_bytes: int = SHARD_BYTES
-) -> dict[str, str]:
-    """Write all tensors into `directory`, one in memory at a time; returns Hugging Face tensor → SHA-256 of its bytes.
+    directory: Path | None,
+    metas: Sequence[TensorMeta],
+    tensors: WholeTensors,
+    shard_bytes: int = SHARD_BYTES,
+    hashes: dict[str, str] | None = None,
+) -> None:
+    """Write all tensors into `directory`, one in memory at a time. hashes: receives Hugging Face tensor → SHA-256 of its bytes.
 
     With no directory `tensors` is only run through: the part in a collective of the ranks that do not write.
     """
     shards = plan_buckets(metas, shard_bytes)
-    index, hashes = {}, {}
+    index = {}
     for number, shard in enumerate(shards, 1):
         if directory is None:
             for _ in tensors(shard):
@@ -35,10 +39,10 @@ def write_weights(
             for name, tensor in tensors(shard):
                 tensor = tensor.cpu()
                 writer.write(name, tensor)
-                hashes[name] = hashlib.sha256(raw_bytes(tensor)).hexdigest()
                 index[name] = file
+                if hashes is not None:
+                    hashes[name] = hashlib.sha256(raw_bytes(tensor)).hexdigest()
             writer.close()
     if directory is not None and len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": sum(meta.nbytes for meta in metas)}, "weight_map": index}, indent=2)
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return hashes

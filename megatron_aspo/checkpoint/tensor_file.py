@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class TensorFileWriter:
         text += b" " * (-len(text) % 8)
         self._expected = iter(metas)
         self._digest = hashlib.sha256()
+        self._beside = ThreadPoolExecutor(1)
         self._nbytes = 0
         self._file = path.open("xb", buffering=0)
         self._append(len(text).to_bytes(8, "little") + text)
@@ -68,7 +70,7 @@ class TensorFileWriter:
         if missing is not None:
             raise ValueError(f"the file was closed without {missing.name}")
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.__exit__()
         return FileRecord(self._digest.hexdigest(), self._nbytes)
 
     def __enter__(self) -> "TensorFileWriter":
@@ -76,13 +78,15 @@ class TensorFileWriter:
 
     def __exit__(self, *exception) -> None:
         self._file.close()
+        self._beside.shutdown()
 
     def _append(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
+        hashing = self._beside.submit(self._digest.update, data)
         self._nbytes += len(data)
         view = memoryview(data)
         while view:  # an unbuffered file may take less than it is given
             view = view[self._file.write(view) :]
+        hashing.result()
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

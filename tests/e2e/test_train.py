@@ -1,22 +1,26 @@
 """The whole command on this machine: real Ray, vLLM and Megatron, driven as a user drives it."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import mistral_common
 import numpy as np
 import psutil
 import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM
 
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
-from tests.e2e.workplace import metrics, start, train
+from tests.e2e.workplace import STEPS, metrics, start, train
+from tests.models import save_tiny
 
 HEALTH = [
     "reward/mean",
@@ -59,21 +63,10 @@ HEALTH = [
 """ALGORITHM's health figures, by our names."""
 
 
-@pytest.fixture(scope="module")
-def finished(workplace) -> list[Path]:
-    """Run directories of the same deterministic recipe, run twice in fresh processes."""
-    for name in ("first", "second"):
-        status, out, error = train(workplace, f"name={name}")
-        assert status == 0, error
-        summary = json.loads(out.splitlines()[-1])
-        assert summary["steps"] == 3 and Path(summary["run_dir"]) == workplace / "runs" / name
-    return [workplace / "runs" / name for name in ("first", "second")]
-
-
-def test_engine_and_trainer_agree_on_every_token_of_every_step(finished):
-    """float32, tied, prompts over 128 tokens, two engines, after 0, 1 and 2 rounds of updates."""
-    steps = metrics(finished[0])
-    assert len(steps) == 3
+def test_engine_and_trainer_agree_on_every_token_of_every_step(whole):
+    """float32, tied, prompts over 128 tokens, two engines, after 0 to 3 rounds of updates."""
+    steps = metrics(whole)
+    assert len(steps) == STEPS
     for step in steps:
         assert step["mismatch/max"] <= 1e-4, step
         assert step["train/updates"] == 4
@@ -81,34 +74,22 @@ def test_engine_and_trainer_agree_on_every_token_of_every_step(finished):
     assert steps[2]["train/kl"] > 1e-3
 
 
-def test_every_health_figure_is_logged_and_training_is_off_policy(finished):
-    for step in metrics(finished[0]):
+def test_every_health_figure_is_logged_and_training_is_off_policy(whole):
+    for step in metrics(whole):
         assert set(HEALTH) <= set(step)
         assert step["train/weight_distance"] > 1e-3
-    assert any(step["train/hard_mask_share/positive"] + step["train/hard_mask_share/negative"] > 0 for step in metrics(finished[0]))
+    assert any(step["train/hard_mask_share/positive"] + step["train/hard_mask_share/negative"] > 0 for step in metrics(whole))
 
 
-def test_two_runs_are_the_same_bit_for_bit(finished):
-    def timeless(run: Path) -> list[dict]:
-        return [{k: v for k, v in step.items() if not k.startswith("seconds/") and not k.endswith("_per_s")} for step in metrics(run)]
-
-    assert timeless(finished[0]) == timeless(finished[1])
-    for step in range(3):
-        first, second = (parquet.read_table(run / "rollouts" / f"step_{step}.parquet") for run in finished)
-        assert first.equals(second) and first.num_rows == 16
-    weights = [(run / "exports" / "step_3" / "model.safetensors").read_bytes() for run in finished]
-    assert weights[0] == weights[1]
-
-
-def test_rollouts_carry_the_version_that_sampled_them(finished):
-    for step in range(3):
-        rows = parquet.read_table(finished[0] / "rollouts" / f"step_{step}.parquet").to_pylist()
+def test_rollouts_carry_the_version_that_sampled_them(whole):
+    for step in range(STEPS):
+        rows = parquet.read_table(whole / "rollouts" / f"step_{step}.parquet").to_pylist()
         assert {span["version"] for row in rows for span in row["versions"]} == {step}
         assert all(row["versions"][-1]["stop"] == len(row["response_ids"]) == len(row["rollout_logprobs"]) for row in rows)
 
 
-def test_transformers_and_a_fresh_vllm_load_the_checkpoint(finished, ray_cluster):
-    directory = finished[0] / "exports" / "step_3"
+def test_transformers_and_a_fresh_vllm_load_the_checkpoint(whole, ray_cluster):
+    directory = whole / "exports" / f"step_{STEPS}"
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     pool = EnginePool(str(directory), RolloutOptions(dtype="float32", max_running_requests=4, threads=1), max_model_len=256)
     try:
@@ -140,6 +121,25 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
     # The reference is the model at the start.
     assert abs(first["train/kl_penalty"]) < 1e-4 < abs(step["train/kl_penalty"])
     assert step["train/updates"] == 4 and yaml.safe_load((workplace / "runs/other/config.yaml").read_text())["task"] == "largest_of_three"
+
+
+def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
+    """Llama, whose only tokenizer file is tokenizer.model; prompts are plain strings."""
+    pieces = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    save_tiny("llama", workplace / "pieces", vocab_size=32000, tied=True, eos_token_ids=[2])
+    shutil.copyfile(pieces, workplace / "pieces" / "tokenizer.model")
+    rows = [{"prompt": f"{i}: " + "the quick brown fox " * 8, "ground_truth": "aeiou"} for i in range(8)]
+    (workplace / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = ["steps=1", "trainer.tensor_parallel=1", "rollout.engines=1", "evaluation.draws=0", "rollout.max_response_tokens=64"]
+    status, _, error = train(workplace, "name=pieces", "model=pieces", "data.path=plain.jsonl", "data.eval_path=", *few)
+    assert status == 0, error
+    (step,) = metrics(workplace / "runs" / "pieces")
+    assert step["mismatch/max"] <= 1e-4 and step["train/updates"] == 4 and step["reward/mean"] > 0
+    exported = workplace / "runs" / "pieces" / "exports" / "step_1"
+    assert (exported / "tokenizer.model").read_bytes() == pieces.read_bytes() and not (exported / "tokenizer.json").exists()
+    rows = parquet.read_table(workplace / "runs" / "pieces" / "rollouts" / "step_0.parquet").to_pylist()
+    processor = SentencePieceProcessor(model_file=str(pieces))
+    assert all(row["prompt_ids"][-20:] == processor.encode(row["prompt"])[-20:] for row in rows)
 
 
 def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(workplace):

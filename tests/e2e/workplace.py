@@ -12,6 +12,9 @@ from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
+STEPS = 4
+"""Of the run that most tests look at."""
+WHOLE = [f"steps={STEPS}", "checkpoint.every=1", "checkpoint.keep_last=0"]
 REWARDS = '''
 def vowels(prompt, response, ground_truth, extra):
     """Share of the response's letters that stand in the ground truth: tells the responses of a group apart."""
@@ -85,4 +88,10 @@ def train(workplace: Path, *overrides: str) -> tuple[int, str, str]:
 
 
 def metrics(run: Path) -> list[dict]:
+    """A step's figures after the other."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(run: Path) -> list[dict]:
+    """The figures that do not depend on how fast the machine is."""
+    return [{k: v for k, v in step.items() if not k.startswith("seconds/") and not k.endswith("_per_s")} for step in metrics(run)]

@@ -1,0 +1,78 @@
+"""What the pool's processes run for the tests of checkpoints. Collective, as in workloads.py."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_aspo.data.batch import TrainBatch
+from tests.parallel.workloads import _trainer
+
+KINDS = ("weights", "master", "exp_avg", "exp_avg_sq")
+
+
+def save_amid_training(rank: int, meeting: str, settings, batch: TrainBatch, target: Path, attempt: str, asynchronous: bool) -> dict:
+    """A step, a checkpoint, and another step before the checkpoint is complete; rank 0's answer is what stood at each of the two steps."""
+    from megatron_aspo.checkpoint.request import SaveRequest
+    from megatron_aspo.checkpoint.saver import RankSaver
+
+    with _trainer(rank, meeting, settings) as trainer:
+        saver = RankSaver(trainer)
+        trainer.update(batch, step=0)
+        saved = gathered(trainer)
+        saver.save(SaveRequest(target, attempt, {"step": 1}, "name: test\n", asynchronous))
+        trainer.update(batch, step=1)
+        saver.finish()
+        return {"saved": saved, "after": gathered(trainer)}
+
+
+def load_and_go_on(rank: int, meeting: str, settings, batch: TrainBatch, checkpoint: Path) -> dict:
+    from megatron_aspo.checkpoint.manifest import load_manifest
+    from megatron_aspo.checkpoint.saver import restore
+    from megatron_aspo.trainer.optimizer_state import updates
+
+    with _trainer(rank, meeting, settings) as trainer:
+        restore(trainer, checkpoint, load_manifest(checkpoint))
+        loaded, count = gathered(trainer), updates(trainer.optimizer)
+        trainer.update(batch, step=1)
+        return {"loaded": loaded, "after": gathered(trainer), "updates": count}
+
+
+def gathered(trainer) -> dict[str, dict[str, np.ndarray]]:
+    """Kind → Hugging Face name → float32 whole tensor, put together by live collectives; on rank 0."""
+    from megatron_aspo.trainer.optimizer_state import optimizer_slabs
+
+    slabs = optimizer_slabs(trainer.model, trainer.optimizer)
+    metas = trainer.tensor_metas("float32")
+    result = {"weights": {name: t.numpy() for name, t in trainer.whole_tensors(metas)}}
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    for kind in KINDS[1:]:
+        whole = {}
+        for name, parameter in trainer.model.named_parameters():
+            flat = torch.zeros(parameter.numel())
+            if name in slabs:
+                slab = slabs[name]
+                values = getattr(slab, kind)
+                flat[slab.start : slab.stop] = parameter.detach().reshape(-1)[slab.start : slab.stop] if values is None else values
+            if trainer.settings.trainer.distributed_optimizer:
+                dist.all_reduce(flat, group=trainer.parallel.dp_group)
+            whole[name] = flat.view(parameter.shape)
+        result[kind] = {name: t.numpy() for name, t in trainer.whole_tensors(metas, lambda p, whole=whole: whole[names[id(p)]])}
+    return result
+
+
+def save_and_fail(rank: int, meeting: str, settings, target: Path, attempt: str) -> str:
+    """A checkpoint that cannot be made; the reason that this rank gives."""
+    from megatron_aspo.checkpoint.request import SaveRequest
+    from megatron_aspo.checkpoint.saver import RankSaver
+    from megatron_aspo.errors import UserError
+
+    with _trainer(rank, meeting, settings) as trainer:
+        saver = RankSaver(trainer)
+        try:
+            saver.save(SaveRequest(target, attempt, {"step": 1}, "", asynchronous=True))
+            saver.finish()
+        except UserError as error:
+            return str(error)
+        return ""

@@ -1,0 +1,129 @@
+"""Checkpoints of real ranks: what was saved is what is loaded, at any layout, whatever trains meanwhile."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_aspo.checkpoint.convert import convert, open_source
+from megatron_aspo.checkpoint.manifest import read_manifest
+from megatron_aspo.checkpoint.request import ATTEMPT
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
+from megatron_aspo.trainer.settings import RankSettings
+from megatron_aspo.weights.layout import ParallelSizes
+from tests.models import save_tiny
+from tests.parallel import checkpoint_workloads
+from tests.parallel.test_update import VOCAB, batch
+from tests.unit.hf_shards import read_tensors
+
+LAYOUTS = {
+    "TP2": {"tensor_parallel": 2},
+    "PP2": {"pipeline_parallel": 2},
+    "DP2": {"data_parallel": 2},
+    "DP2 distributed": {"data_parallel": 2, "distributed_optimizer": True},
+    "TP2 DP2 distributed": {"tensor_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
+    "one": {},
+}
+CASES = [
+    ("float32 TP2", "float32 PP2"),
+    ("float32 TP2", "float32 TP2"),
+    ("float32 PP2", "float32 DP2 distributed"),
+    ("float32 DP2 distributed", "float32 TP2"),
+    ("float32 DP2", "bfloat16 one"),
+    ("bfloat16 TP2 DP2 distributed", "bfloat16 PP2"),
+    ("bfloat16 TP2 DP2 distributed", "bfloat16 TP2 DP2 distributed"),
+    ("bfloat16 PP2", "float32 DP2 distributed"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny("qwen2", directory, tied=True, vocab_size=VOCAB)
+    return directory
+
+
+def settings(model, case: str) -> RankSettings:
+    dtype, layout = case.split(" ", 1)
+    return RankSettings(
+        model,
+        TrainerOptions(dtype=dtype, micro_batch_tokens=60, layer_spec="local", **LAYOUTS[layout]),
+        # Small betas and a large rate make a wrong moment or count of updates visible.
+        OptimizerOptions(lr=1e-3, warmup_steps=1, beta1=0.8, beta2=0.9, eps=1e-3, clip_grad=0.0),
+        AlgorithmOptions(epochs=1, mini_batch_prompts=3),
+        temperature=0.9,
+        seed=0,
+        responses_per_prompt=3,
+        max_response_tokens=12,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(pools, model, tmp_path_factory):
+    """Case → (checkpoint, what the ranks held); each is made once."""
+    made = {}
+
+    def get(case: str):
+        if case not in made:
+            run = tmp_path_factory.mktemp("run")
+            (run / ATTEMPT).write_text("this one")
+            target, ours = run / "checkpoints" / "step_1", settings(model, case)
+            arguments = (ours, batch(), target, "this one", "float32" in case)
+            made[case] = target, pools(ours.sizes.world).run(checkpoint_workloads.save_amid_training, *arguments)[0]
+        return made[case]
+
+    return get
+
+
+@pytest.mark.parametrize(("source", "target"), CASES)
+def test_weights_and_moments_cross_layouts_and_element_types(pools, model, saved, source, target):
+    checkpoint, held = saved(source)
+    ours = settings(model, target)
+    results = pools(ours.sizes.world).run(checkpoint_workloads.load_and_go_on, ours, batch(), checkpoint)
+    loaded = results[0]["loaded"]
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        for name, expected in held["saved"][kind].items():
+            assert np.array_equal(loaded[kind][name], expected), (kind, name)
+            assert np.abs(expected).max() > 0 and (kind == "master" or np.ptp(expected) > 0), "nothing to be seen here"
+    assert results[0]["updates"] == read_manifest(checkpoint).training["updates"] == 2
+    # It goes on as where it came from; in bfloat16 the layouts round differently.
+    rounding = 0 if source == target else 1e-2 if "bfloat16" not in source + target else 0.2
+    for name, expected in held["after"]["master"].items():
+        moved = np.abs(expected - held["saved"]["master"][name]).mean()
+        error = np.abs(results[0]["after"]["master"][name] - expected).mean()
+        assert error <= rounding * moved and moved > 0, (name, error / moved)
+
+
+@pytest.mark.parametrize("case", ["float32 TP2", "bfloat16 TP2 DP2 distributed"])
+def test_a_checkpoint_converts_to_the_weights_that_the_ranks_held(saved, case, tmp_path):
+    """Also where it was written while training went on."""
+    checkpoint, held = saved(case)
+    source = open_source(checkpoint)
+    assert source.dtype == case.split()[0]
+    convert(source, tmp_path / "hf", to_megatron=False, sizes=ParallelSizes(), dtype="float32")
+    tensors = read_tensors(tmp_path / "hf")
+    assert tensors.keys() == held["saved"]["weights"].keys()
+    for name, tensor in tensors.items():
+        assert np.array_equal(tensor.numpy(), held["saved"]["weights"][name]), name
+
+
+def test_a_process_that_was_replaced_cannot_finish_its_checkpoint(pools, model, tmp_path):
+    (tmp_path / ATTEMPT).write_text("the successor")
+    target = tmp_path / "checkpoints" / "step_1"
+    ours = settings(model, "float32 TP2")
+    reasons = pools(2).run(checkpoint_workloads.save_and_fail, ours, target, "the predecessor")
+    assert "another process has taken over" in reasons[0]
+    assert not target.exists() and not list(target.parent.iterdir())
+
+
+def test_a_rank_that_cannot_write_ends_the_checkpoint_on_rank_0_too(pools, model, tmp_path):
+    """Rank 1's file is there already: its error is the reason that rank 0 gives, and nothing is left."""
+    (tmp_path / ATTEMPT).write_text("this one")
+    target = tmp_path / "checkpoints" / "step_1"
+    blocked = target.with_name("step_1.unfinished-this one") / "model" / "rank_00001.safetensors"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_bytes(b"")
+    reasons = pools(2).run(checkpoint_workloads.save_and_fail, replace(settings(model, "float32 TP2"), seed=1), target, "this one")
+    assert all(reasons) and "training rank 1" in reasons[0]
+    assert not target.exists() and not list(target.parent.iterdir())
