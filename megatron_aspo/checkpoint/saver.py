@@ -38,10 +38,14 @@ Tensors = dict[str, torch.Tensor]
 class RankSaver:
     def __init__(self, trainer: "TrainerRank"):
         self._trainer = trainer
-        self._copies: Tensors = {}
-        """Host memory of the copy; kept, as touching new memory takes longer than copying."""
+        self._copies: dict[tuple[str, str], torch.Tensor] = {}
+        """Host memory of the copy that an asynchronous checkpoint is written from."""
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def reserve(self) -> None:
+        """Take the memory for the copy before training begins: touching new memory takes several times longer than copying."""
+        self._copy(self._rooms())
 
     def save(self, request: SaveRequest) -> float:
         """Start a checkpoint, after the one under way is done; returns the seconds until training can go on."""
@@ -49,7 +53,7 @@ class RankSaver:
         self.finish()
         rooms = self._rooms()
         if request.asynchronous:
-            rooms = {room: {key: self._copy(f"{room} {key}", t) for key, t in tensors.items()} for room, tensors in rooms.items()}
+            rooms = self._copy(rooms)
         training = request.training | {
             "updates": updates(self._trainer.optimizer),
             "master": any("master/" in k for k in rooms["optimizer"]),
@@ -95,10 +99,15 @@ class RankSaver:
         }
 
     @torch.no_grad()
-    def _copy(self, place: str, tensor: torch.Tensor) -> torch.Tensor:
-        if place not in self._copies:
-            self._copies[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return self._copies[place].copy_(tensor)
+    def _copy(self, rooms: dict[str, Tensors]) -> dict[str, Tensors]:
+        copied: dict[str, Tensors] = {}
+        for room, tensors in rooms.items():
+            copied[room] = {}
+            for key, tensor in tensors.items():
+                if (room, key) not in self._copies:
+                    self._copies[room, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copied[room][key] = self._copies[room, key].copy_(tensor)
+        return copied
 
     def _run(self, request: SaveRequest, rooms: dict[str, Tensors]) -> None:
         rank = self._trainer.parallel.rank

@@ -151,7 +151,8 @@ def open_run(config: Config) -> Iterator[Run]:
             # The engines start in the background: both take long, and neither needs the other.
             starting = pool.submit(engines.start)
             try:
-                trainers = Trainers.start(settings, cluster.device, threads, start.checkpoint)
+                reserve = bool(config.checkpoint.every) and config.checkpoint.asynchronous
+                trainers = Trainers.start(settings, cluster.device, threads, start.checkpoint, reserve)
                 stack.callback(_undisturbed, trainers.close)
                 started = starting.result()
             except BaseException:

@@ -32,11 +32,12 @@ class TrainerActor:
         return host, free_port(host)
 
     def start(
-        self, settings: RankSettings, rank: int, host: str, port: int, working_directory: str, checkpoint: Path | None
+        self, settings: RankSettings, rank: int, host: str, port: int, working_directory: str, checkpoint: Path | None, reserve: bool
     ) -> dict[str, str]:
         """Build the rank; the ranks meet at rank 0's `host:port`. Modules of the driver's working directory are found as in the driver.
 
-        checkpoint: what its state is filled from, known to be whole. Returns what was chosen.
+        checkpoint: what its state is filled from, known to be whole. reserve: take the memory for asynchronous checkpoints. Returns what
+        was chosen.
         """
         if working_directory not in sys.path:
             sys.path.append(working_directory)
@@ -53,6 +54,8 @@ class TrainerActor:
         self._saver = RankSaver(self._rank)
         if checkpoint is not None:
             restore(self._rank, checkpoint, load_manifest(checkpoint))
+        if reserve:
+            self._saver.reserve()
         return self._rank.describe()
 
     def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
@@ -87,8 +90,8 @@ class Trainers:
     described: dict[str, str]
 
     @classmethod
-    def start(cls, settings: RankSettings, device: str, threads: int, checkpoint: Path | None = None) -> "Trainers":
-        """Create and start every rank, from the model or from a checkpoint.
+    def start(cls, settings: RankSettings, device: str, threads: int, checkpoint: Path | None, reserve: bool) -> "Trainers":
+        """Create and start every rank, from the model or from a checkpoint; reserve: memory for asynchronous checkpoints.
 
         Raises UserError when the model or the layout is at fault; then none is left running.
         """
@@ -102,7 +105,8 @@ class Trainers:
         trainers = cls(actors, {})
         try:
             host, port = trainers._get([actors[0].address.remote()])[0]
-            chosen = trainers._get([a.start.remote(settings, rank, host, port, os.getcwd(), checkpoint) for rank, a in enumerate(actors)])
+            common = (host, port, os.getcwd(), checkpoint, reserve)
+            chosen = trainers._get([actor.start.remote(settings, rank, *common) for rank, actor in enumerate(actors)])
         except BaseException:
             trainers.close()
             raise

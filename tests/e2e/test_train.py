@@ -124,10 +124,11 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
 
 
 def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
-    """Llama, whose only tokenizer file is tokenizer.model; prompts are plain strings."""
+    """Llama, whose vocabulary is in tokenizer.model alone; prompts are plain strings."""
     pieces = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     save_tiny("llama", workplace / "pieces", vocab_size=32000, tied=True, eos_token_ids=[2])
     shutil.copyfile(pieces, workplace / "pieces" / "tokenizer.model")
+    (workplace / "pieces" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     rows = [{"prompt": f"{i}: " + "the quick brown fox " * 8, "ground_truth": "aeiou"} for i in range(8)]
     (workplace / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["steps=1", "trainer.tensor_parallel=1", "rollout.engines=1", "evaluation.draws=0", "rollout.max_response_tokens=64"]

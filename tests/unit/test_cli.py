@@ -61,6 +61,12 @@ def test_an_existing_run_directory_is_refused(tmp_path):
     assert "taken exists" in refused(tmp_path, RECIPE, "run_dir=taken")
 
 
+def test_there_must_be_something_to_resume_from(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    assert "is no run's directory" in refused(tmp_path, RECIPE, "run_dir=thesis", "--resume", "auto")
+    assert "resume=" in (line := refused(tmp_path, RECIPE, "--resume", "runs/gone")) and "there is no checkpoint" in line
+
+
 def test_a_path_that_cannot_be_is_refused(tmp_path):
     assert "no usable path" in refused(tmp_path, RECIPE, "name=" + "x" * 300)
     assert "no usable path" in refused(tmp_path, RECIPE, "run_dir=~nobody_here/x")

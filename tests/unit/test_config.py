@@ -105,6 +105,13 @@ def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
         ("trainer.dtype=float64", "trainer.dtype=float64 is not known"),
         ("deterministic=maybe", "deterministic='maybe' is not true or false"),
         ("evaluation={draws: 0, every: 2}", "evaluation.draws=0 draws nothing"),
+        ("checkpoint.every=-1", "checkpoint.every=-1 must not be negative"),
+        ("checkpoint.keep_last=1", "checkpoint.keep_last=1 has no effect with checkpoint.every=0"),
+        ("checkpoint.asynchronous=false", "checkpoint.asynchronous=False has no effect with checkpoint.every=0"),
+        ("checkpoint={every: 2, keep_last: 0, keep_every: 4}", "checkpoint.keep_every=4 has no effect with checkpoint.keep_last=0"),
+        ("checkpoint={every: 2, keep_every: 3}", "checkpoint.keep_every=3 is not a multiple of checkpoint.every=2"),
+        ("checkpoint={every: 2, keep_best: 1}", "checkpoint.keep_best=1 needs an accuracy at each checkpoint"),
+        ("resume=", "resume is empty; set never, auto"),
         ("model=", "model is empty"),
         ("steps", "not of the form key.path=value"),
         ("=3", "not of the form key.path=value"),
@@ -115,6 +122,11 @@ def test_mistakes_are_refused_with_the_key_and_the_cure(recipe, override, messag
     with pytest.raises(UserError) as caught:
         load_config(recipe, [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_checkpoints_may_be_kept_by_accuracy_where_each_has_one(recipe):
+    words = ["checkpoint={every: 4, keep_best: 2, keep_every: 8}", "evaluation={draws: 4, every: 2}"]
+    assert load_config(recipe, words).checkpoint.keep_best == 2
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1", "\tx: 1"])
