@@ -146,10 +146,10 @@ def write_tensors(directory: Path, tensors: dict[str, torch.Tensor], files: int 
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+def read_tensors(directory: Path, files: str = "*.safetensors") -> dict[str, torch.Tensor]:
     """All tensors of the safetensors files of a directory, read by the safetensors library; a name in two files is an error."""
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in sorted(directory.glob(files)):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
                 assert name not in found

@@ -129,7 +129,7 @@ def test_a_file_that_takes_less_than_it_is_given_gets_the_rest(tmp_path, monkeyp
 def test_leaving_early_closes_the_file(tmp_path):
     with pytest.raises(RuntimeError), TensorFileWriter(tmp_path / "t", METAS) as writer:
         raise RuntimeError
-    with pytest.raises(ValueError, match="closed file"):
+    with pytest.raises((ValueError, RuntimeError), match=r"closed file|after shutdown"):
         writer.write("a", A)
 
 

@@ -1,0 +1,92 @@
+"""`megatron-aspo convert` and the scripts around it, run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import save_tiny
+from tests.unit.hf_shards import Model, assert_same, read_tensors, write_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def convert(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "megatron_aspo", "convert", *arguments, cwd=cwd)
+
+
+def test_a_model_goes_to_megatron_and_back_and_each_says_what_it_wrote(tmp_path):
+    tensors = write_model(tmp_path / "hf", Model("mixtral", layers=4), files=2)
+    options = ["--tensor-parallel", 2, "--pipeline-parallel", 2, "--virtual-pipeline", 2, "--expert-parallel", 2]
+    there = convert("hf", "megatron", *options, "--expert-tensor-parallel", 1, "--naming", "transformer_engine", cwd=tmp_path)
+    assert there.returncode == 0, there.stderr
+    assert there.stdout == f"megatron: MixtralForCausalLM, {len(tensors)} tensors, bfloat16, 4 ranks\n"
+    back = convert("megatron", "back", "--max-shard-gb", 1e-6, cwd=tmp_path)
+    assert back.returncode == 0, back.stderr
+    assert back.stdout == f"back: MixtralForCausalLM, {len(tensors)} tensors, bfloat16\n"
+    assert_same(read_tensors(tmp_path / "back"), tensors)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 10
+    assert sorted(os.listdir(tmp_path)) == ["back", "hf", "megatron"]
+
+
+def refused(tmp_path: Path, *arguments: object) -> str:
+    before = sorted(tmp_path.rglob("*"))
+    result = convert(*arguments, cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+    (line,) = result.stderr.strip().splitlines()
+    return line.removeprefix("megatron-aspo: error: ")
+
+
+def test_faults_are_one_line_and_status_2(tmp_path):
+    write_model(tmp_path / "hf", Model())
+    (tmp_path / "taken").mkdir()
+    file = tmp_path / "hf" / "model.safetensors"
+    assert "taken exists; choose another name" in refused(tmp_path, "hf", "taken")
+    assert "=3 does not divide the model's 4 attention heads" in refused(tmp_path, "hf", "target", "--tensor-parallel", 3)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{file} cannot be read" in refused(tmp_path, "hf", "target")
+
+
+@pytest.mark.parametrize("option", [["--tensor-parallel", "0"], ["--dtype", "int8"], ["--to", "gguf"], ["--strange"]])
+def test_an_option_that_cannot_be_is_refused_with_the_usage(tmp_path, option):
+    result = convert("hf", "target", *option, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("usage: megatron-aspo") and option[0] in result.stderr
+
+
+def test_verify_compares_the_logits_of_both_models(tmp_path):
+    save_tiny("qwen2", tmp_path / "hf", tied=True)
+    result = convert("hf", "megatron", "--tensor-parallel", 2, "--verify", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "verify: " in result.stdout and "same best token for 100.0 %" in result.stdout
+
+
+def test_the_scripts_convert_in_their_direction_and_from_where_the_caller_stands(tmp_path):
+    tensors = write_model(tmp_path / "a model", Model(layers=4))
+    there = run(sys.executable, ROOT / "tools/convert_hf_to_megatron.py", "a model", "m 'q'", "--pipeline-parallel", 4, cwd=tmp_path)
+    assert there.returncode == 0 and "4 ranks" in there.stdout, there.stderr
+    back = run(sys.executable, ROOT / "tools/convert_megatron_to_hf.py", "m 'q'", "back", cwd=tmp_path)
+    assert back.returncode == 0, back.stderr
+    merged = run("bash", ROOT / "tools/model_merge.sh", "m 'q'", "$(merged) *", "--dtype", "float32", cwd=tmp_path, PYTHONPATH="")
+    assert merged.returncode == 0, merged.stderr
+    assert_same(read_tensors(tmp_path / "back"), tensors)
+    assert_same(read_tensors(tmp_path / "$(merged) *"), {name: tensor.float() for name, tensor in tensors.items()})
+
+
+def test_the_scripts_hand_on_the_status_of_a_refusal(tmp_path):
+    for script in ("convert_hf_to_megatron.py", "convert_megatron_to_hf.py"):
+        assert run(sys.executable, ROOT / "tools" / script, "./nowhere", "target", cwd=tmp_path).returncode == 2
+    assert run("bash", ROOT / "tools/model_merge.sh", "./nowhere", "target", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["checkpoint"], ["--help"], ["checkpoint", "--dtype", "float32"]])
+def test_merging_without_both_directories_shows_the_usage(tmp_path, arguments):
+    result = run("bash", ROOT / "tools/model_merge.sh", *arguments, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("usage: bash tools/model_merge.sh CHECKPOINT TARGET")
