@@ -53,7 +53,9 @@ def read_model(directory: Path) -> HFModel:
     if dims.heads % dims.kv_heads:
         raise UserError(f"{directory}/config.json: num_key_value_heads={dims.kv_heads} does not divide num_attention_heads={dims.heads}")
     norm_topk_prob = bool(getattr(config, "norm_topk_prob", True))
-    if dims.experts:
+    if dims.moe_ffn:
+        if not dims.experts:
+            raise UserError(f"{directory}/config.json: num_local_experts=0 is not supported for {architecture}; expected 1 or more")
         _check_top_k(directory, config.num_experts_per_tok, dims.experts, norm_topk_prob)
     return HFModel(
         directory=directory,

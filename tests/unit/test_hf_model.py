@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_aspo.errors import UserError
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import read_model
-from tests.models import save_tiny
+from tests.models import FAMILIES, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,78 @@ def test_a_config_that_the_family_does_not_support_is_refused_by_the_setting(mod
     change_config(model, **changes)
     with pytest.raises(UserError, match=message):
         read_model(model)
+
+
+@pytest.fixture(scope="module")
+def saved_configs(tmp_path_factory) -> dict[str, dict]:
+    """The config of each family, as transformers writes it."""
+    configs = {}
+    for family in ("llama", "qwen3", "qwen3_moe", "mixtral"):
+        directory = tmp_path_factory.mktemp(family)
+        save_tiny(family, directory, vocab_size=64)
+        configs[family] = json.loads((directory / "config.json").read_text())
+    return configs
+
+
+def read_config(directory: Path, config: dict):
+    (directory / "config.json").write_text(json.dumps(config))
+    return read_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"pretraining_tp": 2}, "pretraining_tp=2"),
+        ("llama", {"model_type": "mistral"}, "model_type=mistral is not supported for LlamaForCausalLM; expected llama"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4}, "rope_type=linear"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 is not supported with 4 experts .* expected 2 to 4"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
+        ("qwen3_moe", {"num_local_experts": 0}, "num_local_experts=0"),
+        ("mixtral", {"sliding_window": 512}, "sliding_window=512"),
+        ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise=0.01"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act=gelu"),
+    ],
+)
+def test_a_setting_that_would_change_the_mathematics_is_refused_by_its_name(saved_configs, tmp_path, family, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path, saved_configs[family] | changes)
+
+
+def test_experts_are_counted_under_either_name(saved_configs, tmp_path):
+    """transformers 5 writes num_local_experts, the models' own configs say num_experts."""
+    config = saved_configs["qwen3_moe"]
+    original = {key: value for key, value in config.items() if key != "num_local_experts"} | {"num_experts": 6}
+    assert read_config(tmp_path, config).dims.experts == 4
+    assert read_config(tmp_path, original).dims.experts == 6
+
+
+def test_an_expert_is_as_wide_as_its_family_says(saved_configs, tmp_path):
+    qwen, mixtral = (read_config(tmp_path, saved_configs[family]) for family in ("qwen3_moe", "mixtral"))
+    assert (qwen.dims.moe_ffn, mixtral.dims.moe_ffn) == (64, 256)
+    assert (qwen.norm_topk_prob, mixtral.norm_topk_prob, mixtral.experts_per_token) == (True, True, 2)
+    assert not read_config(tmp_path, saved_configs["qwen3_moe"] | {"norm_topk_prob": False}).norm_topk_prob
+
+
+def test_a_window_as_long_as_the_longest_sequence_is_none(saved_configs, tmp_path):
+    assert read_config(tmp_path, saved_configs["mixtral"] | {"sliding_window": 1024}).max_positions == 1024
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tensors_of_every_family_are_those_that_transformers_writes(tmp_path, family):
+    save_tiny(family, tmp_path, vocab_size=64)
+    assert set(TensorReader(read_model(tmp_path)).dtypes) == set(load_file(tmp_path / "model.safetensors"))
 
 
 def test_a_broken_config_is_refused(model):
