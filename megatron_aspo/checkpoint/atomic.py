@@ -19,7 +19,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; choose another name, or remove it")
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
-    with disk_errors(target):
+    with disk_errors(target, "nothing of it was left"):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
@@ -69,16 +69,15 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """What the file system refuses, said as a mistake that the user can cure."""
+def disk_errors(target: Path, outcome: str = "what stood there before still does") -> Iterator[None]:
+    """What the file system refuses, said as a mistake that the user can cure; outcome: what became of `target`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{target} could not be written: {error.strerror.lower()}; nothing of it was left; {_space(target)}") from error
-        raise UserError(
-            f"{target} could not be written ({error.strerror or error}); nothing of it was left; choose another place"
-        ) from error
+            raise UserError(f"{target} could not be written: {error.strerror.lower()}; {outcome}; {_space(target)}") from error
+        reason = error.strerror or error
+        raise UserError(f"{target} could not be written ({reason}); {outcome}; choose another place") from error
 
 
 def _space(target: Path) -> str:

@@ -112,13 +112,13 @@ class RankSaver:
     def _run(self, request: SaveRequest, rooms: dict[str, Tensors]) -> None:
         rank = self._trainer.parallel.rank
         try:
-            with disk_errors(request.target):
+            with disk_errors(request.target, "nothing of it was left"):
                 report = {"files": _write_rank(request.unfinished, rank, rooms)}
         except BaseException as error:
             self._error = error
             report = {"error": str(error)}
         try:
-            with disk_errors(request.target):
+            with disk_errors(request.target, "nothing of it was left"):
                 _report(request.unfinished, rank, report)
                 if rank == 0:
                     self._complete(request)

@@ -125,7 +125,7 @@ def open_run(config: Config) -> Iterator[Run]:
         task = build_task(config.task, config.data, tokenizer, config.seed)
         identity = _identity(config, task)
         if start.checkpoint is not None:
-            _check_identity(start, identity, model)
+            _check_identity(start, config, identity, model)
         if config.evaluation.draws:
             _check_held_out(task.held_out())
         if ":" in config.algorithm.policy_loss:
@@ -181,6 +181,7 @@ def open_run(config: Config) -> Iterator[Run]:
             _go_on(directory, start, config, progress)
             metrics = stack.enter_context(contextlib.closing(MetricsFile(directory / "metrics.jsonl", start.step)))
             ledger = stack.enter_context(contextlib.closing(Ledger(directory / "ledger.jsonl")))
+            _check_ledger(ledger, start)
             began = {"attempt": owner.attempt, "checkpoint": str(start.checkpoint or "")}
             ledger.append("resume" if start.checkpoint else "start", step=start.step, **began)
             drawn = start.manifest.training["drawn"] if start.manifest else 0
@@ -246,7 +247,9 @@ def _identity(config: Config, task: Task) -> dict[str, Any]:
     return {"seed": config.seed, "task": config.task, "prompts_sha256": digest.hexdigest()}
 
 
-def _check_identity(start: Start, identity: dict[str, Any], model: HFModel) -> None:
+def _check_identity(start: Start, config: Config, identity: dict[str, Any], model: HFModel) -> None:
+    if start.step > config.steps:
+        raise UserError(f"{start.checkpoint} is after step {start.step}, but steps={config.steps}; raise it, or resume from an earlier one")
     for key, value in identity.items():
         saved = start.manifest.training[key]
         if saved != value:
@@ -276,6 +279,14 @@ def _go_on(directory: Path, start: Start, config: Config, progress: Progress) ->
             progress.say(f"the steps after {start.step} are done again: what they made is now {aside}")
         begin = f"going on after step {start.step} from {start.checkpoint}" if start.checkpoint else "no checkpoint yet: starting anew"
         progress.say(begin)
+
+
+def _check_ledger(ledger: Ledger, start: Start) -> None:
+    if start.in_place and start.manifest and ledger.lines < (lines := start.manifest.training["ledger_lines"]):
+        raise UserError(
+            f"ledger.jsonl has {ledger.lines} lines, at {start.checkpoint.name} it had {lines}: it was changed since; put it back, or go "
+            f"on under another name with --resume {start.checkpoint}"
+        )
 
 
 def _has_steps(directory: Path) -> bool:
