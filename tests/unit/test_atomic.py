@@ -57,7 +57,7 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_a_user_error_with_the_space_that_is_left(tmp_path, number):
     target = tmp_path / "not" / "yet" / "target"
-    with pytest.raises(UserError) as error, disk_errors(target):
+    with pytest.raises(UserError) as error, disk_errors(target, "nothing of it was left"):
         raise OSError(number, os.strerror(number))
     said = f"{target} could not be written: {os.strerror(number).lower()}; nothing of it was left; "
     assert re.fullmatch(re.escape(said) + rf"\d+\.\d\d GB are free in {tmp_path}: make room, or choose another place", str(error.value))
