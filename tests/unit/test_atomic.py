@@ -65,7 +65,10 @@ def test_a_full_disk_is_a_user_error_with_the_space_that_is_left(tmp_path, numbe
 
 def test_any_other_refusal_of_the_file_system_is_a_user_error_with_its_reason(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"could not be written \(Not a directory\)"), new_directory(tmp_path / "file" / "target"):
+    with (
+        pytest.raises(UserError, match=r"could not be written \(Not a directory\); nothing of it was left"),
+        new_directory(tmp_path / "file" / "target"),
+    ):
         raise AssertionError("the block was entered")
 
 
