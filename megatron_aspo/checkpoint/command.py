@@ -18,7 +18,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
     given = [f"--{name.replace('_', '-')}" for name in _LAYOUT if getattr(parsed, name) is not None]
     if given and not to_megatron:
         raise UserError(f"{given[0]} is about a Megatron target, but {parsed.target} is to be a Hugging Face directory; leave it out")
-    if parsed.max_shard_gb is not None and (to_megatron or not parsed.max_shard_gb > 0):
+    if parsed.max_shard_gb is not None and (to_megatron or not parsed.max_shard_gb * 1e9 >= 1):
         raise UserError(f"--max-shard-gb {parsed.max_shard_gb} is about a Hugging Face target and must be above 0; leave it out")
     if parsed.verify and source.megatron == to_megatron:
         raise UserError("--verify compares a Hugging Face directory with a Megatron checkpoint; source and target are of one kind")
@@ -43,7 +43,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
         sizes=sizes,
         naming=parsed.naming or "local",
         dtype=parsed.dtype,
-        shard_bytes=int((parsed.max_shard_gb or SHARD_BYTES / 1e9) * 1e9),
+        shard_bytes=int(min((parsed.max_shard_gb or SHARD_BYTES / 1e9) * 1e9, 2**63)),
         verify=verify,
     )
     layout = f", {sizes.world} ranks" if to_megatron else ""

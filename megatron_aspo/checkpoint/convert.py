@@ -5,6 +5,7 @@ compared with the source's before the directory gets its name. Memory holds one 
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_aspo.checkpoint.atomic import new_directory
+from megatron_aspo.checkpoint.atomic import new_directory, sync_files
 from megatron_aspo.checkpoint.hf_writer import SHARD_BYTES, write_weights
 from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, read_manifest, write_manifest
 from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file
@@ -51,12 +52,12 @@ def open_source(path: str | Path, dtype: str | None = None) -> Source:
 
     Raises UserError naming what is missing, unknown, damaged, of another shape or element type, and what the family does not support.
     """
-    path = Path(path).expanduser()
+    asked, path = path, Path(path).expanduser()
     if is_checkpoint(path):
         manifest = read_manifest(path)
         model = read_model(path / "huggingface")
         return Source(path, True, model, MegatronReader(path, manifest, model), manifest.dtype, manifest.tensors)
-    model = read_model(resolve_model(path))
+    model = read_model(resolve_model(asked))  # as given: a Path drops the "./" that tells a directory from a name on the hub
     reader = TensorReader(model)
     reader.check_head()
     stated = stated_dtype(model.directory) or next(iter(reader.dtypes.values()))
@@ -96,7 +97,10 @@ def convert(
 def _write_hugging_face(source: Source, directory: Path, dtype: str, shard_bytes: int) -> None:
     metas = [TensorMeta(name, dtype, shape) for name, shape in source.model.tensor_shapes.items()]
     write_weights(directory, metas, lambda shard: _whole(source.reader, shard), shard_bytes)
-    _prove(source, TensorReader(read_model(directory)), metas)
+    with ThreadPoolExecutor(1) as beside:  # the disk works while the processor proves
+        synced = beside.submit(sync_files, directory)
+        _prove(source, TensorReader(read_model(directory)), metas)
+        synced.result()
 
 
 def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, naming: str, dtype: str) -> None:
@@ -112,7 +116,10 @@ def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, namin
                 writer.write(name, parameter)
             files[str(file.relative_to(directory))] = writer.close().sha256
     manifest = Manifest(model.architecture, dtype, naming, sizes, {})
-    hashes = _prove(source, MegatronReader(directory, manifest, model), metas)
+    with ThreadPoolExecutor(1) as beside:
+        synced = beside.submit(sync_files, directory)
+        hashes = _prove(source, MegatronReader(directory, manifest, model), metas)
+        synced.result()
     write_manifest(directory, replace(manifest, tensors=hashes), files)
 
 
@@ -122,19 +129,23 @@ def hash_tensors(reader: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
 
 
 def _hash(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """Each tensor is hashed while the next one is read."""
+    """Two tensors are hashed while the next one is read."""
     digests: dict[str, Future[str]] = {}
-    last = None
-    with ThreadPoolExecutor(1) as beside:
+    waiting: deque[Future[str]] = deque()
+    with ThreadPoolExecutor(2) as beside:
         for name, tensor in tensors:
-            if last is not None:
-                last.result()  # memory holds one tensor that waits, at most
-            last = digests[name] = beside.submit(lambda tensor=tensor: hashlib.sha256(raw_bytes(tensor)).hexdigest())
+            if len(waiting) == 2:
+                waiting.popleft().result()  # memory holds two tensors that wait, at most
+            digests[name] = beside.submit(lambda tensor: hashlib.sha256(raw_bytes(tensor)).hexdigest(), tensor)
+            waiting.append(digests[name])
         return {name: digest.result() for name, digest in digests.items()}
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the bytes are; eight at a time where they are aligned, since torch compares element by element."""
+    a, b = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    wide = torch.uint8 if any(t.storage_offset() % 8 or len(t) % 8 for t in (a, b)) else torch.int64
+    return torch.equal(a.view(wide), b.view(wide))
 
 
 def _whole(reader: Reader, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -147,10 +158,11 @@ def _prove(source: Source, written: Reader, metas: Sequence[TensorMeta]) -> dict
     """Compare what was written with the source, byte by byte, and with the hashes that the source states; returns tensor → SHA-256."""
 
     def compared() -> Iterator[tuple[str, torch.Tensor]]:
-        for (name, expected), (_, found) in zip(_whole(source.reader, metas), _whole(written, metas), strict=True):
-            if not torch.equal(_bytes(expected), _bytes(found)):
-                raise UserError(f"{name} reads back differently from what was written: the disk or the memory of this machine is at fault")
-            yield name, found
+        for name, tensor in _whole(source.reader, metas):
+            for _, box, found in written.read([(name, box) for box in written.homes(name)]):
+                if not _same(tensor[tuple(slice(*edge) for edge in box)], found):
+                    raise UserError(f"{name} reads back differently from what was written: this machine's disk or memory is at fault")
+            yield name, tensor
 
     hashes = _hash(compared())
     if metas[0].dtype == source.dtype:

@@ -35,7 +35,7 @@ def write_weights(
                 pass
             continue
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with TensorFileWriter(directory / file, shard) as writer:
+        with TensorFileWriter(directory / file, shard, hashed=False) as writer:
             for name, tensor in tensors(shard):
                 tensor = tensor.cpu()
                 writer.write(name, tensor)

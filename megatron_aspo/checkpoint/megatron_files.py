@@ -81,6 +81,10 @@ class MegatronReader:
         for name, box in wanted:
             yield name, box, self._box(name, box)
 
+    def homes(self, name: str) -> list[Box]:
+        """The boxes in which a tensor is stored; together they are the tensor."""
+        return list(self._homes[name])
+
     def _box(self, name: str, box: Box) -> torch.Tensor:
         result, found = None, 0
         for home, (rank, piece) in self._homes[name].items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from megatron_aspo.checkpoint.atomic import disk_errors, publish, write_text
+from megatron_aspo.checkpoint.atomic import disk_errors, publish, sync, write_text
 from megatron_aspo.checkpoint.convert import hash_tensors
 from megatron_aspo.checkpoint.manifest import Manifest, write_manifest
 from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file, slab_key
@@ -182,6 +182,7 @@ def _write_rank(directory: Path, rank: int, rooms: dict[str, Tensors]) -> dict[s
             for key, tensor in tensors.items():
                 writer.write(key, tensor.cpu())
             hashes[str(file.relative_to(directory))] = writer.close().sha256
+        sync(file)  # by the node that wrote it
     return hashes
 
 

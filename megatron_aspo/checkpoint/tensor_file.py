@@ -6,9 +6,8 @@ header's length, the header in JSON, the tensors' bytes in the order of their of
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +37,7 @@ class FileRecord:
 class TensorFileWriter:
     """`write` the tensors of `metas` in their order, then `close`; as a context, leaving it with an exception closes without a record."""
 
-    def __init__(self, path: Path, metas: Sequence[TensorMeta], metadata: dict[str, str] | None = None):
+    def __init__(self, path: Path, metas: Sequence[TensorMeta], metadata: dict[str, str] | None = None, *, hashed: bool = True):
         """Raises FileExistsError when `path` is there, ValueError when an offset would be misaligned for its element type."""
         header, offset = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
         for meta in metas:
@@ -50,7 +49,8 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._expected = iter(metas)
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if hashed else None
+        self._hashing: Future[None] | None = None
         self._beside = ThreadPoolExecutor(1)
         self._nbytes = 0
         self._file = path.open("xb", buffering=0)
@@ -69,9 +69,8 @@ class TensorFileWriter:
         missing = next(self._expected, None)
         if missing is not None:
             raise ValueError(f"the file was closed without {missing.name}")
-        os.fsync(self._file.fileno())
-        self.__exit__()
-        return FileRecord(self._digest.hexdigest(), self._nbytes)
+        self.__exit__()  # waits for the hash
+        return FileRecord(self._digest.hexdigest() if self._digest else "", self._nbytes)
 
     def __enter__(self) -> "TensorFileWriter":
         return self
@@ -81,12 +80,14 @@ class TensorFileWriter:
         self._beside.shutdown()
 
     def _append(self, data: bytes | memoryview) -> None:
-        hashing = self._beside.submit(self._digest.update, data)
+        if self._hashing is not None:
+            self._hashing.result()  # one piece lags behind, no more
+        if self._digest is not None:
+            self._hashing = self._beside.submit(self._digest.update, data)
         self._nbytes += len(data)
         view = memoryview(data)
         while view:  # an unbuffered file may take less than it is given
             view = view[self._file.write(view) :]
-        hashing.result()
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

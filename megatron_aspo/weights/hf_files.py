@@ -24,6 +24,9 @@ class Reader(Protocol):
     def read(self, wanted: Sequence[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
         """Yields (name, box, tensor) for each request, in any order, in the dtype that is stored."""
 
+    def homes(self, name: str) -> list[Box]:
+        """The boxes in which a tensor is stored; together they are the tensor."""
+
 
 class TensorReader:
     """Reads boxes of a model directory's tensors, whichever file holds them, without loading whole files."""
@@ -76,6 +79,9 @@ class TensorReader:
     def read(self, wanted: Sequence[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
         for name, box in wanted:
             yield name, box, self._handles[self._files[name]].get_slice(name)[tuple(slice(*edge) for edge in box)]
+
+    def homes(self, name: str) -> list[Box]:
+        return [tuple((0, extent) for extent in self._model.tensor_shapes[name])]
 
 
 def open_tensors(file: Path) -> safe_open:

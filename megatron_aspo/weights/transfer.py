@@ -16,14 +16,21 @@ def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 @torch.no_grad()
 def assemble(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters named by `dtypes`, one at a time, each cast to its element type, on the CPU. Padding is zero."""
+    """The parameters named by `dtypes`, one at a time, each cast to its element type, on the CPU. Padding is zero.
+
+    What one piece fills as a whole is not copied, but handed on as the reader gives it.
+    """
     pieces: dict[str, list[Piece]] = {}
     for piece in layout.pieces:
         pieces.setdefault(piece.parameter, []).append(piece)
     for name, dtype in dtypes.items():
-        homes = {(piece.tensor, piece.box): piece.local for piece in pieces[name]}
+        homes = {(piece.tensor, piece.box): piece.local for piece in pieces.get(name, [])}
         shape = layout.parameter_shapes[name]
-        filled = sum(volume(piece.local) for piece in pieces[name]) == torch.Size(shape).numel()
+        filled = sum(volume(piece.local) for piece in pieces.get(name, [])) == torch.Size(shape).numel()
+        if filled and len(homes) == 1:
+            ((_, _, values),) = reader.read(list(homes))
+            yield name, values.to(dtype)
+            continue
         parameter = (torch.empty if filled else torch.zeros)(shape, dtype=dtype)
         for tensor, box, values in reader.read(list(homes)):
             _view(parameter, homes[tensor, box]).copy_(values)
