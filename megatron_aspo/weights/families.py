@@ -272,13 +272,13 @@ def layout(architecture: str, dims: ModelDims, sizes: ParallelSizes, at: Coordin
 def replica_layouts(architecture: str, dims: ModelDims, sizes: ParallelSizes, naming: str = "local") -> dict[int, Layout]:
     """Rank → what it holds of the first copy of the model, proved to hold the model exactly once.
 
-    The first copy of the experts' parameters lies on the ranks whose `expert_data` is 0, of all others on those whose `data` is 0. With
-    experts these may be different ranks; one that holds nothing of either is left out.
+    The first copy of the experts' parameters lies on the ranks whose `expert_data` is 0, of all others on those whose `data` and
+    `context` are 0. With experts these may be different ranks; one that holds nothing of either is left out.
     """
     layouts = {}
     for rank in range(sizes.world):
         at = sizes.coordinates(rank)
-        dense, experts = at.data == 0, dims.experts > 0 and at.expert_data == 0
+        dense, experts = at.data == at.context == 0, dims.experts > 0 and at.expert_data == 0
         if dense or experts:
             layouts[rank] = _part(layout(architecture, dims, sizes, at, naming), dense, experts)
     check_exact_cover(layouts.values(), tensor_shapes(architecture, dims))

@@ -42,9 +42,10 @@ class ModelDims:
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How many ways the model is cut. Ranks are numbered tensor fastest, then data, then pipeline (Megatron's default order).
+    """How many ways the model is cut. Ranks are numbered tensor fastest, then context, data, pipeline (Megatron's default order).
 
-    The tensor × data ranks of a stage are numbered a second time for the experts: expert tensor fastest, then expert, then expert data.
+    The tensor × context × data ranks of a stage are numbered a second time for the experts: expert tensor fastest, then expert, then expert
+    data.
     """
 
     tensor: int = 1
@@ -56,10 +57,17 @@ class ParallelSizes:
     """Ranks over which the experts of a layer are spread."""
     expert_tensor: int | None = None
     """Ways in which each expert is cut; None: as `tensor`."""
+    context: int = 1
+    """Ranks over which the tokens of a sequence are spread; they hold the same weights."""
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.stage * self.pipeline
+
+    @property
+    def stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tensor * self.context * self.data
 
     @property
     def expert_tensor_size(self) -> int:
@@ -68,20 +76,21 @@ class ParallelSizes:
     def coordinates(self, rank: int) -> "Coordinates":
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is outside the {self.world} ranks of {self}")
-        pipeline, inside = divmod(rank, self.tensor * self.data)
+        pipeline, inside = divmod(rank, self.stage)
         return Coordinates(
             tensor=inside % self.tensor,
-            data=inside // self.tensor,
+            data=inside // (self.tensor * self.context),
             pipeline=pipeline,
             expert=inside // self.expert_tensor_size % self.expert,
             expert_tensor=inside % self.expert_tensor_size,
             expert_data=inside // (self.expert_tensor_size * self.expert),
+            context=inside // self.tensor % self.context,
         )
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank stands along each axis. The first three say which rank it is, and equality goes by them."""
+    """Where one rank stands along each axis. Those of the experts follow from the others, by which equality goes."""
 
     tensor: int
     data: int
@@ -89,6 +98,7 @@ class Coordinates:
     expert: int = field(default=0, compare=False)
     expert_tensor: int = field(default=0, compare=False)
     expert_data: int = field(default=0, compare=False)
+    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,11 +189,11 @@ def _check_experts(dims: ModelDims, sizes: ParallelSizes) -> None:
             f"trainer.expert_tensor_parallel={ways} does not divide the {dims.moe_ffn} feed-forward channels of an expert; "
             f"choose one of {_divisors(dims.moe_ffn)}"
         )
-    stage = sizes.tensor * sizes.data
-    if stage % (ways * sizes.expert):
+    if sizes.stage % (ways * sizes.expert):
         raise UserError(
-            f"trainer.expert_parallel={sizes.expert} × trainer.expert_tensor_parallel={ways} does not divide the {stage} ranks of a "
-            f"pipeline stage (tensor_parallel × data_parallel); their product must be one of {_divisors(stage)}"
+            f"trainer.expert_parallel={sizes.expert} × trainer.expert_tensor_parallel={ways} does not divide the {sizes.stage} ranks of a "
+            "pipeline stage (tensor_parallel × context_parallel × data_parallel); their product must be one of "
+            f"{_divisors(sizes.stage)}"
         )
 
 
