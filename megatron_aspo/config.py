@@ -174,7 +174,17 @@ def check(config: Config, implied: Values | None = None) -> None:
         (config.data, ("reward_workers", "max_prompt_tokens", "held_out_prompts")),
         (
             config.trainer,
-            ("tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_tokens", "logprob_chunk_tokens", "timeout_s"),
+            (
+                "tensor_parallel",
+                "pipeline_parallel",
+                "data_parallel",
+                "virtual_pipeline",
+                "context_parallel",
+                "expert_parallel",
+                "micro_batch_tokens",
+                "logprob_chunk_tokens",
+                "timeout_s",
+            ),
         ),
         (config.optimizer, ("lr", "eps")),
         (
@@ -196,7 +206,7 @@ def check(config: Config, implied: Values | None = None) -> None:
             _require(getattr(section, name) > 0, f"{_path(config, section)}{name}={getattr(section, name)} must be greater than 0")
     for section, names in (
         (config, ("seed",)),
-        (config.trainer, ("threads",)),
+        (config.trainer, ("threads", "expert_tensor_parallel")),
         (config.optimizer, ("warmup_steps", "weight_decay", "clip_grad")),
         (config.rollout, ("threads",)),
         (config.evaluation, ("draws", "every", "temperature")),
@@ -232,8 +242,18 @@ def check(config: Config, implied: Values | None = None) -> None:
         f"{config.rollout.prompts_per_step}: no mini-batch is ever full, but sequence_count=full_mini_batch divides by one; lower it",
     )
     _require(
-        not config.trainer.distributed_optimizer or config.trainer.data_parallel > 1,
-        "trainer.distributed_optimizer=true shards over data-parallel ranks; set trainer.data_parallel above 1 or leave it false",
+        not config.trainer.distributed_optimizer or config.trainer.data_parallel * config.trainer.context_parallel > 1,
+        "trainer.distributed_optimizer=true shards over data-parallel and context-parallel ranks; set trainer.data_parallel above 1 or "
+        "leave it false",
+    )
+    _require(
+        not config.trainer.sequence_parallel or config.trainer.tensor_parallel > 1,
+        "trainer.sequence_parallel=true spreads tokens over tensor-parallel ranks; set trainer.tensor_parallel above 1 or leave it false",
+    )
+    _require(
+        config.trainer.virtual_pipeline == 1 or config.trainer.pipeline_parallel > 1,
+        f"trainer.virtual_pipeline={config.trainer.virtual_pipeline} interleaves pipeline stages, of which there is one; set it to 1, or "
+        "trainer.pipeline_parallel above 1",
     )
 
 

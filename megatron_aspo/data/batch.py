@@ -99,8 +99,12 @@ def mini_batches(groups: np.ndarray, groups_per_mini_batch: int, epochs: int, se
     return result
 
 
-def pack(batch: TrainBatch, samples: np.ndarray, ranks: int, token_budget: int, shared_prompts: bool) -> list[list[np.ndarray]]:
+def pack(
+    batch: TrainBatch, samples: np.ndarray, ranks: int, token_budget: int, shared_prompts: bool, count_multiple: int = 1
+) -> list[list[np.ndarray]]:
     """Micro-batches of each data-parallel rank: [rank][micro-batch] → sample indices; the same number of micro-batches on every rank.
+
+    That number is a multiple of `count_multiple`.
 
     What is placed is a sample or, with shared prompts, as many samples of one group as the token budget takes. The longest goes first
     to the lightest rank, then within the rank to the lightest of as many micro-batches as the budget asks of the fullest rank. A sample
@@ -111,6 +115,7 @@ def pack(batch: TrainBatch, samples: np.ndarray, ranks: int, token_budget: int, 
     order = np.argsort(-lengths, kind="stable")
     shares = _balance(order, lengths, ranks)
     count = max(max(len(_first_fit(share, lengths, token_budget)) for share in shares), 1)
+    count = -(-count // count_multiple) * count_multiple
     result = []
     for share in shares:
         packs = _balance(share, lengths, count)

@@ -3,11 +3,13 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +18,7 @@ from torch import Tensor
 from megatron_aspo.errors import UserError
 from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.micro_batch import MicroBatch
+from megatron_aspo.trainer.options import TrainerOptions
 
 
 @dataclass
@@ -23,7 +26,9 @@ class SharedPromptParams(PackedSeqParams):
     """Megatron's packed-sequence arguments, and who may look at whom inside each segment."""
 
     masks: list[Tensor] | None = None
-    """[segment tokens, segment tokens] bool per segment; None means plain causal attention."""
+    """[segment tokens, segment tokens] bool per segment; None means plain causal attention. Rows of this context-parallel rank only."""
+    order: Tensor | None = None
+    """As MicroBatch.order."""
 
 
 def packed_params(micro: MicroBatch) -> SharedPromptParams:
@@ -34,26 +39,46 @@ def packed_params(micro: MicroBatch) -> SharedPromptParams:
         cu_seqlens_kv=micro.cu_seqlens,
         max_seqlen_q=micro.max_seqlen,
         max_seqlen_kv=micro.max_seqlen,
-        masks=None if micro.branches is None else [_visible(branches) for branches in micro.branches],
+        masks=_masks(micro),
+        order=micro.order,
     )
 
 
-def _visible(branches: Tensor) -> Tensor:
-    """A token sees what stands before it in the prompt and in its own response, and itself."""
-    earlier = torch.ones(len(branches), len(branches), dtype=torch.bool, device=branches.device).tril()
-    return earlier & ((branches[None] == -1) | (branches[None] == branches[:, None]))
+def _masks(micro: MicroBatch) -> list[Tensor] | None:
+    if micro.branches is None and micro.local is None:
+        return None
+    edges = micro.cu_seqlens.tolist()
+    masks = []
+    for i, (start, stop) in enumerate(pairwise(edges)):
+        rows = torch.arange(stop - start, device=micro.cu_seqlens.device)
+        if micro.local is not None:
+            rows = micro.local[(micro.local >= start) & (micro.local < stop)] - start
+        masks.append(_visible(rows, stop - start, None if micro.branches is None else micro.branches[i]))
+    return masks
+
+
+def _visible(rows: Tensor, tokens: int, branches: Tensor | None) -> Tensor:
+    """bool [rows, tokens]: a token sees what stands before it in the prompt and in its own response, and itself."""
+    earlier = torch.arange(tokens, device=rows.device)[None] <= rows[:, None]
+    if branches is None:
+        return earlier
+    return earlier & ((branches[None] == -1) | (branches[None] == branches[rows, None]))
 
 
 class PackedAttention(MegatronModule):
     """Causal attention inside each segment of a packed batch, by torch's scaled-dot-product attention.
 
+    Under context parallelism each rank holds its tokens' queries and gathers the keys and values of all.
     Takes what Megatron hands any core attention module. Megatron's own local attention refuses packed batches; Transformer Engine's takes
     the same arguments on GPUs, but for segments that share a prompt.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number, attn_mask_type, attention_type, softmax_scale=None, **kwargs):
+    def __init__(
+        self, config: TransformerConfig, layer_number, attn_mask_type, attention_type, softmax_scale=None, pg_collection=None, **kwargs
+    ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -68,16 +93,23 @@ class PackedAttention(MegatronModule):
         """query [tokens, heads, head size], key and value [tokens, key-value heads, head size] → [tokens, heads × head size]."""
         if packed_seq_params is None:
             raise ValueError("PackedAttention takes packed batches only")
+        ranks = 1
+        if self.cp_group is not None:
+            ranks = self.cp_group.size()
+            # Backward adds up what all ranks' queries give a key or value, and hands each rank its own.
+            key, value = (gather_from_sequence_parallel_region(tensor, group=self.cp_group) for tensor in (key, value))
+            key, value = key[packed_seq_params.order], value[packed_seq_params.order]
         outputs = []
         edges = packed_seq_params.cu_seqlens_q.tolist()
         masks = getattr(packed_seq_params, "masks", None) or [None] * (len(edges) - 1)
-        for start, stop, mask in zip(edges[:-1], edges[1:], masks, strict=True):
+        for (start, stop), mask in zip(pairwise(edges), masks, strict=True):
             # [1, heads, segment, head size]
-            q, k, v = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
+            q = query[start // ranks : stop // ranks].transpose(0, 1)[None]
+            k, v = (tensor[start:stop].transpose(0, 1)[None] for tensor in (key, value))
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=self.softmax_scale
             )
-            outputs.append(attended[0].transpose(0, 1).reshape(stop - start, -1))
+            outputs.append(attended[0].transpose(0, 1).flatten(1))
         return torch.cat(outputs)
 
 
@@ -86,9 +118,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Each tensor-parallel rank normalizes its own tokens: Megatron adds the gradients up.
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
-def _local_block(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _local_block(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
@@ -96,23 +130,23 @@ def _local_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=RMSNorm)
 
 
-def _transformer_engine_block(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _transformer_engine_block(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:
     from megatron.core.extensions.transformer_engine import TENorm
 
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=TENorm)
 
 
-LAYER_SPECS: dict[str, Callable[[TransformerConfig], TransformerBlockSubmodules]] = {
+LAYER_SPECS: dict[str, Callable[..., TransformerBlockSubmodules]] = {
     "local": _local_block,
     "transformer_engine": _transformer_engine_block,
 }
-"""Name → the layers of this pipeline stage. The names are also the namings of the weight map."""
+"""Name → the layers of this pipeline stage, or of one model chunk of it. The names are also the namings of the weight map."""
 
 
 def choose_layer_spec(wanted: str, device: Device) -> str:
@@ -126,9 +160,16 @@ def choose_layer_spec(wanted: str, device: Device) -> str:
     return wanted
 
 
-def check_shared_prompts(layer_spec: str) -> None:
-    """Raise UserError where the layers cannot do attention over shared prompts."""
-    if layer_spec != "local":
+def check_layers(options: TrainerOptions, layer_spec: str) -> None:
+    """Raise UserError where the layers cannot do what the options ask of attention."""
+    if layer_spec == "local":
+        return
+    if options.context_parallel > 1:
+        raise UserError(
+            f"trainer.context_parallel={options.context_parallel} needs trainer.layer_spec=local: with {layer_spec} it has not been held "
+            "against the reference; set it to 1"
+        )
+    if options.shared_prompts:
         raise UserError(
             f"trainer.shared_prompts=true needs trainer.layer_spec=local: the attention of {layer_spec} takes plain causal segments only; "
             "set it to false"

@@ -18,7 +18,16 @@ from torch import Tensor
 _CPU = torch.device("cpu")
 
 # Imported before patching, since a module keeps the `torch` it was imported with.
-_MODULES = ("tensor_parallel.random", "models.gpt", "optimizer", "distributed", "pipeline_parallel", "transformer", "parallel_state")
+_MODULES = (
+    "tensor_parallel.random",
+    "models.gpt",
+    "optimizer",
+    "distributed",
+    "pipeline_parallel",
+    "transformer",
+    "transformer.moe.token_dispatcher",
+    "parallel_state",
+)
 
 
 def prepare() -> None:
@@ -39,6 +48,8 @@ def prepare() -> None:
     _patch_rng_state()
     _patch_moves_to_cuda()
     _patch_type_checks()
+    _patch_expert_splits()
+    _patch_uneven_collectives()
     _define_router_gemm()
 
 
@@ -169,15 +180,63 @@ def _patch_type_checks() -> None:
             setattr(module, name, wrapped)
 
 
+def _patch_expert_splits() -> None:
+    """The dispatcher of tokens to experts makes arrays of its split sizes where it brings them off a GPU; collectives take no tensors."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+    if hasattr(move, "_makes_arrays"):
+        return
+
+    @functools.wraps(move)
+    def wrapped(tensor, as_numpy: bool = False, record_stream: bool = False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else move(tensor)
+
+    wrapped._makes_arrays = True
+    token_dispatcher.maybe_move_tensor_to_cpu = wrapped
+
+
+def _patch_uneven_collectives() -> None:
+    """Expert tensor parallelism gathers and reduces as many tokens of each rank as its router sent; gloo takes equal shares only."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    if hasattr(gather, "_takes_uneven_shares"):
+        return
+
+    @functools.wraps(gather)
+    def wrapped_gather(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, use_global_buffer)
+        longest = max(output_split_sizes)
+        padded = input_.new_zeros(longest, *input_.shape[1:])
+        padded[: len(input_)] = input_
+        shares = gather(padded, group).split(longest)
+        return torch.cat([share[:count] for share, count in zip(shares, output_split_sizes, strict=True)])
+
+    @functools.wraps(reduce_scatter)
+    def wrapped_reduce_scatter(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, None, use_global_buffer)
+        total = input_.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()]
+
+    wrapped_gather._takes_uneven_shares = True
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = wrapped_gather, wrapped_reduce_scatter
+
+
 @functools.cache
 def hidden_state_model() -> type:
     """Megatron's GPTModel with two changes, for which it has no public switch.
 
-    The forward pass of the last pipeline stage ends at the final hidden states [tokens, 1, hidden size]: the output projection is done in
-    `logprobs`, a chunk at a time. And unfused rotary embeddings go by `position_ids`: for packed batches Megatron counts positions within
-    segments, or across them when the longest segment is as long as the whole batch, and neither is right for segments that share a prompt.
+    The forward pass of the last pipeline stage ends at the final hidden states [tokens, 1, hidden size], the same on all tensor-parallel
+    ranks: the output projection is done in `logprobs`, a chunk at a time. And unfused rotary embeddings go by `position_ids`: for packed
+    batches Megatron counts positions within segments, or across them when the longest segment is as long as the whole batch, and neither is
+    right for segments that share a prompt.
     """
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
     class HiddenStateModel(GPTModel):
         def _preprocess(self, *, position_ids: Tensor, packed_seq_params, **kwargs) -> tuple:
@@ -185,11 +244,14 @@ def hidden_state_model() -> type:
             if self.config.apply_rope_fusion:
                 return result
             decoder_input, rotary, *rest = result
-            # One row per token of the batch, which Megatron then takes as it is.
+            # One row per token of the batch, of which Megatron then takes those of this context-parallel rank.
             return (decoder_input, rotary[position_ids[0]], *rest)
 
         def _postprocess(self, hidden_states: Tensor, **kwargs) -> Tensor:
-            return hidden_states
+            if not (self.post_process and self.config.sequence_parallel):
+                return hidden_states
+            # `logprobs` sums the gradient of hidden states over the group: each rank's share of it is a slice.
+            return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp)
 
         def output_weight(self) -> Tensor:
             """[rows, hidden size]: this rank's rows of the output matrix; last stage only."""

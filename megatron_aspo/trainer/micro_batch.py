@@ -1,5 +1,6 @@
-"""A packed micro-batch on the device: what the model reads and where the loss looks."""
+"""A packed micro-batch on the device: what the model reads and where the loss looks; and what a layout asks of packed batches."""
 
+import math
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -7,28 +8,84 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_aspo.data.batch import TrainBatch
+from megatron_aspo.data.batch import TrainBatch, unit_tokens
+from megatron_aspo.weights.layout import Coordinates, ParallelSizes
+
+
+@dataclass(frozen=True)
+class PackingRules:
+    """What a layout asks of packed batches; the one place for it."""
+
+    context: int = 1
+    """Context-parallel ranks. Each segment is cut into 2 · context chunks; rank r holds the r-th and the r-th from the end, so that all
+    have as much causal attention to do."""
+    context_rank: int = 0
+    sequence: int = 1
+    """Ranks over which sequence parallelism spreads the tokens that a context-parallel rank holds."""
+    count_multiple: int = 1
+    """Of the number of micro-batches. The interleaved schedule runs as many at a time as there are stages."""
+    equal_lengths: bool = False
+    """All micro-batches of a pass have one length: pipeline stages do not tell each other (model.py)."""
+
+    @classmethod
+    def of(cls, sizes: ParallelSizes, at: Coordinates, sequence_parallel: bool) -> "PackingRules":
+        interleaved = sizes.virtual > 1
+        return cls(
+            context=sizes.context,
+            context_rank=at.context,
+            sequence=sizes.tensor if sequence_parallel else 1,
+            count_multiple=sizes.pipeline if interleaved else 1,
+            equal_lengths=interleaved,
+        )
+
+    @property
+    def segment_multiple(self) -> int:
+        return 2 * self.context if self.context > 1 else 1
+
+    def segment_tokens(self, tokens: int) -> int:
+        """Of one segment, padded at its end."""
+        return _round_up(tokens, self.segment_multiple)
+
+    def total_tokens(self, tokens: int) -> int:
+        """Of a whole micro-batch, padded by a segment that nothing looks at."""
+        return _round_up(max(tokens, 1), math.lcm(self.segment_multiple, self.context * self.sequence))
+
+    def holders(self, lengths: list[int]) -> np.ndarray:
+        """int64 [tokens]: the context-parallel rank that holds each token of segments of these padded lengths."""
+        ranks = np.arange(self.context)
+        return np.concatenate([np.repeat(np.concatenate([ranks, ranks[::-1]]), n // (2 * self.context)) for n in lengths])
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Segments one after another. A segment is one sample without its last token, which is only ever a target; with shared prompts it is
-    one prompt, then the responses to it, each without its last token.
+    one prompt, then the responses to it, each without its last token. Under context parallelism, this rank's share of all that.
     """
 
     token_ids: Tensor
-    """int64 [1, tokens]"""
+    """int64 [1, tokens of this rank]"""
     position_ids: Tensor
-    """int64 [1, tokens]: the place of each token in its own sample."""
+    """int64 [1, tokens]: the place of each token in its own sample; of all ranks' tokens."""
     cu_seqlens: Tensor
-    """int32 [segments + 1]"""
+    """int32 [segments + 1], padding included; of all ranks' tokens."""
     max_seqlen: int
     branches: list[Tensor] | None
-    """With shared prompts, for each segment int64 [segment tokens]: −1 in the prompt, else which response a token belongs to."""
+    """With shared prompts, for each segment int64 [segment tokens]: −1 in the prompt, else which response a token belongs to; padding
+    counts as one more."""
+    local: Tensor | None
+    """int64 [tokens of this rank]: which of all tokens they are; None: all of them."""
+    order: Tensor | None
+    """int64 [tokens]: where each token stands when what the context-parallel ranks hold is put together rank by rank; None: as it is."""
     predictors: Tensor
-    """int64 [response tokens]: index of the token whose hidden state predicts each response token."""
+    """int64 [response tokens of this rank]: index among this rank's tokens of the one whose hidden state predicts each."""
     targets: Tensor
-    """int64 [response tokens]"""
+    """int64 [response tokens of this rank]"""
+    held: Tensor | None
+    """int64 [response tokens of this rank]: which of the response tokens they are; None: all of them."""
     response_index: Tensor
     """int64 [response tokens]: where each stands in the step's response token arrays."""
     mask: Tensor
@@ -37,52 +94,108 @@ class MicroBatch:
     """Response i is response tokens [offsets[i], offsets[i + 1])."""
     names: tuple[str, ...]
 
+    @property
+    def tokens(self) -> int:
+        """Of all ranks, padding included."""
+        return self.position_ids.shape[1]
 
-def cut(batch: TrainBatch, samples: np.ndarray, device: torch.device, shared_prompts: bool = False) -> MicroBatch:
-    """The micro-batch of these samples. With no sample: one token that nothing looks at, so that every rank runs the same schedule."""
-    tokens, positions, lengths, branches, predictors, targets, index = [], [], [], [], [], [], []
-    start = 0
+
+def cut_all(
+    batch: TrainBatch, packs: list[np.ndarray], device: torch.device, shared_prompts: bool, rules: PackingRules
+) -> list[MicroBatch]:
+    """The micro-batches of a pass."""
+    tokens = max(_packed_tokens(batch, pack, shared_prompts, rules) for pack in packs) if rules.equal_lengths else 0
+    return [cut(batch, pack, device, shared_prompts, rules, tokens) for pack in packs]
+
+
+def _segments(batch: TrainBatch, samples: np.ndarray, shared_prompts: bool) -> list[np.ndarray]:
     key = (lambda i: batch.groups[i]) if shared_prompts else (lambda i: i)
-    for _, members in groupby(samples, key=key):
-        segment = list(members)
-        ids = batch.token_ids[batch.offsets[segment[0]] : batch.offsets[segment[0] + 1]]
+    return [np.array(list(members)) for _, members in groupby(samples, key=key)]
+
+
+def _packed_tokens(batch: TrainBatch, samples: np.ndarray, shared_prompts: bool, rules: PackingRules) -> int:
+    segments = _segments(batch, samples, shared_prompts)
+    return rules.total_tokens(sum(rules.segment_tokens(unit_tokens(batch, segment)) for segment in segments))
+
+
+def cut(
+    batch: TrainBatch,
+    samples: np.ndarray,
+    device: torch.device,
+    shared_prompts: bool = False,
+    rules: PackingRules = PackingRules(),
+    tokens: int = 0,
+) -> MicroBatch:
+    """The micro-batch of these samples, padded as the rules say and to `tokens` at least.
+
+    With no sample: tokens that nothing looks at, so that every rank runs the same schedule.
+    """
+    ids, positions, lengths, branches, predictors, targets, index = [], [], [], [], [], [], []
+    start = 0
+
+    def close_segment(own: int, padded: int, first_place: int, branch: int) -> None:
+        """Padding after the tokens of a segment, which these do not see."""
+        count = padded - own
+        ids.append(np.zeros(count))
+        positions.append(first_place + np.arange(count))
+        branches[-1].append(np.full(count, branch))
+        lengths.append(padded)
+
+    for segment in _segments(batch, samples, shared_prompts):
         prompt = int(batch.prompt_lengths[segment[0]])
-        parts, places, owners = [ids[:prompt]], [np.arange(prompt)], [np.full(prompt, -1)]
+        prompt_ids = batch.token_ids[batch.offsets[segment[0]] : batch.offsets[segment[0]] + prompt]
+        ids.append(prompt_ids)
+        positions.append(np.arange(prompt))
+        branches.append([np.full(prompt, -1)])
         end = start + prompt
         for branch, i in enumerate(segment):
             response = batch.token_ids[batch.offsets[i] + prompt : batch.offsets[i + 1]]
             own = len(response) - 1
-            parts.append(response[:-1])
-            places.append(prompt + np.arange(own))
-            owners.append(np.full(own, branch))
+            ids.append(response[:-1])
+            positions.append(prompt + np.arange(own))
+            branches[-1].append(np.full(own, branch))
             # The prompt's last token predicts the first response token, of every response that shares it.
             predictors.append(np.concatenate([[start + prompt - 1], end + np.arange(own)]))
             targets.append(response)
             index.append(np.arange(batch.response_offsets[i], batch.response_offsets[i + 1]))
             end += own
-        tokens += parts
-        positions += places
-        branches.append(np.concatenate(owners))
-        lengths.append(end - start)
-        start = end
-    if not len(samples):
-        tokens, positions, lengths, branches = [np.zeros(1)], [np.zeros(1)], [1], [np.full(1, -1)]
+        padded = rules.segment_tokens(end - start)
+        close_segment(end - start, padded, 0, len(segment))
+        start += padded
+    total = max(rules.total_tokens(start), tokens)
+    if total > start:
+        branches.append([])
+        close_segment(0, total - start, 0, -1)
 
-    def put(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays or [np.zeros(0)]).astype(np.int64)).to(device)
+    def flat(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([*arrays, np.zeros(0)]).astype(np.int64)
 
-    flat = np.concatenate(index or [np.zeros(0, np.int64)])
-    counts = [len(target) for target in targets]
+    def put(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(device)
+
+    flat_ids, flat_predictors, flat_targets, flat_index = flat(ids), flat(predictors), flat(targets), flat(index)
+    local = order = held = None
+    if rules.context > 1:
+        holders = rules.holders(lengths)
+        by_rank = np.argsort(holders, kind="stable")
+        order = np.argsort(by_rank)
+        local = np.flatnonzero(holders == rules.context_rank)
+        held = np.flatnonzero(holders[flat_predictors] == rules.context_rank)
+        flat_ids, flat_targets = flat_ids[local], flat_targets[held]
+        flat_predictors = np.searchsorted(local, flat_predictors[held])
     return MicroBatch(
-        token_ids=put(tokens)[None],
-        position_ids=put(positions)[None],
+        token_ids=put(flat_ids)[None],
+        position_ids=put(flat(positions))[None],
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
         max_seqlen=max(lengths),
-        branches=[put([owners]) for owners in branches] if shared_prompts else None,
-        predictors=put(predictors),
-        targets=put(targets),
-        response_index=put([flat]),
-        mask=torch.from_numpy(batch.mask[flat]).to(device),
-        offsets=[0, *np.cumsum(counts).tolist()],
+        branches=[put(flat(owners)) for owners in branches] if shared_prompts else None,
+        local=put(local),
+        order=put(order),
+        predictors=put(flat_predictors),
+        targets=put(flat_targets),
+        held=put(held),
+        response_index=put(flat_index),
+        mask=torch.from_numpy(batch.mask[flat_index]).to(device),
+        offsets=[0, *np.cumsum([len(target) for target in targets]).tolist()],
         names=tuple(batch.names[i] for i in samples),
     )

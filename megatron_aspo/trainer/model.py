@@ -20,9 +20,12 @@ def _leave_unfilled(weight: Tensor) -> Tensor:
     return weight
 
 
-def transformer_config(model: HFModel, parallel: ParallelState, device: Device, dtype: torch.dtype, layer_spec: str) -> TransformerConfig:
+def transformer_config(
+    model: HFModel, parallel: ParallelState, device: Device, dtype: torch.dtype, layer_spec: str, sequence_parallel: bool = False
+) -> TransformerConfig:
     """Megatron's configuration of this model on this layout."""
     dims = model.dims
+    interleaved = parallel.sizes.virtual > 1
     fused = layer_spec == "transformer_engine"
     return TransformerConfig(
         num_layers=dims.layers,
@@ -42,11 +45,17 @@ def transformer_config(model: HFModel, parallel: ParallelState, device: Device, 
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.sizes.tensor,
         pipeline_model_parallel_size=parallel.sizes.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.sizes.virtual if parallel.sizes.virtual > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.sizes.virtual if interleaved else None,
+        context_parallel_size=parallel.sizes.context,
+        sequence_parallel=sequence_parallel,
         expert_model_parallel_size=parallel.sizes.expert,
         expert_tensor_parallel_size=parallel.sizes.expert_tensor_size,
-        # Micro-batches are packed and differ in length: pipeline neighbours tell each other the shape.
-        variable_seq_lengths=parallel.sizes.pipeline > 1,
+        # Micro-batches are packed and differ in length: pipeline neighbours tell each other the shape. The interleaved schedule, whose
+        # neighbours send both ways at once, would wait for ever: there they are padded to one length (micro_batch.py).
+        variable_seq_lengths=parallel.sizes.pipeline > 1 and not interleaved,
+        # With two stages both neighbours are one rank, and batched messages would be mistaken for one another.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         **_moe_config(model, layer_spec),
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -87,18 +96,34 @@ def _moe_config(model: HFModel, layer_spec: str) -> dict[str, Any]:
 
 
 def build_model(model: HFModel, config: TransformerConfig, parallel: ParallelState, layer_spec: str) -> torch.nn.Module:
-    """This rank's stage and share of the model, weights not yet filled. Its forward pass ends at the final hidden states."""
+    """This rank's stage and share of the model, weights not yet filled. Its forward pass ends at the final hidden states.
+
+    Of several model chunks, a ModuleDict by the prefixes that the weight map gives their parameters.
+    """
+    count = parallel.sizes.virtual
+    if count == 1:
+        return _build_chunk(model, config, parallel, layer_spec, None)
+    return torch.nn.ModuleDict({f"model{chunk}": _build_chunk(model, config, parallel, layer_spec, chunk) for chunk in range(count)})
+
+
+def chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What the schedule runs of a model that `build_model` built."""
+    return list(model.values()) if isinstance(model, torch.nn.ModuleDict) else [model]
+
+
+def _build_chunk(model: HFModel, config: TransformerConfig, parallel: ParallelState, layer_spec: str, chunk: int | None) -> torch.nn.Module:
     built = hidden_state_model()(
         config=config,
-        transformer_layer_spec=LAYER_SPECS[layer_spec](config),
+        transformer_layer_spec=LAYER_SPECS[layer_spec](config, chunk),
         vocab_size=padded_vocab(model.dims.vocab, parallel.sizes.tensor),
         max_sequence_length=model.max_positions,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
+        pre_process=parallel.is_first_stage and not chunk,
+        post_process=parallel.is_last_stage and chunk in (None, parallel.sizes.virtual - 1),
         share_embeddings_and_output_weights=model.dims.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_theta,
         parallel_output=True,
+        vp_stage=chunk,
     )
     # Megatron's schedule asks for it; the class attribute differs between versions.
     built.model_type = ModelType.encoder_or_decoder

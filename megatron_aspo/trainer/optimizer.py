@@ -22,13 +22,13 @@ def wrap_model(model: torch.nn.Module, config: TransformerConfig, distributed_op
 
 
 def build_optimizer(
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     config: TransformerConfig,
     options: OptimizerOptions,
     dtype: torch.dtype,
     distributed_optimizer: bool,
 ) -> MegatronOptimizer:
-    """AdamW over the model's parameters, and the schedule's hooks that need it."""
+    """AdamW over the parameters of all model chunks, and the schedule's hooks that need it."""
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -42,10 +42,10 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=distributed_optimizer,
         ),
-        [model],
+        chunks,
     )
     config.grad_scale_func = optimizer.scale_loss
-    config.no_sync_func = model.no_sync
+    config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
 
     def finalize(model_chunks, num_tokens, **kwargs):
         # The schedule counts tokens to divide by; ours are divided already (losses/objective.py).

@@ -8,14 +8,25 @@ class TrainerOptions:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
+    sequence_parallel: bool = False
+    """Spread the tokens between the tensor-parallel blocks over the tensor-parallel ranks; models with experts need it there."""
+    virtual_pipeline: int = 1
+    """Model chunks of each pipeline stage: the interleaved schedule, with less idle time."""
+    context_parallel: int = 1
+    """Ranks over which the tokens of each sequence are spread."""
+    expert_parallel: int = 1
+    """Ranks over which the experts of a layer are spread, out of those of a pipeline stage."""
+    expert_tensor_parallel: int = 0
+    """Ways in which each expert is cut; 0: as tensor_parallel."""
     dtype: str = "bfloat16"
     """`float32 | bfloat16`: parameters and activations; with bfloat16 the optimizer keeps float32 main weights."""
     layer_spec: str = "auto"
     """`auto | local | transformer_engine`: auto takes Transformer Engine where CUDA and the package are present."""
     distributed_optimizer: bool = False
-    """Shard the optimizer state over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel and context-parallel ranks."""
     micro_batch_tokens: int = 16384
-    """Most tokens in one packed micro-batch; a longer sample is a micro-batch of its own."""
+    """Most tokens in one packed micro-batch, over all context-parallel ranks and before padding; a longer sample is a micro-batch of its
+    own."""
     shared_prompts: bool = False
     """Compute the tokens of a group's prompt once for all its responses; exact. For short answers it saves most of the work, for long ones
     it costs attention over masked pairs. Needs the local layer spec."""

@@ -1,6 +1,6 @@
 """The parallel state of one training rank: one object that is passed in. Megatron's globals are set here and read nowhere else of ours."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,6 +19,9 @@ class ParallelState:
     at: Coordinates
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    """The ranks that differ in data alone."""
+    cp_group: dist.ProcessGroup | None = None
+    """The ranks over which the tokens of a sequence are spread; None: it is whole."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -40,6 +43,10 @@ def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Devic
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual if sizes.virtual > 1 else None,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor_size,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     seed_generators(seed)
@@ -49,8 +56,12 @@ def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Devic
         tensor=parallel_state.get_tensor_model_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_rank(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_data=parallel_state.get_expert_data_parallel_rank(),
+        context=parallel_state.get_context_parallel_rank(),
     )
-    if at != theirs:
+    if asdict(at) != asdict(theirs):
         raise RuntimeError(f"rank {rank}: the weight map expects {at}, Megatron placed it at {theirs}")
     return ParallelState(
         rank=rank,
@@ -58,6 +69,7 @@ def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Devic
         at=at,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group() if sizes.context > 1 else None,
     )
 
 

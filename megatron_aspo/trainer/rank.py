@@ -18,6 +18,7 @@ from megatron_aspo.trainer import device as devices, megatron_adapter
 megatron_adapter.prepare()  # before anything else imports Megatron-Core
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
 from megatron_aspo.data.batch import TrainBatch, mini_batches, pack
 from megatron_aspo.losses.advantages import advantages
@@ -28,10 +29,10 @@ from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally, add_tallies
 from megatron_aspo.losses.terms import kl_estimate, quantile
 from megatron_aspo.trainer import parallel as parallel_states
-from megatron_aspo.trainer.layers import check_shared_prompts, choose_layer_spec, packed_params
+from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, packed_params
 from megatron_aspo.trainer.logprobs import logprobs
-from megatron_aspo.trainer.micro_batch import MicroBatch, cut
-from megatron_aspo.trainer.model import build_model, transformer_config
+from megatron_aspo.trainer.micro_batch import MicroBatch, PackingRules, cut_all
+from megatron_aspo.trainer.model import build_model, chunks, transformer_config
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.weights.buckets import TensorMeta, pack as pack_bucket, plan_buckets
@@ -39,7 +40,6 @@ from megatron_aspo.weights.families import layout, replica_layouts
 from megatron_aspo.weights.group import stateless_group
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.layout import check_divisible
 from megatron_aspo.weights.transfer import Gather, load
 
 megatron_adapter.prepare()  # again, for the modules imported since
@@ -47,7 +47,7 @@ megatron_adapter.prepare()  # again, for the modules imported since
 
 @dataclass(frozen=True)
 class Scores:
-    """What the policy loss holds fixed over the phase, float32 [response tokens]; on the last stage, all data-parallel ranks alike.
+    """What the policy loss holds fixed over the phase, float32 [response tokens]; on the last stage, all its ranks alike.
 
     What the trainer computes stands at 0 in responses of which no token counts, unless their rewards need it.
     """
@@ -65,21 +65,21 @@ class TrainerRank:
         options = settings.trainer
         self.device = devices.select_device(local_rank)
         self.hf: HFModel = read_model(settings.model_directory)
-        check_divisible(self.hf.dims, settings.sizes)
+        settings.check_model(self.hf.dims)
         self.dtype = getattr(torch, options.dtype)
         self.layer_spec = choose_layer_spec(options.layer_spec, self.device)
-        if options.shared_prompts:
-            check_shared_prompts(self.layer_spec)
+        check_layers(options, self.layer_spec)
         self.parallel = parallel_states.initialize(rank, settings.sizes, store, self.device, options.timeout_s, settings.seed)
         self.stored_layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
         self.layout = layout(self.hf.architecture, self.hf.dims, settings.sizes, self.parallel.at, self.layer_spec)
 
-        self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec)
+        self._rules = PackingRules.of(settings.sizes, self.parallel.at, options.sequence_parallel)
+        self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec, options.sequence_parallel)
         self.model = self._build()
         self.reference = self._build() if settings.algorithm.has_kl else None
         if self.reference is not None:
             self.reference.requires_grad_(False)
-        self._wrapped = wrap_model(self.model, self._config, options.distributed_optimizer)
+        self._wrapped = [wrap_model(chunk, self._config, options.distributed_optimizer) for chunk in chunks(self.model)]
         self.optimizer = build_optimizer(self._wrapped, self._config, settings.optimizer, self.dtype, options.distributed_optimizer)
         # With bfloat16 the optimizer's float32 copies were made of the weights just loaded.
         self._forward_backward: Callable = get_forward_backward_func()
@@ -97,7 +97,12 @@ class TrainerRank:
 
     def _build(self) -> torch.nn.Module:
         model = build_model(self.hf, self._config, self.parallel, self.layer_spec).to(self.device.torch_device)
-        load(self.layout, dict(model.named_parameters()), TensorReader(self.hf))
+        parameters = dict(model.named_parameters())
+        load(self.layout, parameters, TensorReader(self.hf))
+        for name in self.layout.expert_parameters:
+            # Megatron marks them so, to be reduced over the experts' own replicas, only where experts are spread: not where they are merely
+            # cut in fewer ways than the rest (expert_tensor_parallel < tensor_parallel).
+            parameters[name].allreduce = False
         return model
 
     # --- passes ---------------------------------------------------------------------------------------------------------------------------
@@ -152,7 +157,7 @@ class TrainerRank:
             result[:, micro.response_index] = torch.stack([logprob, entropy])
             return logprob.sum(), {}
 
-        self._run(model, batch, samples, keep, forward_only=True)
+        self._run(chunks(model), batch, samples, keep, forward_only=True)
         if self.parallel.is_last_stage:
             # Each replica filled its own samples and left zeros elsewhere.
             dist.all_reduce(result, group=self.parallel.dp_group)
@@ -178,7 +183,8 @@ class TrainerRank:
             return objective(tokens, algorithm, totals)
 
         rollout = torch.from_numpy(batch.rollout_logprobs).to(scores.old)
-        self._wrapped.zero_grad_buffer()
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return add_tallies(*self._run(self._wrapped, batch, samples, loss, forward_only=False))
 
@@ -203,11 +209,14 @@ class TrainerRank:
         applied, gradient_norm, _ = self.optimizer.step()
         return bool(applied), float(gradient_norm)
 
-    def _run(self, model, batch: TrainBatch, samples: np.ndarray, loss: Callable, *, forward_only: bool) -> list[Tally]:
-        """Megatron's pipeline schedule over this replica's micro-batches of `samples`; `loss` runs on the last stage."""
-        options = self.settings.trainer
-        packs = pack(batch, samples, self.parallel.sizes.data, options.micro_batch_tokens, options.shared_prompts)[self.parallel.at.data]
-        inner = getattr(model, "module", model)
+    def _run(self, model: list, batch: TrainBatch, samples: np.ndarray, loss: Callable, *, forward_only: bool) -> list[Tally]:
+        """Megatron's pipeline schedule over this replica's micro-batches of `samples`; `loss` runs on the last stage.
+
+        Every context-parallel rank gives `loss` whole responses; its gradient goes on where a token's hidden state is.
+        """
+        options, rules = self.settings.trainer, self._rules
+        shares = pack(batch, samples, self.parallel.sizes.data, options.micro_batch_tokens, options.shared_prompts, rules.count_multiple)
+        micros = cut_all(batch, shares[self.parallel.at.data], self.device.torch_device, options.shared_prompts, rules)
 
         def forward_step(iterator: Iterator[MicroBatch], model):
             micro = next(iterator)
@@ -218,13 +227,15 @@ class TrainerRank:
             def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Tally]:
                 logprob, entropy = logprobs(
                     hidden[micro.predictors, 0],
-                    inner.output_weight(),
+                    getattr(model, "module", model).output_weight(),
                     micro.targets,
                     self.settings.temperature,
                     self.parallel.tp_group,
                     vocab=self.hf.dims.vocab,
                     chunk_tokens=self.settings.trainer.logprob_chunk_tokens,
                 )
+                if micro.held is not None:
+                    logprob, entropy = _whole_responses(torch.stack([logprob, entropy]), micro, self.parallel.cp_group)
                 value, tally = loss(micro, logprob, entropy)
                 # The schedule wants a count to divide by later; `finalize` in optimizer.py ignores it.
                 return value, torch.zeros((), dtype=torch.int, device=value.device), tally
@@ -233,10 +244,11 @@ class TrainerRank:
 
         return self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter([cut(batch, pack, self.device.torch_device, options.shared_prompts) for pack in packs]),
-            model=model,
-            num_microbatches=len(packs),
-            seq_length=1,  # shapes are exchanged per micro-batch (variable_seq_lengths)
+            data_iterator=[iter(micros) for _ in model] if len(model) > 1 else iter(micros),
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=len(micros),
+            # Shapes are exchanged for each micro-batch (variable_seq_lengths), but where all are of one length.
+            seq_length=micros[0].tokens,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -255,11 +267,11 @@ class TrainerRank:
     def whole_tensors(
         self, metas: list[TensorMeta], value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter
     ) -> Iterator[tuple[str, Tensor]]:
-        """Whole Hugging Face tensors on rank 0; the other ranks of the first replica send, the rest do nothing.
+        """Whole Hugging Face tensors on rank 0; the other ranks of `stored_layouts` send, the rest do nothing.
 
         `value` picks what is gathered of each parameter, itself or a tensor of its shape (its gradient, say).
         """
-        if self.parallel.at.data != 0:
+        if self.parallel.rank not in self.stored_layouts:
             return iter(())
         held = {name: value(parameter) for name, parameter in self.model.named_parameters()}
         return Gather(self.stored_layouts, self.parallel.rank, held).whole(metas)
@@ -284,6 +296,15 @@ class TrainerRank:
         """Leave all process groups."""
         self._transfer_group = None
         parallel_states.destroy()
+
+
+def _whole_responses(values: Tensor, micro: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
+    """[2, response tokens of this rank] of each context-parallel rank → [2, response tokens] on all of them.
+
+    All compute the same loss from it; in backward each rank takes the gradient of its own tokens, so that every token counts once.
+    """
+    placed = values.new_zeros(2, len(micro.response_index)).index_copy(1, micro.held, values)
+    return reduce_from_tensor_model_parallel_region(placed, group=cp_group)
 
 
 def _mismatch(old: Tensor, batch: TrainBatch) -> dict[str, float]:

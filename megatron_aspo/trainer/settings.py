@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
-from megatron_aspo.weights.layout import ParallelSizes
+from megatron_aspo.weights.layout import ModelDims, ParallelSizes, check_divisible
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,28 @@ class RankSettings:
 
     @property
     def sizes(self) -> ParallelSizes:
-        return ParallelSizes(self.trainer.tensor_parallel, self.trainer.pipeline_parallel, self.trainer.data_parallel)
+        trainer = self.trainer
+        return ParallelSizes(
+            tensor=trainer.tensor_parallel,
+            pipeline=trainer.pipeline_parallel,
+            data=trainer.data_parallel,
+            virtual=trainer.virtual_pipeline,
+            expert=trainer.expert_parallel,
+            expert_tensor=trainer.expert_tensor_parallel or None,
+            context=trainer.context_parallel,
+        )
+
+    def check_model(self, dims: ModelDims) -> None:
+        """Raises UserError when a model of these sizes cannot be trained on this layout."""
+        check_divisible(dims, self.sizes)
+        trainer = self.trainer
+        if not dims.experts and trainer.expert_tensor_parallel:
+            raise UserError(f"trainer.expert_tensor_parallel={trainer.expert_tensor_parallel}: the model has no experts; leave it out")
+        if dims.experts and trainer.tensor_parallel > 1 and not trainer.sequence_parallel:
+            raise UserError(
+                f"trainer.tensor_parallel={trainer.tensor_parallel}: Megatron trains a model with experts under tensor parallelism only "
+                "with sequence parallelism; set trainer.sequence_parallel=true"
+            )
 
 
 @dataclass

@@ -128,7 +128,7 @@ def mixed_dtypes(rank: int, meeting: str, distributed: bool) -> list[tuple[str, 
     module.small = torch.nn.Parameter(torch.randn(2, 3, dtype=torch.bfloat16))
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, bf16=True, params_dtype=torch.bfloat16)
     wrapped = wrap_model(module, config, distributed)
-    slabs = optimizer_slabs(module, build_optimizer(wrapped, config, OptimizerOptions(), torch.bfloat16, distributed))
+    slabs = optimizer_slabs(module, build_optimizer([wrapped], config, OptimizerOptions(), torch.bfloat16, distributed))
     result = []
     for name, slab in slabs.items():
         parameter = module.get_parameter(name).detach()

@@ -23,33 +23,15 @@ MODELS = {
 
 
 def settings(directory, **layout) -> RankSettings:
-    return RankSettings(
-        directory, TrainerOptions(dtype="float32", **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32
-    )
-
-
-def evaluated_logits(rank: int, meeting: str, settings, sequences: list[list[int]]) -> np.ndarray:
-    """As `workloads.logits`, outside training: there Megatron refuses experts under tensor parallelism without sequence parallelism."""
-    from megatron_aspo.trainer.layers import SharedPromptParams
-
-    lengths = [len(sequence) for sequence in sequences]
-    edges = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    with workloads._trainer(rank, meeting, settings) as trainer, torch.no_grad():
-        hidden = trainer.model.eval()(
-            input_ids=torch.tensor([[token for sequence in sequences for token in sequence]]),
-            position_ids=torch.tensor([[i for n in lengths for i in range(n)]]),
-            attention_mask=None,
-            packed_seq_params=SharedPromptParams(
-                qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
-            ),
-        )
-        return (hidden[:, 0] @ trainer.model.output_weight().T).numpy()
+    """Under tensor parallelism with sequence parallelism: without, Megatron does not train experts there."""
+    trainer = TrainerOptions(dtype="float32", sequence_parallel=layout.get("tensor_parallel", 1) > 1, **layout)
+    return RankSettings(directory, trainer, OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
 
 
 def assert_logits_are_those_of_transformers(pools, directory, reference, tensor_parallel: int) -> None:
     random = np.random.default_rng(0)
     sequences = [random.integers(0, VOCAB, n).tolist() for n in (7, 1, 40, 12)]
-    shares = pools(tensor_parallel).run(evaluated_logits, settings(directory, tensor_parallel=tensor_parallel), sequences)
+    shares = pools(tensor_parallel).run(workloads.logits, settings(directory, tensor_parallel=tensor_parallel), sequences)
     ours = np.concatenate(shares, axis=1)[:, :VOCAB]
     with torch.no_grad():
         theirs = np.concatenate([reference(torch.tensor([s])).logits[0].numpy() for s in sequences])

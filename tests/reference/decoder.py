@@ -1,4 +1,4 @@
-"""A Llama / Qwen2 / Qwen3 decoder in plain PyTorch and float64: the independent truth for logits, gradients and updates.
+"""A Llama / Qwen2 / Qwen3 / Qwen3-MoE / Mixtral decoder in plain PyTorch and float64: the independent truth for logits and gradients.
 
 Reads Hugging Face tensors by name from a dict; knows nothing of Megatron, of packing or of any module of the project.
 """
@@ -22,6 +22,10 @@ class Decoder:
         self.eps = config["rms_norm_eps"]
         self.theta = config["rope_parameters"]["rope_theta"]
         self.tied = config["tie_word_embeddings"]
+        self.experts_per_token = config.get("num_experts_per_tok", 0)
+        self.weights_sum_to_one = config["model_type"] == "mixtral" or config.get("norm_topk_prob", False)
+        self.narrowest_choice = math.inf
+        """Smallest difference seen between the logits of the last expert chosen and the first one left out."""
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """[tokens, vocabulary] of one sequence."""
@@ -31,10 +35,30 @@ class Decoder:
             prefix = f"model.layers.{layer}."
             x = x + self._attention(self._norm(x, w[prefix + "input_layernorm.weight"]), prefix + "self_attn.")
             y = self._norm(x, w[prefix + "post_attention_layernorm.weight"])
-            gate, up = y @ w[prefix + "mlp.gate_proj.weight"].T, y @ w[prefix + "mlp.up_proj.weight"].T
-            x = x + (gate * torch.sigmoid(gate) * up) @ w[prefix + "mlp.down_proj.weight"].T
+            if prefix + "mlp.gate.weight" in w:
+                x = x + self._experts(y, prefix + "mlp.", ("gate_proj", "up_proj", "down_proj"))
+            elif prefix + "block_sparse_moe.gate.weight" in w:
+                x = x + self._experts(y, prefix + "block_sparse_moe.", ("w1", "w3", "w2"))
+            else:
+                x = x + self._feed_forward(y, prefix + "mlp.", ("gate_proj", "up_proj", "down_proj"))
         output = w["model.embed_tokens.weight"] if self.tied else w["lm_head.weight"]
         return self._norm(x, w["model.norm.weight"]) @ output.T
+
+    def _feed_forward(self, y: Tensor, prefix: str, names: tuple[str, str, str]) -> Tensor:
+        gate, up, down = (self.weights[f"{prefix}{name}.weight"] for name in names)
+        return (y @ gate.T * torch.sigmoid(y @ gate.T) * (y @ up.T)) @ down.T
+
+    def _experts(self, y: Tensor, prefix: str, names: tuple[str, str, str]) -> Tensor:
+        """Every expert reads every token; what a token did not choose has weight 0."""
+        logits = y @ self.weights[prefix + "gate.weight"].T
+        ordered = logits.detach().sort(-1, descending=True).values
+        if self.experts_per_token < ordered.shape[1]:
+            margins = ordered[:, self.experts_per_token - 1] - ordered[:, self.experts_per_token]
+            self.narrowest_choice = min(self.narrowest_choice, float(margins.min()))
+        shares = torch.where(logits >= ordered[:, self.experts_per_token - 1, None], logits.softmax(-1), 0.0)
+        if self.weights_sum_to_one:
+            shares = shares / shares.sum(-1, keepdim=True)
+        return sum(shares[:, [e]] * self._feed_forward(y, f"{prefix}experts.{e}.", names) for e in range(logits.shape[1]))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * weight
