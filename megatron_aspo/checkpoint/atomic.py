@@ -1,5 +1,6 @@
 """Files and directories that appear whole or not at all, whatever is killed or runs full on the way."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -19,14 +20,18 @@ def new_directory(target: Path) -> Iterator[Path]:
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; choose another name, or remove it")
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
+    made = [parent for parent in target.parents if not parent.exists()]
     with disk_errors(target, "nothing of it was left"):
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
         try:
+            unfinished.mkdir(parents=True)
             yield unfinished
             publish(unfinished, target)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others may have put something there meanwhile
+                for parent in made:
+                    parent.rmdir()
             raise
 
 

@@ -79,13 +79,13 @@ def convert(
     verify: Verify | None = None,
 ) -> None:
     """Write `source` to the new directory `target`. sizes, naming: of a Megatron target; shard_bytes: of a Hugging Face target."""
-    dtype = dtype or source.dtype
+    chosen, dtype = dtype, dtype or source.dtype
     if dtype not in DTYPES.values():
         raise UserError(f"--dtype {dtype} is not known; expected one of {', '.join(DTYPES.values())}")
     if to_megatron:
         check_divisible(source.model.dims, sizes)
     with new_directory(target) as directory:
-        copy_small_files(source.model.directory, directory / "huggingface" if to_megatron else directory, dtype)
+        copy_small_files(source.model.directory, directory / "huggingface" if to_megatron else directory, chosen)
         if to_megatron:
             _write_megatron(source, directory, sizes, naming, dtype)
         else:
@@ -165,6 +165,8 @@ def _prove(source: Source, written: Reader, metas: Sequence[TensorMeta]) -> dict
             yield name, tensor
 
     hashes = _hash(compared())
+    if source.hashes.keys() - hashes.keys() or (source.megatron and hashes.keys() - source.hashes.keys()):
+        raise UserError(f"{source.directory}: the manifest lists other tensors than a {source.model.architecture} has; it was changed")
     if metas[0].dtype == source.dtype:
         for name, digest in source.hashes.items():
             if hashes[name] != digest:

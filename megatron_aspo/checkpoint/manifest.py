@@ -50,6 +50,8 @@ class Manifest:
 def write_manifest(directory: Path, manifest: Manifest, known: dict[str, str]) -> None:
     """Write `manifest.json` and `SHA256SUMS`. known: relative path → SHA-256 of files whose hash was taken while writing them."""
     (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    if odd := next((name for name in _files(directory) if "\n" in name), None):
+        raise UserError(f"{odd!r} has a line break in its name, which {SUMS} cannot list; rename the file in the model's directory")
     sums = {name: known.get(name) or sha256_of(directory / name) for name in _files(directory)}
     (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
 

@@ -7,8 +7,12 @@ from pathlib import Path
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
 
 
-def copy_small_files(source: Path, target: Path, dtype: str, *, skip: tuple[str, ...] = ()) -> None:
-    """Copy every file at the top of a model directory that holds no weights; config.json then says `dtype`.
+_TEMPLATES = "additional_chat_templates"
+"""Folder in which transformers keeps the chat templates beyond the first."""
+
+
+def copy_small_files(source: Path, target: Path, dtype: str | None, *, skip: tuple[str, ...] = ()) -> None:
+    """Copy every file of a model directory that holds no weights, byte for byte, but that config.json then says `dtype`, if one is given.
 
     A SHA256SUMS is left out: it speaks of files that the target cuts otherwise.
     """
@@ -16,8 +20,10 @@ def copy_small_files(source: Path, target: Path, dtype: str, *, skip: tuple[str,
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and file.name not in (*skip, "SHA256SUMS"):
             shutil.copyfile(file, target / file.name)
-    if stated_dtype(target) == dtype:
-        return  # byte for byte
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
+    if dtype in (None, stated_dtype(target)):
+        return
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     # Older configs say torch_dtype; readers of either take `dtype`.
     config.pop("torch_dtype", None)

@@ -42,7 +42,7 @@ def read_model(directory: Path) -> HFModel:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{directory}/config.json cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{directory}/config.json cannot be read: {' '.join(str(error).split())[:400]}") from error
     architecture = (config.architectures or ["none"])[0]
     if architecture not in FAMILIES:
         raise UserError(f"{directory}: architecture {architecture} is not supported; expected one of {sorted(FAMILIES)}")

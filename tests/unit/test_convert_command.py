@@ -50,7 +50,7 @@ def test_faults_are_one_line_and_status_2(tmp_path):
     (tmp_path / "taken").mkdir()
     file = tmp_path / "hf" / "model.safetensors"
     assert "taken exists; choose another name" in refused(tmp_path, "hf", "taken")
-    assert "=3 does not divide the model's 4 attention heads" in refused(tmp_path, "hf", "target", "--tensor-parallel", 3)
+    assert " 3 does not divide the model's 4 attention heads" in refused(tmp_path, "hf", "target", "--tensor-parallel", 3)
     file.write_bytes(file.read_bytes()[:-1])
     assert f"{file} cannot be read" in refused(tmp_path, "hf", "target")
 

@@ -252,13 +252,13 @@ def test_a_target_in_a_place_that_cannot_be_written_is_refused(hf, tmp_path, ref
 @pytest.mark.parametrize(
     ("family", "arguments", "said"),
     [
-        ("qwen2", ["--tensor-parallel", 3], ["=3 does not divide the model's 4 attention heads", "choose one of [1, 2, 4]"]),
-        ("qwen2", ["--pipeline-parallel", 4], ["=4 does not divide the model's 2 layers", "choose one of [1, 2]"]),
+        ("qwen2", ["--tensor-parallel", 3], [" 3 does not divide the model's 4 attention heads", "choose one of [1, 2, 4]"]),
+        ("qwen2", ["--pipeline-parallel", 4], [" 4 does not divide the model's 2 layers", "choose one of [1, 2]"]),
         ("qwen2", ["--pipeline-parallel", 2, "--virtual-pipeline", 2], ["does not divide the model's 2 layers", "must be one of [1, 2]"]),
         ("qwen2", ["--virtual-pipeline", 2], ["virtual", "set it to 1"]),
         ("qwen2", ["--expert-parallel", 2], ["the model has no experts", "leave them out"]),
-        ("mixtral", ["--expert-parallel", 3], ["=3 does not divide the model's 4 experts", "choose one of [1, 2, 4]"]),
-        ("qwen3_moe", ["--expert-tensor-parallel", 3], ["=3 does not divide the 8 feed-forward channels", "choose one of [1, 2, 4, 8]"]),
+        ("mixtral", ["--expert-parallel", 3], [" 3 does not divide the model's 4 experts", "choose one of [1, 2, 4]"]),
+        ("qwen3_moe", ["--expert-tensor-parallel", 3], [" 3 does not divide the 8 feed-forward channels", "choose one of [1, 2, 4, 8]"]),
     ],
 )
 def test_a_layout_that_cannot_cut_the_model_is_refused_with_the_choices(tmp_path, refused, family, arguments, said):
