@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from megatron_aspo.data.batch import make_train_batch, mini_batches, pack
 from megatron_aspo.data.records import Generation, Group, Prompt, Sample, VersionSpan
-from megatron_aspo.trainer.micro_batch import cut
+from megatron_aspo.trainer.micro_batch import PackingRules, cut, cut_all
+from megatron_aspo.weights.layout import ParallelSizes
 
 
 def group(number: int, prompt: list[int], responses: list[list[int]], place: int = 0) -> Group:
@@ -114,8 +116,8 @@ def test_responses_that_share_a_prompt_follow_it_once():
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), ranks=st.integers(1, 5), budget=st.integers(1, 120), shared=st.booleans())
-def test_packing_keeps_every_sample_once_the_budget_and_the_same_count(data, ranks, budget, shared):
+@given(data=st.data(), ranks=st.integers(1, 5), budget=st.integers(1, 120), shared=st.booleans(), multiple=st.integers(1, 4))
+def test_packing_keeps_every_sample_once_the_budget_and_the_same_count(data, ranks, budget, shared, multiple):
     sizes = st.tuples(st.integers(1, 30), st.lists(st.integers(1, 25), min_size=1, max_size=5))
     groups = [
         group(n, [0] * prompt, [[0] * length for length in responses])
@@ -123,10 +125,92 @@ def test_packing_keeps_every_sample_once_the_budget_and_the_same_count(data, ran
     ]
     batch = make_train_batch(groups, "shuffled", 1, overlong_filter=False)
     samples = np.arange(batch.samples)[:: data.draw(st.integers(1, 2))]
-    shares = pack(batch, samples, ranks, budget, shared)
-    assert len(shares) == ranks and len({len(share) for share in shares}) == 1 and len(shares[0]) >= 1
+    shares = pack(batch, samples, ranks, budget, shared, multiple)
+    assert len(shares) == ranks and len({len(share) for share in shares}) == 1
+    assert len(shares[0]) >= 1 and len(shares[0]) % multiple == 0
     placed = [int(i) for share in shares for p in share for i in p]
     assert sorted(placed) == samples.tolist()
     for micro in (p for share in shares for p in share):
         tokens = cut(batch, micro, torch.device("cpu"), shared).token_ids.numel()
         assert tokens <= budget or len(micro) <= 1
+
+
+CPU = torch.device("cpu")
+
+
+def test_rules_follow_the_layout():
+    sizes = ParallelSizes(tensor=2, pipeline=4, data=3, virtual=2, context=2)
+    rules = PackingRules.of(sizes, sizes.coordinates(2), sequence_parallel=True)
+    assert rules == PackingRules(context=2, context_rank=1, sequence=2, count_multiple=4, equal_lengths=True)
+    assert PackingRules.of(sizes, sizes.coordinates(2), sequence_parallel=False).sequence == 1
+    plain = ParallelSizes(tensor=2, pipeline=4, data=3)
+    assert PackingRules.of(plain, plain.coordinates(9), sequence_parallel=False) == PackingRules()
+
+
+@pytest.mark.parametrize(
+    ("context", "sequence", "segment", "total"), [(1, 1, 1, 1), (1, 4, 1, 4), (2, 1, 4, 4), (2, 2, 4, 4), (2, 4, 4, 8), (3, 4, 6, 12)]
+)
+def test_lengths_are_multiples_that_every_rank_can_share(context, sequence, segment, total):
+    """2 · CP for segments; for the whole also TP · CP under sequence parallelism."""
+    rules = PackingRules(context=context, sequence=sequence)
+    assert (rules.segment_tokens(1), rules.total_tokens(1), rules.total_tokens(0)) == (segment, total, total)
+    assert rules.segment_tokens(2 * segment) == 2 * segment and rules.total_tokens(2 * total + 1) == 3 * total
+
+
+def test_padding_stands_after_what_it_pads():
+    batch = make_train_batch(GROUPS, "shuffled", 1, overlong_filter=False)
+    micro = cut(batch, np.array([0, 1, 2]), CPU, rules=PackingRules(sequence=4))
+    assert micro.token_ids[0].tolist() == [5, 6, 7, 1, 5, 6, 7, 9, 4, 4, 0, 0]
+    assert micro.cu_seqlens.tolist() == [0, 4, 7, 10, 12] and micro.position_ids[0, -2:].tolist() == [0, 1]
+    micro = cut(batch, np.arange(4), CPU, shared_prompts=True, rules=PackingRules(sequence=5))
+    assert micro.cu_seqlens.tolist() == [0, 4, 8, 10]
+    assert [b.tolist() for b in micro.branches] == [[-1, -1, -1, 0], [-1, 0, 0, 1], [-1, -1]]
+
+
+def test_a_context_parallel_rank_holds_a_chunk_and_the_mirrored_one_of_each_segment():
+    batch = make_train_batch([group(0, [1, 2, 3], [[4, 5, 6, 7], [8]])], "shuffled", 1, overlong_filter=False)
+    first, second = (cut(batch, np.arange(2), CPU, rules=PackingRules(context=2, context_rank=r)) for r in range(2))
+    # Segments 1 2 | 3 4 | 5 6 | pad pad and 1 | 2 | 3 | pad.
+    assert first.token_ids[0].tolist() == [1, 2, 0, 0, 1, 0] and second.token_ids[0].tolist() == [3, 4, 5, 6, 2, 3]
+    assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 8, 12]
+    assert first.targets.tolist() == [] and second.targets.tolist() == [4, 5, 6, 7, 8]
+    assert second.predictors.tolist() == [0, 1, 2, 3, 5] and second.held.tolist() == [0, 1, 2, 3, 4]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), context=st.integers(2, 4), sequence=st.integers(1, 4), shared=st.booleans(), equal=st.booleans())
+def test_context_parallel_ranks_hold_every_token_and_every_target_once(data, context, sequence, shared, equal):
+    """Put together rank by rank and in order again, they are what one rank would hold, padding apart."""
+    sizes = st.tuples(st.integers(1, 20), st.lists(st.integers(1, 25), min_size=1, max_size=4))
+    groups = [
+        group(n, list(range(1, prompt + 1)), [list(range(50, 50 + length)) for length in responses])
+        for n, (prompt, responses) in enumerate(data.draw(st.lists(sizes, min_size=1, max_size=5)))
+    ]
+    batch = make_train_batch(groups, "shuffled", 1, overlong_filter=False)
+    packs = [np.arange(batch.samples)[: batch.samples // 2], np.arange(batch.samples)]
+    rules = [PackingRules(context=context, context_rank=r, sequence=sequence, equal_lengths=equal) for r in range(context)]
+    ranks = [cut_all(batch, packs, CPU, shared, r) for r in rules]
+    assert not equal or len({micro.tokens for micros in ranks for micro in micros}) == 1
+    for number, samples in enumerate(packs):
+        shares = [micros[number] for micros in ranks]
+        whole = cut(batch, samples, CPU, shared)
+        assert {share.token_ids.shape for share in shares} == {(1, shares[0].tokens // context)}
+        assert shares[0].token_ids.numel() % sequence == 0 and bool((shares[0].cu_seqlens % (2 * context) == 0).all())
+        tokens = torch.cat([share.token_ids[0] for share in shares])[shares[0].order]
+        for share in shares:
+            assert torch.equal(tokens[share.local], share.token_ids[0])
+            # What predicts a target stands one place before it.
+            before = share.position_ids[0, share.local][share.predictors] + 1
+            places = torch.cat([torch.arange(n, n + stop - start) for n, start, stop in spans(batch, samples)] or [torch.zeros(0)])
+            assert torch.equal(before, places[share.held].long())
+        kept = [i for a, b, n in zip(shares[0].cu_seqlens[:-1], whole.cu_seqlens[:-1], whole.cu_seqlens.diff()) for i in range(a, a + n)]
+        if len(samples):
+            assert torch.equal(tokens[kept], whole.token_ids[0]) and torch.equal(shares[0].position_ids[0, kept], whole.position_ids[0])
+        held = torch.cat([share.held for share in shares])
+        assert torch.equal(torch.cat([share.targets for share in shares])[held.argsort()], whole.targets)
+        assert held.sort().values.tolist() == list(range(len(whole.targets)))
+
+
+def spans(batch, samples):
+    """(prompt length, first, last) of each sample's response tokens."""
+    return [(int(batch.prompt_lengths[i]), int(batch.response_offsets[i]), int(batch.response_offsets[i + 1])) for i in samples]
