@@ -56,10 +56,19 @@ def gathered(trainer) -> dict[str, dict[str, np.ndarray]]:
                 values = getattr(slab, kind)
                 flat[slab.start : slab.stop] = parameter.detach().reshape(-1)[slab.start : slab.stop] if values is None else values
             if trainer.settings.trainer.distributed_optimizer:
-                dist.all_reduce(flat, group=trainer.parallel.dp_group)
+                dist.all_reduce(flat, group=_replicas(name in trainer.layout.expert_parameters))
             whole[name] = flat.view(parameter.shape)
         result[kind] = {name: t.numpy() for name, t in trainer.whole_tensors(metas, lambda p, whole=whole: whole[names[id(p)]])}
     return result
+
+
+def _replicas(expert: bool) -> dist.ProcessGroup:
+    """The ranks that hold the same parameter, and with the distributed optimizer share its state."""
+    from megatron.core import parallel_state
+
+    if expert:
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def save_and_fail(rank: int, meeting: str, settings, target: Path, attempt: str) -> str:

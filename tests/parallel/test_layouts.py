@@ -5,6 +5,14 @@ parallelism and their products, on real Megatron-Core processes.
 import numpy as np
 import pytest
 
+from megatron_aspo.errors import UserError
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
+from megatron_aspo.trainer.settings import RankSettings
+from megatron_aspo.weights.families import layout as weight_layout
+from megatron_aspo.weights.hf_model import read_model
+from tests.models import save_tiny
+from tests.parallel import state_workloads, test_splitting, test_update, workloads
 from tests.parallel.test_one_step import Case, make_case, relative_error, run, truth
 
 TP2_SP = {"tensor_parallel": 2, "sequence_parallel": True}
@@ -21,6 +29,7 @@ CASES = {
     "CP2": ("qwen2 tied", {"context_parallel": 2}),
     "CP2 shared prompts": ("qwen2 tied", {"context_parallel": 2, "shared_prompts": True}),
     "CP2 TP2 SP": ("qwen3 tied", {"context_parallel": 2, **TP2_SP}),
+    "CP2 DP2": ("qwen2 tied", {"context_parallel": 2, "data_parallel": 2}),
     "CP2 DP2 distributed": ("qwen2 tied", {"context_parallel": 2, **DP2_DISTRIBUTED}),
     "CP2 PP2": ("llama untied", {"context_parallel": 2, "pipeline_parallel": 2}),
     "CP2 PP2 VPP2": ("qwen2 tied", {"context_parallel": 2, **PP2_VPP2}),
@@ -31,6 +40,7 @@ CASES = {
     "TP2 SP ETP1": ("qwen3_moe tied", {"expert_tensor_parallel": 1, **TP2_SP}),
     "TP2 SP ETP2": ("qwen3_moe tied", {**TP2_SP}),
     "EP2 TP2 DP2 SP ETP2": ("qwen3_moe tied", {"expert_parallel": 2, "data_parallel": 2, **TP2_SP}),
+    "EP2 DP4": ("qwen3_moe tied", {"expert_parallel": 2, "data_parallel": 4}),
     "EP2 DP4 distributed": ("qwen3_moe tied", {"expert_parallel": 2, "data_parallel": 4, "distributed_optimizer": True}),
     "EP2 CP2": ("qwen3_moe tied", {"expert_parallel": 2, "context_parallel": 2}),
     "EP2 DP2 PP2": ("qwen3_moe tied", {"expert_parallel": 2, "data_parallel": 2, "pipeline_parallel": 2}),
@@ -61,8 +71,142 @@ def test_one_step_equals_float64_pytorch(pools, cases, name):
     ours, last = results[0], results[-1]
     assert np.abs(last["logprobs"] - true.logprobs).max() < 1e-5
     total, count = last["tally"]["loss"]
-    assert abs(total / count - true.loss) / true.mean_token_loss <= 1e-5
+    assert count == pytest.approx(1) and abs(total - true.loss) / true.mean_token_loss <= 1e-5
     assert all(abs(result["norm"] / true.norm - 1) <= 1e-5 for result in results)
     if not layout.get("distributed_optimizer"):  # which leaves each rank only its share of the gradient
         assert relative_error(ours["gradients"], true.gradients) <= 1e-5
     assert relative_error(ours["weights"], true.weights) <= 1e-5
+
+
+splitting_case = test_splitting.case
+
+
+@pytest.mark.parametrize("name", test_splitting.ALGORITHMS)
+def test_every_loss_sees_whole_responses_under_context_parallelism(pools, splitting_case, name):
+    """Means, entropy quantiles and masks of responses of one to 22 tokens that are cut over the ranks; of the mini-batch too."""
+    options, case = test_splitting.options(name), splitting_case
+    settings = RankSettings(
+        case.directory,
+        TrainerOptions(dtype="float32", context_parallel=2, micro_batch_tokens=60),
+        OptimizerOptions(),
+        options,
+        temperature=1.0,
+        seed=0,
+        responses_per_prompt=test_splitting.RESPONSES_PER_PROMPT,
+        max_response_tokens=test_splitting.MAX_TOKENS,
+    )
+    reference = case.reference if options.has_kl else None
+    results = pools(2).run(workloads.one_step, settings, case.batch, case.old, reference, case.advantages)
+    loss, gradients = test_splitting.truth(case, name)
+    for result in results:
+        total, part = result["tally"]["loss"]
+        assert part == pytest.approx(1, abs=1e-12) and total == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert relative_error(results[0]["gradients"], gradients) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    paths = {}
+    for family in ("qwen2", "qwen3_moe"):
+        paths[family] = tmp_path_factory.mktemp("model")
+        save_tiny(family, paths[family], tied=True, vocab_size=test_update.VOCAB, num_hidden_layers=4)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen2", {**PP2_VPP2, "micro_batch_tokens": 20}),
+        ("qwen2", {**PP2_VPP2, **DP2_DISTRIBUTED, "micro_batch_tokens": 1}),
+        ("qwen2", {**TP2_SP, "context_parallel": 2, "micro_batch_tokens": 30}),
+        ("qwen3_moe", {"expert_parallel": 2, **DP2_DISTRIBUTED, "micro_batch_tokens": 1}),
+    ],
+    ids=str,
+)
+def test_six_off_policy_updates_are_those_of_one_process(pools, directories, family, layout):
+    """With empty micro-batches among them. Differences are of float32 rounding carried through six Adam steps."""
+    given = test_update.batch()
+    expected_report, expected = test_update.update(pools, directories[family], given, micro_batch_tokens=10_000)
+    report, weights = test_update.update(pools, directories[family], given, **layout)
+    assert len(report.gradient_norms) == 6 and np.allclose(report.gradient_norms, expected_report.gradient_norms, rtol=1e-4)
+    assert max(np.abs(weights[name] - expected[name]).max() for name in expected) < 2e-5
+    assert {name: count for name, (_, count) in report.tally.items()} == {n: count for n, (_, count) in expected_report.tally.items()}
+    assert report.tokens == expected_report.tokens
+
+
+STATES = {
+    "PP2 VPP2 bfloat16": ("qwen2", {**PP2_VPP2, "dtype": "bfloat16"}),
+    "PP2 VPP2 DP2 distributed": ("qwen2", {**PP2_VPP2, **DP2_DISTRIBUTED}),
+    "CP2 distributed": ("qwen2", {"context_parallel": 2, "distributed_optimizer": True}),
+    "EP2 bfloat16": ("qwen3_moe", {"expert_parallel": 2, "data_parallel": 2, "dtype": "bfloat16"}),
+    "EP2 DP4 distributed": ("qwen3_moe", {"expert_parallel": 2, "data_parallel": 4, "distributed_optimizer": True}),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_optimizers_state_goes_by_the_names_of_the_weight_map_and_can_be_gone_on_from(pools, directories, name):
+    family, layout = STATES[name]
+    settings = RankSettings(
+        directories[family],
+        TrainerOptions(**{"dtype": "float32", "micro_batch_tokens": 60} | layout),
+        OptimizerOptions(lr=1e-3, warmup_steps=1),
+        AlgorithmOptions(epochs=1, mini_batch_prompts=3),
+        temperature=0.9,
+        seed=0,
+        responses_per_prompt=3,
+        max_response_tokens=12,
+    )
+    results = pools(settings.sizes.world).run(state_workloads.interrupted, settings, test_update.batch())
+    model, slabs = read_model(settings.model_directory), {}
+    shapes = {}
+    for rank, result in enumerate(results):
+        assert result["by reading"] == result["by copying"] == result["by restoring"] == [] and result["draws"]
+        at = settings.sizes.coordinates(rank)
+        ours = weight_layout(model.architecture, model.dims, settings.sizes, at)
+        assert result["kept"]["weights"].keys() == ours.parameter_shapes.keys() >= result["kept"]["ranges"].keys()
+        for parameter, shape in ours.parameter_shapes.items():
+            expert = parameter in ours.expert_parameters
+            home = (parameter, at.pipeline, *((at.expert, at.expert_tensor) if expert else (at.tensor,)))
+            # A replica's rank may hold no share.
+            slabs.setdefault(home, []).append(result["kept"]["ranges"].get(parameter, (0, 0)))
+            shapes[home] = shape
+    for home, shape in shapes.items():
+        size = int(np.prod(shape))
+        if settings.trainer.distributed_optimizer:
+            edges = [0, *(edge for start, stop in sorted(slabs[home]) if stop for edge in (start, stop)), size]
+            assert edges[::2] == edges[1::2], (home, slabs[home])
+        else:
+            assert set(slabs[home]) == {(0, size)}, home
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("qwen2", {"expert_parallel": 2, "data_parallel": 2}, "the model has no experts; leave them out"),
+        ("qwen2", {"expert_tensor_parallel": 1}, "trainer.expert_tensor_parallel=1: the model has no experts; leave it out"),
+        ("qwen2", {**PP2_VPP2, "virtual_pipeline": 3}, "does not divide the model's 4 layers; their product must be one of [1, 2, 4]"),
+        ("qwen3_moe", {"tensor_parallel": 2}, "set trainer.sequence_parallel=true"),
+        ("qwen3_moe", {"expert_parallel": 3, "data_parallel": 3}, "does not divide the model's 4 experts; choose one of [1, 2, 4]"),
+        ("qwen3_moe", {"expert_parallel": 4, "context_parallel": 2}, "does not divide the 2 ranks of a pipeline stage"),
+        ("qwen3_moe", {"expert_tensor_parallel": 2}, "does not divide the 1 ranks of a pipeline stage"),
+    ],
+)
+def test_layouts_that_the_model_does_not_fit_are_refused(directories, family, options, message):
+    trainer = TrainerOptions(**options)
+    settings = RankSettings(directories[family], trainer, OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 3, 12)
+    with pytest.raises(UserError) as caught:
+        settings.check_model(read_model(directories[family]).dims)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["context_parallel", "shared_prompts"])
+def test_what_only_the_local_layers_can_do_is_refused_elsewhere(option):
+    from megatron_aspo.trainer import megatron_adapter
+
+    megatron_adapter.prepare()  # before anything else imports Megatron-Core
+    from megatron_aspo.trainer.layers import check_layers
+
+    options = TrainerOptions(**{option: 2 if option == "context_parallel" else True})
+    check_layers(options, "local")
+    with pytest.raises(UserError, match=f"trainer.{option}=.* needs trainer.layer_spec=local: .*; set it to"):
+        check_layers(options, "transformer_engine")
