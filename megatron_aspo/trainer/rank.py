@@ -90,6 +90,7 @@ class TrainerRank:
         return {
             "device": str(self.device.torch_device),
             "backend": self.device.backend,
+            "layout": self.settings.layout,
             "layer_spec": self.layer_spec,
             "optimizer": fused_adam(self.device),
             "dtype": self.settings.trainer.dtype,

@@ -37,6 +37,22 @@ class RankSettings:
             context=trainer.context_parallel,
         )
 
+    @property
+    def layout(self) -> str:
+        """In the field's letters, TP2 SP PP2 VPP2 CP2 DP2 EP2 ETP1, without those that cut nothing; `whole` when none cuts."""
+        trainer = self.trainer
+        parts = {
+            f"TP{trainer.tensor_parallel}": trainer.tensor_parallel > 1,
+            "SP": trainer.sequence_parallel,
+            f"PP{trainer.pipeline_parallel}": trainer.pipeline_parallel > 1,
+            f"VPP{trainer.virtual_pipeline}": trainer.virtual_pipeline > 1,
+            f"CP{trainer.context_parallel}": trainer.context_parallel > 1,
+            f"DP{trainer.data_parallel}": trainer.data_parallel > 1,
+            f"EP{trainer.expert_parallel}": trainer.expert_parallel > 1,
+            f"ETP{trainer.expert_tensor_parallel}": trainer.expert_tensor_parallel > 0,
+        }
+        return " ".join(name for name, cuts in parts.items() if cuts) or "whole"
+
     def check_model(self, dims: ModelDims) -> None:
         """Raises UserError when a model of these sizes cannot be trained on this layout."""
         check_divisible(dims, self.sizes)

@@ -199,6 +199,18 @@ def test_layouts_that_the_model_does_not_fit_are_refused(directories, family, op
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "whole"),
+        ({**TP2_SP, **PP2_VPP2, "context_parallel": 2}, "TP2 SP PP2 VPP2 CP2"),
+        ({"data_parallel": 4, "expert_parallel": 2, "expert_tensor_parallel": 1}, "DP4 EP2 ETP1"),
+    ],
+)
+def test_a_layout_is_named_by_what_it_cuts(options, words):
+    assert RankSettings("", TrainerOptions(**options), OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 2, 8).layout == words
+
+
 @pytest.mark.parametrize("option", ["context_parallel", "shared_prompts"])
 def test_what_only_the_local_layers_can_do_is_refused_elsewhere(option):
     from megatron_aspo.trainer import megatron_adapter
