@@ -5,6 +5,7 @@ log-probabilities and take epochs × mini-batches of the policy loss; the new we
 sampled from the weights that training starts from. Not here: critics, reward models, multi-turn tools.
 """
 
+import json
 import time
 
 from megatron_aspo.config import Config, to_yaml
@@ -21,7 +22,8 @@ from megatron_aspo.runtime.run import Run, is_complete, open_run
 def train(config: Config) -> None:
     """Run the recipe from start, or from where it stopped, to end; prints a summary whose last line is one JSON object."""
     if is_complete(config):
-        print(f"run {config.directory} is complete: its model is {config.export_directory}")
+        print(f"run {config.directory} is complete")
+        print(json.dumps({"steps": config.steps, "run_dir": str(config.directory), "hf_model": str(config.export_directory)}))
         return
     with open_run(config) as run:
         before = evaluate(run, 0) if run.start.step == 0 else run.evaluation(0)
@@ -30,7 +32,6 @@ def train(config: Config) -> None:
         tokens = 0
         for step in range(run.start.step, config.steps):
             metrics = train_step(run, step)
-            accuracy = None
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
                 accuracy = evaluate(run, step + 1).accuracy
                 metrics |= {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error}
@@ -38,10 +39,13 @@ def train(config: Config) -> None:
             run.progress.step(step, metrics)
             tokens += metrics["tokens/generated"]
             run.report_checkpoint()
-            run.save_if_due(step + 1, accuracy)
+            run.save_if_due(step + 1)
         minutes = (time.perf_counter() - started) / 60
         run.report_checkpoint(wait=True)
         after = evaluate(run, config.steps)
+        if before and after and not before.same_questions(after):
+            run.progress.say("the evaluation before training asked other questions: it is left out of the comparison")
+            before = None
         card = model_card(to_yaml(config), before, after, run.metrics.last())
         run.trainers.export(config.export_directory, config.trainer.dtype, card)
         print_summary(run, before, after, minutes, tokens, config.export_directory)

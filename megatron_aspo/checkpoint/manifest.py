@@ -52,6 +52,8 @@ def write_manifest(directory: Path, manifest: Manifest, known: dict[str, str]) -
     (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
     if odd := next((name for name in _files(directory) if "\n" in name), None):
         raise UserError(f"{odd!r} has a line break in its name, which {SUMS} cannot list; rename the file in the model's directory")
+    if lost := known.keys() - set(_files(directory)):
+        raise UserError(f"{directory / min(lost)} was written but is not there: all processes need the same file system")
     sums = {name: known.get(name) or sha256_of(directory / name) for name in _files(directory)}
     (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
 

@@ -51,6 +51,7 @@ class RankSaver:
         """Start a checkpoint, after the one under way is done; returns the seconds until training can go on."""
         started = time.perf_counter()
         self.finish()
+        self._check_file_system(request)
         rooms = self._rooms()
         if request.asynchronous:
             rooms = self._copy(rooms)
@@ -63,6 +64,18 @@ class RankSaver:
         if not request.asynchronous:
             self.finish()
         return time.perf_counter() - started
+
+    def _check_file_system(self, request: SaveRequest) -> None:
+        run_directory, rank = request.target.parent.parent, self._trainer.parallel.rank
+        try:
+            seen = read_attempt(run_directory) == request.attempt
+        except OSError:
+            seen = False
+        if not seen:
+            raise UserError(
+                f"training rank {rank} does not see what the driver wrote into {run_directory}: another process has taken over this run, "
+                "or the nodes do not share that file system; choose a run_dir that they share"
+            )
 
     def finished(self) -> bool:
         """Whether nothing is being written. Raises what ended the writer, if something did."""
@@ -116,7 +129,7 @@ class RankSaver:
                 report = {"files": _write_rank(request.unfinished, rank, rooms)}
         except BaseException as error:
             self._error = error
-            report = {"error": str(error)}
+            report = {"error": str(error) if isinstance(error, UserError) else repr(error), "user": isinstance(error, UserError)}
         try:
             with disk_errors(request.target, "nothing of it was left"):
                 _report(request.unfinished, rank, report)
@@ -129,7 +142,7 @@ class RankSaver:
 
     def _complete(self, request: SaveRequest) -> None:
         trainer, directory, dtype = self._trainer, request.unfinished, self._trainer.settings.trainer.dtype
-        files = _wait_for_reports(directory, trainer.parallel.sizes.world)
+        files = _wait_for_reports(directory, trainer.parallel.sizes.world, trainer.settings.trainer.timeout_s)
         copy_small_files(trainer.hf.directory, directory / "huggingface", dtype, skip=("README.md",))
         (directory / "config.yaml").write_text(request.config, encoding="utf-8")
         manifest = Manifest(trainer.hf.architecture, dtype, trainer.layer_spec, trainer.parallel.sizes, {}, request.training)
@@ -192,16 +205,19 @@ def _report(directory: Path, rank: int, report: dict) -> None:
     write_text(reports / f"{rank}.json", json.dumps(report))
 
 
-def _wait_for_reports(directory: Path, world: int) -> dict[str, str]:
-    """Relative path → SHA-256 of the files of all ranks, once all are written. Raises UserError when a rank could not."""
+def _wait_for_reports(directory: Path, world: int, timeout_s: float) -> dict[str, str]:
+    """Relative path → SHA-256 of the files of all ranks, once all are written. Raises when a rank could not, or says nothing any more."""
     files: dict[str, str] = {}
     for rank in range(world):
         place = directory / "reports" / f"{rank}.json"
+        deadline = time.monotonic() + timeout_s
         while not place.exists():
+            if time.monotonic() > deadline:
+                raise UserError(f"training rank {rank} did not write its part of {directory.name} within trainer.timeout_s={timeout_s:g} s")
             time.sleep(0.02)
         report = json.loads(place.read_text(encoding="utf-8"))
         if "error" in report:
-            raise UserError(f"training rank {rank}: {report['error']}")
+            raise (UserError if report["user"] else RuntimeError)(f"training rank {rank}: {report['error']}")
         files |= report["files"]
     shutil.rmtree(directory / "reports")
     return files

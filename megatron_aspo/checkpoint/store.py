@@ -1,13 +1,14 @@
 """The checkpoints of a run, from the driver's side: made while training goes on, kept or removed by rule, found again."""
 
 import contextlib
+import itertools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_aspo.checkpoint.atomic import remove_directory
-from megatron_aspo.checkpoint.manifest import load_manifest
 from megatron_aspo.checkpoint.options import CheckpointOptions
 from megatron_aspo.checkpoint.request import SaveRequest
 
@@ -28,8 +29,18 @@ def find_checkpoints(run_directory: Path) -> dict[int, Path]:
 
 
 class CheckpointStore:
-    def __init__(self, run_directory: Path, options: CheckpointOptions, trainers: "Trainers", attempt: str, config: str):
+    def __init__(
+        self,
+        run_directory: Path,
+        options: CheckpointOptions,
+        trainers: "Trainers",
+        attempt: str,
+        config: str,
+        accuracy: Callable[[int], float | None],
+    ):
+        """accuracy: held-out accuracy after so many steps, None where none was measured."""
         self._run_directory, self._options, self._trainers, self._attempt, self._config = run_directory, options, trainers, attempt, config
+        self._accuracy = accuracy
         self._under_way: Path | None = None
 
     def is_due(self, done: int, last: bool) -> bool:
@@ -42,29 +53,28 @@ class CheckpointStore:
         self._under_way = target
         return self._trainers.save(SaveRequest(target, self._attempt, training | {"step": done}, self._config, self._options.asynchronous))
 
-    def completed(self, wait: bool = False) -> Path | None:
+    def completed(self, wait: bool = False, timeout_s: float | None = None) -> Path | None:
         """The checkpoint that has become whole since the last call, if any; then the ones that the rules do not keep are removed.
 
-        Raises what kept it from becoming whole.
+        Raises what kept it from becoming whole, and TimeoutError.
         """
-        if self._under_way is None or not self._trainers.saved(wait):
+        if self._under_way is None:
             return None
+        try:
+            if not self._trainers.saved(wait, timeout_s):
+                return None
+        except Exception:
+            self._under_way = None
+            raise
         path, self._under_way = self._under_way, None
         self._prune()
         return path
 
     def _prune(self) -> None:
         checkpoints = find_checkpoints(self._run_directory)
-        accuracies = {step: _accuracy(path) for step, path in checkpoints.items()}
+        accuracies = {step: self._accuracy(step) for step in checkpoints}
         for step in to_remove(accuracies, self._options):
             remove_directory(checkpoints[step])
-
-
-def _accuracy(checkpoint: Path) -> float | None:
-    try:
-        return load_manifest(checkpoint).training["accuracy"]
-    except (OSError, ValueError, KeyError):  # damaged since: resuming from it is what refuses it
-        return None
 
 
 def to_remove(accuracies: dict[int, float | None], options: CheckpointOptions) -> list[int]:
@@ -86,24 +96,22 @@ def to_remove(accuracies: dict[int, float | None], options: CheckpointOptions) -
 
 def sweep_unfinished(run_directory: Path) -> None:
     """Remove what killed processes left: a writer that is still alive then finds its directory gone, and cannot finish."""
-    with contextlib.suppress(FileNotFoundError):
-        for path in sorted((run_directory / "checkpoints").glob("*.unfinished-*")):
-            if path.name.endswith("-removed"):
-                remove_directory(path)
-                continue
-            doomed = path.with_name(f"{path.name}-removed")
-            os.rename(path, doomed)
-            remove_directory(doomed)
+    for path in [*run_directory.glob("checkpoints/*.unfinished-*"), *run_directory.glob("exports/*.unfinished-*")]:
+        with contextlib.suppress(FileNotFoundError):
+            remove_directory(path)
 
 
 def set_aside(run_directory: Path, step: int) -> list[Path]:
-    """Checkpoints and exports of steps after `step` are renamed, as those steps will be done again; returns their new names."""
+    """What steps after `step` made is renamed, as those steps will be done again; returns the new names of checkpoints and exports."""
     renamed = []
-    for path in [*run_directory.glob("checkpoints/step_*"), *run_directory.glob("exports/step_*")]:
-        if (match := _NAME.fullmatch(path.name)) and int(match[1]) > step:
-            aside = path.with_name(f"{path.name}.superseded")
-            if aside.exists():
-                remove_directory(aside)
-            os.rename(path, aside)
-            renamed.append(aside)
+    for room, first in (("checkpoints", step + 1), ("exports", step + 1), ("evaluations", step + 1), ("rollouts", step)):
+        for path in sorted(run_directory.glob(f"{room}/step_*")):
+            match = re.fullmatch(r"step_(\d+)(\.json|\.parquet|)", path.name)
+            if match and int(match[1]) >= first:
+                numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+                names = (path.with_name(f"{path.name}.superseded{number}") for number in numbers)
+                aside = next(name for name in names if not name.exists())
+                os.rename(path, aside)
+                if room in ("checkpoints", "exports"):
+                    renamed.append(aside)
     return renamed

@@ -41,6 +41,9 @@ class Evaluation:
     answers: tuple[Answer, ...]
     """Prompt by prompt, draw by draw."""
 
+    def same_questions(self, other: "Evaluation") -> bool:
+        return [answer.question for answer in self.answers] == [answer.question for answer in other.answers]
+
     def write(self, path: Path) -> None:
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)

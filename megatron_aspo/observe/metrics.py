@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one flat line of JSON a step, and how a step's figures are named."""
 
+import errno
 import json
 import math
 import os
@@ -33,23 +34,26 @@ class MetricsFile:
         """first_step: the step that is done next. Lines of that step and later ones, left by a process that was killed, are moved to
         `metrics.superseded.jsonl` beside the file.
         """
-        if path.exists():
-            _set_aside(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with disk_errors(path):
+            if path.exists():
+                _set_aside(path, first_step)
+            self._file = path.open("ab", buffering=0)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """One line. Raises ValueError for a figure that is not finite: JSON has no word for it."""
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"the figure {name} is {value}")
-        with disk_errors(Path(self._file.name)):
-            self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
-            self._file.flush()
+        line = json.dumps(metrics, allow_nan=False).encode() + b"\n"
+        with disk_errors(self._path):
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
 
     def last(self) -> dict[str, Any]:
         """The newest line; empty when there is none."""
-        lines = Path(self._file.name).read_text(encoding="utf-8").splitlines()
+        lines = self._path.read_text(encoding="utf-8").splitlines()
         return json.loads(lines[-1]) if lines else {}
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ library_name: transformers
 
 ## SHA-256 of every tensor
 
-Of its bytes, row-major and little-endian. The checkpoint of the same step lists the same hashes in its `manifest.json`.
+Of its bytes, row-major and little-endian; a checkpoint of the same step lists them in its `manifest.json`.
 
 ```
 {{hashes}}

@@ -5,6 +5,7 @@ which of its draws it trained on), `checkpoint` (a step from which the run can g
 steps ≥ s is void: those steps are done again.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,10 +20,11 @@ class Ledger:
     def __init__(self, path: Path):
         whole, torn = _split(path.read_bytes() if path.exists() else b"")
         self._path = path
-        self._file = path.open("ab", buffering=0)
-        if torn:
-            self._file.truncate(len(whole))
-        sync(path.parent)
+        with disk_errors(path):
+            self._file = path.open("ab", buffering=0)
+            if torn:
+                self._file.truncate(len(whole))
+            sync(path.parent)
         self.lines = whole.count(b"\n")
 
     def append(self, event: str, **fields: Any) -> None:
@@ -30,7 +32,7 @@ class Ledger:
         line = json.dumps({"event": event, **fields}, allow_nan=False).encode() + b"\n"
         with disk_errors(self._path):
             if self._file.write(line) != len(line):
-                raise OSError(28, os.strerror(28))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         self.lines += 1
 
@@ -42,6 +44,17 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Every whole line."""
     whole, _ = _split(path.read_bytes())
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def origin(path: Path) -> str:
+    """The checkpoint from which the process that wrote last began; empty when it began anew."""
+    began = [event for event in read_ledger(path) if event["event"] in ("start", "resume")] if path.exists() else []
+    return began[-1]["checkpoint"] if began else ""
+
+
+def made_checkpoints(path: Path) -> bool:
+    """Whether a checkpoint became whole in this run."""
+    return path.exists() and any(event["event"] == "checkpoint" for event in read_ledger(path))
 
 
 def history(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

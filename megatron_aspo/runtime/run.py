@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.checkpoint.request import ATTEMPT
 from megatron_aspo.checkpoint.store import CheckpointStore, set_aside, sweep_unfinished
+from megatron_aspo.checkpoint.tensor_file import raw_bytes
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.data.tasks import Task, build_task
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.errors import UserError
-from megatron_aspo.evaluation.accuracy import Accuracy, Evaluation
+from megatron_aspo.evaluation.accuracy import Evaluation
 from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.metrics import MetricsFile
 from megatron_aspo.observe.progress import Progress
@@ -36,6 +39,8 @@ from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.layout import check_divisible
 from megatron_aspo.weights.publish import Publisher
 
+_LAST_CHECKPOINT_S = 60.0
+"""How long a run that ends waits for the checkpoint that is being written."""
 _FINGERPRINT_PROMPTS = 256
 """How many prompts a checkpoint's fingerprint of the data covers, beside the whole file where there is one."""
 
@@ -68,28 +73,28 @@ class Run:
         path = self.evaluation_path(done)
         return Evaluation.read(path) if path.exists() else None
 
-    def save_if_due(self, done: int, accuracy: Accuracy | None) -> None:
+    def save_if_due(self, done: int) -> None:
         """Start a checkpoint when the recipe wants one after `done` steps; what the run resumes from goes with it."""
         if not self.checkpoints.is_due(done, last=done == self.config.steps):
             return
         self.progress.phase(done - 1, "saving a checkpoint")
+        started = time.perf_counter()
         self.report_checkpoint(wait=True)
-        stalled = self.checkpoints.save(
-            done,
-            self.identity
-            | {
-                "weights_version": self.publisher.version,
-                "drawn": self.rollouts.drawn,
-                "ledger_lines": self.ledger.lines,
-                "accuracy": accuracy.mean if accuracy else None,
-            },
-        )
-        self.progress.say(f"step {done}: checkpoint, training waited {stalled:.2f} s")
+        place = {"weights_version": self.publisher.version, "drawn": self.rollouts.drawn, "ledger_lines": self.ledger.lines}
+        self.checkpoints.save(done, self.identity | place)
+        self.progress.say(f"step {done}: checkpoint, training waited {time.perf_counter() - started:.2f} s")
 
-    def report_checkpoint(self, wait: bool = False) -> None:
+    def report_checkpoint(self, wait: bool = False, timeout_s: float | None = None) -> None:
         """Note a checkpoint that has become whole meanwhile."""
-        if path := self.checkpoints.completed(wait):
+        if path := self.checkpoints.completed(wait, timeout_s):
             self.ledger.append("checkpoint", name=path.name)
+
+    def finish_checkpoint(self) -> None:
+        """However the run ends: what is in memory already gets the time to reach the disk."""
+        try:
+            self.report_checkpoint(wait=True, timeout_s=_LAST_CHECKPOINT_S)
+        except Exception as error:
+            self.progress.say(f"the checkpoint that was being written is lost: {error}")
 
 
 @contextmanager
@@ -98,7 +103,16 @@ def open_run(config: Config) -> Iterator[Run]:
 
     Whatever fails on the way leaves no process and no file behind. Raises UserError for what the user can cure.
     """
-    start = find_start(config)
+    with ExitStack() as stack:
+        owner = None
+        if config.resume != "never" and (config.directory / ATTEMPT).is_file():
+            owner = stack.enter_context(contextlib.closing(Ownership(config.directory)))
+            sweep_unfinished(config.directory)
+        start = find_start(config)
+        yield from _start_run(config, start, owner, stack)
+
+
+def _start_run(config: Config, start: Start, owner: Ownership | None, stack: ExitStack) -> Iterator[Run]:
     progress = Progress(config.steps)
     model_directory = resolve_model(config.model)
     settings = RankSettings(
@@ -113,7 +127,7 @@ def open_run(config: Config) -> Iterator[Run]:
     )
     with progress.waiting("checking model and data"):
         model = read_model(model_directory)
-        TensorReader(model)
+        reader = TensorReader(model)
         check_divisible(model.dims, settings.sizes)
         _check_engine_cut(config, model.dims.heads, model.dims.kv_heads)
         if config.max_model_len > model.max_positions:
@@ -123,7 +137,7 @@ def open_run(config: Config) -> Iterator[Run]:
             )
         tokenizer = load_tokenizer(model_directory)
         task = build_task(config.task, config.data, tokenizer, config.seed)
-        identity = _identity(config, task)
+        identity = _identity(config, task, reader)
         if start.checkpoint is not None:
             _check_identity(start, config, identity, model)
         if config.evaluation.draws:
@@ -132,80 +146,82 @@ def open_run(config: Config) -> Iterator[Run]:
             from megatron_aspo.losses.custom import find_policy_loss  # imports torch
 
             find_policy_loss(config.algorithm)
-    with ExitStack() as stack:
-        stack.callback(progress.close)
-        owner = stack.enter_context(contextlib.closing(Ownership(config.directory))) if start.in_place else None
-        memory = stack.enter_context(contextlib.closing(PeakMemory()))
-        with progress.waiting("starting Ray"):
-            cluster = open_cluster(config.ray_address, settings.sizes.world + config.rollout.engines)
-            stack.callback(_undisturbed, cluster.close)
-        _check_resources(config, cluster, settings.sizes.world)
-        rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers))
-        eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        engines = EnginePool(
-            str(model_directory), config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, eos
-        )
-        stack.callback(_undisturbed, engines.shutdown)
-        threads = config.trainer.threads or max(1, cluster.cores // settings.sizes.world)
-        with progress.waiting("starting engines and training ranks"), ThreadPoolExecutor(1) as pool:
-            # The engines start in the background: both take long, and neither needs the other.
-            starting = pool.submit(engines.start)
-            try:
-                reserve = bool(config.checkpoint.every) and config.checkpoint.asynchronous
-                trainers = Trainers.start(settings, cluster.device, threads, start.checkpoint, reserve)
-                stack.callback(_undisturbed, trainers.close)
-                started = starting.result()
-            except BaseException:
-                engines.shutdown()  # else leaving the thread pool would wait for them to come up
-                raise
-        progress.say(
-            f"engines: {len(started)} × vLLM {started[0].vllm_version} on {started[0].device}, {config.rollout.dtype}; training ranks: "
-            f"{settings.sizes.world}, " + ", ".join(f"{key} {value}" for key, value in trainers.described.items())
-        )
-        publisher = Publisher(
-            trainers,
-            engines,
-            engine_workers=config.rollout.engines * config.rollout.tensor_parallel,
-            dtype=config.rollout.dtype,
-            bucket_bytes=config.transfer_bucket_mib << 20,
-            timeout_s=config.trainer.timeout_s,
-        )
-        if start.step:
-            with progress.waiting("bringing the engines to the checkpoint's weights"):
-                publisher.publish(version=start.manifest.training["weights_version"])
-        directory = config.directory
-        if owner is None:
-            _make_run_directory(directory)
-            owner = stack.enter_context(contextlib.closing(Ownership(directory)))
+    stack.callback(progress.close)
+    # At the very end, when no process of this run can write any more.
+    stack.callback(lambda: owner and sweep_unfinished(config.directory))
+    memory = stack.enter_context(contextlib.closing(PeakMemory()))
+    with progress.waiting("starting Ray"):
+        cluster = open_cluster(config.ray_address, settings.sizes.world + config.rollout.engines)
+        stack.callback(_undisturbed, cluster.close)
+    _check_resources(config, cluster, settings.sizes.world)
+    rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers))
+    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    engines = EnginePool(str(model_directory), config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, eos)
+    stack.callback(_undisturbed, engines.shutdown)
+    threads = config.trainer.threads or max(1, cluster.cores // settings.sizes.world)
+    with progress.waiting("starting engines and training ranks"), ThreadPoolExecutor(1) as pool:
+        # The engines start in the background: both take long, and neither needs the other.
+        starting = pool.submit(engines.start)
         try:
-            _go_on(directory, start, config, progress)
-            metrics = stack.enter_context(contextlib.closing(MetricsFile(directory / "metrics.jsonl", start.step)))
-            ledger = stack.enter_context(contextlib.closing(Ledger(directory / "ledger.jsonl")))
-            _check_ledger(ledger, start)
-            began = {"attempt": owner.attempt, "checkpoint": str(start.checkpoint or "")}
-            ledger.append("resume" if start.checkpoint else "start", step=start.step, **began)
-            drawn = start.manifest.training["drawn"] if start.manifest else 0
-            rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, drawn)
-            checkpoints = CheckpointStore(directory, config.checkpoint, trainers, owner.attempt, to_yaml(config))
-            yield Run(
-                config,
-                directory,
-                start,
-                identity,
-                rollouts,
-                trainers,
-                publisher,
-                metrics,
-                ledger,
-                checkpoints,
-                progress,
-                memory if cluster.ours else None,
-            )
-        except UserError:
-            # A mistake that only the first responses show, such as a reward that fails: the corrected run may have the name.
-            if not start.in_place and not _has_steps(directory):
-                shutil.rmtree(directory)
+            reserve = bool(config.checkpoint.every) and config.checkpoint.asynchronous
+            trainers = Trainers.start(settings, cluster.device, threads, start.checkpoint, reserve)
+            stack.callback(_undisturbed, trainers.close)
+            started = starting.result()
+        except BaseException:
+            engines.shutdown()  # else leaving the thread pool would wait for them to come up
             raise
+    progress.say(
+        f"engines: {len(started)} × vLLM {started[0].vllm_version} on {started[0].device}, {config.rollout.dtype}; training ranks: "
+        f"{settings.sizes.world}, " + ", ".join(f"{key} {value}" for key, value in trainers.described.items())
+    )
+    publisher = Publisher(
+        trainers,
+        engines,
+        engine_workers=config.rollout.engines * config.rollout.tensor_parallel,
+        dtype=config.rollout.dtype,
+        bucket_bytes=config.transfer_bucket_mib << 20,
+        timeout_s=config.trainer.timeout_s,
+    )
+    if start.step:
+        with progress.waiting("bringing the engines to the checkpoint's weights"):
+            publisher.publish(version=start.manifest.training["weights_version"])
+    directory = config.directory
+    if not start.in_place:
+        _make_run_directory(directory)
+    try:
+        owner = owner or stack.enter_context(contextlib.closing(Ownership(directory)))
+        ledger = stack.enter_context(contextlib.closing(Ledger(directory / "ledger.jsonl")))
+        _check_ledger(ledger, start, directory)
+        _go_on(directory, start, config, progress)
+        metrics = stack.enter_context(contextlib.closing(MetricsFile(directory / "metrics.jsonl", start.step)))
+        began = {"attempt": owner.attempt, "checkpoint": str(start.checkpoint or "")}
+        ledger.append("resume" if start.checkpoint else "start", step=start.step, **began)
+        drawn = start.manifest.training["drawn"] if start.manifest else 0
+        rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, drawn)
+        checkpoints = CheckpointStore(
+            directory, config.checkpoint, trainers, owner.attempt, to_yaml(config), lambda done: _accuracy(directory, done)
+        )
+        run = Run(
+            config,
+            directory,
+            start,
+            identity,
+            rollouts,
+            trainers,
+            publisher,
+            metrics,
+            ledger,
+            checkpoints,
+            progress,
+            memory if cluster.ours else None,
+        )
+        stack.callback(_undisturbed, run.finish_checkpoint)
+        yield run
+    except UserError:
+        # A mistake that only the first responses show, such as a reward that fails: the corrected run may have the name.
+        if not start.in_place and not _has_steps(directory):
+            shutil.rmtree(directory)
+        raise
 
 
 def _check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
@@ -236,28 +252,35 @@ def is_complete(config: Config) -> bool:
     return config.resume == "auto" and config.export_directory.is_dir()
 
 
-def _identity(config: Config, task: Task) -> dict[str, Any]:
-    """Which prompts come in which order, by the values that decide it."""
-    digest = hashlib.sha256()
+def _identity(config: Config, task: Task, reader: TensorReader) -> dict[str, Any]:
+    """Which prompts come in which order, by the values that decide it; and which model, by those of its tensors that are quickly read."""
+    digest, model = hashlib.sha256(), hashlib.sha256()
+    for name, box in ((name, homes[0]) for name in reader.dtypes if len((homes := reader.homes(name))[0]) == 1):
+        for _, _, tensor in reader.read([(name, box)]):
+            model.update(raw_bytes(tensor))
     for number in range(_FINGERPRINT_PROMPTS):
         prompt = task.prompt(number)
         digest.update(f"{prompt.id} {list(prompt.token_ids)}\n".encode())
     if config.data.path:
         digest.update(Path(config.data.path).expanduser().read_bytes())
-    return {"seed": config.seed, "task": config.task, "prompts_sha256": digest.hexdigest()}
+    return {"seed": config.seed, "task": config.task, "prompts_sha256": digest.hexdigest(), "model_sha256": model.hexdigest()}
 
 
 def _check_identity(start: Start, config: Config, identity: dict[str, Any], model: HFModel) -> None:
     if start.step > config.steps:
         raise UserError(f"{start.checkpoint} is after step {start.step}, but steps={config.steps}; raise it, or resume from an earlier one")
+    other_model = UserError(f"{start.checkpoint} is of another model than {model.directory}; resume with the model that the run began with")
     for key, value in identity.items():
         saved = start.manifest.training[key]
-        if saved != value:
-            what = "the prompts or their tokens are others" if key == "prompts_sha256" else f"{key} was {saved}, the recipe says {value}"
-            raise UserError(f"{start.checkpoint}: {what}: prompts would be lost or doubled; resume with what the run began with")
+        if saved == value:
+            continue
+        if key == "model_sha256":
+            raise other_model
+        what = "the prompts or their tokens are others" if key == "prompts_sha256" else f"{key} was {saved}, the recipe says {value}"
+        raise UserError(f"{start.checkpoint}: {what}: prompts would be lost or doubled; resume with what the run began with")
     saved = read_model(start.checkpoint / "huggingface")
     if (saved.architecture, saved.dims) != (model.architecture, model.dims):
-        raise UserError(f"{start.checkpoint} holds another model than {model.directory}; resume with the model that the run began with")
+        raise other_model
 
 
 def _make_run_directory(directory: Path) -> None:
@@ -274,15 +297,21 @@ def _go_on(directory: Path, start: Start, config: Config, progress: Progress) ->
     with disk_errors(directory / "config.yaml"):
         write_text(directory / "config.yaml", to_yaml(config))
     if start.in_place:
-        sweep_unfinished(directory)
         for aside in set_aside(directory, start.step):
             progress.say(f"the steps after {start.step} are done again: what they made is now {aside}")
         begin = f"going on after step {start.step} from {start.checkpoint}" if start.checkpoint else "no checkpoint yet: starting anew"
         progress.say(begin)
 
 
-def _check_ledger(ledger: Ledger, start: Start) -> None:
-    if start.in_place and start.manifest and ledger.lines < (lines := start.manifest.training["ledger_lines"]):
+def _accuracy(directory: Path, done: int) -> float | None:
+    path = directory / "evaluations" / f"step_{done}.json"
+    return Evaluation.read(path).accuracy.mean if path.exists() else None
+
+
+def _check_ledger(ledger: Ledger, start: Start, directory: Path) -> None:
+    """Against the checkpoint, where it is one of this run's."""
+    ours = start.checkpoint is not None and start.checkpoint.parent.parent == directory
+    if ours and ledger.lines < (lines := start.manifest.training["ledger_lines"]):
         raise UserError(
             f"ledger.jsonl has {ledger.lines} lines, at {start.checkpoint.name} it had {lines}: it was changed since; put it back, or go "
             f"on under another name with --resume {start.checkpoint}"

@@ -13,6 +13,7 @@ from megatron_aspo.checkpoint.request import ATTEMPT
 from megatron_aspo.checkpoint.store import find_checkpoints
 from megatron_aspo.config import Config
 from megatron_aspo.errors import UserError
+from megatron_aspo.runtime.ledger import made_checkpoints, origin
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,17 @@ def find_start(config: Config) -> Start:
         if not exists:
             return Start(in_place=False)
         _check_ours(config.directory)
-        checkpoint = _newest(config.directory)
+        # Before its first checkpoint, a run that began from another's goes on from there.
+        checkpoint = _newest(config.directory) or (Path(began) if (began := origin(config.directory / "ledger.jsonl")) else None)
+        if checkpoint is None and made_checkpoints(config.directory / "ledger.jsonl"):
+            raise UserError(
+                f"{config.directory}: the ledger names checkpoints, but there is none; put them back, or begin under another name"
+            )
         return Start(True, checkpoint, _read(checkpoint)) if checkpoint else Start(True)
     checkpoint = _named(Path(config.resume).expanduser().absolute())
     in_place = checkpoint.parent.parent.resolve() == config.directory.resolve()
+    if in_place and checkpoint not in find_checkpoints(checkpoint.parent.parent).values():
+        raise UserError(f"{checkpoint} was set aside from its run; go on from it under another name")
     if exists and not in_place:
         raise UserError(f"run directory {config.directory} exists, and {checkpoint} is another run's; choose another name or run_dir")
     return Start(in_place, checkpoint, _read(checkpoint))
@@ -86,7 +94,9 @@ def _step(checkpoint: Path) -> int:
 
 
 def _check_ours(directory: Path) -> None:
-    if not (directory / ATTEMPT).is_file():
+    names = {path.name for path in directory.iterdir()}
+    # A process that was killed as it made the directory left no more than this.
+    if ATTEMPT not in names and not names <= {"lock", f".{ATTEMPT}.unfinished"}:
         raise UserError(f"{directory} is no run's directory (it has no file {ATTEMPT}): resume=auto cannot go on there; choose another")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,9 +144,9 @@ class Trainers:
         """Start a checkpoint, once the one under way is done; returns the seconds until training can go on."""
         return max(self._get([actor.save.remote(request) for actor in self._actors]))
 
-    def saved(self, wait: bool) -> bool:
-        """Whether no checkpoint is being written any more. Raises what kept one from being written."""
-        return all(self._get([actor.saved.remote(wait) for actor in self._actors]))
+    def saved(self, wait: bool, timeout_s: float | None = None) -> bool:
+        """Whether no checkpoint is being written any more. Raises what kept one from being written, and TimeoutError."""
+        return all(self._get([actor.saved.remote(wait) for actor in self._actors], timeout_s))
 
     def export(self, directory: Path, dtype: str, card: str) -> dict[str, str]:
         """Write the current weights as a Hugging Face directory; returns tensor → SHA-256."""
@@ -156,13 +157,16 @@ class Trainers:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _get(self, refs: list) -> list:
+    def _get(self, refs: list, timeout_s: float | None = None) -> list:
         """Answers in order. The first failure is raised at once: the other ranks may be waiting for the failed one."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         rank_of = {ref: rank for rank, ref in enumerate(refs)}
         answers: dict = {}
         waiting = list(refs)
         while waiting:
-            done, waiting = ray.wait(waiting)
+            done, waiting = ray.wait(waiting, timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if not done:
+                raise TimeoutError(f"training ranks {[rank_of[ref] for ref in waiting]} did not answer within {timeout_s:g} s")
             try:
                 answers[done[0]] = ray.get(done[0])
             except RayTaskError as error:

@@ -1,5 +1,6 @@
 """A long-lived pool of real processes for each world size: starting one costs seconds of imports, so the tests of a session share them."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -20,6 +21,8 @@ def _serve(pipe: Connection) -> None:
             pipe.send((True, function(*arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        # Process groups live as long as the models that hold them, each with its threads: hundreds of idle ones slow every test.
+        gc.collect()
 
 
 class Pool:
