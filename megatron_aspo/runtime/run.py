@@ -36,7 +36,6 @@ from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.layout import check_divisible
 from megatron_aspo.weights.publish import Publisher
 
 _LAST_CHECKPOINT_S = 60.0
@@ -128,7 +127,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
     with progress.waiting("checking model and data"):
         model = read_model(model_directory)
         reader = TensorReader(model)
-        check_divisible(model.dims, settings.sizes)
+        settings.check_model(model.dims)
         _check_engine_cut(config, model.dims.heads, model.dims.kv_heads)
         if config.max_model_len > model.max_positions:
             raise UserError(

@@ -1,5 +1,6 @@
 """What the pool's processes run for the tests of checkpoints. Collective, as in workloads.py."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,28 @@ KINDS = ("weights", "master", "exp_avg", "exp_avg_sq")
 
 def save_amid_training(rank: int, meeting: str, settings, batch: TrainBatch, target: Path, attempt: str, asynchronous: bool) -> dict:
     """A step, a checkpoint, and another step before the checkpoint is complete; rank 0's answer is what stood at each of the two steps."""
+    from megatron_aspo.checkpoint import saver as savers
     from megatron_aspo.checkpoint.request import SaveRequest
-    from megatron_aspo.checkpoint.saver import RankSaver
+
+    updated, write = threading.Event(), savers._write_rank
+
+    def write_late(*arguments):
+        # The tiny model would be on the disk before the next step changes anything.
+        updated.wait()
+        return write(*arguments)
 
     with _trainer(rank, meeting, settings) as trainer:
-        saver = RankSaver(trainer)
+        saver = savers.RankSaver(trainer)
         trainer.update(batch, step=0)
         saved = gathered(trainer)
-        saver.save(SaveRequest(target, attempt, {"step": 1}, "name: test\n", asynchronous))
-        trainer.update(batch, step=1)
-        saver.finish()
+        savers._write_rank = write_late if asynchronous else write
+        try:
+            saver.save(SaveRequest(target, attempt, {"step": 1}, "name: test\n", asynchronous))
+            trainer.update(batch, step=1)
+            updated.set()
+            saver.finish()
+        finally:
+            savers._write_rank = write
         return {"saved": saved, "after": gathered(trainer)}
 
 

@@ -61,7 +61,7 @@ def settings(model, case: str) -> RankSettings:
 
 @pytest.fixture(scope="module")
 def saved(pools, model, tmp_path_factory):
-    """Case → (checkpoint, what the ranks held); each is made once."""
+    """Case → (checkpoint, what the ranks held); each is made once. Those of TP2 are written while the next step is done."""
     made = {}
 
     def get(case: str):
@@ -69,7 +69,7 @@ def saved(pools, model, tmp_path_factory):
             run = tmp_path_factory.mktemp("run")
             (run / ATTEMPT).write_text("this one")
             target, ours = run / "checkpoints" / "step_1", settings(model, case)
-            arguments = (ours, batch(), target, "this one", "float32" in case)
+            arguments = (ours, batch(), target, "this one", "TP2" in case)
             made[case] = target, pools(ours.sizes.world).run(checkpoint_workloads.save_amid_training, *arguments)[0]
         return made[case]
 
@@ -113,8 +113,8 @@ def test_a_process_that_was_replaced_cannot_finish_its_checkpoint(pools, model, 
     target = tmp_path / "checkpoints" / "step_1"
     ours = settings(model, "float32 TP2")
     reasons = pools(2).run(checkpoint_workloads.save_and_fail, ours, target, "the predecessor")
-    assert "another process has taken over" in reasons[0]
-    assert not target.exists() and not list(target.parent.iterdir())
+    assert all("another process has taken over" in reason for reason in reasons)
+    assert not target.parent.exists()
 
 
 def test_a_rank_that_cannot_write_ends_the_checkpoint_on_rank_0_too(pools, model, tmp_path):
