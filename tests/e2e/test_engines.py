@@ -364,8 +364,8 @@ def test_a_dead_engine_core_ends_generation_with_an_error_and_its_actor(tied):
 
 def test_a_killed_actor_ends_generation_and_takes_its_processes_with_it(tied):
     victim = tied.infos[0]
-    # The least loaded engine, and of equals the first.
-    running = tied.in_background(tied.pool.generate, [Request("killed-actor", PROMPT, 0, 800, 1.0)])
+    # One group goes to the least loaded engine, and of equals to the first; not all of it ends by itself in half a second.
+    running = tied.in_background(tied.pool.generate, [Request(f"killed-actor {i}", PROMPT, i, 800, 1.0) for i in range(8)], 8)
     time.sleep(0.5)
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="engine 0 died"):
