@@ -110,7 +110,7 @@ def test_a_branch_at_another_data_parallel_size_goes_on_with_the_same_prompts(wo
     [
         (["seed=1"], "seed was 0, the recipe says 1"),
         (["data.path=held_out.jsonl"], "the prompts or their tokens are others"),
-        (["model=qwen3"], "holds another model"),
+        (["model=qwen3"], "is of another model"),
     ],
 )
 def test_what_would_lose_prompts_or_mix_models_is_refused_before_anything_starts(workplace, whole, change, message):
