@@ -63,6 +63,7 @@ def test_an_existing_run_directory_is_refused(tmp_path):
 
 def test_there_must_be_something_to_resume_from(tmp_path):
     (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").touch()
     assert "is no run's directory" in refused(tmp_path, RECIPE, "run_dir=thesis", "--resume", "auto")
     assert "resume=" in (line := refused(tmp_path, RECIPE, "--resume", "runs/gone")) and "there is no checkpoint" in line
 
