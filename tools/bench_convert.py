@@ -6,7 +6,8 @@ Speed. One round times `load_file` + `save_file` of safetensors on the whole mod
 is the median of all rounds. A conversion is timed as a user sees it: the source is accounted for (every file of a checkpoint is hashed),
 the target written, fsynced, read back, compared with the source, and every tensor hashed. `save_file` does not fsync and proves nothing:
 `speed_over_safetensors` is against that, for the slowest conversion; `speed_over_safetensors_and_fsync` against load, save and fsync. What
-earlier runs left to be written goes to the disk before each timing, and the source is in the page cache for all.
+earlier runs left to be written goes to the disk before each timing, and the source is in the page cache for all. `seconds_hashes_alone`:
+what two threads need for SHA-256 of each byte twice, of files and of tensors, below which no conversion can come.
 
 Memory. Each conversion runs in a child, and its anonymous memory (RssAnon in /proc/PID/status, read every millisecond from outside) is
 taken at its highest, less what it was before, with everything imported and one tiny conversion done. Pages of mapped files are left out:
@@ -25,12 +26,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_aspo.checkpoint.convert import convert, open_source
+from megatron_aspo.checkpoint.manifest import sha256_of
 from megatron_aspo.weights.layout import ParallelSizes
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 896, 4864, 14, 2, 64, 151_936
@@ -105,6 +108,12 @@ def load_and_save(room: Path, target: Path, *, fsync: bool) -> None:
             os.fsync(file.fileno())
 
 
+def hash_twice(room: Path, target: Path) -> None:
+    target.mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(sha256_of, [room / "hf" / "model.safetensors"] * 2))
+
+
 def timed(work: Callable[[Path], None], target: Path) -> float:
     """Seconds of `work`, whose target is removed again."""
     os.sync()
@@ -120,6 +129,7 @@ def measure_speed(room: Path, rounds: int) -> dict[str, float]:
     contestants: dict[str, Callable[[Path], None]] = {
         "safetensors": lambda target: load_and_save(room, target, fsync=False),
         "safetensors_and_fsync": lambda target: load_and_save(room, target, fsync=True),
+        "hashes_alone": lambda target: hash_twice(room, target),
         **{name: lambda target, name=name: run_conversion(name, room, target) for name in CONVERSIONS},
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -165,6 +175,7 @@ def child(name: str, room: Path) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # as the command does
     parser = argparse.ArgumentParser(description="Speed and memory of conversion, against safetensors alone.")
     parser.add_argument("--gb", type=float, default=1.0, help="size of the model (default 1)")
     parser.add_argument("--place", type=Path, help="directory on the disk to be measured; default: the system's for temporary files")

@@ -4,10 +4,9 @@ Every element is accounted for before the first byte is written; what was writte
 compared with the source's before the directory gets its name. Memory holds one tensor of each side at a time.
 """
 
-import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import torch
 
 from megatron_aspo.checkpoint.atomic import new_directory, sync_files
 from megatron_aspo.checkpoint.hf_writer import SHARD_BYTES, write_weights
-from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, read_manifest, write_manifest
+from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, open_manifest, write_manifest
 from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file
+from megatron_aspo.checkpoint.proof import compare, in_bands
 from megatron_aspo.checkpoint.small_files import copy_small_files, stated_dtype
-from megatron_aspo.checkpoint.tensor_file import TensorFileWriter, raw_bytes
+from megatron_aspo.checkpoint.tensor_file import TensorFileWriter
 from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.errors import UserError
 from megatron_aspo.weights.buckets import TensorMeta
@@ -26,7 +26,7 @@ from megatron_aspo.weights.families import replica_layouts
 from megatron_aspo.weights.hf_files import DTYPES, Reader, TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.layout import ParallelSizes, check_divisible
-from megatron_aspo.weights.transfer import assemble
+from megatron_aspo.weights.transfer import in_parts
 
 Verify = Callable[[Path, Path, torch.dtype], None]
 """(a Hugging Face directory, a Megatron checkpoint, the element type of both) → raises UserError when their logits differ."""
@@ -45,6 +45,8 @@ class Source:
     """Element type of its tensors."""
     hashes: dict[str, str]
     """Tensor → SHA-256, where the source states them."""
+    check_files: Callable[[], None] = lambda: None
+    """Waits until the source's files, which are read beside, are known to be whole; raises UserError naming the one that is not."""
 
 
 def open_source(path: str | Path, dtype: str | None = None) -> Source:
@@ -54,9 +56,11 @@ def open_source(path: str | Path, dtype: str | None = None) -> Source:
     """
     asked, path = path, Path(path).expanduser()
     if is_checkpoint(path):
-        manifest = read_manifest(path)
-        model = read_model(path / "huggingface")
-        return Source(path, True, model, MegatronReader(path, manifest, model), manifest.dtype, manifest.tensors)
+        manifest, check_files = open_manifest(path)
+        with _damage_first(check_files):
+            model = read_model(path / "huggingface")
+            reader = MegatronReader(path, manifest, model)
+        return Source(path, True, model, reader, manifest.dtype, manifest.tensors, check_files)
     model = read_model(resolve_model(asked))  # as given: a Path drops the "./" that tells a directory from a name on the hub
     reader = TensorReader(model)
     reader.check_head()
@@ -84,7 +88,7 @@ def convert(
         raise UserError(f"--dtype {dtype} is not known; expected one of {', '.join(DTYPES.values())}")
     if to_megatron:
         check_divisible(source.model.dims, sizes)
-    with new_directory(target) as directory:
+    with new_directory(target) as directory, _damage_first(source.check_files):
         copy_small_files(source.model.directory, directory / "huggingface" if to_megatron else directory, chosen)
         if to_megatron:
             _write_megatron(source, directory, sizes, naming, dtype)
@@ -92,11 +96,22 @@ def convert(
             _write_hugging_face(source, directory, dtype, shard_bytes)
         if verify is not None:
             verify(*((source.directory, directory) if to_megatron else (directory, source.directory)), getattr(torch, dtype))
+        source.check_files()
+
+
+@contextmanager
+def _damage_first(check_files: Callable[[], None]) -> Iterator[None]:
+    """Damaged files explain whatever else goes wrong, and are what the user is told."""
+    try:
+        yield
+    except Exception:
+        check_files()
+        raise
 
 
 def _write_hugging_face(source: Source, directory: Path, dtype: str, shard_bytes: int) -> None:
     metas = [TensorMeta(name, dtype, shape) for name, shape in source.model.tensor_shapes.items()]
-    write_weights(directory, metas, lambda shard: _whole(source.reader, shard), shard_bytes)
+    write_weights(directory, metas, lambda shard: in_bands(source.reader, shard), shard_bytes)
     with ThreadPoolExecutor(1) as beside:  # the disk works while the processor proves
         synced = beside.submit(sync_files, directory)
         _prove(source, TensorReader(read_model(directory)), metas)
@@ -112,8 +127,8 @@ def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, namin
         file = rank_file(directory, "model", rank)
         shapes = layout.parameter_shapes
         with TensorFileWriter(file, [TensorMeta(name, dtype, shape) for name, shape in shapes.items()]) as writer:
-            for name, parameter in assemble(layout, source.reader, dict.fromkeys(shapes, getattr(torch, dtype))):
-                writer.write(name, parameter)
+            for name, parts in in_parts(layout, source.reader, dict.fromkeys(shapes, getattr(torch, dtype))):
+                writer.write(name, *parts)
             files[str(file.relative_to(directory))] = writer.close().sha256
     manifest = Manifest(model.architecture, dtype, naming, sizes, {})
     with ThreadPoolExecutor(1) as beside:
@@ -123,48 +138,9 @@ def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, namin
     write_manifest(directory, replace(manifest, tensors=hashes), files)
 
 
-def hash_tensors(reader: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
-    """Hugging Face tensor → SHA-256 of its bytes in the meta's dtype."""
-    return _hash(_whole(reader, metas))
-
-
-def _hash(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """Two tensors are hashed while the next one is read."""
-    digests: dict[str, Future[str]] = {}
-    waiting: deque[Future[str]] = deque()
-    with ThreadPoolExecutor(2) as beside:
-        for name, tensor in tensors:
-            if len(waiting) == 2:
-                waiting.popleft().result()  # memory holds two tensors that wait, at most
-            digests[name] = beside.submit(lambda tensor: hashlib.sha256(raw_bytes(tensor)).hexdigest(), tensor)
-            waiting.append(digests[name])
-        return {name: digest.result() for name, digest in digests.items()}
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the bytes are; eight at a time where they are aligned, since torch compares element by element."""
-    a, b = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
-    wide = torch.uint8 if any(t.storage_offset() % 8 or len(t) % 8 for t in (a, b)) else torch.int64
-    return torch.equal(a.view(wide), b.view(wide))
-
-
-def _whole(reader: Reader, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, torch.Tensor]]:
-    for meta in metas:
-        for name, _, tensor in reader.read([(meta.name, tuple((0, n) for n in meta.shape))]):
-            yield name, tensor.to(getattr(torch, meta.dtype))
-
-
 def _prove(source: Source, written: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
-    """Compare what was written with the source, byte by byte, and with the hashes that the source states; returns tensor → SHA-256."""
-
-    def compared() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in _whole(source.reader, metas):
-            for _, box, found in written.read([(name, box) for box in written.homes(name)]):
-                if not _same(tensor[tuple(slice(*edge) for edge in box)], found):
-                    raise UserError(f"{name} reads back differently from what was written: this machine's disk or memory is at fault")
-            yield name, tensor
-
-    hashes = _hash(compared())
+    """What was written is the source, byte by byte, and the source is what its hashes say; returns tensor → SHA-256."""
+    hashes = compare(source.reader, written, metas)
     if source.hashes.keys() - hashes.keys() or (source.megatron and hashes.keys() - source.hashes.keys()):
         raise UserError(f"{source.directory}: the manifest lists other tensors than a {source.model.architecture} has; it was changed")
     if metas[0].dtype == source.dtype:

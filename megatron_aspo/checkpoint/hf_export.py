@@ -1,11 +1,15 @@
 """The live weights of the training ranks as a Hugging Face directory."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from megatron_aspo.checkpoint.atomic import new_directory
 from megatron_aspo.checkpoint.hf_writer import SHARD_BYTES, write_weights
 from megatron_aspo.checkpoint.small_files import copy_small_files
+from megatron_aspo.weights.buckets import TensorMeta
 
 if TYPE_CHECKING:
     from megatron_aspo.trainer.rank import TrainerRank
@@ -18,12 +22,17 @@ def write_export(target: Path, trainer: "TrainerRank", dtype: str, card: str = "
     becomes the README.md, `{hashes}` in it replaced by a list of the tensors' hashes.
     """
     metas = trainer.tensor_metas(dtype)
+
+    def tensors(shard: Sequence[TensorMeta]) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        for name, tensor in trainer.whole_tensors(shard):
+            yield name, [tensor]
+
     if trainer.parallel.rank != 0:
-        write_weights(None, metas, trainer.whole_tensors, shard_bytes)
+        write_weights(None, metas, tensors, shard_bytes)
         return {}
     with new_directory(target) as directory:
         hashes: dict[str, str] = {}
-        write_weights(directory, metas, trainer.whole_tensors, shard_bytes, hashes)
+        write_weights(directory, metas, tensors, shard_bytes, hashes)
         copy_small_files(trainer.hf.directory, directory, dtype, skip=("README.md",))
         if card:
             listing = "\n".join(f"{digest}  {name}" for name, digest in hashes.items())

@@ -1,25 +1,24 @@
 """A model as a Hugging Face directory that transformers and vLLM load as it is: sharded safetensors, index, small files."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_aspo.checkpoint.tensor_file import TensorFileWriter, raw_bytes
+from megatron_aspo.checkpoint.tensor_file import TensorFileWriter, sha256_of_parts
 from megatron_aspo.weights.buckets import TensorMeta, plan_buckets
 
 SHARD_BYTES = 5 * 10**9
 
-WholeTensors = Callable[[Sequence[TensorMeta]], Iterator[tuple[str, torch.Tensor]]]
-"""Yields (name, whole tensor of the meta's dtype) in the order of the metas."""
+Tensors = Callable[[Sequence[TensorMeta]], Iterator[tuple[str, Sequence[torch.Tensor]]]]
+"""Yields (name, the parts of the tensor from top to bottom, in the meta's dtype) in the order of the metas."""
 
 
 def write_weights(
     directory: Path | None,
     metas: Sequence[TensorMeta],
-    tensors: WholeTensors,
+    tensors: Tensors,
     shard_bytes: int = SHARD_BYTES,
     hashes: dict[str, str] | None = None,
 ) -> None:
@@ -36,12 +35,12 @@ def write_weights(
             continue
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with TensorFileWriter(directory / file, shard, hashed=False) as writer:
-            for name, tensor in tensors(shard):
-                tensor = tensor.cpu()
-                writer.write(name, tensor)
+            for name, parts in tensors(shard):
+                parts = [part.cpu() for part in parts]
+                writer.write(name, *parts)
                 index[name] = file
                 if hashes is not None:
-                    hashes[name] = hashlib.sha256(raw_bytes(tensor)).hexdigest()
+                    hashes[name] = sha256_of_parts(parts)
             writer.close()
     if directory is not None and len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": sum(meta.nbytes for meta in metas)}, "weight_map": index}, indent=2)

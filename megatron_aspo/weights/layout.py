@@ -201,6 +201,22 @@ def volume(box: Box) -> int:
     return math.prod(stop - start for start, stop in box)
 
 
+def overlap(a: Box, b: Box) -> Box | None:
+    """The elements that both boxes hold; None where there are none."""
+    shared = tuple((max(start, begin), min(stop, end)) for (start, stop), (begin, end) in zip(a, b, strict=True))
+    return None if any(start >= stop for start, stop in shared) else shared
+
+
+def stacked(boxes: Iterable[Box], shape: tuple[int, ...]) -> list[Box] | None:
+    """The boxes from top to bottom, when they are bands of whole rows that follow one another from the first row on; None otherwise."""
+    bands, row = sorted(boxes), 0
+    for (start, stop), *others in bands:
+        if start != row or any(edge != (0, extent) for edge, extent in zip(others, shape[1:], strict=True)):
+            return None
+        row = stop
+    return bands
+
+
 def check_exact_cover(layouts: Iterable[Layout], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise unless the layouts of one model replica hold every element of every Hugging Face tensor, and each in one home only.
 

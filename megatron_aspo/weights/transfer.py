@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_aspo.weights.buckets import TensorMeta
 from megatron_aspo.weights.hf_files import Reader
-from megatron_aspo.weights.layout import Box, Layout, Piece, volume
+from megatron_aspo.weights.layout import Box, Layout, Piece, stacked, volume
 
 
 def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
@@ -15,10 +15,10 @@ def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assemble(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters named by `dtypes`, one at a time, each cast to its element type, on the CPU. Padding is zero.
+def in_parts(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """The parameters named by `dtypes`, one at a time, as the tensors that stand one below another in it, cast to its element type.
 
-    What one piece fills as a whole is not copied, but handed on as the reader gives it.
+    They are as the reader gives them, on the CPU and without a copy, unless pieces stand side by side. Padding is zero.
     """
     pieces: dict[str, list[Piece]] = {}
     for piece in layout.pieces:
@@ -26,15 +26,23 @@ def assemble(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) 
     for name, dtype in dtypes.items():
         homes = {(piece.tensor, piece.box): piece.local for piece in pieces.get(name, [])}
         shape = layout.parameter_shapes[name]
-        filled = sum(volume(piece.local) for piece in pieces.get(name, [])) == torch.Size(shape).numel()
-        if filled and len(homes) == 1:
-            ((_, _, values),) = reader.read(list(homes))
-            yield name, values.to(dtype)
+        bands = {box: key for key, box in homes.items()}
+        order = stacked(bands, shape)
+        if order is None:
+            parameter = torch.zeros(shape, dtype=dtype)
+            for tensor, box, values in reader.read(list(homes)):
+                _view(parameter, homes[tensor, box]).copy_(values)
+            yield name, [parameter]
             continue
-        parameter = (torch.empty if filled else torch.zeros)(shape, dtype=dtype)
-        for tensor, box, values in reader.read(list(homes)):
-            _view(parameter, homes[tensor, box]).copy_(values)
-        yield name, parameter
+        parts = [values.to(dtype) for box in order for _, _, values in reader.read([bands[box]])]
+        padding = shape[0] - sum(len(part) for part in parts)
+        yield name, parts + [torch.zeros((padding, *shape[1:]), dtype=dtype)] * bool(padding)
+
+
+def assemble(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, each parameter as one tensor."""
+    for name, parts in in_parts(layout, reader, dtypes):
+        yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @torch.no_grad()

@@ -13,8 +13,7 @@ from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
 from tests.parallel import workloads
-
-VOCAB = 131
+from tests.parallel.logits import VOCAB, assert_logits_are_those_of_transformers
 
 
 def settings(directory, dtype: str = "float32", **layout) -> RankSettings:
@@ -31,13 +30,7 @@ def model(request, tmp_path_factory):
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_logits_of_packed_sequences_equal_transformers(pools, model, tensor_parallel):
     directory, reference = model
-    random = np.random.default_rng(0)
-    sequences = [random.integers(0, VOCAB, n).tolist() for n in (7, 1, 40, 12)]
-    shares = pools(tensor_parallel).run(workloads.logits, settings(directory, tensor_parallel=tensor_parallel), sequences)
-    ours = np.concatenate(shares, axis=1)[:, :VOCAB]
-    with torch.no_grad():
-        theirs = np.concatenate([reference(torch.tensor([s])).logits[0].numpy() for s in sequences])
-    assert np.abs(ours - theirs).max() <= 1e-5
+    assert_logits_are_those_of_transformers(pools, settings(directory, tensor_parallel=tensor_parallel), reference)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel": 2, "pipeline_parallel": 2}, {"data_parallel": 2}], ids=str)

@@ -1,6 +1,5 @@
 """Models with experts, and models with few key-value heads, on real processes: logits against transformers, export."""
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,8 +9,8 @@ from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
 from tests.parallel import workloads
+from tests.parallel.logits import VOCAB, assert_logits_are_those_of_transformers
 
-VOCAB = 131
 MODELS = {
     "qwen3_moe": {},
     "qwen3_moe tied": {"tied": True},
@@ -28,16 +27,6 @@ def settings(directory, **layout) -> RankSettings:
     return RankSettings(directory, trainer, OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
 
 
-def assert_logits_are_those_of_transformers(pools, directory, reference, tensor_parallel: int) -> None:
-    random = np.random.default_rng(0)
-    sequences = [random.integers(0, VOCAB, n).tolist() for n in (7, 1, 40, 12)]
-    shares = pools(tensor_parallel).run(workloads.logits, settings(directory, tensor_parallel=tensor_parallel), sequences)
-    ours = np.concatenate(shares, axis=1)[:, :VOCAB]
-    with torch.no_grad():
-        theirs = np.concatenate([reference(torch.tensor([s])).logits[0].numpy() for s in sequences])
-    assert np.abs(ours - theirs).max() <= 1e-5
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
@@ -46,7 +35,8 @@ def model(request, tmp_path_factory):
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_logits_of_a_model_with_experts_equal_transformers(pools, model, tensor_parallel):
-    assert_logits_are_those_of_transformers(pools, *model, tensor_parallel)
+    directory, reference = model
+    assert_logits_are_those_of_transformers(pools, settings(directory, tensor_parallel=tensor_parallel), reference)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel": 2, "pipeline_parallel": 2}], ids=str)
@@ -67,4 +57,4 @@ def test_logits_are_right_for_every_number_of_key_value_heads(pools, tmp_path, f
     """Also where there are fewer of them than tensor-parallel ranks, and a cut goes through a group."""
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 32 * heads}
     reference = save_tiny(family, tmp_path, vocab_size=VOCAB, **{"intermediate_size": 96, "head_dim": 32, **sizes})
-    assert_logits_are_those_of_transformers(pools, tmp_path, reference, tensor_parallel)
+    assert_logits_are_those_of_transformers(pools, settings(tmp_path, tensor_parallel=tensor_parallel), reference)

@@ -4,11 +4,14 @@ Fast enough for hundreds of shapes. `test_convert.py` holds the names and shapes
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -31,6 +34,20 @@ SMALL_FILES = {
     "chat_template.jinja": b"{% for m in messages %}\r\n{{ m }}{% endfor %}",
     "README.md": b"# A model\n",
 }
+
+
+@contextmanager
+def flipped_bit(file: Path, draw: Callable[[Any], int]) -> Iterator[None]:
+    """One bit of a file, drawn by hypothesis, is the other one while the block runs."""
+    content = file.read_bytes()
+    bit = draw(st.integers(0, 8 * len(content) - 1))
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(changed)
+    try:
+        yield
+    finally:
+        file.write_bytes(content)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.weights.families import FAMILIES, NAMINGS, layout, replica_layouts, tensor_shapes
-from megatron_aspo.weights.layout import Layout, ModelDims, ParallelSizes, Piece, check_divisible, check_exact_cover
+from megatron_aspo.weights.layout import Layout, ModelDims, ParallelSizes, Piece, check_divisible, check_exact_cover, overlap, stacked
 
 
 def dims(**changes) -> ModelDims:
@@ -279,3 +279,28 @@ def test_ranks_are_numbered_tensor_then_data_then_pipeline():
 def test_a_rank_outside_the_layout_is_refused():
     with pytest.raises(ValueError, match="rank 4 is outside the 4 ranks"):
         ParallelSizes(tensor=4).coordinates(4)
+
+
+# --- boxes --------------------------------------------------------------------------------------------------------------------------------
+
+
+def elements(box) -> set[tuple[int, ...]]:
+    return set(itertools.product(*(range(*edge) for edge in box)))
+
+
+@given(data=st.data())
+def test_an_overlap_holds_what_both_boxes_hold(data):
+    axes = data.draw(st.integers(1, 3))
+    a, b = (tuple(tuple(sorted(data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5))))) for _ in range(axes)) for _ in "ab")
+    shared = overlap(a, b)
+    assert (elements(shared) if shared else set()) == elements(a) & elements(b)
+
+
+def test_bands_are_put_in_order_and_anything_else_is_none():
+    shape = (6, 4)
+    assert stacked([((3, 6), (0, 4)), ((0, 1), (0, 4)), ((1, 3), (0, 4))], shape) == [((0, 1), (0, 4)), ((1, 3), (0, 4)), ((3, 6), (0, 4))]
+    assert stacked([((0, 2), (0, 4))], shape) == [((0, 2), (0, 4))], "padding may follow"
+    assert stacked([((0, 6), (0, 2)), ((0, 6), (2, 4))], shape) is None, "side by side"
+    assert stacked([((1, 6), (0, 4))], shape) is None, "the first row is missing"
+    assert stacked([((0, 2), (0, 4)), ((3, 6), (0, 4))], shape) is None, "a row between is missing"
+    assert stacked([((0, 4), (0, 4)), ((3, 6), (0, 4))], shape) is None, "a row is held twice"

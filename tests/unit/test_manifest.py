@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, load_manifest, read_manifest, sha256_of, write_manifest
 from megatron_aspo.errors import UserError
 from megatron_aspo.weights.layout import ParallelSizes
+from tests.unit.hf_shards import flipped_bit
 
 MANIFEST = Manifest(
     "LlamaForCausalLM", "bfloat16", "local", ParallelSizes(2, 2, 3, 1, 4, 1), {"t": "0" * 64}, {"step": 3, "data": {"epoch": 1}}
@@ -55,17 +56,9 @@ def test_a_hash_that_was_taken_while_writing_is_not_taken_again(checkpoint):
 @given(data=st.data())
 def test_one_bit_that_flips_anywhere_is_refused_by_the_file(checkpoint, name, data):
     """A bit of SHA256SUMS damages that file, or is a hash or a name of another: then that other one is named."""
-    content = bytearray((checkpoint / name).read_bytes())
-    position = data.draw(st.integers(0, 8 * len(content) - 1))
-    flipped = bytearray(content)
-    flipped[position // 8] ^= 1 << position % 8
-    (checkpoint / name).write_bytes(flipped)
-    try:
-        with pytest.raises(UserError, match=r"damaged|missing|not listed") as error:
-            read_manifest(checkpoint)
-        assert str(checkpoint) in str(error.value) and (name == "SHA256SUMS" or str(checkpoint / name) in str(error.value))
-    finally:
-        (checkpoint / name).write_bytes(content)
+    with flipped_bit(checkpoint / name, data.draw), pytest.raises(UserError, match=r"damaged|missing|not listed") as error:
+        read_manifest(checkpoint)
+    assert str(checkpoint) in str(error.value) and (name == "SHA256SUMS" or str(checkpoint / name) in str(error.value))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 0.5, -1])

@@ -18,6 +18,9 @@ from tests.unit.hf_shards import assert_same, random_bits, read_tensors
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
 """Widest first where their order matters: every tensor starts at a multiple of its element size."""
 
+METAS = [TensorMeta("a", "float32", (2, 3)), TensorMeta("b", "bfloat16", (4,))]
+A, B = torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16)
+
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 
@@ -58,15 +61,26 @@ def test_views_that_are_not_contiguous_are_written_in_row_major_order(tmp_path):
     assert_same(read_tensors(tmp_path), {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
 
+def test_a_tensor_may_be_given_in_parts_from_top_to_bottom(tmp_path):
+    whole = torch.arange(24, dtype=torch.float32).reshape(6, 4)
+    with TensorFileWriter(tmp_path / "t.safetensors", [meta_of("whole", whole)]) as writer:
+        writer.write("whole", whole[:1], whole[1:5], whole[5:])
+        record = writer.close()
+    assert_same(read_tensors(tmp_path), {"whole": whole})
+    assert record.sha256 == hashlib.sha256((tmp_path / "t.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("parts", [(A[:1], A[:1], A[:1]), (A[:1],), (A[:1], A[1:].bfloat16())], ids=["more", "fewer", "dtype"])
+def test_parts_that_are_not_the_tensor_announced_are_refused(tmp_path, parts):
+    with TensorFileWriter(tmp_path / "t", METAS) as writer, pytest.raises(ValueError, match=r"^a .* was given where the header says"):
+        writer.write("a", *parts)
+
+
 def test_raw_bytes_of_a_contiguous_tensor_are_its_memory_and_not_a_copy():
     tensor = torch.zeros(4, dtype=torch.bfloat16)
     view = raw_bytes(tensor)
     tensor[1] = 1.0
     assert bytes(view) == b"\x00\x00\x80\x3f\x00\x00\x00\x00"
-
-
-METAS = [TensorMeta("a", "float32", (2, 3)), TensorMeta("b", "bfloat16", (4,))]
-A, B = torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
