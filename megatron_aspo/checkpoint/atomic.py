@@ -4,9 +4,12 @@ import contextlib
 import errno
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from megatron_aspo.errors import UserError
 
@@ -15,14 +18,16 @@ from megatron_aspo.errors import UserError
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory beside `target` to be filled; it takes the target's name when the block ends, and is removed when the block fails.
 
+    What a killed process of this host left of an earlier attempt at the same target is removed first.
     Raises UserError when the target exists or the disk does not take it.
     """
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; choose another name, or remove it")
-    unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
+    prefix = f"{target.name}.unfinished-{socket.gethostname()}-"
+    unfinished = target.with_name(f"{prefix}{os.getpid()}")
     made = [parent for parent in target.parents if not parent.exists()]
     with disk_errors(target, "nothing of it was left"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _sweep(target.parent, prefix)
         try:
             unfinished.mkdir(parents=True)
             yield unfinished
@@ -33,6 +38,14 @@ def new_directory(target: Path) -> Iterator[Path]:
                 for parent in made:
                     parent.rmdir()
             raise
+
+
+def _sweep(directory: Path, prefix: str) -> None:
+    if directory.is_dir():
+        for path in directory.iterdir():
+            pid = path.name.removeprefix(prefix)
+            if path.name.startswith(prefix) and pid.isdigit() and not (psutil.pid_exists(int(pid)) and int(pid) != os.getpid()):
+                shutil.rmtree(path)
 
 
 def publish(unfinished: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -34,6 +35,19 @@ def test_a_directory_whose_making_fails_is_gone_and_the_error_is_passed_on(tmp_p
         (directory / "file").write_text("text")
         raise error
     assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_processes_left_of_the_same_target_is_removed_and_nothing_else(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = f"target.unfinished-{socket.gethostname()}"
+    stays = [f"{host}-{os.getppid()}", f"target.unfinished-elsewhere-{dead.pid}", f"other.unfinished-{socket.gethostname()}-{dead.pid}"]
+    for name in (f"{host}-{dead.pid}", f"{host}-{os.getpid()}", *stays):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    with new_directory(tmp_path / "target") as directory:
+        assert os.listdir(directory) == []
+    assert sorted(os.listdir(tmp_path)) == sorted([*stays, "target"])
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])

@@ -246,5 +246,6 @@ def test_a_conversion_killed_from_outside_leaves_no_target_and_can_be_run_again(
     assert not (tmp_path / "target").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "target"], "what the killed one left is still there"
     convert(open_source(tmp_path / "target"), tmp_path / "back", to_megatron=False, sizes=ParallelSizes())
     assert_same(read_tensors(tmp_path / "back"), tensors)

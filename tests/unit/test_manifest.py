@@ -51,6 +51,11 @@ def test_a_hash_that_was_taken_while_writing_is_not_taken_again(checkpoint):
         read_manifest(checkpoint)
 
 
+def test_a_file_that_another_process_wrote_and_this_one_does_not_see_is_refused(checkpoint):
+    with pytest.raises(UserError, match=r"rank_00001\.safetensors was written but is not there: all processes need the same file system"):
+        write_manifest(checkpoint, MANIFEST, {"model/rank_00001.safetensors": "a" * 64})
+
+
 @pytest.mark.parametrize("name", [*FILES, "manifest.json", "SHA256SUMS"])
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -10,6 +10,7 @@ from megatron_aspo.checkpoint.manifest import Manifest, write_manifest
 from megatron_aspo.config import Config
 from megatron_aspo.errors import UserError
 from megatron_aspo.observe.metrics import MetricsFile
+from megatron_aspo.runtime.ledger import Ledger
 from megatron_aspo.runtime.start import Ownership, find_start
 from megatron_aspo.weights.layout import ParallelSizes
 
@@ -57,6 +58,49 @@ def test_auto_starts_anew_in_a_run_that_was_killed_before_its_first_checkpoint(c
     (config.directory / "checkpoints" / "step_1.unfinished-x").mkdir(parents=True)
     start = find_start(replace(config, resume="auto"))
     assert start.in_place and start.step == 0
+
+
+def test_auto_goes_on_from_where_a_branch_began_until_it_has_a_checkpoint_of_its_own(config, tmp_path):
+    """Also after a restart that found no checkpoint: each process notes where it began."""
+    trunk = replace(config, run_dir=str(tmp_path / "trunk"))
+    (began,) = make_run(trunk, 7)
+    make_run(config)
+    ledger = Ledger(config.directory / "ledger.jsonl")
+    for event in ("start", "resume"):
+        ledger.append(event, step=7, checkpoint=str(began))
+    ledger.close()
+    start = find_start(replace(config, resume="auto"))
+    assert start.in_place and start.checkpoint == began and start.step == 7
+    make_checkpoint(config.directory, 8)
+    assert find_start(replace(config, resume="auto")).step == 8
+
+
+def test_auto_does_not_begin_anew_where_checkpoints_were_made_and_are_gone(config):
+    make_run(config)
+    ledger = Ledger(config.directory / "ledger.jsonl")
+    ledger.append("start", step=0, checkpoint="")
+    ledger.append("checkpoint", name="step_1")
+    ledger.close()
+    with pytest.raises(UserError, match="the ledger names checkpoints, but there is none"):
+        find_start(replace(config, resume="auto"))
+
+
+@pytest.mark.parametrize("left", [[], ["lock"], ["lock", ".attempt.unfinished"]], ids=str)
+def test_auto_begins_in_a_directory_whose_maker_was_killed_at_once(config, left):
+    config.directory.mkdir()
+    for name in left:
+        (config.directory / name).touch()
+    start = find_start(replace(config, resume="auto"))
+    assert start.in_place and start.checkpoint is None
+
+
+def test_a_checkpoint_that_was_set_aside_is_not_gone_on_from_in_its_own_run(config, tmp_path):
+    (checkpoint,) = make_run(config, 3)
+    aside = checkpoint.rename(checkpoint.with_name("step_3.superseded"))
+    with pytest.raises(UserError, match=r"step_3\.superseded was set aside from its run; go on from it under another name"):
+        find_start(replace(config, resume=str(aside)))
+    elsewhere = replace(config, run_dir=str(tmp_path / "branch"), resume=str(aside))
+    assert not find_start(elsewhere).in_place and find_start(elsewhere).step == 3
 
 
 def test_auto_does_not_write_into_a_directory_that_is_no_run(config):

@@ -80,3 +80,18 @@ def test_later_checkpoints_and_exports_are_set_aside_and_stay(run):
     assert list(find_checkpoints(run)) == [2]
     assert json.loads((run / "checkpoints" / "step_9.superseded-2" / "manifest.json").read_text()) == {"of": "step_9"}
     assert {path.name for path in (run / "exports").iterdir()} == {"step_2", "step_9.superseded"}
+
+
+def test_rollouts_and_evaluations_of_steps_that_are_done_again_are_set_aside(tmp_path):
+    """A checkpoint after step 2 stands beside the evaluation after it and the rollouts that made it: those of steps 0 and 1."""
+    for room, suffix in (("rollouts", ".parquet"), ("evaluations", ".json")):
+        (tmp_path / room).mkdir()
+        for step in range(4):
+            (tmp_path / room / f"step_{step}{suffix}").touch()
+        (tmp_path / room / "notes.txt").touch()
+    assert set_aside(tmp_path, 2) == []
+    aside = {room: sorted(path.name for path in (tmp_path / room).iterdir()) for room in ("rollouts", "evaluations")}
+    assert aside == {
+        "rollouts": ["notes.txt", "step_0.parquet", "step_1.parquet", "step_2.parquet.superseded", "step_3.parquet.superseded"],
+        "evaluations": ["notes.txt", "step_0.json", "step_1.json", "step_2.json", "step_3.json.superseded"],
+    }
