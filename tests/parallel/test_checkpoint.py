@@ -1,6 +1,7 @@
 """Checkpoints of real ranks: what was saved is what is loaded, at any layout, whatever trains meanwhile."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +24,13 @@ LAYOUTS = {
     "DP2": {"data_parallel": 2},
     "DP2 distributed": {"data_parallel": 2, "distributed_optimizer": True},
     "TP2 DP2 distributed": {"tensor_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
+    "PP2 VPP2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    "CP2 TP2 SP distributed": {"context_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True, "distributed_optimizer": True},
     "one": {},
+    "EP2 DP2 distributed": {"expert_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
+    "EP2 TP2 SP ETP1": {"expert_parallel": 2, "expert_tensor_parallel": 1, "tensor_parallel": 2, "sequence_parallel": True},
 }
+"""Those with EP are of a model with experts, all others of one without."""
 CASES = [
     ("float32 TP2", "float32 PP2"),
     ("float32 TP2", "float32 TP2"),
@@ -34,20 +40,27 @@ CASES = [
     ("bfloat16 TP2 DP2 distributed", "bfloat16 PP2"),
     ("bfloat16 TP2 DP2 distributed", "bfloat16 TP2 DP2 distributed"),
     ("bfloat16 PP2", "float32 DP2 distributed"),
+    ("float32 PP2 VPP2", "float32 CP2 TP2 SP distributed"),
+    ("float32 CP2 TP2 SP distributed", "float32 PP2 VPP2"),
+    ("float32 EP2 DP2 distributed", "float32 EP2 TP2 SP ETP1"),
+    ("float32 EP2 TP2 SP ETP1", "float32 EP2 DP2 distributed"),
 ]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    save_tiny("qwen2", directory, tied=True, vocab_size=VOCAB)
-    return directory
+def models(tmp_path_factory) -> dict[bool, Path]:
+    """Whether it has experts → model directory."""
+    directories = {}
+    for experts, family in ((False, "qwen2"), (True, "qwen3_moe")):
+        directories[experts] = tmp_path_factory.mktemp("model")
+        save_tiny(family, directories[experts], tied=True, vocab_size=VOCAB, num_hidden_layers=4)
+    return directories
 
 
-def settings(model, case: str) -> RankSettings:
+def settings(models, case: str) -> RankSettings:
     dtype, layout = case.split(" ", 1)
     return RankSettings(
-        model,
+        models["EP" in layout],
         TrainerOptions(dtype=dtype, micro_batch_tokens=60, layer_spec="local", **LAYOUTS[layout]),
         # Small betas and a large rate make a wrong moment or count of updates visible.
         OptimizerOptions(lr=1e-3, warmup_steps=1, beta1=0.8, beta2=0.9, eps=1e-3, clip_grad=0.0),
@@ -60,7 +73,7 @@ def settings(model, case: str) -> RankSettings:
 
 
 @pytest.fixture(scope="module")
-def saved(pools, model, tmp_path_factory):
+def saved(pools, models, tmp_path_factory):
     """Case → (checkpoint, what the ranks held); each is made once. Those of TP2 are written while the next step is done."""
     made = {}
 
@@ -68,7 +81,7 @@ def saved(pools, model, tmp_path_factory):
         if case not in made:
             run = tmp_path_factory.mktemp("run")
             (run / ATTEMPT).write_text("this one")
-            target, ours = run / "checkpoints" / "step_1", settings(model, case)
+            target, ours = run / "checkpoints" / "step_1", settings(models, case)
             arguments = (ours, batch(), target, "this one", "TP2" in case)
             made[case] = target, pools(ours.sizes.world).run(checkpoint_workloads.save_amid_training, *arguments)[0]
         return made[case]
@@ -77,9 +90,9 @@ def saved(pools, model, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("source", "target"), CASES)
-def test_weights_and_moments_cross_layouts_and_element_types(pools, model, saved, source, target):
+def test_weights_and_moments_cross_layouts_and_element_types(pools, models, saved, source, target):
     checkpoint, held = saved(source)
-    ours = settings(model, target)
+    ours = settings(models, target)
     results = pools(ours.sizes.world).run(checkpoint_workloads.load_and_go_on, ours, batch(), checkpoint)
     loaded = results[0]["loaded"]
     for kind in ("master", "exp_avg", "exp_avg_sq"):
@@ -108,22 +121,22 @@ def test_a_checkpoint_converts_to_the_weights_that_the_ranks_held(saved, case, t
         assert np.array_equal(tensor.numpy(), held["saved"]["weights"][name]), name
 
 
-def test_a_process_that_was_replaced_cannot_finish_its_checkpoint(pools, model, tmp_path):
+def test_a_process_that_was_replaced_cannot_finish_its_checkpoint(pools, models, tmp_path):
     (tmp_path / ATTEMPT).write_text("the successor")
     target = tmp_path / "checkpoints" / "step_1"
-    ours = settings(model, "float32 TP2")
+    ours = settings(models, "float32 TP2")
     reasons = pools(2).run(checkpoint_workloads.save_and_fail, ours, target, "the predecessor")
     assert all("another process has taken over" in reason for reason in reasons)
     assert not target.parent.exists()
 
 
-def test_a_rank_that_cannot_write_ends_the_checkpoint_on_rank_0_too(pools, model, tmp_path):
+def test_a_rank_that_cannot_write_ends_the_checkpoint_on_rank_0_too(pools, models, tmp_path):
     """Rank 1's file is there already: its error is the reason that rank 0 gives, and nothing is left."""
     (tmp_path / ATTEMPT).write_text("this one")
     target = tmp_path / "checkpoints" / "step_1"
     blocked = target.with_name("step_1.unfinished-this one") / "model" / "rank_00001.safetensors"
     blocked.parent.mkdir(parents=True)
     blocked.write_bytes(b"")
-    reasons = pools(2).run(checkpoint_workloads.save_and_fail, replace(settings(model, "float32 TP2"), seed=1), target, "this one")
+    reasons = pools(2).run(checkpoint_workloads.save_and_fail, replace(settings(models, "float32 TP2"), seed=1), target, "this one")
     assert all(reasons) and "training rank 1" in reasons[0]
     assert not target.exists() and not list(target.parent.iterdir())
