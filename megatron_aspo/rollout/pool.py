@@ -101,7 +101,8 @@ class EnginePool:
         self.deterministic = deterministic
         """May be changed between calls of `generate`."""
         self._lock = threading.Lock()
-        threads = options.threads or _even_threads(options.engines)
+        self.threads = options.threads or _even_threads(options.engines)
+        """CPU threads of each engine."""
         self._members = [
             _Member(spec, None)
             for spec in (
@@ -114,7 +115,7 @@ class EnginePool:
                     max_model_len=max_model_len,
                     max_running_requests=options.max_running_requests,
                     kv_cache_gib=options.kv_cache_gib,
-                    threads=threads,
+                    threads=self.threads,
                     seed=seed,
                     stop_token_ids=tuple(stop_token_ids),
                 )

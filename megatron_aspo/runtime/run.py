@@ -53,6 +53,8 @@ class Run:
     start: Start
     identity: dict[str, Any]
     """What a resumed run must have in common with the one that it goes on with."""
+    threads: dict[str, int]
+    """CPU threads of each training rank and of each engine: on them hangs how sums are rounded."""
     rollouts: Rollouts
     trainers: Trainers
     publisher: Publisher
@@ -80,7 +82,7 @@ class Run:
         started = time.perf_counter()
         self.report_checkpoint(wait=True)
         place = {"weights_version": self.publisher.version, "drawn": self.rollouts.drawn, "ledger_lines": self.ledger.lines}
-        self.checkpoints.save(done, self.identity | place)
+        self.checkpoints.save(done, self.identity | place | {"threads": self.threads})
         self.progress.say(f"step {done}: checkpoint, training waited {time.perf_counter() - started:.2f} s")
 
     def report_checkpoint(self, wait: bool = False, timeout_s: float | None = None) -> None:
@@ -157,13 +159,14 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     engines = EnginePool(str(model_directory), config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, eos)
     stack.callback(_undisturbed, engines.shutdown)
-    threads = config.trainer.threads or max(1, cluster.cores // settings.sizes.world)
+    threads = {"trainer": config.trainer.threads or max(1, cluster.cores // settings.sizes.world), "rollout": engines.threads}
+    _say_what_differs(start, config, settings, threads, progress)
     with progress.waiting("starting engines and training ranks"), ThreadPoolExecutor(1) as pool:
         # The engines start in the background: both take long, and neither needs the other.
         starting = pool.submit(engines.start)
         try:
             reserve = bool(config.checkpoint.every) and config.checkpoint.asynchronous
-            trainers = Trainers.start(settings, cluster.device, threads, start.checkpoint, reserve)
+            trainers = Trainers.start(settings, cluster.device, threads["trainer"], start.checkpoint, reserve)
             stack.callback(_undisturbed, trainers.close)
             started = starting.result()
         except BaseException:
@@ -205,6 +208,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
             directory,
             start,
             identity,
+            threads,
             rollouts,
             trainers,
             publisher,
@@ -279,6 +283,18 @@ def _check_identity(start: Start, config: Config, identity: dict[str, Any], mode
     saved = read_model(start.checkpoint / "huggingface")
     if (saved.architecture, saved.dims) != (model.architecture, model.dims):
         raise other_model
+
+
+def _say_what_differs(start: Start, config: Config, settings: RankSettings, threads: dict[str, int], progress: Progress) -> None:
+    """A deterministic run that cannot be the undisturbed one bit for bit says why."""
+    if start.manifest is None or not config.deterministic:
+        return
+    saved = start.manifest.training.get("threads", dict.fromkeys(threads, "not noted"))
+    differing = [f"{room}.threads was {saved[room]}, is {count}" for room, count in threads.items() if saved[room] != count]
+    if start.manifest.sizes != settings.sizes:
+        differing.append("the layout of the training ranks is another")
+    if differing:
+        progress.say(f"deterministic: from here on the run is not the undisturbed one bit for bit: {', '.join(differing)}")
 
 
 def _make_run_directory(directory: Path) -> None:

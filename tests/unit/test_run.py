@@ -7,11 +7,15 @@ import pytest
 from megatron_aspo.checkpoint.manifest import Manifest
 from megatron_aspo.config import Config
 from megatron_aspo.errors import UserError
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.runtime.cluster import Cluster
 from megatron_aspo.runtime.ledger import Ledger
-from megatron_aspo.runtime.run import _check_ledger, _check_resources
+from megatron_aspo.runtime.run import _check_ledger, _check_resources, _say_what_differs
 from megatron_aspo.runtime.start import Start
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
+from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.layout import ParallelSizes
 
 
@@ -42,3 +46,27 @@ def test_a_ledger_that_lost_lines_since_the_checkpoint_is_refused_by_the_counts(
     with pytest.raises(UserError, match=r"ledger\.jsonl has 3 lines, at step_3 it had 4: it was changed since"):
         _check_ledger(ledger, start(4, tmp_path), tmp_path)
     ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "threads", "layout", "said"),
+    [
+        (True, {"trainer": 1, "rollout": 2}, {}, []),
+        (True, {"trainer": 2, "rollout": 2}, {}, ["trainer.threads was 1, is 2"]),
+        (
+            True,
+            {"trainer": 1, "rollout": 4},
+            {"tensor_parallel": 2},
+            ["rollout.threads was 2, is 4", "the layout of the training ranks is another"],
+        ),
+        (False, {"trainer": 2, "rollout": 2}, {"tensor_parallel": 2}, []),
+    ],
+)
+def test_a_deterministic_run_says_what_keeps_it_from_being_the_undisturbed_one(tmp_path, capsys, deterministic, threads, layout, said):
+    manifest = Manifest("LlamaForCausalLM", "float32", "local", ParallelSizes(), {}, {"threads": {"trainer": 1, "rollout": 2}})
+    settings = RankSettings(tmp_path, TrainerOptions(**layout), OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 1, 1)
+    progress = Progress(1)
+    _say_what_differs(Start(True, tmp_path, manifest), Config(deterministic=deterministic), settings, threads, progress)
+    progress.close()
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert ("not the undisturbed one" in printed) == bool(said) and all(part in printed for part in said), printed
