@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.layers import LAYER_SPECS
 from megatron_aspo.trainer.megatron_adapter import hidden_state_model
+from megatron_aspo.trainer.options import TrainerOptions
 from megatron_aspo.trainer.parallel import ParallelState
 from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.layout import padded_vocab
@@ -21,7 +22,12 @@ def _leave_unfilled(weight: Tensor) -> Tensor:
 
 
 def transformer_config(
-    model: HFModel, parallel: ParallelState, device: Device, dtype: torch.dtype, layer_spec: str, sequence_parallel: bool = False
+    model: HFModel,
+    parallel: ParallelState,
+    device: Device,
+    dtype: torch.dtype,
+    layer_spec: str,
+    options: TrainerOptions = TrainerOptions(),  # noqa: B008 (frozen)
 ) -> TransformerConfig:
     """Megatron's configuration of this model on this layout."""
     dims = model.dims
@@ -47,7 +53,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.sizes.pipeline,
         virtual_pipeline_model_parallel_size=parallel.sizes.virtual if interleaved else None,
         context_parallel_size=parallel.sizes.context,
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=options.sequence_parallel,
         expert_model_parallel_size=parallel.sizes.expert,
         expert_tensor_parallel_size=parallel.sizes.expert_tensor_size,
         # Micro-batches are packed and differ in length: pipeline neighbours tell each other the shape. The interleaved schedule, whose
@@ -57,6 +63,7 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         **_moe_config(model, layer_spec),
+        **_recompute_config(model, options.recompute, layer_spec),
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -93,6 +100,18 @@ def _moe_config(model: HFModel, layer_spec: str) -> dict[str, Any]:
             "moe_grouped_gemm": layer_spec == "transformer_engine",
         }
     return settings
+
+
+def _recompute_config(model: HFModel, recompute: str, layer_spec: str) -> dict[str, Any]:
+    """Which activations backward computes again."""
+    if recompute == "selective":
+        modules = ["moe" if model.dims.experts else "mlp"]
+        if layer_spec == "local":  # Transformer Engine's fused attention keeps nothing that it could compute again
+            modules.append("core_attn")
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
+    if recompute == "full":  # layer by layer
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}
 
 
 def build_model(model: HFModel, config: TransformerConfig, parallel: ParallelState, layer_spec: str) -> torch.nn.Module:

@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass
 
+from megatron_aspo.errors import UserError
+from megatron_aspo.losses.check import nearest
+
+CHOICES = {"recompute": ("none", "selective", "full")}
+"""The words that an option of the trainer may be."""
+
 
 @dataclass(frozen=True)
 class TrainerOptions:
@@ -32,10 +38,19 @@ class TrainerOptions:
     it costs attention over masked pairs. Needs the local layer spec."""
     logprob_chunk_tokens: int = 1024
     """Response tokens whose logits exist at one time."""
+    recompute: str = "none"
+    """`none | selective | full`: activations that backward computes again instead of keeping them; the gradient is the same. selective:
+    the insides of feed-forward or experts and of core attention; full: whole layers, of which only the input is kept."""
     threads: int = 0
     """CPU threads of one rank; 0 shares the node's cores evenly among its ranks."""
     timeout_s: float = 600.0
     """A collective that takes longer ends the run; Megatron counts its own groups' in whole minutes, at least one."""
+
+    def __post_init__(self):
+        """Raises UserError for a word that is none of an option's."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"trainer.{name}={getattr(self, name)} is not known; {nearest(getattr(self, name), choices)}")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class TrainerRank:
         self.layout = layout(self.hf.architecture, self.hf.dims, settings.sizes, self.parallel.at, self.layer_spec)
 
         self._rules = PackingRules.of(settings.sizes, self.parallel.at, options.sequence_parallel)
-        self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec, options.sequence_parallel)
+        self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec, options)
         self.model = self._build()
         self.reference = self._build() if settings.algorithm.has_kl else None
         if self.reference is not None:
@@ -94,7 +94,7 @@ class TrainerRank:
             "layer_spec": self.layer_spec,
             "optimizer": fused_adam(self.device),
             "dtype": self.settings.trainer.dtype,
-        }
+        } | self.settings.levers
 
     def _build(self) -> torch.nn.Module:
         model = build_model(self.hf, self._config, self.parallel, self.layer_spec).to(self.device.torch_device)

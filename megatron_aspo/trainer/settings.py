@@ -53,6 +53,12 @@ class RankSettings:
         }
         return " ".join(name for name, cuts in parts.items() if cuts) or "whole"
 
+    @property
+    def levers(self) -> dict[str, str]:
+        """The options that trade time or rounding for memory, by name, where they are not at their defaults."""
+        given, default = self.trainer, TrainerOptions()
+        return {name: str(getattr(given, name)) for name in ("recompute",) if getattr(given, name) != getattr(default, name)}
+
     def check_model(self, dims: ModelDims) -> None:
         """Raises UserError when a model of these sizes cannot be trained on this layout."""
         check_divisible(dims, self.sizes)

@@ -37,6 +37,26 @@ def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarr
         }
 
 
+def kept_for_backward(rank: int, meeting: str, settings, batch: TrainBatch) -> int:
+    """Bytes of activations that the model's forward pass leaves for backward; the whole batch in one micro-batch."""
+    with _trainer(rank, meeting, settings) as trainer:
+        weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+        kept, readings = {}, []
+
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+
+        trainer.model.register_forward_hook(lambda *_: readings.append(sum(kept[key] for key in kept.keys() - weights)))
+        samples = np.arange(batch.samples)
+        scores = trainer.prepare(batch)[0]
+        readings.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            trainer.accumulate_gradients(batch, samples, scores)
+        (reading,) = readings
+        return reading
+
+
 @contextmanager
 def _trainer(rank: int, meeting: str, settings):
     from megatron_aspo.trainer.rank import TrainerRank

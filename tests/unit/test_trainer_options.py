@@ -1,0 +1,23 @@
+"""Options of the trainer that are words: what is not known is refused where the options are made."""
+
+import pytest
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.trainer.options import CHOICES, TrainerOptions
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_unknown_word_is_refused_with_the_cure(name):
+    with pytest.raises(UserError, match=rf"trainer.{name}=wrong is not known; valid: ") as caught:
+        TrainerOptions(**{name: "wrong"})
+    assert all(choice in str(caught.value) for choice in CHOICES[name]) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "choice"), [(name, choice) for name, choices in CHOICES.items() for choice in choices])
+def test_every_known_word_is_taken(name, choice):
+    assert getattr(TrainerOptions(**{name: choice}), name) == choice
+
+
+def test_a_mistyped_word_names_the_nearest():
+    with pytest.raises(UserError, match=r"trainer.recompute=selectiv is not known; did you mean selective\?"):
+        TrainerOptions(recompute="selectiv")
