@@ -50,16 +50,26 @@ def optimizer_slabs(model: torch.nn.Module, optimizer: MegatronOptimizer) -> dic
         for parameter, main, start in _main_weights(part):
             if parameter not in names:
                 raise ValueError(f"the optimizer holds a parameter of shape {list(parameter.shape)} that is none of the model's")
-            state, flat = part.optimizer.state[main], main.detach().view(-1)
-            shares_memory = flat.data_ptr() == parameter.detach().view(-1)[start:].data_ptr()
+            state = part.optimizer.state[main]
             slabs[names[parameter]] = Slab(
                 start=start,
-                stop=start + flat.numel(),
-                master=None if shares_memory else flat,
+                stop=start + main.numel(),
+                master=None if _shares_memory(parameter, main, start) else main.detach().view(-1),
                 exp_avg=state["exp_avg"].view(-1),
                 exp_avg_sq=state["exp_avg_sq"].view(-1),
             )
     return slabs
+
+
+def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """All that only the optimizer reads: moments, and main weights that are not the model's own memory. Creates what Adam lacks."""
+    for part in _parts(optimizer):
+        _create_state(part.optimizer)
+        for parameter, main, start in _main_weights(part):
+            if not _shares_memory(parameter, main, start):
+                yield main
+            yield part.optimizer.state[main]["exp_avg"]
+            yield part.optimizer.state[main]["exp_avg_sq"]
 
 
 def updates(optimizer: MegatronOptimizer) -> int:
@@ -118,6 +128,10 @@ def _main_weights(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter,
             yield parameter, parameter, 0
     else:
         raise TypeError(f"the state of {type(part).__name__} cannot be read: its main weights are not known here")
+
+
+def _shares_memory(parameter: torch.nn.Parameter, main: Tensor, start: int) -> bool:
+    return main.data_ptr() == parameter.detach().view(-1)[start:].data_ptr()
 
 
 def _pairs(parameters: list[list], mains: list[list]) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:

@@ -41,6 +41,11 @@ class TrainerOptions:
     recompute: str = "none"
     """`none | selective | full`: activations that backward computes again instead of keeping them; the gradient is the same. selective:
     the insides of feed-forward or experts and of core attention; full: whole layers, of which only the input is kept."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state (Adam's moments, and with bfloat16 the float32 main weights) in host memory, and bring it to the device for
+    each optimizer step: it never stands there beside activations. On the CPU, whose memory is the host's, it saves nothing."""
+    offload_reference: bool = False
+    """Keep the weights of the reference policy in host memory, and bring them to the device for its pass."""
     threads: int = 0
     """CPU threads of one rank; 0 shares the node's cores evenly among its ranks."""
     timeout_s: float = 600.0

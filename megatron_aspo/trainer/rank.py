@@ -33,7 +33,9 @@ from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, packed
 from megatron_aspo.trainer.logprobs import logprobs
 from megatron_aspo.trainer.micro_batch import MicroBatch, PackingRules, cut_all
 from megatron_aspo.trainer.model import build_model, chunks, transformer_config
+from megatron_aspo.trainer.offload import HostMemory
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
+from megatron_aspo.trainer.optimizer_state import state_tensors
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.weights.buckets import TensorMeta, pack as pack_bucket, plan_buckets
 from megatron_aspo.weights.families import layout, replica_layouts
@@ -79,9 +81,12 @@ class TrainerRank:
         self.reference = self._build() if settings.algorithm.has_kl else None
         if self.reference is not None:
             self.reference.requires_grad_(False)
+        kept_away = self.reference.parameters() if options.offload_reference and self.reference is not None else ()
+        self._reference_memory = HostMemory(kept_away, self.device, constant=True)
         self._wrapped = [wrap_model(chunk, self._config, options.distributed_optimizer) for chunk in chunks(self.model)]
         self.optimizer = build_optimizer(self._wrapped, self._config, settings.optimizer, self.dtype, options.distributed_optimizer)
         # With bfloat16 the optimizer's float32 copies were made of the weights just loaded.
+        self._optimizer_memory = HostMemory(state_tensors(self.optimizer) if options.offload_optimizer else (), self.device)
         self._forward_backward: Callable = get_forward_backward_func()
         self._transfer_group = None
 
@@ -137,7 +142,10 @@ class TrainerRank:
         penalized = algorithm.has_kl and algorithm.kl_in == "reward"
         samples = np.arange(batch.samples) if penalized else np.flatnonzero(batch.counted)
         current, _ = self.score(self.model, batch, samples)
-        reference = None if self.reference is None else self.score(self.reference, batch, samples)[0]
+        reference = None
+        if self.reference is not None:
+            with self._reference_memory:
+                reference, _ = self.score(self.reference, batch, samples)
         mismatch = _mismatch(current, batch) if self.parallel.is_last_stage else {}
         old = current if algorithm.old_logprobs == "recompute" else torch.from_numpy(batch.rollout_logprobs).to(current)
         rewards, tally = batch.rewards, {}
@@ -207,7 +215,8 @@ class TrainerRank:
 
     def apply_gradients(self) -> tuple[bool, float]:
         """Clip and take one optimizer step; returns whether it was applied, and the gradient norm before clipping."""
-        applied, gradient_norm, _ = self.optimizer.step()
+        with self._optimizer_memory:
+            applied, gradient_norm, _ = self.optimizer.step()
         return bool(applied), float(gradient_norm)
 
     def _run(self, model: list, batch: TrainBatch, samples: np.ndarray, loss: Callable, *, forward_only: bool) -> list[Tally]:

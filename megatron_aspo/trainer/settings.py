@@ -57,14 +57,19 @@ class RankSettings:
     def levers(self) -> dict[str, str]:
         """The options that trade time or rounding for memory, by name, where they are not at their defaults."""
         given, default = self.trainer, TrainerOptions()
-        return {name: str(getattr(given, name)) for name in ("recompute",) if getattr(given, name) != getattr(default, name)}
+        names = ("recompute", "offload_optimizer", "offload_reference")
+        return {name: str(getattr(given, name)).lower() for name in names if getattr(given, name) != getattr(default, name)}
 
     def check_model(self, dims: ModelDims) -> None:
-        """Raises UserError when a model of these sizes cannot be trained on this layout."""
+        """Raises UserError when a model of these sizes cannot be trained with these options."""
         check_divisible(dims, self.sizes)
         trainer = self.trainer
         if not dims.experts and trainer.expert_tensor_parallel:
             raise UserError(f"trainer.expert_tensor_parallel={trainer.expert_tensor_parallel}: the model has no experts; leave it out")
+        if trainer.offload_reference and not self.algorithm.has_kl:
+            raise UserError(
+                "trainer.offload_reference=true has no effect with algorithm.kl_coef=0, which needs no reference policy; set one of them"
+            )
         if dims.experts and trainer.tensor_parallel > 1 and not trainer.sequence_parallel:
             raise UserError(
                 f"trainer.tensor_parallel={trainer.tensor_parallel}: Megatron trains a model with experts under tensor parallelism only "

@@ -1,12 +1,17 @@
 """Options that save memory change no result: held to plain PyTorch in float64, on real Megatron-Core processes."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from megatron_aspo.checkpoint.request import ATTEMPT
+from megatron_aspo.data.batch import TrainBatch
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.trainer.options import TrainerOptions
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from tests.models import SIZES
-from tests.parallel import workloads
+from tests.parallel import checkpoint_workloads, state_workloads, test_prepare, test_trainer_state, workloads
 from tests.parallel.test_one_step import OPTIMIZER, Case, make_case, relative_error, run, truth
 
 SHARED = {"shared_prompts": True}
@@ -48,6 +53,11 @@ def test_recomputed_activations_give_the_gradient_of_float64_pytorch(pools, case
     assert relative_error(ours["weights"], true.weights) <= 1e-5
 
 
+def _rewarded(case: Case) -> TrainBatch:
+    """With an advantage in each group."""
+    return replace(case.batch(), rewards=np.array([1.0, 0.0, 0.5, 0.0, 0.0, 2.0, 0.0, 0.7]))
+
+
 def _settings(case: Case, **trainer) -> RankSettings:
     options = TrainerOptions(**{"dtype": "float32", "micro_batch_tokens": 10_000, "logprob_chunk_tokens": 16} | trainer)
     return RankSettings(case.directory, options, OPTIMIZER, AlgorithmOptions(), 1.0, 0, 2, 32)
@@ -77,3 +87,73 @@ def test_recomputed_activations_are_not_kept(pools, cases):
 def test_recomputing_more_keeps_less(pools, cases, layout):
     kept = _kept(pools, cases("qwen2 tied"), **layout)
     assert kept["full"] < 0.2 * kept["selective"] and kept["selective"] < 0.6 * kept["none"]
+
+
+prepared = test_prepare.case
+OFFLOADED = {"offload_optimizer": True, "offload_reference": True}
+DISTRIBUTED = {"data_parallel": 2, "distributed_optimizer": True}
+
+
+@pytest.mark.parametrize("layout", [{}, DISTRIBUTED, {"tensor_parallel": 2}], ids=["one process", "DP2 distributed", "TP2"])
+def test_offloading_takes_the_step_of_float64_pytorch(pools, cases, layout):
+    true = truth(cases("qwen2 tied"), "aspo")
+    ours = run(pools, cases("qwen2 tied"), "aspo", **OFFLOADED, **layout)[0]
+    assert relative_error(ours["weights"], true.weights) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["float32 TP2", "bfloat16 PP2 untied", "bfloat16 DP2 distributed"])
+def test_an_optimizer_at_home_in_host_memory_is_adam_in_float64_and_can_be_gone_on_from(pools, cases, name):
+    case = cases("qwen2 tied" if "untied" not in name else "llama untied")
+    options = TrainerOptions(**{"dtype": "float32", "micro_batch_tokens": 60, "offload_optimizer": True} | test_trainer_state.CASES[name])
+    algorithm = AlgorithmOptions(epochs=1, mini_batch_prompts=2)
+    settings = RankSettings(case.directory, options, test_trainer_state.OPTIMIZER, algorithm, 0.9, 0, 2, 32)
+    results = pools(settings.sizes.world).run(state_workloads.interrupted, settings, _rewarded(case))
+    test_trainer_state.test_moments_and_weights_are_those_of_adam_in_float64((settings, results))
+    for result in results:
+        assert result["moved"] and result["by reading"] == result["by copying"] == result["by restoring"] == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("offloaded", ["where it is saved", "where it is loaded"])
+def test_checkpoints_hold_the_state_in_host_memory(pools, cases, tmp_path, offloaded, asynchronous):
+    (tmp_path / ATTEMPT).write_text("this one")
+    case, target = cases("qwen2 tied"), tmp_path / "checkpoints" / "step_1"
+    algorithm = AlgorithmOptions(epochs=1, mini_batch_prompts=2)
+    saving, loading = (
+        RankSettings(case.directory, TrainerOptions(offload_optimizer=there, **DISTRIBUTED), OptimizerOptions(), algorithm, 1.0, 0, 2, 32)
+        for there in (offloaded == "where it is saved", offloaded == "where it is loaded")
+    )
+    held = pools(2).run(checkpoint_workloads.save_amid_training, saving, _rewarded(case), target, "this one", asynchronous)[0]
+    found = pools(2).run(checkpoint_workloads.load_and_go_on, loading, _rewarded(case), target)[0]
+    assert found["updates"] == 2
+    for moment, ours in (("saved", "loaded"), ("after", "after")):
+        for kind in checkpoint_workloads.KINDS:
+            for name, expected in held[moment][kind].items():
+                assert np.array_equal(found[ours][kind][name], expected) and np.abs(expected).max() > 0, (moment, kind, name)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("layout", [{"dtype": "bfloat16"}, {}, DISTRIBUTED, {**PP2_VPP2, "dtype": "bfloat16"}], ids=str)
+def test_what_is_offloaded_is_on_the_device_only_in_use(pools, cases, layout, moved):
+    case = cases("qwen2 tied")
+    settings = replace(
+        _settings(case, **(OFFLOADED if moved else {}), **layout), algorithm=AlgorithmOptions(epochs=1, mini_batch_prompts=4, kl_coef=0.01)
+    )
+    for result in pools(settings.sizes.world).run(workloads.offloaded, settings, _rewarded(case)):
+        for name, uses in (("reference", 2), ("optimizer", 2)):
+            found = result[name]
+            assert found["home again"]
+            assert found["moved"] == (found["tensors"] * uses if moved else 0)
+            assert found["left"] == (0 if moved else found["tensors"] * uses), (name, found)
+        elements = result["reference"]["bytes"] // (2 if layout.get("dtype") == "bfloat16" else 4)
+        # Two moments, with bfloat16 main weights too; each rank half of them if distributed.
+        expected = elements * 4 * (3 if layout.get("dtype") == "bfloat16" else 2) // (2 if layout == DISTRIBUTED else 1)
+        assert result["optimizer"]["bytes"] == pytest.approx(expected, rel=0.02)
+
+
+def test_reference_logprobs_are_those_of_the_original_weights_in_float64(pools, prepared):
+    """In the second pass too, and with other weights in training."""
+    ours = test_prepare.prepare(pools, prepared, AlgorithmOptions(), offload_reference=True)
+    _, batch, current, original = prepared
+    assert np.abs(ours["reference"] - original * batch.mask).max() < 1e-5
+    assert np.abs(ours["old"] - current * batch.mask).max() < 1e-5 and np.abs(current - original)[batch.mask].max() > 0.1

@@ -57,6 +57,49 @@ def kept_for_backward(rank: int, meeting: str, settings, batch: TrainBatch) -> i
         return reading
 
 
+def offloaded(rank: int, meeting: str, settings, batch: TrainBatch) -> dict:
+    """Two rollout steps. What the reference pass and the optimizer step had in memory, and what of it is left when they are over."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from megatron_aspo.trainer.model import chunks
+    from megatron_aspo.trainer.optimizer_state import state_tensors
+
+    with _trainer(rank, meeting, settings) as trainer:
+        held = {
+            "reference": lambda: list(trainer.reference.parameters()),
+            "optimizer": lambda: list(state_tensors(trainer.optimizer)),
+        }
+        outside = {name: {t.data_ptr() for t in tensors()} for name, tensors in held.items()}
+        seen: dict[str, list] = {}
+
+        def note(name: str) -> None:
+            uses[name] = [(t.data_ptr() in outside[name], StorageWeakRef(t.untyped_storage())) for t in held[name]()]
+
+        chunks(trainer.reference)[0].register_forward_pre_hook(lambda *_: note("reference"))
+        step = trainer.optimizer.step
+
+        def noting():
+            note("optimizer")
+            return step()
+
+        trainer.optimizer.step = noting
+        for number in range(2):
+            uses: dict[str, list] = {}
+            trainer.update(batch, number)
+            for name, tensors in uses.items():
+                seen[name] = seen.get(name, []) + tensors
+        return {
+            name: {
+                "tensors": len(tensors()),
+                "bytes": sum(t.nbytes for t in tensors()),
+                "moved": sum(not stayed for stayed, _ in seen[name]),
+                "left": sum(not storage.expired() for _, storage in seen[name]),
+                "home again": {t.data_ptr() for t in tensors()} == outside[name],
+            }
+            for name, tensors in held.items()
+        }
+
+
 @contextmanager
 def _trainer(rank: int, meeting: str, settings):
     from megatron_aspo.trainer.rank import TrainerRank
