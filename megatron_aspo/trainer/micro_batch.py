@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_aspo.data.batch import TrainBatch, unit_tokens
+from megatron_aspo.data.batch import TrainBatch
+from megatron_aspo.data.packing import unit_tokens
 from megatron_aspo.weights.layout import Coordinates, ParallelSizes
 
 

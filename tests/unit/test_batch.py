@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from megatron_aspo.data.batch import make_train_batch, mini_batches, pack
+from megatron_aspo.data.batch import make_train_batch, mini_batches
+from megatron_aspo.data.packing import pack
 from megatron_aspo.data.records import Generation, Group, Prompt, Sample, VersionSpan
 from megatron_aspo.trainer.micro_batch import PackingRules, cut, cut_all
 from megatron_aspo.weights.layout import ParallelSizes
