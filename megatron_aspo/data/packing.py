@@ -4,13 +4,16 @@ Over ranks, work is balanced: tokens + `pair_cost` · pairs of a token with one 
 so that all wait for the fullest. Over the micro-batches of a rank, tokens are balanced, which memory bounds.
 
 `pair_cost` is what a pair costs over what a token costs outside attention: in floating-point operations, 2 · layers · heads · head
-dimension / parameters that a token meets; 0 balances tokens.
+dimension / parameters that a token meets; 0 balances tokens. By that count, of log-normal lengths up to 32,768 with 8 to 32 samples a
+rank, balanced tokens leave the slowest rank 4 to 10 % over the mean at hidden size 1,536 and 2 to 6 % at 4,096, balanced work less than
+1 % (tools/bench_packing.py).
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from heapq import heappop, heappush
+from operator import itemgetter
 
 import numpy as np
 
@@ -35,15 +38,15 @@ def pack(
     tokens; a sample that alone is over it is a micro-batch of its own. A micro-batch may be empty.
 
     What is placed is a sample or, with shared prompts, several of one group, which read their prompt once. Long pieces balance badly, so
-    groups are also tried in pieces of no more than a rank's mean, its half and its quarter, each of which reads the prompt again. The
-    fewest micro-batches win, then the least work of the fullest rank, then the longest pieces.
+    groups are also tried in pieces that add to a prompt no more than a rank's mean, its half and its quarter; each reads the prompt
+    again. The fewest micro-batches win, then the least work of the fullest rank, then the longest pieces.
     """
     samples = np.sort(samples)
     reading = _Reading(batch, shared_prompts)
     limits = [token_budget]
     if shared_prompts:
-        mean = reading.tokens_and_pairs(samples)[0] // ranks
-        limits += [limit for limit in (mean, mean // 2, mean // 4) if limit < token_budget]
+        mean, prompt = reading.tokens_and_pairs(samples)[0] // ranks, int(batch.prompt_lengths[samples].max(initial=0))
+        limits += [limit for part in (1, 2, 4) if (limit := mean // part + prompt) < token_budget]
     packings = []
     for limit in limits:
         units = reading.units(samples, limit)
@@ -168,7 +171,7 @@ def partition(weights: list[int], count: int, *, equal_counts: bool = False) -> 
     """
     if not weights:
         return [[] for _ in range(count)]
-    bins = _difference(weights, count, equal_counts)
+    bins = difference(weights, count, equal_counts)
     _exchange(weights, bins, equal_counts)
     return bins
 
@@ -178,7 +181,7 @@ def _descending(weights: list[int]) -> list[int]:
     return sorted(range(len(weights)), key=lambda i: -weights[i])
 
 
-def _difference(weights: list[int], count: int, equal_counts: bool) -> Bins:
+def difference(weights: list[int], count: int, equal_counts: bool = False) -> Bins:
     """The largest differencing method, for `count` bins, by Karmarkar and Karp (1982): at first each weight is a partition of its own, or
     with `equal_counts` each `count` of them in descending order. The two partitions whose bins differ most are joined, the fullest bin of
     one with the emptiest of the other, until one is left. Of partitions that differ alike, the oldest goes first.
@@ -200,7 +203,7 @@ def _difference(weights: list[int], count: int, equal_counts: bool) -> Bins:
         # Bins that a partition leaves out are empty, so that only this many meet one that is not.
         both = max(len(one) + len(two) - count, 0)
         met = [(a + b, p + q) for (a, p), (b, q) in zip(one[len(one) - both :], reversed(two[len(two) - both :]), strict=True)]
-        add(sorted(one[: len(one) - both] + met + two[: len(two) - both], key=lambda bin: -bin[0]))
+        add(sorted(one[: len(one) - both] + met + two[: len(two) - both], key=itemgetter(0), reverse=True))
     bins = [members for _, members in heap[0][2]]
     return bins + [[] for _ in range(count - len(bins))]
 

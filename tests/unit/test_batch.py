@@ -1,4 +1,4 @@
-"""Flat batches, mini-batches and packing."""
+"""Flat batches, mini-batches, and micro-batches cut from them."""
 
 from dataclasses import replace
 
@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from megatron_aspo.data.batch import make_train_batch, mini_batches
-from megatron_aspo.data.packing import pack
 from megatron_aspo.data.records import Generation, Group, Prompt, Sample, VersionSpan
 from megatron_aspo.trainer.micro_batch import PackingRules, cut, cut_all
 from megatron_aspo.weights.layout import ParallelSizes
@@ -114,26 +113,6 @@ def test_responses_that_share_a_prompt_follow_it_once():
     assert micro.targets.tolist() == [1, 2, 3, 4, 4, 4, 8, 1]
     assert micro.predictors.tolist() == [2, 3, 2, 4, 5, 6, 4, 7]
     assert micro.offsets == [0, 2, 3, 6, 8]
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data(), ranks=st.integers(1, 5), budget=st.integers(1, 120), shared=st.booleans(), multiple=st.integers(1, 4))
-def test_packing_keeps_every_sample_once_the_budget_and_the_same_count(data, ranks, budget, shared, multiple):
-    sizes = st.tuples(st.integers(1, 30), st.lists(st.integers(1, 25), min_size=1, max_size=5))
-    groups = [
-        group(n, [0] * prompt, [[0] * length for length in responses])
-        for n, (prompt, responses) in enumerate(data.draw(st.lists(sizes, max_size=10)))
-    ]
-    batch = make_train_batch(groups, "shuffled", 1, overlong_filter=False)
-    samples = np.arange(batch.samples)[:: data.draw(st.integers(1, 2))]
-    shares = pack(batch, samples, ranks, budget, shared, multiple)
-    assert len(shares) == ranks and len({len(share) for share in shares}) == 1
-    assert len(shares[0]) >= 1 and len(shares[0]) % multiple == 0
-    placed = [int(i) for share in shares for p in share for i in p]
-    assert sorted(placed) == samples.tolist()
-    for micro in (p for share in shares for p in share):
-        tokens = cut(batch, micro, torch.device("cpu"), shared).token_ids.numel()
-        assert tokens <= budget or len(micro) <= 1
 
 
 CPU = torch.device("cpu")
