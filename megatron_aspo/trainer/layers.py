@@ -1,8 +1,10 @@
 """The table of layer specs, and the two modules of the local spec that are ours: packed attention and RMSNorm."""
 
+import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.trainer.device import Device
-from megatron_aspo.trainer.micro_batch import MicroBatch
+from megatron_aspo.trainer.micro_batch import MicroBatch, PackingRules
 from megatron_aspo.trainer.options import TrainerOptions
+from megatron_aspo.weights.layout import Coordinates, ParallelSizes
 
 
 @dataclass
@@ -42,6 +45,15 @@ def packed_params(micro: MicroBatch) -> SharedPromptParams:
         masks=_masks(micro),
         order=micro.order,
     )
+
+
+def packing_rules(options: TrainerOptions, sizes: ParallelSizes, at: Coordinates) -> PackingRules:
+    """What layout and layers ask of packed batches."""
+    rules = PackingRules.of(sizes, at, options.sequence_parallel)
+    if options.fp8 != "none":
+        # FP8 matrix products take a multiple of 16 tokens: padded as for so many ranks.
+        rules = replace(rules, sequence=math.lcm(rules.sequence, 16))
+    return rules
 
 
 def _masks(micro: MicroBatch) -> list[Tensor] | None:
@@ -160,10 +172,28 @@ def choose_layer_spec(wanted: str, device: Device) -> str:
     return wanted
 
 
+def flash_attention() -> str:
+    """The version of the flash_attn package, which Transformer Engine's attention may use, or `absent`: then cuDNN's kernels do it."""
+    try:
+        return importlib.metadata.version("flash_attn")
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
 def check_layers(options: TrainerOptions, layer_spec: str) -> None:
-    """Raise UserError where the layers cannot do what the options ask of attention."""
+    """Raise UserError where the layers, or the device that they run on, cannot do what the options ask."""
     if layer_spec == "local":
+        if options.fp8 != "none":
+            raise UserError(
+                f"trainer.fp8={options.fp8} needs trainer.layer_spec=transformer_engine, which runs on CUDA with the transformer_engine "
+                "package; the layers here are local: set trainer.fp8=none"
+            )
         return
+    if options.fp8 != "none" and (capability := torch.cuda.get_device_capability()) < (8, 9):
+        raise UserError(
+            f"trainer.fp8={options.fp8} needs a GPU of compute capability 8.9 or higher; this one has {capability[0]}.{capability[1]}: "
+            "set trainer.fp8=none"
+        )
     if options.context_parallel > 1:
         raise UserError(
             f"trainer.context_parallel={options.context_parallel} needs trainer.layer_spec=local: with {layer_spec} it has not been held "

@@ -64,6 +64,9 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         **_moe_config(model, layer_spec),
         **_recompute_config(model, options.recompute, layer_spec),
+        fp8=None if options.fp8 == "none" else options.fp8,
+        # Scales from the tensor itself: Megatron's default goes by a history of earlier steps, which checkpoints would have to hold.
+        fp8_recipe="tensorwise",
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -11,10 +11,15 @@ from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.options import OptimizerOptions
 
 
-def wrap_model(model: torch.nn.Module, config: TransformerConfig, distributed_optimizer: bool) -> DistributedDataParallel:
-    """Megatron's data-parallel wrapper: float32 gradients, summed (not averaged) over data-parallel ranks, refused when not finite."""
+def wrap_model(
+    model: torch.nn.Module, config: TransformerConfig, distributed_optimizer: bool, gradient_dtype: str = "float32"
+) -> DistributedDataParallel:
+    """Megatron's data-parallel wrapper: gradients summed (not averaged) over data-parallel ranks, refused when not finite.
+
+    gradient_dtype: float32, or the parameters' own.
+    """
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradient_dtype == "float32",
         use_distributed_optimizer=distributed_optimizer,
         check_for_nan_in_grad=True,
     )

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from megatron_aspo.errors import UserError
 from megatron_aspo.losses.check import nearest
 
-CHOICES = {"recompute": ("none", "selective", "full")}
+CHOICES = {
+    "gradient_dtype": ("float32", "bfloat16"),
+    "fp8": ("none", "e4m3", "hybrid"),
+    "recompute": ("none", "selective", "full"),
+}
 """The words that an option of the trainer may be."""
 
 
@@ -26,6 +30,13 @@ class TrainerOptions:
     """Ways in which each expert is cut; 0: as tensor_parallel."""
     dtype: str = "bfloat16"
     """`float32 | bfloat16`: parameters and activations; with bfloat16 the optimizer keeps float32 main weights."""
+    gradient_dtype: str = "float32"
+    """`float32 | bfloat16`: in which gradients are added up over micro-batches and data-parallel ranks. bfloat16 halves that memory and
+    traffic, and rounds each partial sum to 8 bits; it needs dtype=bfloat16."""
+    fp8: str = "none"
+    """`none | e4m3 | hybrid`: format of the factors of matrix products (weights and activations; with hybrid, gradients as e5m2), each
+    tensor scaled by its own largest element. Needs Transformer Engine, a GPU of compute capability 8.9 and dtype=bfloat16, which parameters
+    stay in."""
     layer_spec: str = "auto"
     """`auto | local | transformer_engine`: auto takes Transformer Engine where CUDA and the package are present."""
     distributed_optimizer: bool = False
@@ -52,10 +63,17 @@ class TrainerOptions:
     """A collective that takes longer ends the run; Megatron counts its own groups' in whole minutes, at least one."""
 
     def __post_init__(self):
-        """Raises UserError for a word that is none of an option's."""
+        """Raises UserError for a word that is none of an option's, and for element types that do not go together."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"trainer.{name}={getattr(self, name)} is not known; {nearest(getattr(self, name), choices)}")
+        if self.dtype == "float32" and self.gradient_dtype != "float32":
+            raise UserError(
+                f"trainer.gradient_dtype={self.gradient_dtype} would round the gradients of a model in trainer.dtype=float32; set it to "
+                "float32, or trainer.dtype=bfloat16"
+            )
+        if self.dtype == "float32" and self.fp8 != "none":
+            raise UserError(f"trainer.fp8={self.fp8} goes with trainer.dtype=bfloat16, not float32; set trainer.fp8=none, or that dtype")
 
 
 @dataclass(frozen=True)

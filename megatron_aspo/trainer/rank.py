@@ -20,7 +20,8 @@ megatron_adapter.prepare()  # before anything else imports Megatron-Core
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
-from megatron_aspo.data.batch import TrainBatch, mini_batches, pack
+from megatron_aspo.data.batch import TrainBatch, mini_batches
+from megatron_aspo.data.packing import pack
 from megatron_aspo.losses.advantages import advantages
 from megatron_aspo.losses.aggregation import Totals
 from megatron_aspo.losses.check import reads_entropy_classes
@@ -29,9 +30,9 @@ from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally, add_tallies
 from megatron_aspo.losses.terms import kl_estimate, quantile
 from megatron_aspo.trainer import parallel as parallel_states
-from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, packed_params
+from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_attention, packed_params, packing_rules
 from megatron_aspo.trainer.logprobs import logprobs
-from megatron_aspo.trainer.micro_batch import MicroBatch, PackingRules, cut_all
+from megatron_aspo.trainer.micro_batch import MicroBatch, cut_all
 from megatron_aspo.trainer.model import build_model, chunks, transformer_config
 from megatron_aspo.trainer.offload import HostMemory
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
@@ -75,7 +76,7 @@ class TrainerRank:
         self.stored_layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
         self.layout = layout(self.hf.architecture, self.hf.dims, settings.sizes, self.parallel.at, self.layer_spec)
 
-        self._rules = PackingRules.of(settings.sizes, self.parallel.at, options.sequence_parallel)
+        self._rules = packing_rules(options, settings.sizes, self.parallel.at)
         self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec, options)
         self.model = self._build()
         self.reference = self._build() if settings.algorithm.has_kl else None
@@ -83,7 +84,8 @@ class TrainerRank:
             self.reference.requires_grad_(False)
         kept_away = self.reference.parameters() if options.offload_reference and self.reference is not None else ()
         self._reference_memory = HostMemory(kept_away, self.device, constant=True)
-        self._wrapped = [wrap_model(chunk, self._config, options.distributed_optimizer) for chunk in chunks(self.model)]
+        gradients = options.distributed_optimizer, options.gradient_dtype
+        self._wrapped = [wrap_model(chunk, self._config, *gradients) for chunk in chunks(self.model)]
         self.optimizer = build_optimizer(self._wrapped, self._config, settings.optimizer, self.dtype, options.distributed_optimizer)
         # With bfloat16 the optimizer's float32 copies were made of the weights just loaded.
         self._optimizer_memory = HostMemory(state_tensors(self.optimizer) if options.offload_optimizer else (), self.device)
@@ -92,14 +94,17 @@ class TrainerRank:
 
     def describe(self) -> dict[str, str]:
         """What was chosen, to be printed at the start."""
-        return {
+        chosen = {
             "device": str(self.device.torch_device),
             "backend": self.device.backend,
             "layout": self.settings.layout,
             "layer_spec": self.layer_spec,
             "optimizer": fused_adam(self.device),
             "dtype": self.settings.trainer.dtype,
-        } | self.settings.levers
+        }
+        if self.layer_spec == "transformer_engine":
+            chosen["flash_attn"] = flash_attention()
+        return chosen | self.settings.levers
 
     def _build(self) -> torch.nn.Module:
         model = build_model(self.hf, self._config, self.parallel, self.layer_spec).to(self.device.torch_device)
@@ -194,7 +199,6 @@ class TrainerRank:
         rollout = torch.from_numpy(batch.rollout_logprobs).to(scores.old)
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         return add_tallies(*self._run(self._wrapped, batch, samples, loss, forward_only=False))
 
     def _totals(self, batch: TrainBatch, samples: np.ndarray) -> Totals:
@@ -217,6 +221,7 @@ class TrainerRank:
         """Clip and take one optimizer step; returns whether it was applied, and the gradient norm before clipping."""
         with self._optimizer_memory:
             applied, gradient_norm, _ = self.optimizer.step()
+            self.optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
         return bool(applied), float(gradient_norm)
 
     def _run(self, model: list, batch: TrainBatch, samples: np.ndarray, loss: Callable, *, forward_only: bool) -> list[Tally]:

@@ -57,7 +57,7 @@ class RankSettings:
     def levers(self) -> dict[str, str]:
         """The options that trade time or rounding for memory, by name, where they are not at their defaults."""
         given, default = self.trainer, TrainerOptions()
-        names = ("recompute", "offload_optimizer", "offload_reference")
+        names = ("gradient_dtype", "fp8", "recompute", "offload_optimizer", "offload_reference")
         return {name: str(getattr(given, name)).lower() for name in names if getattr(given, name) != getattr(default, name)}
 
     def check_model(self, dims: ModelDims) -> None:
@@ -70,10 +70,25 @@ class RankSettings:
             raise UserError(
                 "trainer.offload_reference=true has no effect with algorithm.kl_coef=0, which needs no reference policy; set one of them"
             )
+        if trainer.fp8 != "none":
+            _check_fp8(trainer, dims)
         if dims.experts and trainer.tensor_parallel > 1 and not trainer.sequence_parallel:
             raise UserError(
                 f"trainer.tensor_parallel={trainer.tensor_parallel}: Megatron trains a model with experts under tensor parallelism only "
                 "with sequence parallelism; set trainer.sequence_parallel=true"
+            )
+
+
+def _check_fp8(trainer: TrainerOptions, dims: ModelDims) -> None:
+    """Of Transformer Engine's matrix products in FP8: each side of a rank's matrices is a multiple of 16."""
+    if dims.experts:
+        raise UserError(f"trainer.fp8={trainer.fp8} takes dense models only, as experts get any number of tokens; set it to none")
+    cut = (dims.ffn, dims.heads * dims.head_dim, (dims.heads + 2 * dims.kv_heads) * dims.head_dim)
+    for side in (dims.hidden, *(size // trainer.tensor_parallel for size in cut)):
+        if side % 16:
+            raise UserError(
+                f"trainer.fp8={trainer.fp8} needs matrices whose sides are multiples of 16, and a rank of this model at "
+                f"trainer.tensor_parallel={trainer.tensor_parallel} has one of {side}; set trainer.fp8=none"
             )
 
 

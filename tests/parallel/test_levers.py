@@ -4,15 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_aspo.checkpoint.request import ATTEMPT
 from megatron_aspo.data.batch import TrainBatch
+from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.trainer.device import select_device
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
+from megatron_aspo.weights.hf_model import read_model
+from megatron_aspo.weights.layout import ParallelSizes
 from tests.models import SIZES
 from tests.parallel import checkpoint_workloads, state_workloads, test_prepare, test_trainer_state, workloads
-from tests.parallel.test_one_step import OPTIMIZER, Case, make_case, relative_error, run, truth
+from tests.parallel.test_one_step import KL_COEF, OPTIMIZER, Case, make_case, relative_error, run, truth
 
 SHARED = {"shared_prompts": True}
 TP2_SP = {"tensor_parallel": 2, "sequence_parallel": True}
@@ -157,3 +162,89 @@ def test_reference_logprobs_are_those_of_the_original_weights_in_float64(pools, 
     _, batch, current, original = prepared
     assert np.abs(ours["reference"] - original * batch.mask).max() < 1e-5
     assert np.abs(ours["old"] - current * batch.mask).max() < 1e-5 and np.abs(current - original)[batch.mask].max() > 0.1
+
+
+@pytest.mark.parametrize("layout", [{}, {"data_parallel": 2}, {"tensor_parallel": 2}], ids=["one process", "DP2", "TP2"])
+def test_gradients_are_added_up_in_their_element_type(pools, cases, layout):
+    """bfloat16 activations leave some 5 % of float64's gradient in doubt; what bfloat16 sums add to that is bounded by itself."""
+    case, true = cases("qwen2 tied"), truth(cases("qwen2 tied"), "aspo").gradients
+    gradients = {}
+    for name in ("float32", "bfloat16"):
+        options = TrainerOptions(dtype="bfloat16", gradient_dtype=name, micro_batch_tokens=64, **layout)
+        settings = RankSettings(case.directory, options, OPTIMIZER, AlgorithmOptions(policy_loss="aspo", kl_coef=KL_COEF), 1.0, 0, 2, 32)
+        results = pools(settings.sizes.world).run(workloads.one_step, settings, case.batch(), case.old, case.reference, case.advantages)
+        ours = gradients[name] = results[0]["gradients"]
+        assert all(result["gradient dtypes"] == {getattr(torch, name)} for result in results)
+        for tensor, expected in true.items():
+            assert np.linalg.norm(ours[tensor] - expected) <= 0.08 * np.linalg.norm(expected), (name, tensor)
+    # Each of at most five sums rounds to 8 bits.
+    assert 0 < relative_error(gradients["bfloat16"], gradients["float32"]) <= 5 * 2.0**-8
+    for name, ours in gradients.items():
+        kept = all(torch.equal(g.bfloat16().float(), g) for g in map(torch.from_numpy, ours.values()))
+        assert kept == (name == "bfloat16")
+
+
+def test_chosen_levers_are_named_at_the_start_and_no_others(pools, cases):
+    plain = pools(1).run(workloads.described, _settings(cases("qwen2 tied"), dtype="bfloat16"))[0]
+    levers = {"recompute": "full", "offload_optimizer": True, "offload_reference": True, "gradient_dtype": "bfloat16"}
+    chosen = pools(1).run(workloads.described, _settings(cases("qwen2 tied"), dtype="bfloat16", **levers))[0]
+    assert plain.keys() == {"device", "backend", "layout", "layer_spec", "optimizer", "dtype"}
+    assert chosen == plain | {name: str(value).lower() for name, value in levers.items()}
+
+
+def test_fp8_without_transformer_engine_ends_the_start(pools, cases):
+    message = "trainer.fp8=hybrid needs trainer.layer_spec=transformer_engine, .* the layers here are local: set trainer.fp8=none"
+    with pytest.raises(RuntimeError, match=message):
+        pools(1).run(workloads.described, _settings(cases("qwen2 tied"), dtype="bfloat16", fp8="hybrid"))
+
+
+@pytest.mark.parametrize("fp8", ["none", "e4m3", "hybrid"])
+def test_fp8_goes_on_to_transformer_engine(cases, fp8, monkeypatch):
+    from megatron_aspo.trainer import megatron_adapter
+
+    megatron_adapter.prepare()  # before anything else imports Megatron-Core
+    from megatron_aspo.trainer.layers import check_layers, packing_rules
+    from megatron_aspo.trainer.model import transformer_config
+    from megatron_aspo.trainer.parallel import ParallelState
+
+    options = TrainerOptions(fp8=fp8, tensor_parallel=2, sequence_parallel=True)
+    sizes = ParallelSizes(tensor=2)
+    state = ParallelState(0, sizes, sizes.coordinates(0), None, None)
+    model = read_model(cases("qwen2 tied").directory)
+    config = transformer_config(model, state, select_device(), torch.bfloat16, "local", options)
+    assert (config.fp8, config.fp8_recipe) == (None if fp8 == "none" else fp8, "tensorwise")
+    assert packing_rules(options, sizes, state.at).total_tokens(37) == (38 if fp8 == "none" else 48)
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        if fp8 == "none" or capability == (9, 0):
+            check_layers(options, "transformer_engine")
+        else:
+            with pytest.raises(
+                UserError, match=f"trainer.fp8={fp8} needs a GPU of compute capability 8.9 or higher; this one has 8.0: set"
+            ):
+                check_layers(options, "transformer_engine")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "algorithm", "model", "message"),
+    [
+        (
+            {"offload_reference": True},
+            {"kl_coef": 0.0},
+            "qwen2 tied",
+            "trainer.offload_reference=true has no effect with algorithm.kl_coef=0",
+        ),
+        ({"fp8": "e4m3"}, {}, "qwen3_moe tied", "trainer.fp8=e4m3 takes dense models only"),
+        ({"fp8": "e4m3", "tensor_parallel": 32}, {}, "qwen2 tied", "at trainer.tensor_parallel=32 has one of 8; set trainer.fp8=none"),
+    ],
+)
+def test_levers_that_the_model_has_no_use_for_are_refused(cases, trainer, algorithm, model, message):
+    dims = read_model(cases(model).directory).dims
+    options = {name: value for name, value in trainer.items() if name != "tensor_parallel"}
+    settings = RankSettings("", TrainerOptions(**options), OptimizerOptions(), AlgorithmOptions(**algorithm), 1.0, 0, 2, 8)
+    if "tensor_parallel" in trainer:
+        dims = replace(dims, heads=64, kv_heads=64)
+        settings = replace(settings, trainer=TrainerOptions(**trainer))
+    with pytest.raises(UserError) as caught:
+        settings.check_model(dims)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -25,12 +25,14 @@ def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarr
         gradients = None
         if not settings.trainer.distributed_optimizer:
             gradients = {name: t.numpy() for name, t in trainer.whole_tensors(metas, lambda parameter: parameter.main_grad)}
+        gradient_dtypes = {parameter.main_grad.dtype for parameter in trainer.model.parameters()}
         _, norm = trainer.apply_gradients()
         weights = {name: t.numpy() for name, t in trainer.whole_tensors(metas)}
         last = trainer.parallel.is_last_stage
         return {
             "logprobs": scored.numpy() if last else None,
             "gradients": gradients,
+            "gradient dtypes": gradient_dtypes,
             "weights": weights,
             "norm": norm,
             "tally": trainer._sum_over_replicas(tally) if last else None,
@@ -55,6 +57,11 @@ def kept_for_backward(rank: int, meeting: str, settings, batch: TrainBatch) -> i
             trainer.accumulate_gradients(batch, samples, scores)
         (reading,) = readings
         return reading
+
+
+def described(rank: int, meeting: str, settings) -> dict[str, str]:
+    with _trainer(rank, meeting, settings) as trainer:
+        return trainer.describe()
 
 
 def offloaded(rank: int, meeting: str, settings, batch: TrainBatch) -> dict:

@@ -21,3 +21,12 @@ def test_every_known_word_is_taken(name, choice):
 def test_a_mistyped_word_names_the_nearest():
     with pytest.raises(UserError, match=r"trainer.recompute=selectiv is not known; did you mean selective\?"):
         TrainerOptions(recompute="selectiv")
+
+
+@pytest.mark.parametrize("option", [{"gradient_dtype": "bfloat16"}, {"fp8": "e4m3"}, {"fp8": "hybrid"}], ids=str)
+def test_less_precise_gradients_or_products_than_a_float32_model_are_refused(option):
+    ((name, value),) = option.items()
+    with pytest.raises(UserError, match=rf"trainer.{name}={value} .* trainer.dtype=.*; set ") as caught:
+        TrainerOptions(dtype="float32", **option)
+    assert "\n" not in str(caught.value)
+    TrainerOptions(dtype="bfloat16", **option)
