@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -60,6 +61,31 @@ def test_a_killed_run_goes_on_and_nothing_shows(workplace, whole):
 
     status, out, error = train(workplace, *words)
     assert status == 0 and "is complete" in out, error
+
+
+@pytest.mark.slow
+def test_a_training_rank_killed_while_it_saves_ends_the_run_and_leaves_only_whole_checkpoints(workplace, whole):
+    """SIGKILL on one of two ranks at the moment at which a checkpoint begins; the run that goes on is the undisturbed one."""
+    words = ["name=maimed", *WHOLE, "--resume", "auto"]
+    process = start(workplace, *words)
+    run = workplace / "runs" / "maimed"
+    deadline = time.monotonic() + 240
+    while not any((run / "checkpoints").glob("step_2.unfinished-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "TrainerActor" in " ".join(child.cmdline())]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode not in (0, -9) and "training rank" in error, error
+    left = sorted((run / "checkpoints").iterdir())
+    assert left and all(re.fullmatch(r"step_\d", path.name) for path in left), left
+    for checkpoint in left:
+        read_manifest(checkpoint)
+    assert not (run / "exports").exists()
+
+    status, out, error = train(workplace, *words)
+    assert status == 0 and "going on after step" in out, error
+    assert timeless(run) == timeless(whole) and tensor_files(run) == tensor_files(whole)
 
 
 def test_one_set_of_weights_in_ranks_checkpoint_export_and_a_fresh_engine(workplace, whole, ray_cluster):
