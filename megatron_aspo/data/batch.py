@@ -1,4 +1,4 @@
-"""From scored groups to what the trainer eats: one flat batch, and packed micro-batches cut from it."""
+"""From scored groups to what the trainer eats: one flat batch, and the samples of each mini-batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,74 +97,3 @@ def mini_batches(groups: np.ndarray, groups_per_mini_batch: int, epochs: int, se
         for start in range(0, count, groups_per_mini_batch):
             result.append(np.flatnonzero(np.isin(groups, order[start : start + groups_per_mini_batch])))
     return result
-
-
-def pack(
-    batch: TrainBatch, samples: np.ndarray, ranks: int, token_budget: int, shared_prompts: bool, count_multiple: int = 1
-) -> list[list[np.ndarray]]:
-    """Micro-batches of each data-parallel rank: [rank][micro-batch] → sample indices; the same number of micro-batches on every rank.
-
-    That number is a multiple of `count_multiple`.
-
-    What is placed is a sample or, with shared prompts, as many samples of one group as the token budget takes. The longest goes first
-    to the lightest rank, then within the rank to the lightest of as many micro-batches as the budget asks of the fullest rank. A sample
-    over the budget is a micro-batch of its own; a micro-batch may be empty.
-    """
-    units = _units(batch, samples, token_budget, shared_prompts)
-    lengths = np.array([unit_tokens(batch, unit) for unit in units], np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    shares = _balance(order, lengths, ranks)
-    count = max(max(len(_first_fit(share, lengths, token_budget)) for share in shares), 1)
-    count = -(-count // count_multiple) * count_multiple
-    result = []
-    for share in shares:
-        packs = _balance(share, lengths, count)
-        if max(int(lengths[p].sum()) for p in packs) > max(token_budget, int(lengths[share].max(initial=0))):
-            # Balancing by total alone broke the budget: first fit keeps it, and needs no more than `count`.
-            packs = _first_fit(share, lengths, token_budget)
-            packs += [np.zeros(0, np.int64)] * (count - len(packs))
-        result.append([np.sort(np.concatenate([units[i] for i in p] or [np.zeros(0, np.int64)])) for p in packs])
-    return result
-
-
-def unit_tokens(batch: TrainBatch, samples: np.ndarray) -> int:
-    """Tokens that the model reads for samples of one group that share their prompt: the prompt, and each response but its last token."""
-    prompt = batch.prompt_lengths[samples[0]]
-    return int(prompt + (batch.lengths[samples] - prompt).sum())
-
-
-def _units(batch: TrainBatch, samples: np.ndarray, token_budget: int, shared_prompts: bool) -> list[np.ndarray]:
-    """The samples, cut into what is placed as one."""
-    units: list[list[int]] = []
-    for sample in np.sort(samples):
-        if shared_prompts and units and batch.groups[units[-1][0]] == batch.groups[sample]:
-            grown = [*units[-1], int(sample)]
-            if unit_tokens(batch, np.array(grown)) <= token_budget:
-                units[-1] = grown
-                continue
-        units.append([int(sample)])
-    return [np.array(unit, np.int64) for unit in units]
-
-
-def _balance(order: np.ndarray, lengths: np.ndarray, bins: int) -> list[np.ndarray]:
-    totals, members = np.zeros(bins, np.int64), [[] for _ in range(bins)]
-    for sample in order:
-        lightest = int(totals.argmin())
-        members[lightest].append(sample)
-        totals[lightest] += lengths[sample]
-    return [np.array(m, np.int64) for m in members]
-
-
-def _first_fit(order: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    totals: list[int] = []
-    members: list[list[int]] = []
-    for sample in order:
-        length = int(lengths[sample])
-        fits = next((i for i, total in enumerate(totals) if total + length <= token_budget), None)
-        if fits is None:
-            totals.append(length)
-            members.append([sample])
-        else:
-            totals[fits] += length
-            members[fits].append(sample)
-    return [np.array(m, np.int64) for m in members]

@@ -118,7 +118,7 @@ def place(lengths: list[int], work: list[int], ranks: int, token_budget: int, co
             return shares
         if bins := _fit(everything, lengths, token_budget, ranks * count):
             dealt = partition([sum(work[i] for i in members) for members in bins], ranks, equal_counts=True)
-            return [[bins[b] for b in share] for share in dealt]
+            return [_longest_first([bins[b] for b in share], lengths) for share in dealt]
         count += count_multiple
 
 
@@ -143,7 +143,10 @@ def _fit(units: list[int], lengths: list[int], token_budget: int, count: int) ->
         if len(bins) > free:
             return None
         bins += [[] for _ in range(free - len(bins))]
-    bins = alone + [[rest[i] for i in members] for members in bins]
+    return _longest_first(alone + [[rest[i] for i in members] for members in bins], lengths)
+
+
+def _longest_first(bins: Bins, lengths: list[int]) -> Bins:
     return sorted(bins, key=lambda members: -sum(lengths[i] for i in members))
 
 

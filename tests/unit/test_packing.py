@@ -85,6 +85,9 @@ def test_packing_keeps_every_sample_once_the_budget_and_the_same_count(data, gro
     for micro in (micro for share in shares for micro in share):
         tokens = cut(batch, micro, torch.device("cpu"), shared).token_ids.numel()
         assert micro.tolist() == sorted(micro) and (tokens <= budget or len(micro) <= 1)
+    for share in shares if not shared else []:
+        lengths = [batch.lengths[micro].sum() for micro in share]
+        assert lengths == sorted(lengths, reverse=True)
     shuffled = data.draw(st.permutations(samples.tolist()))
     assert lists(pack(batch, np.array(shuffled, np.int64), ranks, budget, shared, multiple, pair_cost)) == lists(shares)
 
@@ -99,9 +102,15 @@ def test_the_longest_micro_batch_of_a_rank_comes_first():
 
 
 def test_a_long_sample_does_not_lend_its_size_to_the_other_micro_batches():
-    """Differencing gives 7 and 5 over a budget of 6, filling one bin after the other 6 and 6."""
-    lengths = [19, 3, 3, 2, 2, 2]
-    assert [totals(lengths, bins) for bins in place(lengths, lengths, 1, 6)] == [[19, 6, 6]]
+    for rest, expected in (([3, 3, 2, 2, 2], [19, 6, 6]), ([3, 3, 2, 2], [19, 5, 5])):
+        lengths = [19, *rest]
+        assert [totals(lengths, bins) for bins in place(lengths, lengths, 1, 6)] == [expected]
+
+
+def test_where_balancing_breaks_the_budget_bins_are_filled_one_by_one():
+    lengths = [3, 6, 2, 2, 3, 2]
+    assert max(totals(lengths, partition(lengths, 2))) == 10
+    assert [totals(lengths, bins) for bins in place(lengths, lengths, 1, 9)] == [[9, 9]]
 
 
 def test_units_that_balanced_ranks_cannot_hold_are_packed_across_ranks():
@@ -226,7 +235,7 @@ def test_work_is_balanced_over_ranks_where_attention_costs():
     batch = plain(8, 4, 4, 4, 4)
     by_tokens = lists(pack(batch, np.arange(5), 2, 100, shared_prompts=False))
     assert [sum(len(micro) for micro in share) for share in by_tokens] in ([2, 3], [3, 2])
-    by_work = pack(batch, np.arange(5), 2, 100, shared_prompts=False, pair_cost=1.0)
+    by_work = pack(batch, np.arange(5), 2, 16, shared_prompts=False, pair_cost=1.0)
     assert sorted(lists(by_work)) == [[[0]], [[1, 2, 3, 4]]]
     figures = measure(batch, by_work, 100, shared_prompts=False, pair_cost=1.0)
     assert (figures.tokens, figures.fullest, figures.mean) == (24, 56, 50)
