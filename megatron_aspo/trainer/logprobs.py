@@ -1,12 +1,26 @@
 """The seam after the model: hidden states in, log-probability and entropy of each target token out.
 
-Exact and vocabulary-parallel, in chunks of tokens, so that tokens × vocabulary never exists at once; the logits of a chunk are recomputed
-in backward instead of kept. Old, reference and current log-probabilities all come from here.
+Exact and vocabulary-parallel. A rank walks its rows of the vocabulary in blocks, so that tokens × vocabulary never exists at once. A block
+is to the rank what the rank is to its group: each gives four numbers per token, merged first over the blocks, then over the ranks. Backward
+walks the blocks again and makes their logits anew, except the last one's, which are still there. A block of rows gets its whole gradient at
+one time, so no sum of the output matrix's size is kept. Old, reference and current log-probabilities all come from here.
+
+The two steps that read logits, `statistics` and `gradient_`, are `logprobs_torch.py` on CPU and `logprobs_triton.py` on CUDA.
 """
+
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_aspo.errors import UserError
+
+_STEPS = {"cpu": "megatron_aspo.trainer.logprobs_torch", "cuda": "megatron_aspo.trainer.logprobs_triton"}
+_ALIGNMENT = 128
+"""Blocks are multiples of so many rows, for the matrix units' sake."""
 
 
 def logprobs(
@@ -23,8 +37,9 @@ def logprobs(
 
     hidden: [tokens, hidden size], the same on every rank of `tp_group`; output_weight: [rows, hidden size], this rank's rows of the
     output matrix, padding included; targets: int64 [tokens]; vocab: true vocabulary size, rows beyond it do not exist for the softmax.
-    `tp_group` None means the matrix is whole. Returns two float32 tensors [tokens] (float64 for float64 input), the same on every rank.
-    Gradients reach `hidden` (summed over the group) and this rank's rows of `output_weight`.
+    `tp_group` None means the matrix is whole. `chunk_tokens`: as many logits exist at one time as so many tokens have, in hidden's dtype.
+    Returns two float32 tensors [tokens] (float64 for float64 input), the same on every rank. Gradients reach `hidden` (summed over the
+    group) and this rank's rows of `output_weight`.
     """
     return _Logprobs.apply(hidden, output_weight, targets, temperature, tp_group, vocab, chunk_tokens)
 
@@ -37,64 +52,106 @@ class _Logprobs(torch.autograd.Function):
         rows = min(weight.shape[0], vocab - start)
         if rows <= 0:
             raise ValueError(f"tensor-parallel rank {rank} of {size} holds no row of the vocabulary of {vocab}")
-        ctx.rows, ctx.start, ctx.temperature, ctx.tp_group, ctx.chunk_tokens = rows, start, temperature, tp_group, chunk_tokens
-        results = [torch.empty(targets.shape, dtype=_accumulator(hidden), device=hidden.device) for _ in range(3)]
-        for part in _chunks(targets.numel(), chunk_tokens):
-            logits = _logits(hidden[part], weight[:rows], temperature)
-            peak = logits.max(dim=-1).values
-            _all_reduce(peak, tp_group, dist.ReduceOp.MAX)
-            logits -= peak[:, None]
-            local, owned = _local_targets(targets[part], start, rows)
-            at_target = logits.gather(1, local[:, None])[:, 0].masked_fill(~owned, 0)
-            exp = logits.exp()
-            sums = torch.stack([at_target, exp.sum(dim=-1), (exp * logits).sum(dim=-1)])
-            _all_reduce(sums, tp_group, dist.ReduceOp.SUM)
-            at_target, total, weighted = sums
-            log_total = total.log()
-            for result, value in zip(results, (at_target - log_total, log_total - weighted / total, peak + log_total), strict=True):
-                result[part] = value
-        logprob, entropy, log_normalizer = results
-        ctx.save_for_backward(hidden, weight, targets, entropy, log_normalizer)
-        return logprob, entropy
+        steps = _steps(hidden.device)
+        local_targets = targets - start
+        blocks = _blocks(rows, hidden.shape[0], chunk_tokens)
+        buffer = _buffer(hidden, blocks[0])
+        found = None
+        for block in blocks:
+            logits = torch.mm(hidden, weight[block].t(), out=_part(buffer, block))
+            more = steps.statistics(logits, temperature, local_targets - block.start)
+            found = more if found is None else _merge(found, more)
+        peak, total, weighted, at_target = _merge_ranks(found, tp_group)
+
+        ctx.save_for_backward(hidden, weight, local_targets, peak, total, weighted)
+        ctx.steps, ctx.temperature, ctx.tp_group, ctx.blocks = steps, temperature, tp_group, blocks
+        ctx.buffer = buffer
+        ctx.set_materialize_grads(False)
+        return at_target - peak - total.log(), total.log() - weighted / total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, targets, entropy, log_normalizer = ctx.saved_tensors
-        rows = ctx.rows
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=_accumulator(weight), device=weight.device)
-        for part in _chunks(targets.numel(), ctx.chunk_tokens):
-            logprob = _logits(hidden[part], weight[:rows], ctx.temperature) - log_normalizer[part][:, None]
-            probability = logprob.exp()
-            # d logprob[target] = onehot − p;  d entropy = −p · (logprob + entropy)
-            grad = (logprob + entropy[part][:, None]).mul_(-grad_entropy[part][:, None]).sub_(grad_logprob[part][:, None]).mul_(probability)
-            local, owned = _local_targets(targets[part], ctx.start, rows)
-            grad.scatter_add_(1, local[:, None], (grad_logprob[part] * owned)[:, None])
-            grad /= ctx.temperature
-            grad = grad.to(hidden.dtype)
-            grad_hidden[part] = grad @ weight[:rows]
-            grad_weight[:rows] += grad.t() @ hidden[part]
+        """With d = logit − peak and p = exp(d) / total, the gradient by a logit is, of the log-probability, onehot − p, and of the entropy,
+        −p · (d − weighted / total). Together, upstream gradients included: onehot · at_target + exp(d) · (offset + slope · d).
+        """
+        hidden, weight, local_targets, peak, total, weighted = ctx.saved_tensors
+        at_target = torch.zeros_like(total) if grad_logprob is None else grad_logprob / ctx.temperature
+        offset, slope = -at_target / total, None
+        if grad_entropy is not None:
+            slope = -grad_entropy / ctx.temperature / total
+            offset -= slope * weighted / total
+        grad_hidden = torch.zeros(hidden.shape, dtype=peak.dtype, device=hidden.device)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[ctx.blocks[-1].stop :] = 0
+        buffer, ctx.buffer = ctx.buffer, None  # gone at a second backward, which retain_graph allows
+        in_buffer = ctx.blocks[-1] if buffer is not None else None
+        buffer = _buffer(hidden, ctx.blocks[0]) if buffer is None else buffer
+        for block in reversed(ctx.blocks):
+            logits = _part(buffer, block)
+            if block != in_buffer:
+                torch.mm(hidden, weight[block].t(), out=logits)
+            ctx.steps.gradient_(logits, ctx.temperature, local_targets - block.start, peak, offset, slope, at_target)
+            torch.mm(logits.t(), hidden, out=grad_weight[block])
+            if grad_hidden.dtype == hidden.dtype:
+                grad_hidden.addmm_(logits, weight[block])
+            else:
+                grad_hidden += logits @ weight[block]
         _all_reduce(grad_hidden, ctx.tp_group, dist.ReduceOp.SUM)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _steps(device: torch.device) -> ModuleType:
+    if device.type not in _STEPS:
+        raise UserError(f"log-probabilities on {device.type}: expected one of {', '.join(_STEPS)}")
+    try:
+        return import_module(_STEPS[device.type])
+    except ModuleNotFoundError as missing:
+        name = missing.name
+        raise UserError(f"log-probabilities on {device.type} need {name}, which is not installed: pip install {name}") from missing
 
 
-def _chunks(tokens: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+def _blocks(rows: int, tokens: int, chunk_tokens: int) -> list[slice]:
+    """Blocks of rows, all of the first one's size but the last, each with at most as many logits as `chunk_tokens` tokens have."""
+    size = max(1, min(rows, rows * chunk_tokens // max(tokens, 1)))
+    if _ALIGNMENT < size < rows:
+        size -= size % _ALIGNMENT
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return (hidden @ weight.t()).to(_accumulator(hidden)) / temperature
+def _buffer(hidden: Tensor, block: slice) -> Tensor:
+    """Room for the logits of the first block, the largest."""
+    return hidden.new_empty(hidden.shape[0], block.stop - block.start)
 
 
-def _local_targets(targets: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Row of each target in this rank's share (0 where another rank owns it), and whether this rank owns it."""
-    local = targets - start
-    owned = (local >= 0) & (local < rows)
-    return local.masked_fill(~owned, 0), owned
+def _part(buffer: Tensor, block: slice) -> Tensor:
+    """The beginning of `buffer` as a matrix of [tokens, rows of `block`], contiguous."""
+    tokens, rows = buffer.shape[0], block.stop - block.start
+    return buffer.view(-1)[: tokens * rows].view(tokens, rows)
+
+
+def _merge(one: Tensor, other: Tensor) -> Tensor:
+    """Statistics [4, tokens] of two parts of the vocabulary together."""
+    peak = torch.maximum(one[0], other[0])
+    merged = _move(one, peak)
+    merged[1:] += _move(other, peak)[1:]
+    return merged
+
+
+def _merge_ranks(found: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    peak = found[0].clone()
+    _all_reduce(peak, group, dist.ReduceOp.MAX)
+    merged = _move(found, peak)
+    _all_reduce(merged[1:], group, dist.ReduceOp.SUM)
+    return merged
+
+
+def _move(found: Tensor, peak: Tensor) -> Tensor:
+    """The same statistics, their sums taken at another peak."""
+    old, total, weighted, at_target = found
+    shift = old - peak
+    scale = shift.exp()
+    return torch.stack([peak, scale * total, scale * (weighted + total * shift), at_target])
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp) -> None:

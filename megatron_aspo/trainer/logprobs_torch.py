@@ -1,0 +1,64 @@
+"""The two steps of `logprobs.py` that read logits, in plain PyTorch: for CPU.
+
+Some rows at a time, few enough that the working copy stays in the processor's cache: logits go through memory once, and what is needed
+beside them is small. The sums are float32 (float64 for float64 logits), whatever the logits' dtype.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_WORKING_SET = 1 << 18
+"""Logits in one working copy."""
+
+
+def statistics(logits: Tensor, temperature: float, targets: Tensor) -> Tensor:
+    """What a block of the vocabulary adds to the softmax, [4, tokens]: peak, total, weighted, at_target.
+
+    logits: [tokens, columns], before the temperature, left as they are; targets: int64 [tokens], the column of each target, any other
+    number where it is not in this block. With x = logits / temperature and d = x − peak: peak is the largest x, total the sum of exp(d),
+    weighted the sum of exp(d) · d, at_target x at the target, or 0. float32 (float64 for float64 logits).
+    """
+    found = torch.empty(4, logits.shape[0], dtype=_accumulator(logits))
+    for part in _parts(logits):
+        x = logits[part].to(found.dtype, copy=True).div_(temperature)
+        peak = x.amax(-1)
+        columns, inside = _columns(targets[part], logits)
+        at_target = x.gather(1, columns[:, None])[:, 0].masked_fill_(~inside, 0)
+        exp = x.sub_(peak[:, None]).exp()
+        found[:, part] = torch.stack([peak, exp.sum(-1), exp.mul_(x).sum(-1), at_target])
+    return found
+
+
+def gradient_(
+    logits: Tensor, temperature: float, targets: Tensor, peak: Tensor, offset: Tensor, slope: Tensor | None, at_target: Tensor
+) -> None:
+    """Write exp(d) · (offset + slope · d), plus `at_target` in the target's column, over the logits.
+
+    logits, targets: as in `statistics`, d with this peak; peak, offset, slope, at_target: [tokens], float32 (float64 for float64 logits).
+    A slope of None is 0.
+    """
+    for part in _parts(logits):
+        d = logits[part].to(peak.dtype, copy=True).div_(temperature).sub_(peak[part, None])
+        factor = offset[part, None] if slope is None else torch.addcmul(offset[part, None], d, slope[part, None])
+        grad = d.exp_().mul_(factor)
+        columns, inside = _columns(targets[part], logits)
+        grad.scatter_add_(1, columns[:, None], (at_target[part] * inside)[:, None])
+        logits[part] = grad
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    tokens, columns = logits.shape
+    size = max(_WORKING_SET // columns, 1)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def _columns(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Column of each target, 0 where it is not in this block, and whether it is."""
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    return targets.masked_fill(~inside, 0), inside
