@@ -82,7 +82,7 @@ def test_every_backward_over_a_retained_graph_gives_the_gradients():
 def test_bfloat16_is_summed_in_float32_and_its_gradients_are_bfloat16():
     hidden, weight, targets = (tensor.detach() for tensor in case(vocab=3000, padded=3072, tokens=50))
     ours = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
-    values = logprobs(*ours, targets, 1.0, None, vocab=3000, chunk_tokens=20)
+    values = logprobs(*ours, targets, 1.0, None, vocab=3000, chunk_tokens=1)
     torch.autograd.backward(values, [torch.ones(50)] * 2)
     assert {value.dtype for value in values} == {torch.float32} and {x.grad.dtype for x in ours} == {torch.bfloat16}
 
@@ -93,8 +93,8 @@ def test_bfloat16_is_summed_in_float32_and_its_gradients_are_bfloat16():
     truth = [x.detach().double().requires_grad_() for x in ours]
     full = (truth[0] @ truth[1][:3000].T).log_softmax(-1)
     (full.gather(1, targets[:, None]).sum() - (full.exp() * full).sum()).backward()
-    for a, b in zip(ours, truth):
-        assert (a.grad.double() - b.grad).norm() < 0.01 * b.grad.norm()
+    for a, b, rounding in zip(ours, truth, (0.007, 0.01)):  # the hidden states' is a sum over the blocks
+        assert (a.grad.double() - b.grad).norm() < rounding * b.grad.norm()
 
 
 class Largest(TorchDispatchMode):
