@@ -24,6 +24,12 @@ def training_metrics(report: UpdateReport) -> dict[str, float]:
     }
     if norms:
         metrics |= {"train/gradient_norm": sum(norms) / len(norms), "train/gradient_norm_max": max(norms)}
+        packing = report.packing
+        metrics |= {
+            "packing/fill": packing.fill,
+            "packing/imbalance": packing.imbalance,
+            "packing/lockstep_imbalance": packing.lockstep_imbalance,
+        }
     return metrics
 
 

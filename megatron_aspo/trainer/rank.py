@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
 from megatron_aspo.data.batch import TrainBatch, mini_batches
-from megatron_aspo.data.packing import pack
+from megatron_aspo.data.packing import PackingFigures, measure, pack
 from megatron_aspo.losses.advantages import advantages
 from megatron_aspo.losses.aggregation import Totals
 from megatron_aspo.losses.check import reads_entropy_classes
@@ -91,6 +91,7 @@ class TrainerRank:
         self._optimizer_memory = HostMemory(state_tensors(self.optimizer) if options.offload_optimizer else (), self.device)
         self._forward_backward: Callable = get_forward_backward_func()
         self._transfer_group = None
+        self._packing = PackingFigures()
 
     def describe(self) -> dict[str, str]:
         """What was chosen, to be printed at the start."""
@@ -121,6 +122,7 @@ class TrainerRank:
     def update(self, batch: TrainBatch, step: int) -> UpdateReport:
         """Old and reference log-probabilities, then epochs × mini-batches of the policy loss, an optimizer step after each."""
         report = UpdateReport()
+        self._packing = PackingFigures()
         report.learning_rate = set_learning_rate(self.optimizer, self.settings.optimizer, step)
         with _timed(report, "logprobs"):
             scores, report.mismatch, report.tally = self.prepare(batch)
@@ -136,6 +138,7 @@ class TrainerRank:
                 report.gradient_norms.append(gradient_norm)
                 report.skipped_updates += not applied
                 report.tokens += int(batch.lengths[samples].sum())
+        report.packing = self._packing
         if self.parallel.is_last_stage:
             report.tally = self._sum_over_replicas(report.tally)
         return report
@@ -230,7 +233,10 @@ class TrainerRank:
         Every context-parallel rank gives `loss` whole responses; its gradient goes on where a token's hidden state is.
         """
         options, rules = self.settings.trainer, self._rules
-        shares = pack(batch, samples, self.parallel.sizes.data, options.micro_batch_tokens, options.shared_prompts, rules.count_multiple)
+        asked = options.micro_batch_tokens, options.shared_prompts
+        shares = pack(batch, samples, self.parallel.sizes.data, *asked, rules.count_multiple, self.hf.pair_cost)
+        if not forward_only:
+            self._packing += measure(batch, shares, *asked, self.hf.pair_cost)
         micros = cut_all(batch, shares[self.parallel.at.data], self.device.torch_device, options.shared_prompts, rules)
 
         def forward_step(iterator: Iterator[MicroBatch], model):

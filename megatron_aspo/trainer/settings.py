@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_aspo.data.packing import PackingFigures
 from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally
@@ -103,5 +104,7 @@ class UpdateReport:
     skipped_updates: int = 0
     learning_rate: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    packing: PackingFigures = field(default_factory=PackingFigures)
+    """Of the mini-batches trained on."""
     tokens: int = 0
     """Tokens of the samples trained on in all passes, each prompt counted for each of its responses, shared or not."""

@@ -1,5 +1,6 @@
 """What a Hugging Face model directory describes, checked before anything is loaded."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ class HFModel:
     experts_per_token: int = 0
     norm_topk_prob: bool = True
     """The weights of a token's experts are divided by their sum."""
+
+    @property
+    def pair_cost(self) -> float:
+        """What attention of one token to one other costs over all else that a token costs, in floating-point operations:
+        4 · layers · heads · head dimension over 2 · the parameters that a token meets.
+        """
+        dims = self.dims
+        share = self.experts_per_token / dims.experts if dims.experts else 1.0
+        looked_up = () if dims.tied else ("model.embed_tokens.weight",)
+        met = sum(math.prod(s) * (share if ".experts." in name else 1.0) for name, s in self.tensor_shapes.items() if name not in looked_up)
+        return 2 * dims.layers * dims.heads * dims.head_dim / met
 
 
 _MODEL_TYPES = {

@@ -45,6 +45,8 @@ HEALTH = [
     "groups/dropped",
     "groups/resampled",
     "train/gradient_norm",
+    "packing/fill",
+    "packing/imbalance",
     "train/skipped_updates",
     "train/learning_rate",
     "mismatch/mean",

@@ -87,6 +87,12 @@ def test_six_off_policy_updates_do_not_depend_on_layout_or_packing(pools, direct
     # Off-policy: later mini-batches really see r ≠ 1.
     assert report.tally["weight_distance"][0] / report.tally["weight_distance"][1] > 1e-3
     assert report.mismatch["mean"] == pytest.approx(expected_report.mismatch["mean"], rel=1e-5)
+    if not trainer.get("shared_prompts"):
+        assert report.packing.tokens == report.tokens == 2 * int(given.lengths.sum())
+    if trainer == {"micro_batch_tokens": 1}:
+        assert report.packing.room == 2 * given.samples, "a micro-batch for each sample, in each of two epochs"
+    if "data_parallel" not in trainer:
+        assert report.packing.imbalance == report.packing.lockstep_imbalance == 1
 
 
 def test_bfloat16_follows_float32(pools, directory):

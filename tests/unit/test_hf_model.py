@@ -178,3 +178,18 @@ def test_a_file_that_the_index_names_must_exist(model):
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"gone\.safetensors is named by .* but missing"):
         TensorReader(read_model(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "matrices"),
+    [
+        # Of each layer: query and output 128 × 128, key and value 64 × 128, gate, up and down 128 × 256; norms; a head of 512 × 128.
+        ("llama", False, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256 + 2 * 128) + 128 + 512 * 128),
+        ("llama", True, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256 + 2 * 128) + 128 + 512 * 128),
+        # Two of four experts of 128 × 64, and a router.
+        ("qwen3_moe", False, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 2 * 3 * 128 * 64 + 4 * 128 + 2 * 128 + 2 * 32) + 128 + 512 * 128),
+    ],
+)
+def test_a_pair_of_tokens_costs_what_attention_computes_over_what_a_token_meets(tmp_path, family, tied, matrices):
+    save_tiny(family, tmp_path, tied=tied)
+    assert read_model(tmp_path).pair_cost == pytest.approx(4 * 2 * 4 * 32 / (2 * matrices), rel=1e-12)
