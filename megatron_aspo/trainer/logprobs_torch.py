@@ -22,7 +22,7 @@ def statistics(logits: Tensor, temperature: float, targets: Tensor) -> Tensor:
     """
     found = torch.empty(4, logits.shape[0], dtype=_accumulator(logits))
     for part in _parts(logits):
-        x = logits[part].to(found.dtype, copy=True).div_(temperature)
+        x = logits[part].to(found.dtype) / temperature
         peak = x.amax(-1)
         columns, inside = _columns(targets[part], logits)
         at_target = x.gather(1, columns[:, None])[:, 0].masked_fill_(~inside, 0)
@@ -40,7 +40,7 @@ def gradient_(
     A slope of None is 0.
     """
     for part in _parts(logits):
-        d = logits[part].to(peak.dtype, copy=True).div_(temperature).sub_(peak[part, None])
+        d = (logits[part].to(peak.dtype) / temperature).sub_(peak[part, None])
         factor = offset[part, None] if slope is None else torch.addcmul(offset[part, None], d, slope[part, None])
         grad = d.exp_().mul_(factor)
         columns, inside = _columns(targets[part], logits)
