@@ -47,8 +47,8 @@ class TrainerOptions:
     shared_prompts: bool = False
     """Compute the tokens of a group's prompt once for all its responses; exact. For short answers it saves most of the work, for long ones
     it costs attention over masked pairs. Needs the local layer spec."""
-    logprob_chunk_tokens: int = 1024
-    """Response tokens whose logits exist at one time."""
+    logprob_chunk_tokens: int = 512
+    """As many logits exist at one time as so many tokens have, in blocks of the vocabulary over all response tokens of a micro-batch."""
     recompute: str = "none"
     """`none | selective | full`: activations that backward computes again instead of keeping them; the gradient is the same. selective:
     the insides of feed-forward or experts and of core attention; full: whole layers, of which only the input is kept."""
