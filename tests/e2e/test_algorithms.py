@@ -6,6 +6,8 @@ import yaml
 
 from tests.e2e.workplace import metrics, train
 
+pytestmark = pytest.mark.slow
+
 
 def drawn(run, step: int) -> list[tuple[str, set[float]]]:
     """Of a step's groups in the order in which they were generated: the prompt's id, and its responses' rewards."""

@@ -202,3 +202,13 @@ def test_what_only_the_local_layers_can_do_is_refused_elsewhere(option):
     check_layers(options, "local")
     with pytest.raises(UserError, match=f"trainer.{option}=.* needs trainer.layer_spec=local: .*; set it to"):
         check_layers(options, "transformer_engine")
+
+
+def test_a_sharded_optimizer_that_is_closed_leaves_its_process_groups(pools, made):
+    """Each group has threads; a trainer has some twenty groups."""
+    case = CASES["qwen2 tied CP2 DP2 distributed"]
+    threads = []
+    for _ in range(2):
+        run(pools, made(case), "aspo", **case.options)
+        threads.append(max(pools(case.processes).run(workloads.count_threads)))
+    assert threads[1] - threads[0] < 20, threads

@@ -175,3 +175,8 @@ def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) 
         scores, mismatch, tally = trainer.prepare(batch)
         arrays = {name: None if t is None else t.numpy() for name, t in vars(scores).items()}
         return arrays | {"mismatch": mismatch, "tally": tally}
+
+
+def count_threads(rank: int, meeting: str) -> int:
+    """Of this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
