@@ -52,7 +52,7 @@ class _Logprobs(torch.autograd.Function):
         rows = min(weight.shape[0], vocab - start)
         if rows <= 0:
             raise ValueError(f"tensor-parallel rank {rank} of {size} holds no row of the vocabulary of {vocab}")
-        steps = _steps(hidden.device)
+        steps = kernels(hidden.device)
         local_targets = targets - start
         blocks = _blocks(rows, hidden.shape[0], chunk_tokens)
         buffer = _buffer(hidden, blocks[0])
@@ -101,7 +101,8 @@ class _Logprobs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
-def _steps(device: torch.device) -> ModuleType:
+def kernels(device: torch.device) -> ModuleType:
+    """The module that reads logits on this kind of device. Raises UserError where there is none, or it lacks a package."""
     if device.type not in _STEPS:
         raise UserError(f"log-probabilities on {device.type}: expected one of {', '.join(_STEPS)}")
     try:

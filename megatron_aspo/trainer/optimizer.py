@@ -49,6 +49,9 @@ def build_optimizer(
         ),
         chunks,
     )
+    for group in optimizer.param_groups:
+        if "fused" in group:  # torch's AdamW: one pass over memory instead of ten
+            group["fused"] = True
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
 
@@ -81,4 +84,4 @@ def fused_adam(device: Device) -> str:
         for package in ("transformer_engine", "apex"):
             if importlib.util.find_spec(package) is not None:
                 return f"{package} FusedAdam"
-    return "torch AdamW"
+    return "torch fused AdamW"

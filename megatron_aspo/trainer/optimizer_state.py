@@ -151,6 +151,6 @@ def _create_state(adam: torch.optim.Optimizer) -> None:
             state = adam.state[parameter]
             if not state:
                 if _counts_by_parameter(adam):
-                    state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)

@@ -31,19 +31,19 @@ from megatron_aspo.losses.tally import Tally, add_tallies
 from megatron_aspo.losses.terms import kl_estimate, quantile
 from megatron_aspo.trainer import parallel as parallel_states
 from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_attention, packed_params, packing_rules
-from megatron_aspo.trainer.logprobs import logprobs
+from megatron_aspo.trainer.logprobs import kernels, logprobs
 from megatron_aspo.trainer.micro_batch import MicroBatch, cut_all
 from megatron_aspo.trainer.model import build_model, chunks, transformer_config
 from megatron_aspo.trainer.offload import HostMemory
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
-from megatron_aspo.trainer.optimizer_state import state_tensors
+from megatron_aspo.trainer.optimizer_state import optimizer_slabs, state_tensors
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.weights.buckets import TensorMeta, pack as pack_bucket, plan_buckets
 from megatron_aspo.weights.families import layout, replica_layouts
 from megatron_aspo.weights.group import stateless_group
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.transfer import Gather, load
+from megatron_aspo.weights.transfer import Gather, assemble, load
 
 megatron_adapter.prepare()  # again, for the modules imported since
 
@@ -72,6 +72,7 @@ class TrainerRank:
         self.dtype = getattr(torch, options.dtype)
         self.layer_spec = choose_layer_spec(options.layer_spec, self.device)
         check_layers(options, self.layer_spec)
+        kernels(self.device.torch_device)  # now, if something is missing
         self.parallel = parallel_states.initialize(rank, settings.sizes, store, self.device, options.timeout_s, settings.seed)
         self.stored_layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
         self.layout = layout(self.hf.architecture, self.hf.dims, settings.sizes, self.parallel.at, self.layer_spec)
@@ -87,7 +88,7 @@ class TrainerRank:
         gradients = options.distributed_optimizer, options.gradient_dtype
         self._wrapped = [wrap_model(chunk, self._config, *gradients) for chunk in chunks(self.model)]
         self.optimizer = build_optimizer(self._wrapped, self._config, settings.optimizer, self.dtype, options.distributed_optimizer)
-        # With bfloat16 the optimizer's float32 copies were made of the weights just loaded.
+        self._fill_main_weights()
         self._optimizer_memory = HostMemory(state_tensors(self.optimizer) if options.offload_optimizer else (), self.device)
         self._forward_backward: Callable = get_forward_backward_func()
         self._transfer_group = None
@@ -116,6 +117,19 @@ class TrainerRank:
             # cut in fewer ways than the rest (expert_tensor_parallel < tensor_parallel).
             parameters[name].allreduce = False
         return model
+
+    @torch.no_grad()
+    def _fill_main_weights(self) -> None:
+        """With bfloat16 Megatron makes the optimizer's float32 weights of rounded ones: they get what the files say.
+
+        Rounded, each stands in the middle of its interval, out of which no single update of a usual learning rate takes a large weight.
+        """
+        reader = TensorReader(self.hf)
+        if self.dtype == torch.float32 or set(reader.dtypes.values()) == {"bfloat16"}:
+            return
+        mains = {name: slab for name, slab in optimizer_slabs(self.model, self.optimizer).items() if slab.master is not None}
+        for name, values in assemble(self.layout, reader, dict.fromkeys(mains, torch.float32)):
+            mains[name].master.copy_(values.reshape(-1)[mains[name].start : mains[name].stop])
 
     # --- passes ---------------------------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
@@ -72,6 +73,22 @@ def test_the_slabs_hold_every_parameter_once_for_each_replica_or_once_over_all_o
         assert set().union(*replicas) == layouts[rank].parameter_shapes.keys()
     if settings.trainer.distributed_optimizer:  # shards that begin or end inside a parameter were among them
         assert any(start > 0 for result in results for start, _ in result["kept"]["ranges"].values())
+
+
+def test_main_weights_begin_as_the_files_say_and_not_rounded(run):
+    settings, results = run
+    sizes, hf = settings.sizes, read_model(settings.model_directory)
+    files = load_file(settings.model_directory / "model.safetensors")
+    for rank, layout in replica_layouts(hf.architecture, hf.dims, sizes, "local").items():
+        expected = {name: np.zeros(shape, np.float32) for name, shape in layout.parameter_shapes.items()}
+        for piece in layout.pieces:
+            values = files[piece.tensor][tuple(slice(*edge) for edge in piece.box)]
+            expected[piece.parameter][tuple(slice(*edge) for edge in piece.local)] = values
+        for data in range(sizes.data):
+            first = results[rank + data * sizes.tensor]["first"]
+            for name, (start, stop) in first["ranges"].items():
+                begun = first["master"].get(name, first["weights"][name][start:stop])
+                assert np.array_equal(begun, expected[name].reshape(-1)[start:stop]), (rank, data, name)
 
 
 def test_main_weights_are_the_models_own_memory_in_float32_and_round_to_it_in_bfloat16(run):

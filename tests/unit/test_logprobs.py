@@ -120,11 +120,11 @@ def test_no_more_logits_exist_than_chunk_tokens_have(chunk):
 
 
 def test_a_device_without_its_kernels_is_an_error_that_names_the_cure(monkeypatch):
-    from megatron_aspo.trainer.logprobs import _steps
+    from megatron_aspo.trainer.logprobs import kernels
 
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "megatron_aspo.trainer.logprobs_triton", raising=False)
     with pytest.raises(UserError, match="on cuda need triton, which is not installed: pip install triton"):
-        _steps(torch.device("cuda"))
+        kernels(torch.device("cuda"))
     with pytest.raises(UserError, match="on meta: expected one of cpu, cuda"):
-        _steps(torch.device("meta"))
+        kernels(torch.device("meta"))
