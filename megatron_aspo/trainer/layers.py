@@ -1,11 +1,12 @@
-"""The table of layer specs, and the two modules of the local spec that are ours: packed attention and RMSNorm."""
+"""The table of layer specs, and the modules of the local spec that are ours: packed attention, RMSNorm and SwiGLU."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.trainer.device import Device
@@ -112,16 +115,23 @@ class PackedAttention(MegatronModule):
             key, value = (gather_from_sequence_parallel_region(tensor, group=self.cp_group) for tensor in (key, value))
             key, value = key[packed_seq_params.order], value[packed_seq_params.order]
         outputs = []
-        edges = packed_seq_params.cu_seqlens_q.tolist()
-        masks = getattr(packed_seq_params, "masks", None) or [None] * (len(edges) - 1)
-        for (start, stop), mask in zip(pairwise(edges), masks, strict=True):
-            # [1, heads, segment, head size]
-            q = query[start // ranks : stop // ranks].transpose(0, 1)[None]
-            k, v = (tensor[start:stop].transpose(0, 1)[None] for tensor in (key, value))
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        masks = getattr(packed_seq_params, "masks", None)
+        # Segments that follow one another and are as long go together: (length, how many, mask).
+        if masks is None:
+            runs = [(length, len(list(run)), None) for length, run in groupby(lengths)]
+        else:
+            runs = [(length, 1, mask) for length, mask in zip(lengths, masks, strict=True)]
+        # Split, not sliced: the gradient of a slice is as large as what it was cut from.
+        tokens = [length * count for length, count, _ in runs]
+        queries = query.split([share // ranks for share in tokens])
+        for (_, count, mask), q, k, v in zip(runs, queries, key.split(tokens), value.split(tokens), strict=True):
+            # [segments, heads, segment, head size]
+            q, k, v = (tensor.unflatten(0, (count, -1)).transpose(1, 2) for tensor in (q, k, v))
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=self.softmax_scale
             )
-            outputs.append(attended[0].transpose(0, 1).flatten(1))
+            outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs)
 
 
@@ -134,6 +144,38 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class SwiGLU(torch.nn.Module):
+    """silu(gate) · up of [..., gate | up], as torch's operators compute it, with the constructor that Megatron's specs call.
+
+    Backward needs only the input, half of what the operators keep, and writes the gradients of both halves where they belong.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        grads = torch.empty_like(gate_up)
+        grad_gate, grad_up = grads.chunk(2, -1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grads
+
+
 def _local_block(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = RMSNorm
@@ -142,7 +184,14 @@ def _local_block(config: TransformerConfig, chunk: int | None = None) -> Transfo
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp = _submodules(spec.submodules.mlp)
+    (_submodules(mlp.experts) if config.num_moe_experts else mlp).activation_func = SwiGLU
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=RMSNorm)
+
+
+def _submodules(module: ModuleSpec | functools.partial):
+    """Megatron-Core 0.16 describes a module by a ModuleSpec, 0.19 by a constructor with some arguments given."""
+    return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules
 
 
 def _transformer_engine_block(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:

@@ -22,12 +22,12 @@ def statistics(logits: Tensor, temperature: float, targets: Tensor) -> Tensor:
     """
     found = torch.empty(4, logits.shape[0], dtype=_accumulator(logits))
     for part in _parts(logits):
-        x = logits[part].to(found.dtype) / temperature
-        peak = x.amax(-1)
+        peak = logits[part].amax(-1).to(found.dtype) / temperature
         columns, inside = _columns(targets[part], logits)
-        at_target = x.gather(1, columns[:, None])[:, 0].masked_fill_(~inside, 0)
-        exp = x.sub_(peak[:, None]).exp()
-        found[:, part] = torch.stack([peak, exp.sum(-1), exp.mul_(x).sum(-1), at_target])
+        at_target = logits[part].gather(1, columns[:, None])[:, 0].to(found.dtype).div_(temperature).masked_fill_(~inside, 0)
+        d = _below(peak, logits[part], temperature)
+        exp = d.exp()
+        found[:, part] = torch.stack([peak, exp.sum(-1), exp.mul_(d).sum(-1), at_target])
     return found
 
 
@@ -40,12 +40,17 @@ def gradient_(
     A slope of None is 0.
     """
     for part in _parts(logits):
-        d = (logits[part].to(peak.dtype) / temperature).sub_(peak[part, None])
+        d = _below(peak[part], logits[part], temperature)
         factor = offset[part, None] if slope is None else torch.addcmul(offset[part, None], d, slope[part, None])
         grad = d.exp_().mul_(factor)
         columns, inside = _columns(targets[part], logits)
         grad.scatter_add_(1, columns[:, None], (at_target[part] * inside)[:, None])
         logits[part] = grad
+
+
+def _below(peak: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature − peak, in peak's dtype; one pass."""
+    return torch.add(-peak[:, None], logits, alpha=1 / temperature)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

@@ -81,6 +81,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=fused,
+        use_te_activation_func=not fused,  # the activation is a module of the layer spec (layers.SwiGLU)
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
         persist_layer_norm=False,
