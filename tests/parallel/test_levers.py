@@ -82,9 +82,10 @@ def test_recomputed_activations_are_not_kept(pools, cases):
     layers, hidden, ffn, head = 4, SIZES["hidden_size"], SIZES["intermediate_size"], 32
     tokens = sum(len(prompt) + len(response) - 1 for prompt, response in zip(case.prompts, case.responses))
     kept = {name: size / tokens / 4 for name, size in _kept(pools, case).items()}
-    # Of each layer five tensors between the products of feed-forward; and what attention gives, with a sum of exponentials for each head.
+    # Of each layer gate, up and their product, which is all that stands between the products of feed-forward; and what attention gives,
+    # with a sum of exponentials for each head.
     # Less the kind of mask, one number a layer.
-    saved = layers * (5 * ffn + hidden + SIZES["num_attention_heads"])
+    saved = layers * (3 * ffn + hidden + SIZES["num_attention_heads"])
     assert kept["none"] - kept["selective"] == pytest.approx(saved - layers / tokens)
     # The input of each layer; of the final norm input, scale and normalized input; rotary angles; the token's number, of 64 bits.
     assert kept["full"] == layers * hidden + (2 * hidden + 1) + head + 2
@@ -93,7 +94,7 @@ def test_recomputed_activations_are_not_kept(pools, cases):
 @pytest.mark.parametrize("layout", [SHARED, {"context_parallel": 2}], ids=["shared prompts", "CP2"])
 def test_recomputing_more_keeps_less(pools, cases, layout):
     kept = _kept(pools, cases("qwen2 tied"), **layout)
-    assert kept["full"] < 0.2 * kept["selective"] and kept["selective"] < 0.6 * kept["none"]
+    assert kept["full"] < 0.2 * kept["selective"] and kept["selective"] < 0.7 * kept["none"]
 
 
 prepared = test_prepare.case
