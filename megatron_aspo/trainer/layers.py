@@ -54,8 +54,7 @@ def packing_rules(options: TrainerOptions, sizes: ParallelSizes, at: Coordinates
     """What layout and layers ask of packed batches."""
     rules = PackingRules.of(sizes, at, options.sequence_parallel)
     if options.fp8 != "none":
-        # FP8 matrix products take a multiple of 16 tokens: padded as for so many ranks.
-        rules = replace(rules, sequence=math.lcm(rules.sequence, 16))
+        rules = replace(rules, multiple=math.lcm(rules.multiple, 16))
     return rules
 
 

@@ -21,8 +21,8 @@ class PackingRules:
     """Context-parallel ranks. Each segment is cut into 2 · context chunks; rank r holds the r-th and the r-th from the end, so that all
     have as much causal attention to do."""
     context_rank: int = 0
-    sequence: int = 1
-    """Ranks over which sequence parallelism spreads the tokens that a context-parallel rank holds."""
+    multiple: int = 1
+    """Of the tokens that a context-parallel rank holds: sequence parallelism spreads them evenly, FP8 products take so many at a time."""
     count_multiple: int = 1
     """Of the number of micro-batches. The interleaved schedule runs as many at a time as there are stages."""
     equal_lengths: bool = False
@@ -34,7 +34,7 @@ class PackingRules:
         return cls(
             context=sizes.context,
             context_rank=at.context,
-            sequence=sizes.tensor if sequence_parallel else 1,
+            multiple=sizes.tensor if sequence_parallel else 1,
             count_multiple=sizes.pipeline if interleaved else 1,
             equal_lengths=interleaved,
         )
@@ -49,7 +49,7 @@ class PackingRules:
 
     def total_tokens(self, tokens: int) -> int:
         """Of a whole micro-batch, padded by a segment that nothing looks at."""
-        return _round_up(max(tokens, 1), math.lcm(self.segment_multiple, self.context * self.sequence))
+        return _round_up(max(tokens, 1), math.lcm(self.segment_multiple, self.context * self.multiple))
 
     def holders(self, lengths: list[int]) -> np.ndarray:
         """int64 [tokens]: the context-parallel rank that holds each token of segments of these padded lengths."""

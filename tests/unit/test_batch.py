@@ -121,8 +121,8 @@ CPU = torch.device("cpu")
 def test_rules_follow_the_layout():
     sizes = ParallelSizes(tensor=2, pipeline=4, data=3, virtual=2, context=2)
     rules = PackingRules.of(sizes, sizes.coordinates(2), sequence_parallel=True)
-    assert rules == PackingRules(context=2, context_rank=1, sequence=2, count_multiple=4, equal_lengths=True)
-    assert PackingRules.of(sizes, sizes.coordinates(2), sequence_parallel=False).sequence == 1
+    assert rules == PackingRules(context=2, context_rank=1, multiple=2, count_multiple=4, equal_lengths=True)
+    assert PackingRules.of(sizes, sizes.coordinates(2), sequence_parallel=False).multiple == 1
     plain = ParallelSizes(tensor=2, pipeline=4, data=3)
     assert PackingRules.of(plain, plain.coordinates(9), sequence_parallel=False) == PackingRules()
 
@@ -132,17 +132,17 @@ def test_rules_follow_the_layout():
 )
 def test_lengths_are_multiples_that_every_rank_can_share(context, sequence, segment, total):
     """2 · CP for segments; for the whole also TP · CP under sequence parallelism."""
-    rules = PackingRules(context=context, sequence=sequence)
+    rules = PackingRules(context=context, multiple=sequence)
     assert (rules.segment_tokens(1), rules.total_tokens(1), rules.total_tokens(0)) == (segment, total, total)
     assert rules.segment_tokens(2 * segment) == 2 * segment and rules.total_tokens(2 * total + 1) == 3 * total
 
 
 def test_padding_stands_after_what_it_pads():
     batch = make_train_batch(GROUPS, "shuffled", 1, overlong_filter=False)
-    micro = cut(batch, np.array([0, 1, 2]), CPU, rules=PackingRules(sequence=4))
+    micro = cut(batch, np.array([0, 1, 2]), CPU, rules=PackingRules(multiple=4))
     assert micro.token_ids[0].tolist() == [5, 6, 7, 1, 5, 6, 7, 9, 4, 4, 0, 0]
     assert micro.cu_seqlens.tolist() == [0, 4, 7, 10, 12] and micro.position_ids[0, -2:].tolist() == [0, 1]
-    micro = cut(batch, np.arange(4), CPU, shared_prompts=True, rules=PackingRules(sequence=5))
+    micro = cut(batch, np.arange(4), CPU, shared_prompts=True, rules=PackingRules(multiple=5))
     assert micro.cu_seqlens.tolist() == [0, 4, 8, 10]
     assert [b.tolist() for b in micro.branches] == [[-1, -1, -1, 0], [-1, 0, 0, 1], [-1, -1]]
 
@@ -168,7 +168,7 @@ def test_context_parallel_ranks_hold_every_token_and_every_target_once(data, con
     ]
     batch = make_train_batch(groups, "shuffled", 1, overlong_filter=False)
     packs = [np.arange(batch.samples)[: batch.samples // 2], np.arange(batch.samples)]
-    rules = [PackingRules(context=context, context_rank=r, sequence=sequence, equal_lengths=equal) for r in range(context)]
+    rules = [PackingRules(context=context, context_rank=r, multiple=sequence, equal_lengths=equal) for r in range(context)]
     ranks = [cut_all(batch, packs, CPU, shared, r) for r in rules]
     assert not equal or len({micro.tokens for micros in ranks for micro in micros}) == 1
     for number, samples in enumerate(packs):
