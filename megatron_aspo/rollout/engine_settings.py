@@ -62,6 +62,10 @@ def environment(spec: EngineSpec) -> dict[str, str]:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if spec.tensor_parallel == 1 else "1",
             # Eager engines still compile a helper of the logprobs, in the first batch that asks for them: 10 s for nothing on CPU.
             "TORCHDYNAMO_DISABLE": "1",
+            # As in the trainer (trainer/device.py): memory that glibc gives back comes back page by page, zeroed, in every step. This is
+            # some tenth of a training step where memory is slow to map.
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         }
     return common
 
@@ -96,6 +100,9 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             # A prompt is computed in one step, whole. When a step computes part of the prompt of a request with a seed, vLLM 0.32 winds the
             # request's generator back, in a way that only CUDA generators know: on CPU the engine core dies of it.
             "enable_chunked_prefill": False,
+            # The responses of a group share whole blocks of their prompt. vLLM takes 128 tokens, more than short prompts have: each is then
+            # computed once per response, twice the time of generation with 44 and 12 tokens. Its fast kernels ask for multiples of 32.
+            "block_size": 32,
             "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, spec.max_model_len),
         }
     return common | {"enable_sleep_mode": True}

@@ -28,7 +28,7 @@ from tests.models import perturbed, save_tiny
 TOLERANCE = 1e-4
 BUCKET_BYTES = 200_000
 PROMPT = tuple(20 + (7 * position) % 480 for position in range(170))
-"""Longer than a block of vLLM's prefix cache (128 tokens on CPU), so that it is cached."""
+"""Longer than blocks of the prefix cache (32 tokens on CPU), so that it is cached."""
 
 
 def options(engines: int, tensor_parallel: int = 1) -> RolloutOptions:
