@@ -36,6 +36,7 @@ from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
+from megatron_aspo.weights.holdings import EngineSizes, check_engine
 from megatron_aspo.weights.publish import Publisher
 
 _LAST_CHECKPOINT_S = 60.0
@@ -130,7 +131,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         model = read_model(model_directory)
         reader = TensorReader(model)
         settings.check_model(model.dims)
-        _check_engine_cut(config, model.dims.heads, model.dims.kv_heads)
+        check_engine(model.dims, EngineSizes(config.rollout.tensor_parallel))
         if config.max_model_len > model.max_positions:
             raise UserError(
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_model_len} is more than the model's "
@@ -237,12 +238,6 @@ def _check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
             f"{ranks} training ranks and {engines} engines need {needed} {kind}s of the Ray cluster, which has {cluster.slots}; "
             "lower trainer.data_parallel or rollout.engines, or start Ray with more"
         )
-
-
-def _check_engine_cut(config: Config, heads: int, kv_heads: int) -> None:
-    size = config.rollout.tensor_parallel
-    if heads % size or (kv_heads % size and size % kv_heads):
-        raise UserError(f"rollout.tensor_parallel={size} does not divide the model's {heads} attention and {kv_heads} key-value heads")
 
 
 def _check_held_out(prompts: list) -> None:

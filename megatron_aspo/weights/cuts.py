@@ -49,15 +49,30 @@ def even(extent: Extent, axis: int) -> Cut:
     return Cut(runs, lambda d, size: extent(d) // size, axis)
 
 
-def vocab_rows() -> Cut:
-    """Even shares of the padded vocabulary; the last ranks may hold padding only."""
+def vocab_rows(multiple: int | None = None) -> Cut:
+    """Even shares of the vocabulary, padded to a multiple of `multiple` (None: of the ranks); the last ranks may hold padding only."""
+
+    def extent(d: ModelDims, size: int) -> int:
+        return padded_vocab(d.vocab, multiple or size) // size
 
     def runs(d: ModelDims, size: int, rank: int) -> list[Run]:
-        rows = padded_vocab(d.vocab, size) // size
+        rows = extent(d, size)
         length = min(rows, d.vocab - rank * rows)
         return [Run(rank * rows, 0, length)] if length > 0 else []
 
-    return Cut(runs, lambda d, size: padded_vocab(d.vocab, size) // size, padded=True)
+    return Cut(runs, extent, padded=True)
+
+
+def head_rows(heads: Extent) -> Cut:
+    """Whole heads, as many for each rank; of fewer heads than ranks each is held by several ranks (vLLM)."""
+
+    def runs(d: ModelDims, size: int, rank: int) -> list[Run]:
+        return [Run(rank * heads(d) // size * d.head_dim, 0, extent(d, size))]
+
+    def extent(d: ModelDims, size: int) -> int:
+        return max(heads(d) // size, 1) * d.head_dim
+
+    return Cut(runs, extent)
 
 
 def qkv_rows(part: str) -> Cut:

@@ -6,8 +6,9 @@ weight: hence two namings. docs/add_a_family.md walks through a new family.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
-from megatron_aspo.weights.cuts import Cut, even, gate_up_rows, qkv_rows, vocab_rows, whole
+from megatron_aspo.weights.cuts import Cut, even, gate_up_rows, head_rows, qkv_rows, vocab_rows, whole
 from megatron_aspo.weights.layout import (
     Box,
     Coordinates,
@@ -20,6 +21,8 @@ from megatron_aspo.weights.layout import (
 )
 
 NAMINGS = ("local", "transformer_engine")
+VLLM_VOCAB_MULTIPLE = 64
+"""vLLM pads the vocabulary to a multiple of this before it shares it out (DEFAULT_VOCAB_PADDING_SIZE)."""
 
 Shape = tuple[int, ...]
 
@@ -42,6 +45,8 @@ class Rule:
     when: Callable[[ModelDims], bool] = lambda dims: True
     stage: str = "layer"
     """`first | layer | last | last_if_apart`: which pipeline stage holds it."""
+    engine_cut: Cut | None = None
+    """How vLLM's tensor-parallel workers share it, where that differs from `cut`."""
 
     @property
     def of_experts(self) -> bool:
@@ -67,6 +72,7 @@ def _qkv(part: str, heads: Callable[[ModelDims], int]) -> tuple[Rule, ...]:
             _ATTENTION + "linear_qkv.weight",
             lambda d: (heads(d) * d.head_dim, d.hidden),
             qkv_rows(part),
+            engine_cut=head_rows(heads),
         ),
         Rule(
             f"{_HF}self_attn.{part}_proj.bias",
@@ -74,6 +80,7 @@ def _qkv(part: str, heads: Callable[[ModelDims], int]) -> tuple[Rule, ...]:
             lambda d: (heads(d) * d.head_dim,),
             qkv_rows(part),
             when=lambda d: d.qkv_bias,
+            engine_cut=head_rows(heads),
         ),
     )
 
@@ -94,6 +101,7 @@ _EMBEDDING = Rule(
     lambda d: (d.vocab, d.hidden),
     vocab_rows(),
     stage="first",
+    engine_cut=vocab_rows(VLLM_VOCAB_MULTIPLE),
 )
 
 # Grouped-query attention with the norm before it; optional bias of query, key and value; optional norm of query and key heads.
@@ -127,6 +135,7 @@ _OUTPUT = (
         vocab_rows(),
         stage="last",
         when=lambda d: not d.tied,
+        engine_cut=vocab_rows(VLLM_VOCAB_MULTIPLE),
     ),
     # Tied and cut into stages: the last stage keeps its own copy of the embedding as its output matrix.
     Rule(
@@ -223,19 +232,37 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
 # --- reading the table --------------------------------------------------------------------------------------------------------------------
 
 
-def tensor_shapes(architecture: str, dims: ModelDims) -> dict[str, Shape]:
-    """Name → shape of every tensor of the Hugging Face checkpoint, in the table's order."""
-    shapes: dict[str, Shape] = {}
+@dataclass(frozen=True)
+class Home:
+    """One rule of the table, at one layer and expert."""
+
+    rule: Rule
+    layer: int = 0
+    expert: int = 0
+
+
+@cache
+def homes(architecture: str, dims: ModelDims) -> dict[str, tuple[Home, ...]]:
+    """Name → where the table speaks of it, of every tensor of the Hugging Face checkpoint, in the table's order.
+
+    A tied embedding has two homes: the last pipeline stage keeps a copy of its own.
+    """
+    found: dict[str, tuple[Home, ...]] = {}
     rules = [rule for rule in FAMILIES[architecture] if rule.when(dims)]
     for rule in (r for r in rules if r.stage == "first"):
-        shapes[rule.tensor] = rule.shape(dims)
+        found[rule.tensor] = (Home(rule),)
     for layer in range(dims.layers):
         for rule in (r for r in rules if r.stage == "layer"):
             for expert in range(dims.experts if rule.of_experts else 1):
-                shapes[rule.tensor.format(layer=layer, expert=expert)] = rule.shape(dims)
+                found[rule.tensor.format(layer=layer, expert=expert)] = (Home(rule, layer, expert),)
     for rule in (r for r in rules if r.stage.startswith("last")):
-        shapes.setdefault(rule.tensor, rule.shape(dims))
-    return shapes
+        found[rule.tensor] = (*found.get(rule.tensor, ()), Home(rule))
+    return found
+
+
+def tensor_shapes(architecture: str, dims: ModelDims) -> dict[str, Shape]:
+    """Name → shape of every tensor of the Hugging Face checkpoint, in the table's order."""
+    return {name: places[0].rule.shape(dims) for name, places in homes(architecture, dims).items()}
 
 
 def layout(architecture: str, dims: ModelDims, sizes: ParallelSizes, at: Coordinates, naming: str = "local") -> Layout:
@@ -254,7 +281,7 @@ def layout(architecture: str, dims: ModelDims, sizes: ParallelSizes, at: Coordin
         shape, axis = rule.shape(dims), rule.cut.axis
         local_shape = _replace(shape, axis, rule.cut.local_extent(dims, ways))
         runs = rule.cut.runs(dims, ways, share)
-        boxes = [(_slab(shape, axis, run.start, run.length), _slab(local_shape, axis, run.local, run.length)) for run in runs]
+        boxes = [(slab(shape, axis, run.start, run.length), slab(local_shape, axis, run.local, run.length)) for run in runs]
         for prefix, there, here in _places(rule, dims, sizes, at):
             parameter = prefix + rule.parameter_name(naming).format(**here)
             tensor = rule.tensor.format(**there)
@@ -321,5 +348,5 @@ def _replace(shape: Shape, axis: int, extent: int) -> Shape:
     return (*shape[:axis], extent, *shape[axis + 1 :])
 
 
-def _slab(shape: Shape, axis: int, start: int, length: int) -> Box:
+def slab(shape: Shape, axis: int, start: int, length: int) -> Box:
     return tuple((start, start + length) if i == axis else (0, extent) for i, extent in enumerate(shape))

@@ -47,8 +47,14 @@ _MODEL_TYPES = {
 """What `model_type` must say: transformers chooses the class that reads the rest of the config by it."""
 
 
-def read_model(directory: Path) -> HFModel:
-    """Read and check `config.json`. Raises UserError naming the setting that is not supported."""
+def read_sizes(directory: Path) -> tuple[str, ModelDims]:
+    """Architecture and sizes, from which the shapes of all tensors follow. Whether the model can be trained is not asked."""
+    config, architecture = _read_config(directory)
+    return architecture, _dims(config, architecture)
+
+
+def _read_config(directory: Path) -> tuple[Any, str]:
+    """`config.json` and its architecture. Raises UserError for one that cannot be read or is not in the table."""
     from transformers import AutoConfig
 
     try:
@@ -58,6 +64,12 @@ def read_model(directory: Path) -> HFModel:
     architecture = (config.architectures or ["none"])[0]
     if architecture not in FAMILIES:
         raise UserError(f"{directory}: architecture {architecture} is not supported; expected one of {sorted(FAMILIES)}")
+    return config, architecture
+
+
+def read_model(directory: Path) -> HFModel:
+    """Read and check `config.json`. Raises UserError naming the setting that is not supported."""
+    config, architecture = _read_config(directory)
     for key, value, supported in _settings(config, architecture):
         if value not in supported:
             raise UserError(f"{directory}/config.json: {key}={value} is not supported for {architecture}; expected {supported[0]}")
