@@ -50,8 +50,8 @@ def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) 
     from megatron_aspo.checkpoint.manifest import read_manifest
     from megatron_aspo.checkpoint.megatron_files import MegatronReader
     from megatron_aspo.trainer import parallel as parallel_states
+    from megatron_aspo.trainer.attention import SharedPromptParams
     from megatron_aspo.trainer.device import select_device
-    from megatron_aspo.trainer.layers import SharedPromptParams
     from megatron_aspo.trainer.model import build_model, transformer_config
     from megatron_aspo.weights.families import layout
     from megatron_aspo.weights.hf_model import read_model

@@ -1,19 +1,15 @@
-"""The table of layer specs, and the modules of the local spec that are ours: packed attention, RMSNorm and SwiGLU."""
+"""The table of layer specs, and the small modules of the local spec that are ours: RMSNorm and SwiGLU."""
 
 import functools
 import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,33 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.trainer.attention import PackedAttention
 from megatron_aspo.trainer.device import Device
-from megatron_aspo.trainer.micro_batch import MicroBatch, PackingRules
+from megatron_aspo.trainer.micro_batch import PackingRules
 from megatron_aspo.trainer.options import TrainerOptions
 from megatron_aspo.weights.layout import Coordinates, ParallelSizes
-
-
-@dataclass
-class SharedPromptParams(PackedSeqParams):
-    """Megatron's packed-sequence arguments, and who may look at whom inside each segment."""
-
-    masks: list[Tensor] | None = None
-    """[segment tokens, segment tokens] bool per segment; None means plain causal attention. Rows of this context-parallel rank only."""
-    order: Tensor | None = None
-    """As MicroBatch.order."""
-
-
-def packed_params(micro: MicroBatch) -> SharedPromptParams:
-    """What Megatron's attention and rotary embedding need to know of a packed micro-batch."""
-    return SharedPromptParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro.cu_seqlens,
-        cu_seqlens_kv=micro.cu_seqlens,
-        max_seqlen_q=micro.max_seqlen,
-        max_seqlen_kv=micro.max_seqlen,
-        masks=_masks(micro),
-        order=micro.order,
-    )
 
 
 def packing_rules(options: TrainerOptions, sizes: ParallelSizes, at: Coordinates) -> PackingRules:
@@ -56,82 +30,6 @@ def packing_rules(options: TrainerOptions, sizes: ParallelSizes, at: Coordinates
     if options.fp8 != "none":
         rules = replace(rules, multiple=math.lcm(rules.multiple, 16))
     return rules
-
-
-def _masks(micro: MicroBatch) -> list[Tensor] | None:
-    if micro.branches is None and micro.local is None:
-        return None
-    edges = micro.cu_seqlens.tolist()
-    masks = []
-    for i, (start, stop) in enumerate(pairwise(edges)):
-        rows = torch.arange(stop - start, device=micro.cu_seqlens.device)
-        if micro.local is not None:
-            rows = micro.local[(micro.local >= start) & (micro.local < stop)] - start
-        masks.append(_visible(rows, stop - start, None if micro.branches is None else micro.branches[i]))
-    return masks
-
-
-def _visible(rows: Tensor, tokens: int, branches: Tensor | None) -> Tensor:
-    """bool [rows, tokens]: a token sees what stands before it in the prompt and in its own response, and itself."""
-    earlier = torch.arange(tokens, device=rows.device)[None] <= rows[:, None]
-    if branches is None:
-        return earlier
-    return earlier & ((branches[None] == -1) | (branches[None] == branches[rows, None]))
-
-
-class PackedAttention(MegatronModule):
-    """Causal attention inside each segment of a packed batch, by torch's scaled-dot-product attention.
-
-    Under context parallelism each rank holds its tokens' queries and gathers the keys and values of all.
-    Takes what Megatron hands any core attention module. Megatron's own local attention refuses packed batches; Transformer Engine's takes
-    the same arguments on GPUs, but for segments that share a prompt.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, layer_number, attn_mask_type, attention_type, softmax_scale=None, pg_collection=None, **kwargs
-    ):
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type=None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """query [tokens, heads, head size], key and value [tokens, key-value heads, head size] → [tokens, heads × head size]."""
-        if packed_seq_params is None:
-            raise ValueError("PackedAttention takes packed batches only")
-        ranks = 1
-        if self.cp_group is not None:
-            ranks = self.cp_group.size()
-            # Backward adds up what all ranks' queries give a key or value, and hands each rank its own.
-            key, value = (gather_from_sequence_parallel_region(tensor, group=self.cp_group) for tensor in (key, value))
-            key, value = key[packed_seq_params.order], value[packed_seq_params.order]
-        outputs = []
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        masks = getattr(packed_seq_params, "masks", None)
-        # Segments that follow one another and are as long go together: (length, how many, mask).
-        if masks is None:
-            runs = [(length, len(list(run)), None) for length, run in groupby(lengths)]
-        else:
-            runs = [(length, 1, mask) for length, mask in zip(lengths, masks, strict=True)]
-        # Split, not sliced: the gradient of a slice is as large as what it was cut from.
-        tokens = [length * count for length, count, _ in runs]
-        queries = query.split([share // ranks for share in tokens])
-        for (_, count, mask), q, k, v in zip(runs, queries, key.split(tokens), value.split(tokens), strict=True):
-            # [segments, heads, segment, head size]
-            q, k, v = (tensor.unflatten(0, (count, -1)).transpose(1, 2) for tensor in (q, k, v))
-            attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=self.softmax_scale
-            )
-            outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-        return torch.cat(outputs)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -50,6 +50,7 @@ def prepare() -> None:
     _patch_type_checks()
     _patch_expert_splits()
     _patch_uneven_collectives()
+    _patch_clip()
     _define_router_gemm()
 
 
@@ -178,6 +179,17 @@ def _patch_type_checks() -> None:
 
             wrapped._answers_cuda = True
             setattr(module, name, wrapped)
+
+
+def _patch_clip() -> None:
+    """Without apex and Transformer Engine the gradient clip makes scaled copies of gradients and copies them back: three passes for one."""
+    from megatron.core.optimizer import clip_grads
+
+    def scale_all(chunk_size, noop_flag, tensor_lists, scale):
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, scale, out=target)
+
+    clip_grads.multi_tensor_scale_impl = scale_all
 
 
 def _patch_expert_splits() -> None:

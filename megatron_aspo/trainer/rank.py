@@ -30,7 +30,8 @@ from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally, add_tallies
 from megatron_aspo.losses.terms import kl_estimate, quantile
 from megatron_aspo.trainer import parallel as parallel_states
-from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_attention, packed_params, packing_rules
+from megatron_aspo.trainer.attention import packed_params
+from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_attention, packing_rules
 from megatron_aspo.trainer.logprobs import kernels, logprobs
 from megatron_aspo.trainer.micro_batch import MicroBatch, cut_all
 from megatron_aspo.trainer.model import build_model, chunks, transformer_config

@@ -120,7 +120,7 @@ def _trainer(rank: int, meeting: str, settings):
 
 def logits(rank: int, meeting: str, settings, sequences: list[list[int]]) -> np.ndarray:
     """This rank's columns of the logits of packed sequences, [tokens, rows of the output matrix]; one pipeline stage."""
-    from megatron_aspo.trainer.layers import SharedPromptParams
+    from megatron_aspo.trainer.attention import SharedPromptParams
 
     with _trainer(rank, meeting, settings) as trainer, torch.no_grad():
         lengths = [len(sequence) for sequence in sequences]

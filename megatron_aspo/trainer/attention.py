@@ -1,0 +1,161 @@
+"""Attention of packed batches for the local layers: which token sees which, and the module that Megatron calls."""
+
+import math
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_aspo.trainer.micro_batch import MicroBatch
+
+_SHORT = 256
+"""Tokens of a segment up to which bfloat16 attention is multiplied out. Torch's kernel for CPU takes, forward and backward, 4 times as long
+for 64 tokens, 2.7 times for 127, 1.3 times for 256, and 0.8 times for 1,000 (2 threads; 9 heads of 64, 3 of keys and values)."""
+
+
+@dataclass
+class SharedPromptParams(PackedSeqParams):
+    """Megatron's packed-sequence arguments, and who may look at whom inside each segment."""
+
+    masks: list[Tensor] | None = None
+    """[segment tokens, segment tokens] bool per segment; None means plain causal attention. Rows of this context-parallel rank only."""
+    order: Tensor | None = None
+    """As MicroBatch.order."""
+
+
+def packed_params(micro: MicroBatch) -> SharedPromptParams:
+    """What Megatron's attention and rotary embedding need to know of a packed micro-batch."""
+    return SharedPromptParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro.cu_seqlens,
+        cu_seqlens_kv=micro.cu_seqlens,
+        max_seqlen_q=micro.max_seqlen,
+        max_seqlen_kv=micro.max_seqlen,
+        masks=_masks(micro),
+        order=micro.order,
+    )
+
+
+def _masks(micro: MicroBatch) -> list[Tensor] | None:
+    if micro.branches is None and micro.local is None:
+        return None
+    edges = micro.cu_seqlens.tolist()
+    masks = []
+    for i, (start, stop) in enumerate(pairwise(edges)):
+        rows = torch.arange(stop - start, device=micro.cu_seqlens.device)
+        if micro.local is not None:
+            rows = micro.local[(micro.local >= start) & (micro.local < stop)] - start
+        masks.append(_visible(rows, stop - start, None if micro.branches is None else micro.branches[i]))
+    return masks
+
+
+def _visible(rows: Tensor, tokens: int, branches: Tensor | None) -> Tensor:
+    """bool [rows, tokens]: a token sees what stands before it in the prompt and in its own response, and itself."""
+    earlier = torch.arange(tokens, device=rows.device)[None] <= rows[:, None]
+    if branches is None:
+        return earlier
+    return earlier & ((branches[None] == -1) | (branches[None] == branches[rows, None]))
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each segment of a packed batch, by torch's scaled-dot-product attention where that is the faster.
+
+    Under context parallelism each rank holds its tokens' queries and gathers the keys and values of all.
+    Takes what Megatron hands any core attention module. Megatron's own local attention refuses packed batches; Transformer Engine's takes
+    the same arguments on GPUs, but for segments that share a prompt.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number, attn_mask_type, attention_type, softmax_scale=None, pg_collection=None, **kwargs
+    ):
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type=None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [tokens, heads, head size], key and value [tokens, key-value heads, head size] → [tokens, heads × head size]."""
+        if packed_seq_params is None:
+            raise ValueError("PackedAttention takes packed batches only")
+        ranks = 1
+        if self.cp_group is not None:
+            ranks = self.cp_group.size()
+            # Backward adds up what all ranks' queries give a key or value, and hands each rank its own.
+            key, value = (gather_from_sequence_parallel_region(tensor, group=self.cp_group) for tensor in (key, value))
+            key, value = key[packed_seq_params.order], value[packed_seq_params.order]
+        outputs = []
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        masks = getattr(packed_seq_params, "masks", None)
+        # Segments that follow one another and are as long go together: (length, how many, mask).
+        if masks is None:
+            runs = [(length, len(list(run)), None) for length, run in groupby(lengths)]
+        else:
+            runs = [(length, 1, mask) for length, mask in zip(lengths, masks, strict=True)]
+        # Split, not sliced: the gradient of a slice is as large as what it was cut from.
+        tokens = [length * count for length, count, _ in runs]
+        queries = query.split([share // ranks for share in tokens])
+        for (_, count, mask), q, k, v in zip(runs, queries, key.split(tokens), value.split(tokens), strict=True):
+            # [segments, heads, segment, head size]
+            q, k, v = (tensor.unflatten(0, (count, -1)).transpose(1, 2) for tensor in (q, k, v))
+            outputs.append(_attend(q, k, v, mask, self.softmax_scale).transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(outputs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """[segments, heads, tokens, head size] each; mask as in SharedPromptParams, scale None for 1 / √(head size)."""
+    if query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT:
+        if mask is None:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        return _ShortAttention.apply(query, key, value, mask, scale or query.shape[-1] ** -0.5)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(scale · query keyᵀ) value by its definition, with float32 scores; heads that share keys and values go as one matrix.
+
+    Keeps the probabilities, in the dtype of its arguments.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scale):
+        segments, heads, tokens, size = query.shape
+        query = query.reshape(segments, key.shape[1], -1, size)
+        scores = torch.matmul(query.float(), key.float().transpose(-1, -2)).mul_(scale)
+        scores.unflatten(2, (-1, tokens)).masked_fill_(~mask, -math.inf)
+        probabilities = scores.softmax(-1).to(value.dtype)
+        ctx.save_for_backward(query, key, value, probabilities)
+        ctx.scale = scale
+        return torch.matmul(probabilities, value).view(segments, heads, tokens, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, probabilities = ctx.saved_tensors
+        shape, grad = grad.shape, grad.reshape(query.shape)
+        grad_probabilities = torch.matmul(grad, value.transpose(-1, -2)).float()
+        weights = probabilities.float()
+        mean = (grad_probabilities * weights).sum(-1, keepdim=True)
+        grad_scores = grad_probabilities.sub_(mean).mul_(weights).mul_(ctx.scale).to(key.dtype)
+        grad_query = torch.matmul(grad_scores, key).view(shape)
+        return (
+            grad_query,
+            torch.matmul(grad_scores.transpose(-1, -2), query),
+            torch.matmul(probabilities.transpose(-1, -2), grad),
+            None,
+            None,
+        )
