@@ -1,9 +1,10 @@
 """Speed of one training step against transformers: .venv/bin/python tools/bench_train_step.py [--model DIR] [--rounds 6] [--dtypes float32]
 
 One step: zero gradients, forward, clipped policy loss, backward, clip the gradient norm, AdamW. Both sides take the same tokens in the same
-element type with scaled-dot-product attention and as many threads, in one process, and compute logits of response tokens only; steps
-alternate, the figures are medians. Speeds are in real tokens per second: padding is work, not progress. With bfloat16 transformers keeps
-nothing in float32; this project keeps main weights, moments and gradients there.
+element type with as many threads, in one process, and compute logits of response tokens only. transformers attends with torch's
+scaled-dot-product attention, this project with its own layers', which take the same but for short segments in bfloat16. With bfloat16
+transformers keeps nothing in float32; this project keeps main weights, moments and gradients there. Steps alternate; a ratio is the median
+of the rounds'. Speeds are in real tokens per second: padding is work, not progress.
 
 - equal: samples of one length. `padded_over_transformers` is our speed over theirs; nothing is padded on either side.
 - mixed: lengths with a mean of a third of the longest. `packed_over_padded` is our speed, packed, over our own with the same samples padded
@@ -142,7 +143,7 @@ def measure(directory: Path, dtype: str, rounds: int) -> dict[str, float]:
         return RankSettings(directory, TrainerOptions(dtype=dtype, shared_prompts=shared), options, algorithm, 1.0, 0, 8, 512)
 
     trainer = TrainerRank(ours(False), 0, dist.HashStore())
-    speeds: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {}
     for name in ("equal", "mixed", "short"):
         lengths, group = shapes(name)
         made = samples(lengths, group, trainer.hf.dims.vocab)
@@ -153,16 +154,21 @@ def measure(directory: Path, dtype: str, rounds: int) -> dict[str, float]:
             packed = our_step(trainer, as_batch(made, group))
             steps["shared"] = with_settings(trainer, ours(True), packed)
         tokens = sum(map(sum, lengths))
-        for key, seconds in alternate(steps, rounds).items():
-            speeds[f"{name}_{key}"] = tokens / seconds
-            print(f"{dtype} {name}: {key} {tokens / seconds:.0f} tokens/s, {seconds:.2f} s a step of {tokens} tokens", flush=True)
+        for key, times in alternate(steps, rounds).items():
+            seconds[f"{name} {key}"] = times
+            middle = statistics.median(times)
+            print(f"{dtype} {name}: {key} {tokens / middle:.0f} tokens/s, {middle:.2f} s a step of {tokens} tokens", flush=True)
     trainer.close()
+
+    def faster(one: str, other: str) -> float:
+        return statistics.median(theirs / mine for mine, theirs in zip(seconds[one], seconds[other], strict=True))
+
     return {
-        "padded_over_transformers": speeds["equal_packed"] / speeds["equal_transformers"],
-        "packed_over_padded": speeds["mixed_packed"] / speeds["mixed_padded"],
-        "shared_over_packed": speeds["short_shared"] / speeds["short_packed"],
-        "packed_over_transformers": speeds["mixed_packed"] / speeds["mixed_transformers"],
-        "shared_over_transformers": speeds["short_shared"] / speeds["short_transformers"],
+        "padded_over_transformers": faster("equal packed", "equal transformers"),
+        "packed_over_padded": faster("mixed packed", "mixed padded"),
+        "shared_over_packed": faster("short shared", "short packed"),
+        "packed_over_transformers": faster("mixed packed", "mixed transformers"),
+        "shared_over_transformers": faster("short shared", "short transformers"),
     }
 
 
@@ -177,8 +183,8 @@ def with_settings(trainer, settings, step: Callable[[], None]) -> Callable[[], N
     return run
 
 
-def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one that is not counted."""
+def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in every round, after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -186,7 +192,7 @@ def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, fl
             step()
             if number:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def main() -> None:

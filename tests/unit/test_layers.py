@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from megatron_aspo.trainer.attention import PackedAttention, SharedPromptParams  # noqa: E402
 from megatron_aspo.trainer.device import select_device  # noqa: E402
-from megatron_aspo.trainer.layers import SwiGLU  # noqa: E402
+from megatron_aspo.trainer.layers import RMSNorm, SwiGLU  # noqa: E402
 
 CONFIG = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4)
 
@@ -24,6 +24,28 @@ def test_swiglu_and_its_gradient():
     gate, up = gate_up[..., :6], gate_up[..., 6:]
     torch.testing.assert_close(SwiGLU(CONFIG)(gate_up), gate / (1 + (-gate).exp()) * up)
     torch.autograd.gradcheck(SwiGLU(CONFIG), gate_up)
+
+
+def test_rms_norm_and_its_gradient():
+    norm = RMSNorm(CONFIG, 6, eps=1e-3).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 2, 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight)
+    torch.autograd.gradcheck(lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, x), (x, norm.weight))
+
+
+def test_rms_norm_in_bfloat16_is_torch_s():
+    mine, torch_s = RMSNorm(CONFIG, 64).bfloat16(), torch.nn.RMSNorm(64, eps=1e-5).bfloat16()
+    upstream = torch.randn(9, 1, 64).bfloat16()
+    weight = torch.randn(64)
+    results = []
+    for norm in (mine, torch_s):
+        norm.weight.data.copy_(weight)
+        x = torch.linspace(-3, 5, 9 * 64).view(9, 1, 64).bfloat16().requires_grad_()
+        results.append((norm(x), *torch.autograd.grad(norm(x), (x, norm.weight), upstream)))
+    assert torch.equal(results[0][0], results[1][0])
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=str)
