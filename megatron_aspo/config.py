@@ -47,7 +47,9 @@ class Config:
     ray_address: str = ""
     """Cluster to join; empty starts a Ray of our own on this machine."""
     transfer_bucket_mib: int = 256
-    """Most weights in flight at one time, in MiB; a larger tensor travels alone."""
+    """Most weights on their way into an engine's worker at one time, in MiB; a larger tensor travels alone."""
+    transfer_verify_every: int = 0
+    """Every so many weight transfers, and the first, are verified by SHA-256 at both ends; 0: the first only."""
     data: DataOptions = field(default_factory=DataOptions)
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
@@ -205,7 +207,7 @@ def check(config: Config, implied: Values | None = None) -> None:
         for name in names:
             _require(getattr(section, name) > 0, f"{_path(config, section)}{name}={getattr(section, name)} must be greater than 0")
     for section, names in (
-        (config, ("seed",)),
+        (config, ("seed", "transfer_verify_every")),
         (config.trainer, ("threads", "expert_tensor_parallel")),
         (config.optimizer, ("warmup_steps", "weight_decay", "clip_grad")),
         (config.rollout, ("threads",)),

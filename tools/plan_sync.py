@@ -1,5 +1,5 @@
-"""What a weight sync would send, from a Hugging Face config alone: .venv/bin/python tools/plan_sync.py examples/models/qwen3-30b-a3b \\
---train tensor=4 pipeline=2 data=4 expert=8 --engines 8 --engine-tensor 4
+"""What a weight sync would send, from a Hugging Face config alone:
+.venv/bin/python tools/plan_sync.py examples/models/qwen3-30b-a3b --train tensor=4 pipeline=2 data=4 --engines 8 --engine-tensor 4
 
 Plans the whole transfer and adds it up, exactly. Training ranks fill nodes of --node-devices in order, engines fill further nodes, or with
 --colocated the same devices in order. The last line is one JSON object: gigabytes in all, over the least that any plan could send; of the
@@ -81,21 +81,37 @@ def sizes_of(words: list[str]) -> ParallelSizes:
     return ParallelSizes(**chosen)
 
 
+def count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not a number of at least 1")
+    return int(word)
+
+
+def speed(word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{word} is not a number above 0")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory with a config.json")
     parser.add_argument("--train", nargs="*", default=[], metavar="AXIS=N", help=f"axes: {', '.join(AXES)}")
-    parser.add_argument("--engines", type=int, default=1)
-    parser.add_argument("--engine-tensor", type=int, default=1)
+    parser.add_argument("--engines", type=count, default=1)
+    parser.add_argument("--engine-tensor", type=count, default=1)
     parser.add_argument("--engine-expert-parallel", action="store_true")
-    parser.add_argument("--node-devices", type=int, default=8)
+    parser.add_argument("--node-devices", type=count, default=8)
     parser.add_argument("--colocated", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", help="of the engines")
-    parser.add_argument("--bucket-mb", type=int, default=512)
+    parser.add_argument("--bucket-mb", type=count, default=512)
     parser.add_argument(
-        "--between-gb-s", type=float, default=50.0, help="GB/s of one device to other nodes; 50: one link of 400 Gbit/s each"
+        "--between-gb-s", type=speed, default=50.0, help="GB/s of one device to other nodes; 50: one link of 400 Gbit/s each"
     )
-    parser.add_argument("--within-gb-s", type=float, default=300.0, help="GB/s of one device inside its node")
+    parser.add_argument("--within-gb-s", type=speed, default=300.0, help="GB/s of one device inside its node")
     options = parser.parse_args()
     started = time.perf_counter()
     try:

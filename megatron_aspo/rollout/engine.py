@@ -24,7 +24,7 @@ from megatron_aspo.rollout.process_tree import Remains, remains_of
 if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    from megatron_aspo.weights.buckets import TensorMeta
+    from megatron_aspo.weights.schedule import TransferSpec
 
 INITIAL_VERSION = 0
 """Version of the weights an engine starts with."""
@@ -179,42 +179,33 @@ class Engine:
                 if self._holds:
                     await self._llm.pause_generation(mode="keep", clear_cache=False)
 
-    async def connect(self, host: str, port: int, rank_offset: int, world_size: int, timeout_s: float) -> None:
-        """Join the group over which weights come; this engine's workers are its ranks from `rank_offset` on.
+    async def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float) -> None:
+        """Join the group over which weights come as the spec says, which training rank 0 opens at `host:port`.
 
         Returns when every rank of the group is there. Raises EngineError when one does not come within `timeout_s`.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        info = {"host": host, "port": port, "rank_offset": rank_offset, "world_size": world_size, "timeout_s": timeout_s}
+        info = {"host": host, "port": port, "engine": self._spec.index, "spec": spec.as_dict(), "timeout_s": timeout_s}
         try:
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
         except Exception as error:
             raise EngineError(f"{self._name} could not connect to the trainer: {_one_line(error)}") from error
 
-    async def receive_weights(self, metas: Sequence["TensorMeta"], bucket_bytes: int, version: int) -> None:
-        """Replace all weights by those that rank 0 broadcasts, in the buckets of `plan_buckets(metas, bucket_bytes)`.
+    async def receive_weights(self, buckets: int, version: int, verify: bool) -> None:
+        """Replace all weights by those that the training ranks send, in so many buckets; `verify` as they do.
 
         Requests under way are halted for it and go on under the new weights, their caches computed anew. Afterwards `version` is the
         engine's. When it fails the engine stays halted and refuses to generate: part of its weights may be new. Raises EngineError then.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        from megatron_aspo.weights.buckets import plan_buckets
-
         self._refuse_if_unfit()
-        buckets = plan_buckets(metas, bucket_bytes)
         await self._hold("weights", clear_cache=True)
         try:
             await self._llm.start_weight_update()
-            for number, bucket in enumerate(buckets, start=1):
-                label = f"bucket {number} of {len(buckets)} of version {version} ({bucket[0].name} … {bucket[-1].name})"
-                update = {
-                    "names": [meta.name for meta in bucket],
-                    "dtypes": [meta.dtype for meta in bucket],
-                    "shapes": [list(meta.shape) for meta in bucket],
-                    "label": label,
-                }
+            for number in range(buckets):
+                update = {"version": version, "first": number == 0, "verify": verify}
                 await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
             await self._llm.finish_weight_update(str(version))
             # Keys and values of the old weights must answer no prompt of the new ones.

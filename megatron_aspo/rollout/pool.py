@@ -22,7 +22,7 @@ from megatron_aspo.rollout.process_tree import Remains, sweep
 from megatron_aspo.rollout.share import share
 
 if TYPE_CHECKING:
-    from megatron_aspo.weights.buckets import TensorMeta
+    from megatron_aspo.weights.schedule import TransferSpec
 
 _MAX_CONCURRENT_CALLS = 4096
 _SHUTDOWN_TIMEOUT_S = 30.0
@@ -157,20 +157,13 @@ class EnginePool:
             return self._generate_fixed(requests, placement)
         return self._generate_least_loaded(requests, group_size)
 
-    def connect(self, host: str, port: int, world_size: int, timeout_s: float, first_rank: int = 1) -> Pending:
-        """Let every engine worker join the group that rank 0 opens at `host:port`; engine i's workers start at rank first_rank + i · TP."""
-        expected = first_rank + len(self._members) * self._options.tensor_parallel
-        if world_size < expected:
-            raise ValueError(f"a group of {world_size} ranks is too small: the engines' workers need ranks {first_rank} to {expected - 1}")
-        refs = [
-            member.actor.connect.remote(host, port, first_rank + member.spec.index * self._options.tensor_parallel, world_size, timeout_s)
-            for member in self._members
-        ]
-        return Pending(self._members, refs, self._explain)
+    def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float) -> Pending:
+        """Let every engine's workers join the group of the spec, which training rank 0 opens at `host:port`."""
+        return self._on_all("connect", host, port, spec, timeout_s)
 
-    def receive_weights(self, metas: Sequence["TensorMeta"], bucket_bytes: int, version: int) -> Pending:
-        """Let every engine receive the buckets of `plan_buckets(metas, bucket_bytes)` that rank 0 broadcasts, as `version`."""
-        return self._on_all("receive_weights", list(metas), bucket_bytes, version)
+    def receive_weights(self, buckets: int, version: int, verify: bool) -> Pending:
+        """Let every engine receive what the training ranks send as `version`, in so many buckets."""
+        return self._on_all("receive_weights", buckets, version, verify)
 
     def pause(self) -> None:
         """Halt decoding on every engine; returns when all have halted."""

@@ -11,6 +11,7 @@ Written for vLLM 0.32.0. What is adapted, why, and when it can go:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -18,8 +19,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_aspo.rollout.engine_settings import TRANSFER_BACKEND
-from megatron_aspo.weights.buckets import TensorMeta, packed_bytes, unpack
+from megatron_aspo.weights.exchange import WeightReceiver
 from megatron_aspo.weights.group import StatelessGroup, stateless_group
+from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 
 
 @dataclass
@@ -28,25 +30,24 @@ class JoinInfo(WeightTransferInitInfo):
 
     host: str
     port: int
-    rank_offset: int
-    """Rank of the engine's first worker; the others of its tensor-parallel group follow."""
-    world_size: int
+    engine: int
+    """Its number among the engines."""
+    spec: dict[str, Any]
+    """A TransferSpec's `as_dict`."""
     timeout_s: float
 
 
 @dataclass
 class BucketInfo(WeightTransferUpdateInfo):
-    """The tensors of the one bucket that comes next."""
+    """One bucket: of which version, the first of it or not, and whether it is verified."""
 
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    label: str
-    """Names the bucket in errors."""
+    version: int
+    first: bool
+    verify: bool
 
 
 class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
-    """Receives whole Hugging Face tensors in buckets, by broadcast from rank 0; vLLM's loaders take each worker's part of them."""
+    """Receives this worker's part of the weights; vLLM's loaders take it out of tensors of whole Hugging Face shape."""
 
     init_info_cls = JoinInfo
     update_info_cls = BucketInfo
@@ -54,20 +55,19 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
     def __init__(self, config, vllm_config, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._group: StatelessGroup | None = None
+        self._receiver: WeightReceiver | None = None
         self._expected: set[str] = set()
         self._loaded: set[str] = set()
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         """Join the group; returns when all its ranks are there."""
         self.shutdown()
-        self._group = stateless_group(
-            init_info.host,
-            init_info.port,
-            init_info.rank_offset + self.parallel_config.rank,
-            init_info.world_size,
-            init_info.timeout_s,
-            "nccl" if self.device.type == "cuda" else "gloo",
-        )
+        spec = TransferSpec.from_dict(init_info.spec)
+        rank = spec.training.world + init_info.engine * spec.engines.tensor + self.parallel_config.rank
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        where = init_info.host, init_info.port
+        self._group = stateless_group(*where, rank, spec.world, init_info.timeout_s, backend, names=spec.name)
+        self._receiver = WeightReceiver(Schedule(spec, rank, where_of(self._group.places)), self._group, self.device)
 
     def start_weight_update(self) -> None:
         """Make the model's layers ready to be loaded."""
@@ -80,14 +80,9 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
 
     def receive_weights(self, update_info: BucketInfo) -> None:
         """Receive one bucket and load it."""
-        metas = [
-            TensorMeta(name, dtype, tuple(shape))
-            for name, dtype, shape in zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
-        ]
-        # A new buffer each time: the layerwise reload keeps views of it until the last tensor of a layer has come.
-        buffer = torch.empty(packed_bytes(metas), dtype=torch.uint8, device=self.device)
-        self._group.broadcast(buffer, root=0, what=update_info.label)
-        self._loaded |= set(self.model.load_weights(unpack(buffer, metas)))
+        if update_info.first:
+            self._receiver.begin(update_info.version, update_info.verify)
+        self._loaded |= set(self.model.load_weights(self._receiver.receive()))
 
     def finish_weight_update(self) -> None:
         """Bring the loaded layers into the form the kernels use."""
@@ -102,7 +97,7 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
         """Leave the group."""
         if self._group is not None:
             self._group.close()
-            self._group = None
+            self._group = self._receiver = None
 
 
 class WorkerExtension:

@@ -38,6 +38,7 @@ from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.holdings import EngineSizes, check_engine
 from megatron_aspo.weights.publish import Publisher
+from megatron_aspo.weights.schedule import TransferSpec
 
 _LAST_CHECKPOINT_S = 60.0
 """How long a run that ends waits for the checkpoint that is being written."""
@@ -177,14 +178,9 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         f"engines: {len(started)} × vLLM {started[0].vllm_version} on {started[0].device}, {config.rollout.dtype}; training ranks: "
         f"{settings.sizes.world}, " + ", ".join(f"{key} {value}" for key, value in trainers.described.items())
     )
-    publisher = Publisher(
-        trainers,
-        engines,
-        engine_workers=config.rollout.engines * config.rollout.tensor_parallel,
-        dtype=config.rollout.dtype,
-        bucket_bytes=config.transfer_bucket_mib << 20,
-        timeout_s=config.trainer.timeout_s,
-    )
+    sides = settings.sizes, EngineSizes(config.rollout.tensor_parallel, engines=config.rollout.engines)
+    spec = TransferSpec(model.architecture, model.dims, *sides, config.rollout.dtype, config.transfer_bucket_mib << 20)
+    publisher = Publisher(trainers, engines, spec, config.trainer.timeout_s, config.transfer_verify_every)
     if start.step:
         with progress.waiting("bringing the engines to the checkpoint's weights"):
             publisher.publish(version=start.manifest.training["weights_version"])

@@ -17,7 +17,7 @@ from megatron_aspo.weights.group import free_port, interface_of, meeting_store
 
 if TYPE_CHECKING:
     from megatron_aspo.data.batch import TrainBatch
-    from megatron_aspo.weights.buckets import TensorMeta
+    from megatron_aspo.weights.schedule import TransferSpec
 
 
 class TrainerError(RuntimeError):
@@ -62,14 +62,11 @@ class TrainerActor:
     def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
         return self._rank.update(batch, step)
 
-    def tensor_metas(self, dtype: str) -> list["TensorMeta"]:
-        return self._rank.tensor_metas(dtype)
+    def connect(self, host: str, port: int, spec: "TransferSpec") -> int:
+        return self._rank.connect(host, port, spec)
 
-    def connect(self, host: str, port: int, world_size: int) -> None:
-        self._rank.connect(host, port, world_size)
-
-    def publish(self, dtype: str, bucket_bytes: int) -> int:
-        return self._rank.publish(dtype, bucket_bytes)
+    def publish(self, version: int, verify: bool) -> int:
+        return self._rank.publish(version, verify)
 
     def save(self, request: SaveRequest) -> float:
         return self._saver.save(request)
@@ -129,16 +126,13 @@ class Trainers:
         """Private address of rank 0's node, and a free port on it."""
         return self._get([self._actors[0].address.remote()])[0]
 
-    def tensor_metas(self, dtype: str) -> list["TensorMeta"]:
-        """What `publish` sends, in order."""
-        return self._get([self._actors[0].tensor_metas.remote(dtype)])[0]
+    def connect(self, host: str, port: int, spec: "TransferSpec") -> int:
+        """Form the group of the spec with the engines' workers, which must be connecting; returns how many buckets a transfer has."""
+        return self._get([actor.connect.remote(host, port, spec) for actor in self._actors])[0]
 
-    def connect(self, host: str, port: int, world_size: int) -> None:
-        self._get([actor.connect.remote(host, port, world_size) for actor in self._actors])
-
-    def publish(self, dtype: str, bucket_bytes: int) -> int:
+    def publish(self, version: int, verify: bool) -> int:
         """Send the current weights to the engines, which must be receiving; returns the bytes sent."""
-        return sum(self._get([actor.publish.remote(dtype, bucket_bytes) for actor in self._actors]))
+        return sum(self._get([actor.publish.remote(version, verify) for actor in self._actors]))
 
     def save(self, request: SaveRequest) -> float:
         """Start a checkpoint, once the one under way is done; returns the seconds until training can go on."""

@@ -39,11 +39,13 @@ from megatron_aspo.trainer.offload import HostMemory
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
 from megatron_aspo.trainer.optimizer_state import optimizer_slabs, state_tensors
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
-from megatron_aspo.weights.buckets import TensorMeta, pack as pack_bucket, plan_buckets
+from megatron_aspo.weights.buckets import TensorMeta
+from megatron_aspo.weights.exchange import LocalTensors, WeightSender
 from megatron_aspo.weights.families import layout, replica_layouts
 from megatron_aspo.weights.group import stateless_group
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
+from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.weights.transfer import Gather, assemble, load
 
 megatron_adapter.prepare()  # again, for the modules imported since
@@ -92,7 +94,7 @@ class TrainerRank:
         self._fill_main_weights()
         self._optimizer_memory = HostMemory(state_tensors(self.optimizer) if options.offload_optimizer else (), self.device)
         self._forward_backward: Callable = get_forward_backward_func()
-        self._transfer_group = None
+        self._sender = None
         self._packing = PackingFigures()
 
     def describe(self) -> dict[str, str]:
@@ -312,25 +314,21 @@ class TrainerRank:
         held = {name: value(parameter) for name, parameter in self.model.named_parameters()}
         return Gather(self.stored_layouts, self.parallel.rank, held).whole(metas)
 
-    def connect(self, host: str, port: int, world_size: int) -> None:
-        """Rank 0 becomes the sender of the group that it forms with all engine workers; the others return at once."""
-        if self.parallel.rank == 0:
-            self._transfer_group = stateless_group(host, port, 0, world_size, self.settings.trainer.timeout_s, self.device.backend)
+    def connect(self, host: str, port: int, spec: TransferSpec) -> int:
+        """Join the group of all training ranks and the engines' workers, which rank 0 opens; returns how many buckets a transfer has."""
+        rank, timeout_s = self.parallel.rank, self.settings.trainer.timeout_s
+        group = stateless_group(host, port, rank, spec.world, timeout_s, self.device.backend, names=spec.name)
+        schedule = Schedule(spec, rank, where_of(group.places))
+        self._sender = WeightSender(schedule, group, self.device.torch_device)
+        return len(schedule.buckets)
 
-    def publish(self, dtype: str, bucket_bytes: int) -> int:
-        """Send the current weights to every engine worker, in buckets that both sides derive from the same metas. Returns bytes sent."""
-        sent = 0
-        for bucket in plan_buckets(self.tensor_metas(dtype), bucket_bytes):
-            tensors = [tensor for _, tensor in self.whole_tensors(bucket)]
-            if self.parallel.rank == 0:
-                payload = pack_bucket(tensors)
-                self._transfer_group.broadcast(payload, root=0)
-                sent += payload.numel()
-        return sent
+    def publish(self, version: int, verify: bool) -> int:
+        """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""
+        return self._sender.send(LocalTensors(self.layout, dict(self.model.named_parameters())), version, verify)
 
     def close(self) -> None:
         """Leave all process groups."""
-        self._transfer_group = None
+        self._sender = None
         # A sharded optimizer holds views of the weights, with the autograd nodes whose hooks hold everything else: a cycle that Python's
         # collector does not see. With it would live the groups, whose threads wake up a hundred times a second.
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):

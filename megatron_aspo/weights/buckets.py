@@ -1,17 +1,10 @@
-"""Tensors in bounded buckets of bytes.
-
-Sender and receiver hold the same list of `TensorMeta` and derive the same buckets, and the same offsets inside each, from it alone: a
-transfer needs no handshake beyond that list. Planning is pure; packing and unpacking touch only the tensors they are given.
-"""
+"""Tensors in bounded buckets of bytes: how the files of a model are filled."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
-ALIGNMENT = 16
-"""Every tensor starts at a multiple of this many bytes, so that a view of any element type is aligned whatever came before it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,6 @@ class TensorMeta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, without alignment."""
         return math.prod(self.shape) * torch_dtype(self.dtype).itemsize
 
 
@@ -43,7 +35,7 @@ def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
 
 
 def plan_buckets(metas: Sequence[TensorMeta], bucket_bytes: int) -> list[list[TensorMeta]]:
-    """Split `metas`, in their order, into consecutive buckets of at most `bucket_bytes` packed bytes each.
+    """Split `metas`, in their order, into consecutive buckets of at most `bucket_bytes` each.
 
     A tensor larger than the bound is a bucket of its own. Raises ValueError for a bound below 1 or a name that appears twice.
     """
@@ -56,54 +48,10 @@ def plan_buckets(metas: Sequence[TensorMeta], bucket_bytes: int) -> list[list[Te
     buckets: list[list[TensorMeta]] = []
     filled = 0
     for meta in metas:
-        size = _padded(meta.nbytes)
+        size = meta.nbytes
         if not buckets or filled + size > bucket_bytes:
             buckets.append([])
             filled = 0
         buckets[-1].append(meta)
         filled += size
     return buckets
-
-
-def packed_bytes(metas: Sequence[TensorMeta]) -> int:
-    """Bytes of the buffer that holds these tensors, alignment included."""
-    return sum(_padded(meta.nbytes) for meta in metas)
-
-
-def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """uint8 [packed bytes] holding a copy of every tensor in order, on their device. The padding is zero.
-
-    Raises ValueError when the tensors lie on more than one device.
-    """
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"tensors of one bucket lie on several devices: {sorted(map(str, devices))}")
-    total = sum(_padded(tensor.numel() * tensor.element_size()) for tensor in tensors)
-    buffer = torch.zeros(total, dtype=torch.uint8, device=next(iter(devices), torch.device("cpu")))
-    offset = 0
-    for tensor in tensors:
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        buffer[offset : offset + data.numel()].copy_(data)
-        offset += _padded(data.numel())
-    return buffer
-
-
-def unpack(buffer: torch.Tensor, metas: Sequence[TensorMeta]) -> list[tuple[str, torch.Tensor]]:
-    """(name, tensor) for every meta; each tensor is a view into `buffer`, a uint8 [packed bytes].
-
-    Raises ValueError when the buffer is not exactly the packed size of `metas`.
-    """
-    expected = packed_bytes(metas)
-    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() != expected:
-        raise ValueError(f"the buffer is {buffer.dtype} {list(buffer.shape)}; these tensors need uint8 [{expected}]")
-    named = []
-    offset = 0
-    for meta in metas:
-        data = buffer[offset : offset + meta.nbytes]
-        named.append((meta.name, data.view(torch_dtype(meta.dtype)).view(meta.shape)))
-        offset += _padded(meta.nbytes)
-    return named
-
-
-def _padded(nbytes: int) -> int:
-    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT

@@ -1,70 +1,118 @@
 """A process group between trainer and engines, outside torch's global one.
 
-Engines are not ranks of the trainer's world, so the weights travel over a group of their own: rank 0 sends, the engines' workers receive.
-Nothing here needs vLLM. Every socket is bound to the address that leads to the other ranks, never to all interfaces.
+Engines are not ranks of the trainer's world, so the weights travel over a group of their own, from rank to rank. Nothing here needs vLLM.
+Every socket is bound to the address that leads to the other ranks, never to all interfaces.
 """
 
 import contextlib
 import socket
 import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
+
+Names = Callable[[int], str]
+"""What a rank is called."""
 
 
 class TransferError(RuntimeError):
     """A transfer between ranks failed or outlasted its timeout; names this rank, the peer and what was being moved."""
 
 
+class Transfer:
+    """A tensor on its way to or from another rank. It must not be touched, nor freed, before `wait` has returned."""
+
+    def __init__(self, group: "StatelessGroup", work: dist.Work, tensor: torch.Tensor, description: str):
+        self._group, self._work, self._tensor, self._description = group, work, tensor, description
+
+    def wait(self) -> None:
+        """Returns when a received tensor is there, or a sent one may be changed. Raises TransferError after the group's timeout."""
+        with self._group.explained(self._description):
+            self._work.wait(timedelta(seconds=self._group.timeout_s))
+            if self._tensor.is_cuda:  # NCCL's wait orders streams only; the caller reads the bytes next
+                torch.cuda.synchronize(self._tensor.device)
+
+
 class StatelessGroup:
     """One rank's end of the group. After a TransferError the group is unusable: close it and connect again."""
 
-    def __init__(self, group: dist.Backend, store: dist.TCPStore, rank: int, world_size: int, timeout_s: float, address: str):
+    def __init__(
+        self, group: dist.Backend, store: dist.TCPStore, rank: int, places: Sequence[str], timeout_s: float, address: str, names: Names
+    ):
         self._group = group
         self._store = store  # rank 0's store serves the others: it must live as long as the group
         self.rank = rank
-        self.world_size = world_size
+        self.name_of = names
+        """What a rank is called in errors."""
+        self.places = tuple(places)
+        """Where each rank lives."""
+        self.world_size = len(places)
         self.timeout_s = timeout_s
         self.address = address
 
-    def broadcast(self, tensor: torch.Tensor, root: int = 0, what: str = "a tensor") -> None:
-        """Copy `tensor` of rank `root` into `tensor` of every rank, in place; returns when it is there.
+    def send(self, tensor: torch.Tensor, target: int, what: str, lane: int = 0) -> Transfer:
+        """Start sending a contiguous `tensor`; `what` names it in errors. Between two ranks, those of one lane arrive as they were sent.
 
-        `tensor` is contiguous, with the same shape and element type on all ranks. `what` names it in errors.
-        Raises ValueError for a tensor that is not contiguous, TransferError when the peers do not take part within the timeout.
+        NCCL has one lane only.
         """
-        if not tensor.is_contiguous():
-            raise ValueError(f"{what}: only a contiguous tensor can be broadcast, this one has strides {tensor.stride()}")
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        options.rootTensor = 0
-        options.timeout = timedelta(seconds=self.timeout_s)
-        started = time.monotonic()
-        try:
-            self._group.broadcast([tensor], options).wait()
-            if tensor.is_cuda:  # NCCL's wait orders streams only; the caller reads the bytes next
-                torch.cuda.synchronize(tensor.device)
-        except RuntimeError as error:
-            peer = f"rank {root}" if self.rank != root else f"the {self.world_size - 1} receiving ranks"
-            raise TransferError(
-                f"rank {self.rank} of {self.world_size}: {what} ({tensor.numel() * tensor.element_size():,} bytes), "
-                f"{'from' if self.rank != root else 'to'} {peer} in the group at {self.address}, failed after "
-                f"{time.monotonic() - started:.1f} s (timeout {self.timeout_s:g} s): {_first_line(error)}"
-            ) from error
+        return self._start(self._group.send, tensor, target, lane, f"{what} ({tensor.nbytes:,} bytes) to {self.name_of(target)}")
+
+    def receive(self, tensor: torch.Tensor, source: int, what: str, lane: int = 0) -> Transfer:
+        """Start receiving into a contiguous `tensor`, which has as many bytes as were sent."""
+        return self._start(self._group.recv, tensor, source, lane, f"{what} ({tensor.nbytes:,} bytes) from {self.name_of(source)}")
+
+    def note(self, key: str, value: str) -> None:
+        """Leave a word for all ranks."""
+        self._store.set(key, value)
+
+    def noted(self, key: str) -> str:
+        """The word that some rank leaves under this key; waits for it. Raises TransferError after the group's timeout."""
+        with self.explained(f"waiting for {key}"):
+            return self._store.get(key).decode()
 
     def close(self) -> None:
         """Leave the group and free its sockets."""
         self._group = None
         self._store = None
 
+    @contextlib.contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Turn what torch raises into a TransferError that says what was being moved."""
+        started = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            raise TransferError(
+                f"{self.name_of(self.rank)} of the group at {self.address}: {what} failed after {time.monotonic() - started:.1f} s "
+                f"(timeout {self.timeout_s:g} s): {_first_line(error)}"
+            ) from error
 
-def stateless_group(host: str, port: int, rank: int, world_size: int, timeout_s: float, backend: str = "gloo") -> StatelessGroup:
+    def _start(self, operation: Callable, tensor: torch.Tensor, peer: int, lane: int, description: str) -> Transfer:
+        if not tensor.is_contiguous():
+            raise ValueError(f"{description}: only a contiguous tensor can be moved, this one has strides {tensor.stride()}")
+        with self.explained(description):
+            return Transfer(self, operation([tensor], peer, lane), tensor, description)
+
+
+def stateless_group(
+    host: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    backend: str = "gloo",
+    place: str | None = None,
+    names: Names = "rank {}".format,
+) -> StatelessGroup:
     """Join the group that meets at rank 0's `host:port`; returns when all `world_size` ranks are there.
 
     `host` is an address of rank 0 on the private network (127.0.0.1 on one machine). `backend` is `gloo` (CPU tensors) or `nccl` (CUDA
-    tensors on the current device). `timeout_s` bounds the meeting and later each broadcast.
+    tensors on the current device). `timeout_s` bounds the meeting and later each transfer. `place` says where this rank lives, by default
+    on which machine; `names` what a rank is called in errors.
     Raises TransferError naming the ranks that did not come, ValueError for an unknown backend or a rank outside the world.
     """
     if backend not in ("gloo", "nccl"):
@@ -73,9 +121,9 @@ def stateless_group(host: str, port: int, rank: int, world_size: int, timeout_s:
         raise ValueError(f"rank {rank} is outside a world of {world_size}")
     timeout = timedelta(seconds=timeout_s)
     address = f"{host}:{port}"
-    who = f"rank {rank} of {world_size}"
+    who = f"{names(rank)} of {world_size}"
     store = meeting_store(host, port, rank, world_size, timeout_s)
-    _meet(store, rank, world_size, timeout_s, who, address)
+    places = _meet(store, rank, world_size, timeout_s, who, address, place or machine(), names)
     prefixed = dist.PrefixStore("weights", store)
     try:
         if backend == "gloo":
@@ -92,7 +140,12 @@ def stateless_group(host: str, port: int, rank: int, world_size: int, timeout_s:
         raise TransferError(
             f"{who}: connecting to the peers of the group at {address} failed (timeout {timeout_s:g} s): {_first_line(error)}"
         ) from error
-    return StatelessGroup(group, store, rank, world_size, timeout_s, address)
+    return StatelessGroup(group, store, rank, places, timeout_s, address, names)
+
+
+def machine() -> str:
+    """The same for processes that see each other on one machine, and another for all others, such as those of another container."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
 
 
 def free_port(host: str) -> int:
@@ -147,20 +200,24 @@ def meeting_store(host: str, port: int, rank: int, world_size: int, timeout_s: f
     return dist.TCPStore(host, port, is_master=True, master_listen_fd=listener.detach(), **common)
 
 
-def _meet(store: dist.TCPStore, rank: int, world_size: int, timeout_s: float, who: str, address: str) -> None:
-    """Wait until every rank has signed in, so that a missing one is named here and not by a failing connection later."""
+def _meet(
+    store: dist.TCPStore, rank: int, world_size: int, timeout_s: float, who: str, address: str, place: str, names: Names
+) -> list[str]:
+    """Wait until every rank has signed in, so that a missing one is named here and not by a failing connection later; all their places."""
     deadline = time.monotonic() + timeout_s
     try:
-        store.set(f"here/{rank}", b"1")
+        store.set(f"here/{rank}", place)
         missing = set(range(world_size))
         while missing:
             missing = {peer for peer in missing if not store.check([f"here/{peer}"])}
             if missing and time.monotonic() > deadline:
-                raise TransferError(f"{who}: rank(s) {sorted(missing)} did not join the group at {address} within {timeout_s:g} s")
+                absent = ", ".join(names(peer) for peer in sorted(missing))
+                raise TransferError(f"{who}: {absent} did not join the group at {address} within {timeout_s:g} s")
             if missing:
                 time.sleep(0.02)
+        return [found.decode() for found in store.multi_get([f"here/{peer}" for peer in range(world_size)])]
     except dist.DistError as error:
-        raise TransferError(f"{who}: rank 0 left the group at {address} while the ranks were meeting: {_first_line(error)}") from error
+        raise TransferError(f"{who}: {names(0)} left the group at {address} while the ranks were meeting: {_first_line(error)}") from error
 
 
 def _address_towards(host: str) -> str:

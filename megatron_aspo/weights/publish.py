@@ -6,33 +6,45 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_aspo.rollout.pool import EnginePool
     from megatron_aspo.runtime.trainers import Trainers
+    from megatron_aspo.weights.schedule import TransferSpec
+
+
+_GRACE_S = 3.0
+"""Time that the second end of a failed transfer has to say how it failed."""
 
 
 class Publisher:
     """The driver's part: it starts both ends of a transfer and moves no weights itself."""
 
-    def __init__(self, trainers: "Trainers", engines: "EnginePool", engine_workers: int, dtype: str, bucket_bytes: int, timeout_s: float):
-        """Forms the process group of rank 0 and every engine worker. `engine_workers`: engines × their tensor-parallel size."""
-        self._trainers, self._engines = trainers, engines
-        self._dtype, self._bucket_bytes, self._timeout_s = dtype, bucket_bytes, timeout_s
-        self._metas = trainers.tensor_metas(dtype)
+    def __init__(self, trainers: "Trainers", engines: "EnginePool", spec: "TransferSpec", timeout_s: float, verify_every: int):
+        """Forms the process group of all training ranks and every engine worker. verify_every: as config.transfer_verify_every."""
+        self._trainers, self._engines, self._timeout_s = trainers, engines, timeout_s
+        self._verify_every = verify_every
+        self._published = 0
         self.version = 0
         """What the engines have now; 0 is what they started with."""
         host, port = trainers.address()
-        joining = engines.connect(host, port, 1 + engine_workers, timeout_s)
-        trainers.connect(host, port, 1 + engine_workers)
+        joining = engines.connect(host, port, spec, timeout_s)
+        self._buckets = trainers.connect(host, port, spec)
         joining.result(timeout_s)
 
     def publish(self, version: int) -> int:
         """Bring every engine to the current weights as `version`; returns the bytes sent. Raises when an end fails or times out."""
-        receiving = self._engines.receive_weights(self._metas, self._bucket_bytes, version)
+        verify = self._published % self._verify_every == 0 if self._verify_every else self._published == 0
+        self._published += 1
+        receiving = self._engines.receive_weights(self._buckets, version, verify)
         pool = ThreadPoolExecutor(2)
-        ends = [pool.submit(self._trainers.publish, self._dtype, self._bucket_bytes), pool.submit(receiving.result, self._timeout_s)]
-        # Whichever end fails says why; the other would only report, a timeout later, that its peer is gone.
-        done, _ = wait(ends, return_when=FIRST_EXCEPTION)
+        ends = [pool.submit(self._trainers.publish, version, verify), pool.submit(receiving.result, self._timeout_s)]
+        done, under_way = wait(ends, return_when=FIRST_EXCEPTION)
+        if any(end.exception() for end in done):
+            # The other end, left alone, fails too: which of the two says why cannot be told by which was first.
+            done |= wait(under_way, _GRACE_S).done
         pool.shutdown(wait=False)
-        for end in done:
-            end.result()
+        failures = [end.exception() for end in ends if end in done and end.exception()]
+        if len(failures) > 1:
+            raise RuntimeError("; ".join(f"{end}: {failure}" for end, failure in zip(("trainer", "engines"), failures, strict=True)))
+        if failures:
+            raise failures[0]
         sent = ends[0].result()
         versions = self._engines.versions()
         if any(reported != version for reported in versions):

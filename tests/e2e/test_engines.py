@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,12 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine import EngineError, EngineInfo, Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
-from megatron_aspo.weights.buckets import meta_of, pack, plan_buckets
-from megatron_aspo.weights.group import StatelessGroup, free_port, stateless_group
+from megatron_aspo.weights.exchange import WeightSender
+from megatron_aspo.weights.group import free_port, stateless_group
+from megatron_aspo.weights.hf_model import read_sizes
+from megatron_aspo.weights.holdings import EngineSizes
+from megatron_aspo.weights.layout import ModelDims, ParallelSizes
+from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 from tests.models import perturbed, save_tiny
 
 TOLERANCE = 1e-4
@@ -74,16 +78,27 @@ class Rig:
     model: PreTrainedModel
     state: dict[str, torch.Tensor]
     """The weights the engines have now."""
-    group: StatelessGroup
+    architecture: str
+    dims: ModelDims
+    engines: EngineSizes
     version: int = 0
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=2))
 
+    def connect(self, dims: ModelDims) -> None:
+        """Become the one training rank of a model of these sizes."""
+        spec = TransferSpec(self.architecture, dims, ParallelSizes(), self.engines, "float32", BUCKET_BYTES)
+        port = free_port("127.0.0.1")
+        pending = self.pool.connect("127.0.0.1", port, spec, timeout_s=30)
+        group = stateless_group("127.0.0.1", port, 0, spec.world, timeout_s=30, names=spec.name)
+        pending.result(60)
+        schedule = Schedule(spec, 0, where_of(group.places))
+        self.buckets = len(schedule.buckets)
+        self.sender = WeightSender(schedule, group, torch.device("cpu"))
+
     def update(self, state: dict[str, torch.Tensor]) -> None:
         self.version += 1
-        metas = [meta_of(name, tensor) for name, tensor in state.items()]
-        pending = self.pool.receive_weights(metas, BUCKET_BYTES, self.version)
-        for bucket in plan_buckets(metas, BUCKET_BYTES):
-            self.group.broadcast(pack([state[meta.name] for meta in bucket]), what=bucket[0].name)
+        pending = self.pool.receive_weights(self.buckets, self.version, verify=self.version % 2 == 0)
+        self.sender.send(lambda name, box: state[name][tuple(slice(*edge) for edge in box)], self.version, self.version % 2 == 0)
         pending.result(60)
         self.state = state
 
@@ -98,12 +113,10 @@ class Rig:
 def start(model: PreTrainedModel, directory: Path, pool_options: RolloutOptions, **settings) -> Rig:
     pool = EnginePool(str(directory), pool_options, max_model_len=1024, **settings)
     infos = pool.start()
-    world = 1 + pool_options.engines * pool_options.tensor_parallel
-    port = free_port("127.0.0.1")
-    pending = pool.connect("127.0.0.1", port, world, timeout_s=30)
-    group = stateless_group("127.0.0.1", port, 0, world, timeout_s=30)
-    pending.result(60)
-    return Rig(pool, infos, model, perturbed(model, seed=0, scale=0), group)
+    engines = EngineSizes(pool_options.tensor_parallel, engines=pool_options.engines)
+    rig = Rig(pool, infos, model, perturbed(model, seed=0, scale=0), *read_sizes(directory), engines)
+    rig.connect(rig.dims)
+    return rig
 
 
 def leftovers(infos: list[EngineInfo]) -> list[str]:
@@ -317,9 +330,9 @@ def test_responses_end_with_an_end_token_unless_cut_off_and_sampling_ignores_the
 
 
 def test_an_update_that_leaves_a_tensor_out_is_an_error_and_the_engine_generates_no_more(untied):
-    incomplete = {name: tensor for name, tensor in untied.state.items() if name != "model.layers.1.mlp.down_proj.weight"}
-    with pytest.raises(EngineError, match=r"as they were: \['model.layers.1.mlp.down_proj.weight'\]"):
-        untied.update(incomplete)
+    untied.connect(replace(untied.dims, layers=1))
+    with pytest.raises(EngineError, match=r"as they were: \['model.layers.1.[a-z_]+.weight'"):
+        untied.update(untied.state)
     with pytest.raises(EngineError, match="mixture of weights"):
         untied.pool.generate(requests("spoiled", 1))
 

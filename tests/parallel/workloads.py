@@ -180,3 +180,10 @@ def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) 
 def count_threads(rank: int, meeting: str) -> int:
     """Of this process."""
     return len(list(Path("/proc/self/task").iterdir()))
+
+
+def send_weights(rank: int, meeting: str, settings, port: int, spec, versions: list[int]) -> list[int]:
+    """The weights just loaded, to whoever receives them at `port`, once for each version; bytes of each time."""
+    with _trainer(rank, meeting, settings) as trainer:
+        trainer.connect("127.0.0.1", port, spec)
+        return [trainer.publish(version, verify=True) for version in versions]

@@ -83,6 +83,7 @@ def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
         ("steps=1.5", "steps=1.5 is not a whole number"),
         ("steps=true", "steps=True is not a whole number"),
         ("steps=0", "steps=0 must be greater than 0"),
+        ("transfer_verify_every=-1", "transfer_verify_every=-1 must not be negative"),
         ("rollout.engines=-1", "rollout.engines=-1 must be greater than 0"),
         ("algorithm.kl_coef=-0.1", "algorithm.kl_coef=-0.1 must not be negative"),
         ("algorithm.clip_low=1.5", "algorithm.clip_low=1.5 must be at most 1"),

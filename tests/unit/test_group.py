@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_aspo.weights.group import TransferError, free_port, interface_of, stateless_group
+from megatron_aspo.weights.group import TransferError, free_port, interface_of, machine, stateless_group
 
 HOST = "127.0.0.1"
 
@@ -18,20 +18,35 @@ def join_all(world_size: int, timeout_s: float = 20.0):
         return list(ranks.map(lambda rank: stateless_group(HOST, port, rank, world_size, timeout_s), range(world_size)))
 
 
-def test_every_rank_receives_what_rank_zero_sends_and_two_groups_do_not_meet():
+def test_tensors_arrive_in_their_order_and_two_groups_do_not_meet():
     groups, others = join_all(3), join_all(2)
-    tensors = {(kind, rank): torch.full((1000,), -1.0) for kind in "ab" for rank in range(3)}
-    tensors["a", 0] = torch.arange(1000.0)
-    tensors["b", 0] = -torch.arange(1000.0)
+
+    def pass_round(group, value: float) -> list[torch.Tensor]:
+        """Two tensors to each other rank; returns what came from each."""
+        peers = [rank for rank in range(group.world_size) if rank != group.rank]
+        outgoing = [group.send(torch.full((1000,), value + group.rank + part), peer, "part") for peer in peers for part in (0.0, 0.5)]
+        incoming = {peer: (torch.empty(1000), torch.empty(1000)) for peer in peers}
+        arriving = [group.receive(tensor, peer, "part") for peer in peers for tensor in incoming[peer]]
+        for transfer in arriving + outgoing:
+            transfer.wait()
+        assert all(float(tensor[0]) == value + peer + part for peer in peers for tensor, part in zip(incoming[peer], (0, 0.5), strict=True))
+        return [tensor for peer in peers for tensor in incoming[peer]]
+
     with ThreadPoolExecutor(5) as ranks:
-        jobs = [ranks.submit(group.broadcast, tensors["a", group.rank]) for group in groups]
-        jobs += [ranks.submit(group.broadcast, tensors["b", group.rank]) for group in others]
+        jobs = [ranks.submit(pass_round, group, value) for value, members in ((100.0, groups), (-100.0, others)) for group in members]
         for job in jobs:
-            job.result(20)
-    for rank in range(3):
-        assert torch.equal(tensors["a", rank], torch.arange(1000.0))
-    assert torch.equal(tensors["b", 1], -torch.arange(1000.0))
+            for tensor in job.result(20):
+                assert torch.equal(tensor, tensor[:1].expand(1000))
     for group in groups + others:
+        group.close()
+
+
+def test_every_rank_knows_where_all_live():
+    port = free_port(HOST)
+    with ThreadPoolExecutor(3) as ranks:
+        groups = list(ranks.map(lambda rank: stateless_group(HOST, port, rank, 3, 20.0, place=["east", None, "west"][rank]), range(3)))
+    assert {group.places for group in groups} == {("east", machine(), "west")}
+    for group in groups:
         group.close()
 
 
@@ -46,16 +61,18 @@ def test_sockets_listen_on_the_named_address_only():
 
 
 def test_who_is_missing_is_named_when_the_timeout_passes():
-    with pytest.raises(TransferError, match=r"rank 0 of 3: rank\(s\) \[1, 2\] did not join the group at 127.0.0.1:\d+ within 0.5 s"):
+    with pytest.raises(TransferError, match=r"rank 0 of 3: rank 1, rank 2 did not join the group at 127.0.0.1:\d+ within 0.5 s"):
         stateless_group(HOST, free_port(HOST), 0, 3, 0.5)
     with pytest.raises(TransferError, match=r"rank 2 of 3: rank 0 did not answer at 127.0.0.1"):
         stateless_group(HOST, free_port(HOST), 2, 3, 0.5)
 
 
-def test_a_broadcast_that_nobody_sends_ends_with_an_error_that_names_it():
-    _sender, receiver = join_all(2, timeout_s=1.0)
-    with pytest.raises(TransferError, match=r"rank 1 of 2: bucket 3 \(400 bytes\), from rank 0 in the group at .* \(timeout 1 s\)"):
-        receiver.broadcast(torch.zeros(100), what="bucket 3")
+def test_what_nobody_sends_or_takes_ends_with_an_error_that_names_it():
+    sender, receiver = join_all(2, timeout_s=1.0)
+    with pytest.raises(TransferError, match=r"rank 1 of the group at .*: bucket 3 \(400 bytes\) from rank 0 failed .* \(timeout 1 s\)"):
+        receiver.receive(torch.zeros(100), 0, "bucket 3").wait()
+    with pytest.raises(TransferError, match=r"rank 0 of the group at .*: bucket 4 \(400,000,000 bytes\) to rank 1 failed"):
+        sender.send(torch.zeros(10**8), 1, "bucket 4").wait()
 
 
 def test_what_cannot_work_is_refused():
@@ -65,7 +82,7 @@ def test_what_cannot_work_is_refused():
         stateless_group(HOST, 1, 0, 2, 1.0, "mpi")
     [alone] = join_all(1)
     with pytest.raises(ValueError, match="contiguous"):
-        alone.broadcast(torch.zeros(4, 4).T)
+        alone.send(torch.zeros(4, 4).T, 0, "a transpose")
     alone.close()
 
 

@@ -1,0 +1,77 @@
+"""From real training ranks to the tensors that engines' workers are handed: what a model's files say, cast once, and nothing else."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
+from megatron_aspo.trainer.settings import RankSettings
+from megatron_aspo.weights.exchange import WeightReceiver
+from megatron_aspo.weights.group import free_port, stateless_group
+from megatron_aspo.weights.hf_model import read_sizes
+from megatron_aspo.weights.holdings import EngineSizes
+from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
+from tests.models import save_tiny
+from tests.parallel import workloads
+
+HOST = "127.0.0.1"
+
+
+def received(spec: TransferSpec, port: int, worker: int, versions: list[int]) -> dict[str, torch.Tensor]:
+    """What this worker has after the last version."""
+    rank = spec.training.world + worker
+    group = stateless_group(HOST, port, rank, spec.world, 60.0, names=spec.name)
+    schedule = Schedule(spec, rank, where_of(group.places))
+    assert len(schedule.buckets) > 3
+    receiver = WeightReceiver(schedule, group, torch.device("cpu"))
+    for version in versions:
+        receiver.begin(version, verify=True)
+        tensors = {name: tensor for _ in schedule.buckets for name, tensor in receiver.receive()}
+    return tensors
+
+
+DENSE = [
+    ({"tensor_parallel": 2, "pipeline_parallel": 2}, EngineSizes()),
+    ({"tensor_parallel": 2, "pipeline_parallel": 2}, EngineSizes(engines=2)),
+    ({"tensor_parallel": 2, "pipeline_parallel": 2}, EngineSizes(tensor=2)),
+    ({"pipeline_parallel": 2, "data_parallel": 2}, EngineSizes(tensor=4)),
+]
+MOE = {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 1}
+MIXED = [
+    (MOE, EngineSizes(tensor=2)),
+    ({"expert_parallel": 2, "data_parallel": 2}, EngineSizes(tensor=2, expert_parallel=True, engines=2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "engines"), [("qwen2", *case) for case in DENSE] + [("qwen3_moe", *case) for case in MIXED], ids=str
+)
+def test_workers_together_hold_the_files_tensors(pools, tmp_path, family: str, layout: dict[str, int], engines: EngineSizes):
+    save_tiny(family, tmp_path, tied=family == "qwen2", num_hidden_layers=2)
+    settings = RankSettings(
+        tmp_path, TrainerOptions(dtype="float32", **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32
+    )
+    spec = TransferSpec(*read_sizes(tmp_path), settings.sizes, engines, "bfloat16", 60_000)
+    port, versions = free_port(HOST), [1, 2]
+    with ThreadPoolExecutor(1 + engines.world) as threads:
+        sending = threads.submit(pools(spec.training.world).run, workloads.send_weights, settings, port, spec, versions)
+        jobs = [threads.submit(received, spec, port, worker, versions) for worker in range(engines.world)]
+        sent = sending.result(120)
+        workers = [job.result(120) for job in jobs]
+
+    truth = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    given = 0
+    for engine in range(engines.engines):
+        covered = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in truth.items()}
+        for tensors in workers[engine * engines.tensor : (engine + 1) * engines.tensor]:
+            for name, tensor in tensors.items():
+                here = ~tensor.isnan()
+                assert torch.equal(tensor[here].view(torch.int16), truth[name][here].view(torch.int16))
+                covered[name] |= here
+                given += int(here.sum())
+        assert all(bool(here.all()) for here in covered.values())
+    # Each element that a worker has was sent to it once, by someone; all workers are on one node, and none passes anything on.
+    assert [sum(rank[version] for rank in sent) for version in (0, 1)] == [2 * given] * 2

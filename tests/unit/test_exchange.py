@@ -1,0 +1,183 @@
+"""Transfers from end to end over real gloo groups, one thread per rank, against the rules of both frameworks told without the table."""
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.weights.exchange import WeightReceiver, WeightSender
+from megatron_aspo.weights.families import tensor_shapes
+from megatron_aspo.weights.group import StatelessGroup, TransferError, free_port, stateless_group
+from megatron_aspo.weights.holdings import EngineSizes
+from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes
+from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
+from megatron_aspo.weights.segment import Segment
+from tests.unit.test_layout import numbered
+from tests.unit.test_plan import engine_ids, training_ids, transfers
+
+HOST = "127.0.0.1"
+CPU = torch.device("cpu")
+
+
+def together(
+    spec: TransferSpec, places: list[str], work: Callable[[int, StatelessGroup, Schedule], object], timeout_s: float = 20.0
+) -> list:
+    """Runs `work` on every rank of a real group; results, or what was raised, by rank."""
+    port = free_port(HOST)
+
+    def run(rank: int):
+        group = stateless_group(HOST, port, rank, spec.world, timeout_s, place=places[rank], names=spec.name)
+        try:
+            return work(rank, group, Schedule(spec, rank, where_of(group.places)))
+        except TransferError as error:
+            return error
+        finally:
+            groups.append(group)
+
+    groups: list[StatelessGroup] = []
+    with ThreadPoolExecutor(spec.world) as ranks:
+        results = list(ranks.map(run, range(spec.world)))
+    for group in groups:  # not before all have done: rank 0 serves the store
+        group.close()
+    return results
+
+
+def source_of(whole: dict[str, np.ndarray], has: dict[str, set[int]]) -> Callable[[str, Box], torch.Tensor]:
+    """The values of this rank; asked for anything else, it fails."""
+
+    def read(tensor: str, box: Box) -> torch.Tensor:
+        values = whole[tensor][tuple(slice(*edge) for edge in box)]
+        assert set(values.ravel().tolist()) <= has[tensor]
+        return torch.from_numpy(values)
+
+    return read
+
+
+def receive_all(receiver: WeightReceiver, version: int, verify: bool, buckets: int) -> dict[str, torch.Tensor]:
+    receiver.begin(version, verify)
+    return {name: tensor for _ in range(buckets) for name, tensor in receiver.receive()}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(transfers(), st.integers(1, 40), st.booleans())
+def test_every_worker_gets_its_part_bit_for_bit_and_nan_elsewhere(transfer, bucket_rows: int, verify: bool):
+    family, d, sizes, engines, where = transfer
+    whole = numbered(tensor_shapes(family, d))
+    spec = TransferSpec(family, d, sizes, engines, "float32", bucket_rows * d.hidden * 4)
+    assert TransferSpec.from_dict(spec.as_dict()) == spec
+
+    def work(rank: int, group: StatelessGroup, schedule: Schedule):
+        if rank < sizes.world:
+            sender = WeightSender(schedule, group, CPU)
+            read = source_of(whole, training_ids(family, d, whole, sizes, rank))
+            sent = [sender.send(read, version, verify) for version in (1, 2)]
+            assert sent[0] == sent[1]
+            return sent[0]
+        receiver = WeightReceiver(schedule, group, CPU)
+        assert receive_all(receiver, 1, verify, len(schedule.buckets)).keys() == receiver.tensors
+        return receive_all(receiver, 2, verify, len(schedule.buckets)), receiver.received_bytes
+
+    results = together(spec, [f"node {node}" for node in where.nodes], work)
+    errors = [result for result in results if isinstance(result, TransferError)]
+    assert not errors, errors
+    needed = 0
+    for worker, (tensors, received) in enumerate(results[sizes.world :]):
+        needs = engine_ids(family, d, whole, engines, worker % engines.tensor)
+        ids_here = 0
+        for name, numbers in whole.items():
+            here = np.isin(numbers, list(needs[name]))
+            ids_here += int(here.sum())
+            if not here.any():
+                assert name not in tensors
+                continue
+            expected = np.where(here, numbers, np.nan).astype(np.float32)
+            np.testing.assert_array_equal(tensors[name].numpy(), expected)
+        needed += ids_here
+        assert received == 2 * 4 * ids_here  # in two versions, float32: these and nothing else
+    assert sum(results[: sizes.world]) <= 4 * needed
+
+
+QWEN2 = ModelDims(layers=2, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=8, vocab=64, tied=True, qkv_bias=True)
+PAIR = TransferSpec("Qwen2ForCausalLM", QWEN2, ParallelSizes(pipeline=2), EngineSizes(engines=2), "bfloat16", 1 << 9)
+
+
+def values(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def view(tensors: dict[str, torch.Tensor]) -> Callable[[str, Box], torch.Tensor]:
+    return lambda name, box: tensors[name][tuple(slice(*edge) for edge in box)]
+
+
+@pytest.mark.parametrize("places", [["here"] * 4, ["a", "a", "b", "b"]], ids=["one node", "passed on"])
+def test_elements_are_cast_before_they_travel_and_pass_nodes_once(places):
+    state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
+
+    def work(rank, group, schedule):
+        if rank < 2:
+            return WeightSender(schedule, group, CPU).send(view(state), 1, True)
+        received = receive_all(WeightReceiver(schedule, group, CPU), 1, True, len(schedule.buckets))
+        assert all(torch.equal(received[name], tensor.bfloat16()) for name, tensor in state.items())
+        return None
+
+    results = together(PAIR, places, work)
+    assert not [r for r in results if isinstance(r, TransferError)], results
+    copies = 2 if places[0] == places[2] else 1
+    assert sum(results[:2]) == copies * 2 * sum(tensor.numel() for tensor in state.values())
+
+
+@pytest.mark.parametrize("places", [["here"] * 4, ["a", "a", "b", "c"]], ids=["shared memory", "network"])
+def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
+    state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
+
+    def work(rank, group, schedule):
+        if rank >= 2:
+            return receive_all(WeightReceiver(schedule, group, CPU), 7, True, len(schedule.buckets))
+        sender, original = WeightSender(schedule, group, CPU), group.send
+
+        def send(tensor, target, what, lane=0):
+            # A bit flips on the way to engine 1: on the wire, or where it lies after its digest was taken.
+            if "model.layers.1." in what and target == 3:
+                if "digests" not in what and tensor.dtype == torch.bfloat16:
+                    tensor = tensor.clone()
+                    tensor.view(torch.uint8)[-1] ^= 1
+                elif "digests" in what and sender._outbox._segment:
+                    sender._outbox._segment.bytes ^= 1
+            return original(tensor, target, what, lane)
+
+        group.send = send
+        return sender.send(view(state), 7, True)
+
+    results = together(PAIR, places, work, timeout_s=5.0)
+    assert isinstance(results[3], TransferError)
+    assert "engine 1 received model." in str(results[3])
+    assert "otherwise than training rank 1 sent it" in str(results[3])
+    assert "version 7" in str(results[3])
+
+
+def test_a_machine_without_room_for_the_shared_memory_says_so():
+    with pytest.raises(UserError, match=r"training rank 3: 1,0.* bytes of shared memory are needed.*; lower transfer_bucket_mib"):
+        Segment(10**15, "training rank 3")
+
+
+def test_a_silent_rank_is_named_with_what_it_owes_and_the_step():
+    state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
+
+    def work(rank, group, schedule):
+        if rank == 1:  # stage 1 never sends
+            return None
+        if rank == 0:
+            return WeightSender(schedule, group, CPU).send(view(state), 3, False)
+        return receive_all(WeightReceiver(schedule, group, CPU), 3, False, len(schedule.buckets))
+
+    results = together(PAIR, ["here"] * 4, work, timeout_s=1.5)
+    assert all(isinstance(result, TransferError) for result in results[2:])
+    # Others fail because those who waited have left; the driver reports them all.
+    owed = r"engine [01] of the group at .*: bucket \d of 6 of version 3, step 0: model\..* from training rank 1 failed .*timeout 1.5 s"
+    assert any(re.match(owed, str(result)) for result in results)
