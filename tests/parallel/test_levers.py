@@ -87,8 +87,8 @@ def test_recomputed_activations_are_not_kept(pools, cases):
     # Less the kind of mask, one number a layer.
     saved = layers * (3 * ffn + hidden + SIZES["num_attention_heads"])
     assert kept["none"] - kept["selective"] == pytest.approx(saved - layers / tokens)
-    # The input of each layer; of the final norm input, scale and normalized input; rotary angles; the token's number, of 64 bits.
-    assert kept["full"] == layers * hidden + (2 * hidden + 1) + head + 2
+    # The input of each layer; of the final norm input and scale; rotary angles; the token's number, of 64 bits.
+    assert kept["full"] == layers * hidden + (hidden + 1) + head + 2
 
 
 @pytest.mark.parametrize("layout", [SHARED, {"context_parallel": 2}], ids=["shared prompts", "CP2"])
