@@ -24,6 +24,7 @@ from megatron_aspo.rollout.process_tree import Remains, remains_of
 if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
+    from megatron_aspo.weights.layout import Box
     from megatron_aspo.weights.schedule import TransferSpec
 
 INITIAL_VERSION = 0
@@ -179,14 +180,16 @@ class Engine:
                 if self._holds:
                     await self._llm.pause_generation(mode="keep", clear_cache=False)
 
-    async def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float) -> None:
-        """Join the group over which weights come as the spec says, which training rank 0 opens at `host:port`.
+    async def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float, apart: bool) -> None:
+        """Join the group over which weights come as the spec says, which training rank 0 opens at `host:port`; apart: as the pool's.
 
         Returns when every rank of the group is there. Raises EngineError when one does not come within `timeout_s`.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        info = {"host": host, "port": port, "engine": self._spec.index, "spec": spec.as_dict(), "timeout_s": timeout_s}
+        place = self._name if apart else None
+        where = {"host": host, "port": port, "place": place, "timeout_s": timeout_s}
+        info = where | {"engine": self._spec.index, "spec": spec.as_dict()}
         try:
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
         except Exception as error:
@@ -216,6 +219,14 @@ class Engine:
             raise EngineError(self._spoiled) from error
         self._version = version
         await self._release("weights")
+
+    async def stored_digests(self) -> list[list[tuple[str, "Box", str]]]:
+        """Of each worker: (tensor, box, SHA-256) of the weights in its memory, as far as that can be read (`EngineSpec.readable`)."""
+        return await self._llm.collective_rpc("stored_digests")
+
+    async def received_digests(self) -> list[list[tuple[str, "Box", str]]]:
+        """Of each worker: (tensor, box, SHA-256) of the pieces that came with the last version; empty unless it was verified."""
+        return await self._llm.collective_rpc("received_digests")
 
     async def version(self) -> int:
         """Version of the weights in use, as vLLM reports it."""

@@ -8,6 +8,11 @@ from typing import Any
 
 GIB = 1 << 30
 TRANSFER_BACKEND = "megatron_aspo"
+READABLE = "MEGATRON_ASPO_READABLE_WEIGHTS"
+"""Environment variable that `EngineSpec.readable` sets."""
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+"""As in the trainer (trainer/device.py): memory that glibc gives back comes back page by page, zeroed, in every step. This is some tenth
+of a training step where memory is slow to map."""
 _MIN_BATCHED_TOKENS = 2048
 """Tokens that one step of a CPU engine may compute, at least; whole prompts have to fit."""
 
@@ -25,6 +30,7 @@ class EngineSpec:
     dtype: str
     """`float32 | bfloat16`: weights and arithmetic."""
     tensor_parallel: int
+    expert_parallel: bool
     max_model_len: int
     """Longest prompt plus response, in tokens."""
     max_running_requests: int
@@ -36,6 +42,8 @@ class EngineSpec:
     """Seeds the engine's own generator; requests carry their own seeds."""
     stop_token_ids: tuple[int, ...]
     """End-of-sequence ids of the tokenizer. Those of the model's generation config stop a response as well."""
+    readable: bool = False
+    """CPU kernels pack weights beyond reading; with this they stay as they are, at the price of speed."""
 
     @property
     def threads_per_worker(self) -> int:
@@ -54,7 +62,10 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         # Ray sets this from num_cpus on its own; what an engine uses has to be stated.
         "OMP_NUM_THREADS": str(spec.threads_per_worker),
     }
+    if spec.readable:
+        common[READABLE] = "1"
     if spec.device == "cpu":
+        common |= KEEP_FREED_MEMORY
         return common | {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine of a node to the same cores
             # vLLM 0.32 turns the uni-process executor into a multi-process one on CPU (one process more) unless this is 0. AsyncLLM keeps
@@ -62,10 +73,6 @@ def environment(spec: EngineSpec) -> dict[str, str]:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if spec.tensor_parallel == 1 else "1",
             # Eager engines still compile a helper of the logprobs, in the first batch that asks for them: 10 s for nothing on CPU.
             "TORCHDYNAMO_DISABLE": "1",
-            # As in the trainer (trainer/device.py): memory that glibc gives back comes back page by page, zeroed, in every step. This is
-            # some tenth of a training step where memory is slow to map.
-            "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         }
     return common
 
@@ -76,6 +83,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "model": spec.model,
         "dtype": spec.dtype,
         "tensor_parallel_size": spec.tensor_parallel,
+        "enable_expert_parallel": spec.expert_parallel,
         "distributed_executor_backend": "uni" if spec.tensor_parallel == 1 else "mp",
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_running_requests,

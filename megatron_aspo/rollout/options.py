@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_aspo.weights.holdings import EngineSizes
+
 
 @dataclass(frozen=True)
 class RolloutOptions:
@@ -9,6 +11,8 @@ class RolloutOptions:
     """Number of vLLM engines, each one Ray actor."""
     tensor_parallel: int = 1
     """Devices of one engine; all on one node."""
+    expert_parallel: bool = False
+    """The devices of an engine share a mixture's experts out whole instead of cutting each. Not on CPU."""
     dtype: str = "bfloat16"
     """`float32 | bfloat16`: the engine's weights and arithmetic."""
     prompts_per_step: int = 64
@@ -25,3 +29,8 @@ class RolloutOptions:
     """CPU threads of one engine; 0 shares the node's cores evenly among its engines."""
     start_timeout_s: float = 600.0
     """An engine that is not up by then stops the run."""
+
+    @property
+    def sizes(self) -> EngineSizes:
+        """How the engines' workers cut the model."""
+        return EngineSizes(self.tensor_parallel, self.expert_parallel, self.engines)

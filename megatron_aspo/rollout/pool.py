@@ -3,13 +3,14 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import megatron_aspo
@@ -18,6 +19,7 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo, Request
 from megatron_aspo.rollout.engine_settings import EngineSpec, environment
 from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.rollout.pending import Pending
 from megatron_aspo.rollout.process_tree import Remains, sweep
 from megatron_aspo.rollout.share import share
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _MAX_CONCURRENT_CALLS = 4096
 _SHUTDOWN_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 10.0
+"""An engine that does not say in this time how it is counts as dead."""
 
 
 @dataclass
@@ -43,41 +47,10 @@ class _Member:
         return f"engine {self.spec.index}"
 
 
-@dataclass
-class Pending:
-    """A call that is under way on every engine, so that the driver can start the trainer's part of it meanwhile."""
-
-    _members: list[_Member]
-    _refs: list[ray.ObjectRef]
-    _explain: Callable[[_Member, Exception], Exception]
-    _results: dict[int, Any] = field(default_factory=dict)
-
-    def result(self, timeout_s: float | None = None) -> list[Any]:
-        """Each engine's answer, in their order, as soon as all have answered.
-
-        Raises the first failure at once, without waiting for the others, and TimeoutError naming the engines that did not answer in time.
-        """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        position = {ref: index for index, ref in enumerate(self._refs)}
-        waiting = [ref for ref in self._refs if position[ref] not in self._results]
-        while waiting:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
-            if not done:
-                names = ", ".join(self._members[position[ref]].name for ref in waiting)
-                raise TimeoutError(f"{names} did not answer within {timeout_s:g} s")
-            index = position[done[0]]
-            try:
-                self._results[index] = ray.get(done[0])
-            except (RayActorError, RayTaskError) as error:
-                raise self._explain(self._members[index], error) from error
-        return [self._results[index] for index in range(len(self._refs))]
-
-
 class EnginePool:
     """`start`, then anything, `shutdown` last. Methods may be called from several threads of the driver.
 
-    A dead engine ends every call that depends on it with an EngineError; the pool does not restart it.
+    A dead engine ends every call that depends on it with an EngineError, until `restart_dead` puts a new one in its place.
     """
 
     def __init__(
@@ -89,11 +62,12 @@ class EnginePool:
         seed: int = 0,
         deterministic: bool = False,
         stop_token_ids: Sequence[int] = (),
+        readable: bool = False,
     ):
         """Nothing is started yet; Ray must be running.
 
         `model` is a directory; `max_model_len` bounds prompt plus response in tokens; `stop_token_ids` are the tokenizer's end-of-sequence
-        ids, added to those of the model's generation config.
+        ids, added to those of the model's generation config. `readable`: as EngineSpec's.
         """
         if device not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r} is not known; expected 'cpu' or 'cuda'")
@@ -112,12 +86,14 @@ class EnginePool:
                     device=device,
                     dtype=options.dtype,
                     tensor_parallel=options.tensor_parallel,
+                    expert_parallel=options.expert_parallel,
                     max_model_len=max_model_len,
                     max_running_requests=options.max_running_requests,
                     kv_cache_gib=options.kv_cache_gib,
                     threads=self.threads,
                     seed=seed,
                     stop_token_ids=tuple(stop_token_ids),
+                    readable=readable,
                 )
                 for index in range(options.engines)
             )
@@ -128,10 +104,45 @@ class EnginePool:
 
         Raises UserError with the cause when one does not start or is not up after `start_timeout_s`; then none is left running.
         """
+        self._start(self._members)
+        return self.infos
+
+    @property
+    def infos(self) -> list[EngineInfo]:
+        """What each engine said when it had started."""
+        return [member.info for member in self._members]
+
+    def restart_dead(self) -> list[str]:
+        """Start anew the engines that died or answer no more, and with them those that hold a mixture of weights; returns all their names.
+
+        None is touched, and none named, unless one is dead. The new ones hold the weights of the model's directory. Raises as `start`.
+        """
+        unfit, dead = [], False
         for member in self._members:
+            try:
+                self._on("health", [member]).result(_ANSWER_TIMEOUT_S)
+            except (EngineError, TimeoutError):
+                unfit.append(member)
+                dead |= not self._is_alive(member)
+        if not dead:
+            return []
+        self._end(unfit)
+        self._start(unfit)
+        return [member.name for member in unfit]
+
+    def _is_alive(self, member: _Member) -> bool:
+        """Whether its engine core still answers."""
+        try:
+            ray.get(member.actor.version.remote(), timeout=_ANSWER_TIMEOUT_S)
+        except (RayActorError, RayTaskError, GetTimeoutError):
+            return False
+        return True
+
+    def _start(self, members: Sequence[_Member]) -> None:
+        for member in members:
             member.actor = ray.remote(Engine).options(**_actor_options(member.spec)).remote(member.spec)
         try:
-            infos = self._on_all("start").result(self._options.start_timeout_s)
+            infos = self._on("start", members).result(self._options.start_timeout_s)
         except TimeoutError as error:
             self.shutdown()
             raise UserError(
@@ -141,9 +152,8 @@ class EnginePool:
         except BaseException:
             self.shutdown()
             raise
-        for member, info in zip(self._members, infos, strict=True):
+        for member, info in zip(members, infos, strict=True):
             member.info = info
-        return infos
 
     def generate(self, requests: Sequence[Request], group_size: int = 1) -> list[Generation]:
         """One response per request, in their order. Every `group_size` consecutive requests share a prompt and stay on one engine.
@@ -157,13 +167,24 @@ class EnginePool:
             return self._generate_fixed(requests, placement)
         return self._generate_least_loaded(requests, group_size)
 
-    def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float) -> Pending:
-        """Let every engine's workers join the group of the spec, which training rank 0 opens at `host:port`."""
-        return self._on_all("connect", host, port, spec, timeout_s)
+    def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float, apart: bool = False) -> Pending:
+        """Let every engine's workers join the group of the spec, which training rank 0 opens at `host:port`.
+
+        apart: as if each engine were on a machine of its own, for measurements.
+        """
+        return self._on_all("connect", host, port, spec, timeout_s, apart)
 
     def receive_weights(self, buckets: int, version: int, verify: bool) -> Pending:
         """Let every engine receive what the training ranks send as `version`, in so many buckets."""
         return self._on_all("receive_weights", buckets, version, verify)
+
+    def stored_digests(self) -> list:
+        """Of each engine, of each of its workers: (tensor, box, SHA-256) of the weights in its memory that can be read."""
+        return self._on_all("stored_digests").result()
+
+    def received_digests(self) -> list:
+        """Of each engine, of each of its workers: (tensor, box, SHA-256) of the pieces of the last version, if it was verified."""
+        return self._on_all("received_digests").result()
 
     def pause(self) -> None:
         """Halt decoding on every engine; returns when all have halted."""
@@ -196,7 +217,9 @@ class EnginePool:
 
     def shutdown(self) -> None:
         """End all engines, the processes below them and their shared memory. May be called at any moment, and twice."""
-        running = [member for member in self._members if member.actor is not None]
+        self._end([member for member in self._members if member.actor is not None])
+
+    def _end(self, running: Sequence[_Member]) -> None:
         if not running:
             return
         # An engine that is still starting answers once it is up: ended halfway, its engine core would notice only later.
@@ -215,9 +238,10 @@ class EnginePool:
     def _generate_fixed(self, requests: Sequence[Request], placement: list[int]) -> list[Generation]:
         shares = [[position for position, engine in enumerate(placement) if engine == member.spec.index] for member in self._members]
         busy = [(member, positions) for member, positions in zip(self._members, shares, strict=True) if positions]
+        members = [member for member, _ in busy]
         refs = [member.actor.generate_many.remote([requests[p] for p in positions], True) for member, positions in busy]
         try:
-            answers = Pending([member for member, _ in busy], refs, self._explain).result()
+            answers = self._pending(members, refs).result()
         except BaseException:
             _withdraw(refs)
             raise
@@ -269,7 +293,13 @@ class EnginePool:
             member.load -= count
 
     def _on_all(self, method: str, *arguments: Any) -> Pending:
-        return Pending(self._members, [getattr(member.actor, method).remote(*arguments) for member in self._members], self._explain)
+        return self._on(method, self._members, *arguments)
+
+    def _on(self, method: str, members: Sequence[_Member], *arguments: Any) -> Pending:
+        return self._pending(members, [getattr(member.actor, method).remote(*arguments) for member in members])
+
+    def _pending(self, members: Sequence[_Member], refs: Sequence[ray.ObjectRef]) -> Pending:
+        return Pending(tuple(member.name for member in members), tuple(refs), tuple(partial(self._explain, member) for member in members))
 
     def _explain(self, member: _Member, error: Exception) -> Exception:
         """The exception to raise for a failed call: the engine's own where it could still speak."""

@@ -2,25 +2,40 @@
 
 Written for vLLM 0.32.0. What is adapted, why, and when it can go:
 
-- A weight-transfer back end of our own, registered through vLLM's public factory: its built-in ones all need CUDA. Goes when vLLM has one
-  for gloo.
+- A weight-transfer back end of our own, registered through vLLM's public factory: its built-in ones all need CUDA, and send what a worker
+  does not need. Goes when vLLM has one for gloo that takes parts of tensors.
 - Re-packing a tied output head after an update, on CPU. Linear layers keep their weights inside a packed oneDNN handle (`cpu_linear`).
   vLLM's layerwise reload packs again every layer that received a tensor, but a tied `lm_head` receives none: it shares the embedding's
   parameter, and would go on computing logits with the packed copy of its old weights, without any error. Goes when vLLM re-packs it.
-- A count of what arrived. vLLM's reload only logs a warning about a layer that was sent nothing and keeps its old weights.
+- Re-packing experts after an update, on CPU: vLLM packs them when it starts and never again, while its kernel goes on reading packed
+  weights, without any error. Goes when vLLM re-packs them.
+- A count of what arrived. vLLM's reload only logs a warning about a layer that was sent nothing, and keeps its old weights; of one that was
+  sent a part it says nothing.
+- Linear layers that keep their weights, for engines that are to be read (`EngineSpec.readable`): packed ones have no way back.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from vllm import _custom_ops
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_aspo.rollout.engine_settings import TRANSFER_BACKEND
+from megatron_aspo.rollout.engine_settings import READABLE, TRANSFER_BACKEND
+from megatron_aspo.weights.engine_memory import EngineMemory, Place
 from megatron_aspo.weights.exchange import WeightReceiver
 from megatron_aspo.weights.group import StatelessGroup, stateless_group
+from megatron_aspo.weights.layout import Box
+from megatron_aspo.weights.messages import digest, view, written
 from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 
 
@@ -30,6 +45,8 @@ class JoinInfo(WeightTransferInitInfo):
 
     host: str
     port: int
+    place: str | None
+    """Where the engine lives; None: on its machine."""
     engine: int
     """Its number among the engines."""
     spec: dict[str, Any]
@@ -56,6 +73,7 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
         super().__init__(config, vllm_config, device, model)
         self._group: StatelessGroup | None = None
         self._receiver: WeightReceiver | None = None
+        self._memory: EngineMemory | None = None
         self._expected: set[str] = set()
         self._loaded: set[str] = set()
 
@@ -63,35 +81,63 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
         """Join the group; returns when all its ranks are there."""
         self.shutdown()
         spec = TransferSpec.from_dict(init_info.spec)
-        rank = spec.training.world + init_info.engine * spec.engines.tensor + self.parallel_config.rank
+        worker = init_info.engine * spec.engines.tensor + self.parallel_config.rank
+        rank = spec.training.world + worker
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         where = init_info.host, init_info.port
-        self._group = stateless_group(*where, rank, spec.world, init_info.timeout_s, backend, names=spec.name)
+        self._group = stateless_group(*where, rank, spec.world, init_info.timeout_s, backend, init_info.place, spec.name)
         self._receiver = WeightReceiver(Schedule(spec, rank, where_of(self._group.places)), self._group, self.device)
+        self._memory = EngineMemory(spec, worker)
 
     def start_weight_update(self) -> None:
         """Make the model's layers ready to be loaded."""
         if self._group is None:
             raise RuntimeError("weights cannot be received before the engine is connected to the trainer: call connect() first")
-        # Shared parameters appear once, under their first name: a tied head is not expected.
-        self._expected = {name for name, _ in self.model.named_parameters()}
-        self._loaded = set()
-        initialize_layerwise_reload(self.model)
+        with self._leaving_on_failure():
+            # Shared parameters appear once, under their first name: a tied head is not expected.
+            self._expected = {name for name, _ in self.model.named_parameters()}
+            self._loaded = set()
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: BucketInfo) -> None:
         """Receive one bucket and load it."""
-        if update_info.first:
-            self._receiver.begin(update_info.version, update_info.verify)
-        self._loaded |= set(self.model.load_weights(self._receiver.receive()))
+        with self._leaving_on_failure():
+            if update_info.first:
+                self._receiver.begin(update_info.version, update_info.verify)
+            self._loaded |= set(self.model.load_weights(self._receiver.receive()))
 
     def finish_weight_update(self) -> None:
-        """Bring the loaded layers into the form the kernels use."""
+        """Bring the loaded layers into the form the kernels use. Verified, what can be read of them is what was received."""
         missing = sorted(self._expected - self._loaded)
         if missing:
             raise RuntimeError(f"the weight update left {len(missing)} of {len(self._expected)} parameters as they were: {missing[:5]}")
+        for name, layer in self.model.named_modules():
+            info = get_layerwise_info(layer)
+            # Rows that pad a vocabulary are never sent.
+            if info.can_load() and 0 < info.load_numel < info.load_numel_total and not isinstance(layer, VocabParallelEmbedding):
+                raise RuntimeError(f"the weight update brought {info.load_numel} of {info.load_numel_total} elements of {name}")
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
+            _pack_experts_again(self.model)
             _pack_heads_again(self.model)
+        for tensor, box, received in self._receiver.digests:
+            kept = self._stored(tensor, box)
+            if kept is not None and digest(kept) != received:
+                raise RuntimeError(f"{tensor} {written(box)} was received whole, but the model's parameter holds something else")
+
+    def stored_digests(self) -> list[tuple[str, Box, str]]:
+        """(tensor, box, SHA-256) of all that this worker holds and that can be read."""
+        found = []
+        for tensor in sorted(self._receiver.tensors):
+            box = self._memory.held(tensor)
+            kept = self._stored(tensor, box)
+            if kept is not None:
+                found.append((tensor, box, digest(kept).hex()))
+        return found
+
+    def received_digests(self) -> list[tuple[str, Box, str]]:
+        """(tensor, box, SHA-256) of all that came with the last version, if that was verified."""
+        return [(tensor, box, received.hex()) for tensor, box, received in self._receiver.digests]
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -99,9 +145,38 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
             self._group.close()
             self._group = self._receiver = None
 
+    @contextmanager
+    def _leaving_on_failure(self) -> Iterator[None]:
+        """Whatever fails here: the ranks that wait for this one fail at once too, and not after their timeout."""
+        try:
+            yield
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _parameter(self, place: Place) -> torch.nn.Parameter:
+        return self.model.get_parameter(place.parameter)
+
+    def _stored(self, tensor: str, box: Box) -> Tensor | None:
+        """What the model holds of a box; None where only its kernel can read it."""
+        place = self._memory.place(tensor, box)
+        values = self._parameter(place).data
+        if place.expert is None:
+            return view(values, place.box) if values.numel() else None
+        if not _KEEP_READABLE or self.device.type != "cpu":
+            return None  # experts lie as their kernel wants them
+        experts = self.model.get_submodule(place.parameter.rpartition(".")[0])
+        return view(_unpacked(values[place.expert], experts.quant_method.moe_kernel.fused_experts.isa), place.box)
+
 
 class WorkerExtension:
-    """Empty: naming it in `worker_extension_cls` makes every vLLM worker import this module, and with it the registration below."""
+    """Naming it in `worker_extension_cls` makes every vLLM worker import this module, and have these methods."""
+
+    def stored_digests(self) -> list[tuple[str, Box, str]]:
+        return self.weight_transfer_engine.stored_digests()
+
+    def received_digests(self) -> list[tuple[str, Box, str]]:
+        return self.weight_transfer_engine.received_digests()
 
 
 @torch.no_grad()
@@ -112,5 +187,34 @@ def _pack_heads_again(model: torch.nn.Module) -> None:
         if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
             module.quant_method.process_weights_after_loading(module)
 
+
+@torch.no_grad()
+def _pack_experts_again(model: torch.nn.Module) -> None:
+    """Bring the experts of a CPU engine into the form that their kernel reads."""
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(module)
+
+
+def _unpacked(packed: Tensor, isa: str) -> Tensor:
+    """An expert's weights as they were before vLLM's CPU kernel for `isa` packed them, which puts their elements in another order.
+
+    Which order, is learnt by packing the places themselves, digit by digit: the weights' type would round large numbers.
+    """
+    base = 256  # bfloat16 counts so far
+    place = torch.arange(packed.numel()).view(1, *packed.shape)
+    comes_from = torch.zeros_like(place)
+    for power in (1, base, base**2, base**3):
+        comes_from += power * _custom_ops.cpu_prepack_moe_weight((place // power % base).to(packed.dtype), isa).long()
+    unpacked = torch.empty_like(packed)
+    unpacked.view(-1)[comes_from.view(-1)] = packed.reshape(-1)
+    return unpacked
+
+
+_KEEP_READABLE = bool(os.environ.get(READABLE))
+if _KEEP_READABLE:
+    _custom_ops._supports_onednn = False
+    layer_utils.check_cpu_sgl_kernel = lambda *_: False
 
 WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, BucketTransferEngine)

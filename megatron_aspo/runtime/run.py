@@ -36,7 +36,7 @@ from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.holdings import EngineSizes, check_engine
+from megatron_aspo.weights.holdings import check_engine, check_engine_on
 from megatron_aspo.weights.publish import Publisher
 from megatron_aspo.weights.schedule import TransferSpec
 
@@ -115,10 +115,9 @@ def open_run(config: Config) -> Iterator[Run]:
         yield from _start_run(config, start, owner, stack)
 
 
-def _start_run(config: Config, start: Start, owner: Ownership | None, stack: ExitStack) -> Iterator[Run]:
-    progress = Progress(config.steps)
-    model_directory = resolve_model(config.model)
-    settings = RankSettings(
+def rank_settings(config: Config, model_directory: Path) -> RankSettings:
+    """What every training rank of a run is told."""
+    return RankSettings(
         model_directory,
         config.trainer,
         config.optimizer,
@@ -128,11 +127,23 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         config.rollout.responses_per_prompt,
         config.rollout.max_response_tokens,
     )
+
+
+def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> TransferSpec:
+    """What the two sides of a run's weight transfers agree on."""
+    sides = settings.sizes, config.rollout.sizes
+    return TransferSpec(model.architecture, model.dims, *sides, config.rollout.dtype, config.transfer_bucket_mib << 20)
+
+
+def _start_run(config: Config, start: Start, owner: Ownership | None, stack: ExitStack) -> Iterator[Run]:
+    progress = Progress(config.steps)
+    model_directory = resolve_model(config.model)
+    settings = rank_settings(config, model_directory)
     with progress.waiting("checking model and data"):
         model = read_model(model_directory)
         reader = TensorReader(model)
         settings.check_model(model.dims)
-        check_engine(model.dims, EngineSizes(config.rollout.tensor_parallel))
+        check_engine(model.dims, config.rollout.sizes)
         if config.max_model_len > model.max_positions:
             raise UserError(
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_model_len} is more than the model's "
@@ -157,6 +168,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         cluster = open_cluster(config.ray_address, settings.sizes.world + config.rollout.engines)
         stack.callback(_undisturbed, cluster.close)
     _check_resources(config, cluster, settings.sizes.world)
+    check_engine_on(cluster.device, model.dims, config.rollout.sizes)
     rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers))
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     engines = EnginePool(str(model_directory), config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, eos)
@@ -178,9 +190,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         f"engines: {len(started)} × vLLM {started[0].vllm_version} on {started[0].device}, {config.rollout.dtype}; training ranks: "
         f"{settings.sizes.world}, " + ", ".join(f"{key} {value}" for key, value in trainers.described.items())
     )
-    sides = settings.sizes, EngineSizes(config.rollout.tensor_parallel, engines=config.rollout.engines)
-    spec = TransferSpec(model.architecture, model.dims, *sides, config.rollout.dtype, config.transfer_bucket_mib << 20)
-    publisher = Publisher(trainers, engines, spec, config.trainer.timeout_s, config.transfer_verify_every)
+    spec = transfer_spec(config, model, settings)
+    publisher = Publisher(trainers, engines, spec, config.trainer.timeout_s, config.transfer_verify_every, progress.say)
     if start.step:
         with progress.waiting("bringing the engines to the checkpoint's weights"):
             publisher.publish(version=start.manifest.training["weights_version"])

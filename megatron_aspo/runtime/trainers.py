@@ -2,18 +2,19 @@
 
 import os
 import sys
-import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from megatron_aspo.checkpoint.request import SaveRequest
 from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.pending import Pending
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
-from megatron_aspo.weights.group import free_port, interface_of, meeting_store
+from megatron_aspo.weights.group import TransferError, free_port, interface_of, meeting_store
 
 if TYPE_CHECKING:
     from megatron_aspo.data.batch import TrainBatch
@@ -122,17 +123,17 @@ class Trainers:
         # Complete on the last pipeline stage, whose last rank is the last of all.
         return reports[-1]
 
-    def address(self) -> tuple[str, int]:
+    def address(self, timeout_s: float) -> tuple[str, int]:
         """Private address of rank 0's node, and a free port on it."""
-        return self._get([self._actors[0].address.remote()])[0]
+        return self._get([self._actors[0].address.remote()], timeout_s)[0]
 
-    def connect(self, host: str, port: int, spec: "TransferSpec") -> int:
-        """Form the group of the spec with the engines' workers, which must be connecting; returns how many buckets a transfer has."""
-        return self._get([actor.connect.remote(host, port, spec) for actor in self._actors])[0]
+    def connect(self, host: str, port: int, spec: "TransferSpec") -> Pending:
+        """Form the group of the spec with the engines' workers, which must be connecting; ranks say how many buckets a transfer has."""
+        return self._pending([actor.connect.remote(host, port, spec) for actor in self._actors])
 
-    def publish(self, version: int, verify: bool) -> int:
-        """Send the current weights to the engines, which must be receiving; returns the bytes sent."""
-        return sum(self._get([actor.publish.remote(version, verify) for actor in self._actors]))
+    def publish(self, version: int, verify: bool) -> Pending:
+        """Send the current weights to the engines, which must be receiving; each rank says how many bytes it sent."""
+        return self._pending([actor.publish.remote(version, verify) for actor in self._actors])
 
     def save(self, request: SaveRequest) -> float:
         """Start a checkpoint, once the one under way is done; returns the seconds until training can go on."""
@@ -153,20 +154,18 @@ class Trainers:
 
     def _get(self, refs: list, timeout_s: float | None = None) -> list:
         """Answers in order. The first failure is raised at once: the other ranks may be waiting for the failed one."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        rank_of = {ref: rank for rank, ref in enumerate(refs)}
-        answers: dict = {}
-        waiting = list(refs)
-        while waiting:
-            done, waiting = ray.wait(waiting, timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if not done:
-                raise TimeoutError(f"training ranks {[rank_of[ref] for ref in waiting]} did not answer within {timeout_s:g} s")
-            try:
-                answers[done[0]] = ray.get(done[0])
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise error.cause from None
-                raise TrainerError(f"training rank {rank_of[done[0]]} failed:\n{error}") from error
-            except RayActorError as error:
-                raise TrainerError(f"the process of training rank {rank_of[done[0]]} died: {error}") from error
-        return [answers[ref] for ref in refs]
+        return self._pending(refs).result(timeout_s)
+
+    def _pending(self, refs: list) -> Pending:
+        names = tuple(f"training rank {rank}" for rank in range(len(refs)))
+        return Pending(names, tuple(refs), tuple(partial(_explained, name) for name in names))
+
+
+def _explained(name: str, error: Exception) -> Exception:
+    if not isinstance(error, RayTaskError):
+        return TrainerError(f"the process of {name} died: {error}")
+    if isinstance(error.cause, UserError):
+        return error.cause
+    if isinstance(error.cause, TransferError):
+        return TrainerError(str(error.cause))
+    return TrainerError(f"{name} failed:\n{error}")

@@ -317,6 +317,7 @@ class TrainerRank:
     def connect(self, host: str, port: int, spec: TransferSpec) -> int:
         """Join the group of all training ranks and the engines' workers, which rank 0 opens; returns how many buckets a transfer has."""
         rank, timeout_s = self.parallel.rank, self.settings.trainer.timeout_s
+        self._sender = None  # first give back what an earlier one holds
         group = stateless_group(host, port, rank, spec.world, timeout_s, self.device.backend, names=spec.name)
         schedule = Schedule(spec, rank, where_of(group.places))
         self._sender = WeightSender(schedule, group, self.device.torch_device)

@@ -41,13 +41,21 @@ class WeightSender:
     """A training rank's end."""
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
-        self._schedule = schedule
+        self._schedule, self._group = schedule, group
         self._outbox = Outbox(schedule, group, device)
 
     def send(self, read: Read, version: int, verify: bool) -> int:
-        """Send this rank's part of `version`; returns the bytes of weights. Raises TransferError."""
-        sent = sum(self._outbox.send(bucket, read, version, verify) for bucket in self._schedule.buckets if bucket.sends)
-        self._outbox.finish()
+        """Send this rank's part of `version`; returns the bytes of weights.
+
+        Whatever it raises, it has left the group then: the ranks that wait for this one fail too, at once and not after their timeout.
+        """
+        try:
+            sent = sum(self._outbox.send(bucket, read, version, verify) for bucket in self._schedule.buckets if bucket.sends)
+            self._outbox.finish()
+        except BaseException:
+            self._outbox.drop()
+            self._group.close()
+            raise
         return sent
 
 
@@ -71,6 +79,8 @@ class WeightReceiver:
     def begin(self, version: int, verify: bool) -> None:
         """A new version comes."""
         self._version, self._verify = version, verify
+        self.digests: list[tuple[str, Box, bytes]] = []
+        """(tensor, box, SHA-256) of all that came with this version; empty unless it is verified."""
         self._next = 0
         self._expected: dict[int, list[Arrival]] = {}
 
@@ -117,5 +127,5 @@ class WeightReceiver:
                 tensors[tensor] = torch.full(shape, torch.nan, dtype=self._dtype, device=self._device)
             view(tensors[tensor], box).copy_(values)
         if self._verify:
-            arrival.verify(lambda tensor, box: view(tensors[tensor], box))
+            self.digests += arrival.verify(lambda tensor, box: view(tensors[tensor], box))
         arrival.release()

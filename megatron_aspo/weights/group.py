@@ -34,16 +34,23 @@ class Transfer:
         with self._group.explained(self._description):
             self._work.wait(timedelta(seconds=self._group.timeout_s))
             if self._tensor.is_cuda:  # NCCL's wait orders streams only; the caller reads the bytes next
-                torch.cuda.synchronize(self._tensor.device)
+                torch.cuda.current_stream(self._tensor.device).synchronize()
 
 
 class StatelessGroup:
     """One rank's end of the group. After a TransferError the group is unusable: close it and connect again."""
 
     def __init__(
-        self, group: dist.Backend, store: dist.TCPStore, rank: int, places: Sequence[str], timeout_s: float, address: str, names: Names
+        self,
+        groups: tuple[dist.Backend, dist.Backend],
+        store: dist.TCPStore,
+        rank: int,
+        places: Sequence[str],
+        timeout_s: float,
+        address: str,
+        names: Names,
     ):
-        self._group = group
+        self._groups = groups  # for what goes to higher ranks, and to lower ones
         self._store = store  # rank 0's store serves the others: it must live as long as the group
         self.rank = rank
         self.name_of = names
@@ -59,11 +66,13 @@ class StatelessGroup:
 
         NCCL has one lane only.
         """
-        return self._start(self._group.send, tensor, target, lane, f"{what} ({tensor.nbytes:,} bytes) to {self.name_of(target)}")
+        description = f"{what} ({tensor.nbytes:,} bytes) to {self.name_of(target)}"
+        return self._start("send", target > self.rank, tensor, target, lane, description)
 
     def receive(self, tensor: torch.Tensor, source: int, what: str, lane: int = 0) -> Transfer:
         """Start receiving into a contiguous `tensor`, which has as many bytes as were sent."""
-        return self._start(self._group.recv, tensor, source, lane, f"{what} ({tensor.nbytes:,} bytes) from {self.name_of(source)}")
+        description = f"{what} ({tensor.nbytes:,} bytes) from {self.name_of(source)}"
+        return self._start("recv", source < self.rank, tensor, source, lane, description)
 
     def note(self, key: str, value: str) -> None:
         """Leave a word for all ranks."""
@@ -72,12 +81,12 @@ class StatelessGroup:
     def noted(self, key: str) -> str:
         """The word that some rank leaves under this key; waits for it. Raises TransferError after the group's timeout."""
         with self.explained(f"waiting for {key}"):
+            self._refuse_if_left()
             return self._store.get(key).decode()
 
     def close(self) -> None:
         """Leave the group and free its sockets."""
-        self._group = None
-        self._store = None
+        self._groups = self._store = None
 
     @contextlib.contextmanager
     def explained(self, what: str) -> Iterator[None]:
@@ -91,11 +100,16 @@ class StatelessGroup:
                 f"(timeout {self.timeout_s:g} s): {_first_line(error)}"
             ) from error
 
-    def _start(self, operation: Callable, tensor: torch.Tensor, peer: int, lane: int, description: str) -> Transfer:
+    def _start(self, operation: str, upward: bool, tensor: torch.Tensor, peer: int, lane: int, description: str) -> Transfer:
         if not tensor.is_contiguous():
             raise ValueError(f"{description}: only a contiguous tensor can be moved, this one has strides {tensor.stride()}")
         with self.explained(description):
-            return Transfer(self, operation([tensor], peer, lane), tensor, description)
+            self._refuse_if_left()
+            return Transfer(self, getattr(self._groups[not upward], operation)([tensor], peer, lane), tensor, description)
+
+    def _refuse_if_left(self) -> None:
+        if self._groups is None:
+            raise RuntimeError("this rank has left the group")
 
 
 def stateless_group(
@@ -124,23 +138,25 @@ def stateless_group(
     who = f"{names(rank)} of {world_size}"
     store = meeting_store(host, port, rank, world_size, timeout_s)
     places = _meet(store, rank, world_size, timeout_s, who, address, place or machine(), names)
-    prefixed = dist.PrefixStore("weights", store)
     try:
         if backend == "gloo":
             options = dist.ProcessGroupGloo._Options()
             options._timeout = timeout
             # The default device follows the host name, which may resolve to an address the peers cannot reach, or to all of them.
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=_address_towards(host))]
-            group = dist.ProcessGroupGloo(prefixed, rank, world_size, options)
+            groups = (dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options),) * 2
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            group = dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
+            # NCCL does one after the other what two ranks of a communicator do: two that send each other something, and receive first,
+            # would wait for each other for ever.
+            prefixes = ("weights upward", "weights downward")
+            groups = tuple(dist.ProcessGroupNCCL(dist.PrefixStore(name, store), rank, world_size, options) for name in prefixes)
     except RuntimeError as error:
         raise TransferError(
             f"{who}: connecting to the peers of the group at {address} failed (timeout {timeout_s:g} s): {_first_line(error)}"
         ) from error
-    return StatelessGroup(group, store, rank, places, timeout_s, address, names)
+    return StatelessGroup(groups, store, rank, places, timeout_s, address, names)
 
 
 def machine() -> str:

@@ -14,6 +14,7 @@ from megatron_aspo.weights.families import VLLM_VOCAB_MULTIPLE, Home, Rule, home
 from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes, padded_vocab
 
 Ranks = tuple[int, ...]
+_CPU_EXPERT_MULTIPLE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,5 +152,20 @@ def check_engine(dims: ModelDims, sizes: EngineSizes) -> None:
     for what, fits in rules:
         if not fits:
             raise UserError(f"rollout.tensor_parallel={ways} does not divide the model's {what}")
+    if sizes.expert_parallel and not dims.experts:
+        raise UserError("rollout.expert_parallel=true: this model has no experts; set it to false")
     if sizes.expert_parallel and dims.experts < ways:
         raise UserError(f"rollout.tensor_parallel={ways} workers cannot share out {dims.experts} experts")
+
+
+def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
+    """Raises UserError for what vLLM's kernels on `device` do not compute, or cannot be brought new weights for."""
+    if device != "cpu" or not dims.experts:
+        return
+    if sizes.expert_parallel:
+        raise UserError("rollout.expert_parallel=true: vLLM's CPU kernel takes every expert to be on each worker; set it to false")
+    if dims.moe_ffn // sizes.tensor % _CPU_EXPERT_MULTIPLE:
+        raise UserError(
+            f"rollout.tensor_parallel={sizes.tensor} leaves a worker {dims.moe_ffn // sizes.tensor} feed-forward channels of an expert; "
+            f"vLLM's CPU kernel needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads what it cannot be given anew: lower it"
+        )

@@ -77,7 +77,7 @@ class Outbox:
             else:
                 transfers.append(self._group.send(payload, message.target, label))
             if verify:
-                digests = b"".join(_digest(values) for _, values in _boxes(message, payload))
+                digests = b"".join(digest(values) for _, values in _boxes(message, payload))
                 stacked = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, _DIGEST_BYTES).to(self._device)
                 transfers.append(self._group.send(stacked, message.target, f"digests of {label}", _DIGESTS))
             sent += payload.nbytes
@@ -88,6 +88,10 @@ class Outbox:
         """Wait until all has been sent, and read where it lies in shared memory."""
         while self._under_way:
             _wait(self._under_way.popleft())
+
+    def drop(self) -> None:
+        """Forget what is under way: it keeps the group's connections open."""
+        self._under_way.clear()
 
     def _payload(self, message: Message, place: int | None) -> Tensor:
         if place is None:
@@ -151,15 +155,17 @@ class Arrival:
                 f"{error.strerror}; both must run as the same user"
             ) from error
 
-    def verify(self, read: Read) -> None:
-        """Raise TransferError unless what `read` gives is what the sender took the digests of."""
-        for (tensor, box), digest in zip(self.message.content, self._digests.cpu(), strict=True):
-            if _digest(read(tensor, box)) != bytes(digest.tolist()):
+    def verify(self, read: Read) -> list[tuple[str, Box, bytes]]:
+        """(tensor, box, SHA-256) of what `read` gives. Raises TransferError unless it is what the sender took the digests of."""
+        found = [(tensor, box, digest(read(tensor, box))) for tensor, box in self.message.content]
+        for (tensor, box, own), sent in zip(found, self._digests.cpu(), strict=True):
+            if own != bytes(sent.tolist()):
                 here, there = self._group.name_of(self._group.rank), self._group.name_of(self.message.source)
                 raise TransferError(
-                    f"{here} received {tensor} {_written(box)} otherwise than {there} sent it ({self._label}): the SHA-256 of the two ends "
+                    f"{here} received {tensor} {written(box)} otherwise than {there} sent it ({self._label}): the SHA-256 of the two ends "
                     "differ; the memory or the network of one of them is at fault"
                 )
+        return found
 
 
 def _is_shared(group: StatelessGroup, message: Message, device: torch.device) -> bool:
@@ -193,7 +199,8 @@ def label_of(bucket: Bucket, message: Message, version: int) -> str:
     return f"{bucket.label} of version {version}, step {message.step}: {tensors}"
 
 
-def _digest(values: Tensor) -> bytes:
+def digest(values: Tensor) -> bytes:
+    """SHA-256 of the elements in their order."""
     return hashlib.sha256(values.contiguous().view(torch.uint8).cpu().numpy()).digest()
 
 
@@ -207,5 +214,6 @@ def _wait(transfers: Sequence[Transfer]) -> None:
         transfer.wait()
 
 
-def _written(box: Box) -> str:
+def written(box: Box) -> str:
+    """As slices."""
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

@@ -1,53 +1,94 @@
-"""New weights from the training ranks to the engines: connect once, publish after every update."""
+"""New weights from the training ranks to the engines: connect once, publish after every update, start again what dies."""
 
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_aspo.rollout.pending import Pending
     from megatron_aspo.rollout.pool import EnginePool
     from megatron_aspo.runtime.trainers import Trainers
     from megatron_aspo.weights.schedule import TransferSpec
 
 
-_GRACE_S = 3.0
-"""Time that the second end of a failed transfer has to say how it failed."""
+_GRACE_S = 30.0
+"""Who is not frozen fails within this time after the first failure, as the ranks that fail leave the group."""
+_FAILURES_TOLD = 4
+
+
+class PublishError(RuntimeError):
+    """A transfer, or joining for it, failed; says how each of the first that failed did."""
+
+    def __init__(self, what: str, failures: dict[str, Exception]):
+        told = [f"{name}: {failure}" for name, failure in list(failures.items())[:_FAILURES_TOLD]]
+        more = f"; and {len(failures) - _FAILURES_TOLD} more" if len(failures) > _FAILURES_TOLD else ""
+        super().__init__(f"{what}: {'; '.join(told)}{more}")
+        self.silent = [name for name, failure in failures.items() if isinstance(failure, TimeoutError)]
+        """Who did not even fail."""
 
 
 class Publisher:
     """The driver's part: it starts both ends of a transfer and moves no weights itself."""
 
-    def __init__(self, trainers: "Trainers", engines: "EnginePool", spec: "TransferSpec", timeout_s: float, verify_every: int):
-        """Forms the process group of all training ranks and every engine worker. verify_every: as config.transfer_verify_every."""
-        self._trainers, self._engines, self._timeout_s = trainers, engines, timeout_s
-        self._verify_every = verify_every
+    def __init__(
+        self,
+        trainers: "Trainers",
+        engines: "EnginePool",
+        spec: "TransferSpec",
+        timeout_s: float,
+        verify_every: int,
+        say: Callable[[str], None] = print,
+    ):
+        """Forms the process group of all training ranks and every engine worker.
+
+        timeout_s: how long a rank waits for another; verify_every: as config.transfer_verify_every; say: told what happens to engines.
+        """
+        self._trainers, self._engines, self._spec, self._timeout_s = trainers, engines, spec, timeout_s
+        self._verify_every, self._say = verify_every, say
         self._published = 0
         self.version = 0
         """What the engines have now; 0 is what they started with."""
-        host, port = trainers.address()
-        joining = engines.connect(host, port, spec, timeout_s)
-        self._buckets = trainers.connect(host, port, spec)
-        joining.result(timeout_s)
+        self._connect()
 
     def publish(self, version: int) -> int:
-        """Bring every engine to the current weights as `version`; returns the bytes sent. Raises when an end fails or times out."""
+        """Bring every engine to the current weights as `version`; returns the bytes sent.
+
+        When an engine dies meanwhile, or answers no more, it is started again, with those that its death left half-way, and all are brought
+        to `version`, verified. Raises PublishError when no engine is dead, a training rank is, or it fails a second time.
+        """
         verify = self._published % self._verify_every == 0 if self._verify_every else self._published == 0
         self._published += 1
-        receiving = self._engines.receive_weights(self._buckets, version, verify)
-        pool = ThreadPoolExecutor(2)
-        ends = [pool.submit(self._trainers.publish, version, verify), pool.submit(receiving.result, self._timeout_s)]
-        done, under_way = wait(ends, return_when=FIRST_EXCEPTION)
-        if any(end.exception() for end in done):
-            # The other end, left alone, fails too: which of the two says why cannot be told by which was first.
-            done |= wait(under_way, _GRACE_S).done
-        pool.shutdown(wait=False)
-        failures = [end.exception() for end in ends if end in done and end.exception()]
-        if len(failures) > 1:
-            raise RuntimeError("; ".join(f"{end}: {failure}" for end, failure in zip(("trainer", "engines"), failures, strict=True)))
-        if failures:
-            raise failures[0]
-        sent = ends[0].result()
+        try:
+            sent = self._transfer(version, verify)
+        except PublishError as error:
+            self._say(str(error))
+            ranks_are_silent = any(name.startswith("training") for name in error.silent)
+            restarted = [] if ranks_are_silent else self._engines.restart_dead()
+            if not restarted:
+                raise
+            self._say(f"started again: {', '.join(restarted)}")
+            self._connect()
+            sent = self._transfer(version, verify=True)
         versions = self._engines.versions()
         if any(reported != version for reported in versions):
             raise RuntimeError(f"weights were published as version {version}, but the engines report {versions}")
         self.version = version
         return sent
+
+    def _connect(self) -> None:
+        host, port = self._trainers.address(self._timeout_s)
+        joining = self._engines.connect(host, port, self._spec, self._timeout_s)
+        answers = self._both("training ranks and engines did not meet", self._trainers.connect(host, port, self._spec), joining)
+        self._buckets = answers["training rank 0"]
+
+    def _transfer(self, version: int, verify: bool) -> int:
+        receiving = self._engines.receive_weights(self._buckets, version, verify)
+        sending = self._trainers.publish(version, verify)
+        answers = self._both(f"the weights of version {version} did not arrive", sending, receiving)
+        return sum(answers[name] for name in sending.names)
+
+    def _both(self, failed: str, ranks: "Pending", engines: "Pending") -> dict[str, Any]:
+        # Each end gives up by itself after the timeout, counted from when it began to wait.
+        answers, failures = (ranks + engines).outcomes(2 * self._timeout_s, min(_GRACE_S, self._timeout_s))
+        if failures:
+            raise PublishError(failed, failures)
+        return answers

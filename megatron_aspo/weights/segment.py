@@ -22,7 +22,12 @@ class Segment:
                 "it more memory"
             )
         self._file = os.memfd_create("megatron_aspo", os.MFD_CLOEXEC)
-        os.posix_fallocate(self._file, 0, nbytes)
+        try:
+            os.posix_fallocate(self._file, 0, nbytes)
+        except OSError as error:
+            raise UserError(
+                f"{what}: {nbytes:,} bytes of shared memory cannot be had: {error.strerror}; lower transfer_bucket_mib"
+            ) from error
         self.bytes = torch.frombuffer(mmap.mmap(self._file, nbytes), dtype=torch.uint8)
         """uint8 [nbytes]."""
         self.path = f"/proc/{os.getpid()}/fd/{self._file}"

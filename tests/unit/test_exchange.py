@@ -1,6 +1,7 @@
 """Transfers from end to end over real gloo groups, one thread per rank, against the rules of both frameworks told without the table."""
 
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -181,3 +182,30 @@ def test_a_silent_rank_is_named_with_what_it_owes_and_the_step():
     # Others fail because those who waited have left; the driver reports them all.
     owed = r"engine [01] of the group at .*: bucket \d of 6 of version 3, step 0: model\..* from training rank 1 failed .*timeout 1.5 s"
     assert any(re.match(owed, str(result)) for result in results)
+
+
+@pytest.mark.parametrize("places", [["here"] * 4, ["here", "here", "there", "elsewhere"]], ids=["one machine", "three"])
+def test_when_one_rank_leaves_all_others_fail_long_before_the_timeout(places):
+    state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
+
+    def work(rank, group, schedule):
+        started = time.monotonic()
+        try:
+            if rank < 2:
+                WeightSender(schedule, group, CPU).send(view(state), 3, False)
+            else:
+                receiver = WeightReceiver(schedule, group, CPU)
+                receiver.begin(3, False)
+                for number, _ in enumerate(schedule.buckets):
+                    if rank == 3 and number == 1:
+                        group.close()
+                    receiver.receive()
+        except TransferError as error:
+            group.close()
+            failure = str(error)  # the error itself keeps frames, and with them connections
+            return failure, time.monotonic() - started
+        return None
+
+    results = together(PAIR, places, work, timeout_s=40.0)
+    assert all(result is not None and result[1] < 10.0 for result in results), results
+    assert "this rank has left the group" in results[3][0]

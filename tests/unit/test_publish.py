@@ -1,29 +1,101 @@
-"""When transfers are verified, and what the driver hands both ends. The ends themselves: test_exchange.py, and every training run."""
+"""When transfers are verified, what both ends are handed, and what happens when one fails. The ends: test_exchange.py, test_sync.py."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import pytest
 
-from megatron_aspo.weights.publish import Publisher
+from megatron_aspo.weights.publish import Publisher, PublishError
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Calls that have ended."""
+
+    names: tuple[str, ...]
+    failures: dict[str, Exception] = field(default_factory=dict)
+    answers: dict[str, object] = field(default_factory=dict)
+
+    def __add__(self, other: "Ended") -> "Ended":
+        return Ended(self.names + other.names, self.failures | other.failures, self.answers | other.answers)
+
+    def outcomes(self, timeout_s: float, grace_s: float):
+        return self.answers, self.failures
+
+
+class Ends:
+    """Trainers and engines that write down what they are asked, and fail as they are told."""
+
+    def __init__(self, *failures: dict[str, Exception], dead: list[str] = ()):
+        """failures: of one transfer after the other; dead: engines."""
+        self.failures, self.dead = list(failures), list(dead)
+        self.sent: list[tuple] = []
+        self.received: list[tuple] = []
+        self.connected = 0
+        self.said: list[str] = []
+
+    def address(self, timeout_s: float):
+        return "127.0.0.1", 1
+
+    def connect(self, host: str, port: int, spec: object, *timeout_s: float) -> Ended:
+        if timeout_s:
+            return Ended(("engine 0",))
+        self.connected += 1
+        return Ended(("training rank 0", "training rank 1"), {}, {"training rank 0": 5, "training rank 1": 5})
+
+    def publish(self, version: int, verify: bool) -> Ended:
+        self.sent.append((version, verify))
+        failed = self.failures.pop(0) if self.failures else {}
+        return Ended(("training rank 0", "training rank 1"), failed, {"training rank 0": 60, "training rank 1": 40})
+
+    def receive_weights(self, buckets: int, version: int, verify: bool) -> Ended:
+        assert buckets == 5
+        self.received.append((version, verify))
+        return Ended(("engine 0",))
+
+    def restart_dead(self) -> list[str]:
+        return [self.dead.pop()] if self.dead else []
+
+    def versions(self) -> list[int]:
+        return [self.received[-1][0]]
+
+    def publisher(self, every: int = 0) -> Publisher:
+        return Publisher(self, self, None, 10.0, every, self.said.append)
 
 
 @pytest.mark.parametrize(("every", "verified"), [(0, [1]), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 4, 7])])
 def test_the_first_transfer_and_every_so_many_are_verified_at_both_ends(every, verified):
-    asked = {"trainers": [], "engines": []}
-    done = SimpleNamespace(result=lambda timeout_s: None)
-
-    def receive(buckets: int, version: int, verify: bool):
-        assert buckets == 5
-        asked["engines"].append((version, verify))
-        return done
-
-    def publish(version: int, verify: bool) -> int:
-        asked["trainers"].append((version, verify))
-        return 100
-
-    trainers = SimpleNamespace(address=lambda: ("127.0.0.1", 1), connect=lambda *_: 5, publish=publish)
-    engines = SimpleNamespace(connect=lambda *_: done, receive_weights=receive, versions=lambda: [asked["engines"][-1][0]])
-    publisher = Publisher(trainers, engines, None, 10.0, every)
+    ends = Ends()
+    publisher = ends.publisher(every)
     assert [publisher.publish(version) for version in range(1, 8)] == [100] * 7
     assert publisher.version == 7
-    assert asked["trainers"] == asked["engines"] == [(version, version in verified) for version in range(1, 8)]
+    assert ends.sent == ends.received == [(version, version in verified) for version in range(1, 8)]
+
+
+def test_after_a_restart_all_meet_again_and_the_transfer_is_verified():
+    ends = Ends({}, {"engine 0": RuntimeError("died")}, dead=["engine 0"])
+    publisher = ends.publisher()
+    assert [publisher.publish(version) for version in (1, 2, 3)] == [100] * 3
+    assert ends.sent == [(1, True), (2, False), (2, True), (3, False)]
+    assert ends.connected == 2
+    assert ends.said == ["the weights of version 2 did not arrive: engine 0: died", "started again: engine 0"]
+
+
+@pytest.mark.parametrize(
+    ("failures", "dead"),
+    [
+        ([{"training rank 1": RuntimeError("of one's own")}], []),  # no engine is dead
+        ([{"engine 0": RuntimeError("died"), "training rank 1": TimeoutError("frozen")}], ["engine 0"]),
+        ([{"engine 0": RuntimeError("died")}] * 2, ["engine 0"] * 2),  # twice
+    ],
+)
+def test_what_a_restart_cannot_cure_is_raised(failures, dead):
+    publisher = Ends(*failures, dead=dead).publisher()
+    with pytest.raises(PublishError, match=r"the weights of version 1 did not arrive: (engine 0: died|training rank 1: of one's own)"):
+        publisher.publish(1)
+    assert publisher.version == 0
+
+
+def test_of_many_failures_the_first_are_told():
+    publisher = Ends({f"training rank {rank}": RuntimeError("gone") for rank in range(9)}).publisher()
+    with pytest.raises(PublishError, match=r"training rank 0: gone; .*training rank 3: gone; and 5 more$"):
+        publisher.publish(1)

@@ -1,0 +1,190 @@
+"""Weights from real Megatron ranks to real vLLM engines: every number read back, and what dies on the way comes back."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.rollout.engine import Request
+from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.runtime.trainers import Trainers
+from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
+from megatron_aspo.trainer.settings import RankSettings
+from megatron_aspo.weights.hf_model import read_sizes
+from megatron_aspo.weights.holdings import EngineSizes
+from megatron_aspo.weights.layout import ParallelSizes
+from megatron_aspo.weights.publish import Publisher, PublishError
+from megatron_aspo.weights.schedule import TransferSpec
+from tests.models import save_tiny
+from tests.tokenizers import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TP2_PP2 = ("trainer.tensor_parallel=2", "trainer.pipeline_parallel=2")
+LAYOUT = {
+    "qwen2": TP2_PP2,
+    "qwen3_moe": (*TP2_PP2, "trainer.sequence_parallel=true", "trainer.expert_parallel=2", "trainer.expert_tensor_parallel=1"),
+}
+RECIPE = {
+    "model": "model",
+    "task": "single_digit_addition",
+    "trainer": {"dtype": "float32", "micro_batch_tokens": 512, "threads": 1},
+    "rollout": {"dtype": "float32", "threads": 1, "max_response_tokens": 32, "max_running_requests": 8},
+}
+
+
+def verify_sync(place: Path, family: str, *overrides: str) -> tuple[int, dict, str]:
+    """Exit status, last line and all that the tool says of a small model of this family."""
+    tokenizer = byte_tokenizer()
+    save_tiny(family, place / "model", tied=family == "qwen2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(place / "model")
+    (place / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    command = [sys.executable, str(ROOT / "tools/verify_sync.py"), "recipe.yaml", *overrides]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    lines = done.stdout.strip().splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines else {}, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "engines"),
+    [
+        ("qwen2", ("rollout.engines=2",)),
+        ("qwen3_moe", ("rollout.tensor_parallel=2",)),
+        pytest.param("qwen2", (), marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", ("rollout.engines=2", "trainer.dtype=bfloat16", "rollout.dtype=bfloat16"), marks=pytest.mark.slow),
+        pytest.param("qwen2", ("rollout.tensor_parallel=2",), marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", (), marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", ("rollout.engines=2",), marks=pytest.mark.slow),
+    ],
+)
+def test_every_number_of_the_model_is_read_back_from_the_engines(tmp_path, family, engines):
+    status, figures, said = verify_sync(tmp_path, family, *LAYOUT[family], *engines)
+    assert status == 0, said
+    assert figures["differences"] == 0
+    assert figures["received"] >= figures["tensors"]
+    assert figures["stored"] >= figures["tensors"]
+    assert figures["unreadable"] == 0
+    assert figures["logprob_error"] < (0.5 if "rollout.dtype=bfloat16" in engines else 1e-4)
+
+
+# What follows shares two training ranks and two engines, which hold another model's weights until they are sent the trainer's.
+
+TIMEOUT_S = 20.0
+PROMPT = tuple(range(30, 90))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    save_tiny("qwen2", directory, tied=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trainers(ray_cluster, trained) -> Iterator[Trainers]:
+    options = TrainerOptions(dtype="float32", pipeline_parallel=2, micro_batch_tokens=512, timeout_s=TIMEOUT_S)
+    settings = RankSettings(trained, options, OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
+    started = Trainers.start(settings, "cpu", 1, None, False)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def engines(ray_cluster, tmp_path_factory) -> Iterator[EnginePool]:
+    directory = tmp_path_factory.mktemp("other")
+    save_tiny("qwen2", directory, tied=True, seed=7)
+    options = RolloutOptions(engines=2, dtype="float32", max_running_requests=8, threads=1, start_timeout_s=240)
+    pool = EnginePool(str(directory), options, max_model_len=256)
+    pool.start()
+    yield pool
+    pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def publisher(trainers, engines, trained, said) -> Publisher:
+    spec = TransferSpec(*read_sizes(trained), ParallelSizes(pipeline=2), EngineSizes(engines=2), "float32", 20_000)
+    return Publisher(trainers, engines, spec, TIMEOUT_S, 0, said.append)
+
+
+def logprob_error(engines: EnginePool, directory: Path) -> float:
+    """Largest distance of any engine's logprobs from those of the model in this directory."""
+    oracle = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    worst = 0.0
+    for generation in engines.generate([Request(f"{time.monotonic()}-{i}", PROMPT, i, 16, 1.0) for i in range(8)], group_size=4):
+        ids = torch.tensor([[*PROMPT, *generation.token_ids.tolist()]])
+        with torch.inference_mode():
+            logprobs = oracle(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, ids[0, len(PROMPT) :, None])[:, 0].numpy()
+        worst = float(np.maximum(worst, np.abs(generation.logprobs - expected).max()))  # NaN stays
+    return worst
+
+
+def core_of(engines: EnginePool, index: int) -> psutil.Process:
+    """The process of an engine that holds its weights."""
+    processes = [psutil.Process(known.pid) for known in engines.infos[index].remains.processes]
+    return next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
+
+
+def test_an_engine_killed_in_the_middle_of_a_transfer_comes_back_with_the_current_weights(publisher, engines, trained, said):
+    publisher.publish(1)
+    before = [info.pid for info in engines.infos]
+    core = core_of(engines, 1)
+    core.suspend()  # it has begun nothing yet: the transfer is under way on all other ranks, and waits for it
+    with ThreadPoolExecutor(1) as thread:
+        publishing = thread.submit(publisher.publish, 2)
+        time.sleep(2.0)
+        assert not publishing.done()
+        core.kill()
+        publishing.result(120)
+    assert publisher.version == 2
+    assert engines.versions() == [2, 2]
+    assert engines.infos[1].pid != before[1]
+    assert "engine 1: engine 1 died" in said[-2]
+    assert said[-1].startswith("started again: ")
+    assert "engine 1" in said[-1]
+    assert logprob_error(engines, trained) < 1e-4
+
+
+def test_an_engine_that_is_frozen_is_replaced_after_the_timeout(publisher, engines, trained, said):
+    core = core_of(engines, 0)
+    core.suspend()
+    publisher.publish(3)
+    assert engines.versions() == [3, 3]
+    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+    assert re.search(r"bucket \d+ of \d+ of version 3, step 0: .*weight.* engine 0 failed after 2\d.\d s", said[-2])
+    assert "engine 0" in said[-1]
+    assert logprob_error(engines, trained) < 1e-4
+
+
+def test_a_frozen_training_rank_ends_the_transfer_within_the_timeout_and_is_named(publisher, engines):
+    frozen = [process for process in psutil.process_iter() if process.name().startswith("ray::TrainerActor")]
+    assert len(frozen) == 2
+    rank_processes = sorted(frozen, key=lambda process: process.create_time())
+    os.kill(rank_processes[-1].pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(PublishError, match=r"bucket \d+ of \d+ of version 4, step 0: .*weight.* from training rank \d") as raised:
+        publisher.publish(4)
+    os.kill(rank_processes[-1].pid, signal.SIGCONT)
+    assert time.monotonic() - started < TIMEOUT_S + 35
+    assert "(timeout 20 s)" in str(raised.value)
+    assert len(raised.value.silent) == 1
+    assert raised.value.silent[0].startswith("training rank")

@@ -1,0 +1,67 @@
+"""What engines are told, and what they cannot be told."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.engine_settings import READABLE, EngineSpec, engine_arguments, environment
+from megatron_aspo.weights.hf_model import read_sizes
+from megatron_aspo.weights.holdings import EngineSizes, check_engine, check_engine_on
+from tests.models import save_tiny
+
+SPEC = EngineSpec(
+    index=0,
+    model="model",
+    device="cuda",
+    dtype="bfloat16",
+    tensor_parallel=2,
+    expert_parallel=False,
+    max_model_len=64,
+    max_running_requests=4,
+    kv_cache_gib=1.0,
+    threads=2,
+    seed=0,
+    stop_token_ids=(),
+)
+
+
+def test_the_workers_of_an_engine_share_experts_out_when_asked():
+    assert not engine_arguments(SPEC)["enable_expert_parallel"]
+    assert engine_arguments(replace(SPEC, expert_parallel=True))["enable_expert_parallel"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_an_engine_that_is_to_be_read_keeps_its_weights_readable(device):
+    assert READABLE not in environment(replace(SPEC, device=device))
+    assert READABLE in environment(replace(SPEC, device=device, readable=True))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mixture")
+    save_tiny("qwen3_moe", directory)  # 64 channels of an expert
+    return read_sizes(directory)[1]
+
+
+def test_experts_that_no_model_has_cannot_be_shared_out(mixture):
+    check_engine(mixture, EngineSizes(2, expert_parallel=True))
+    with pytest.raises(UserError, match="expert_parallel=true: this model has no experts"):
+        check_engine(replace(mixture, experts=0), EngineSizes(2, expert_parallel=True))
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes", "said"),
+    [
+        ("cpu", EngineSizes(2), None),
+        ("cpu", EngineSizes(2, expert_parallel=True), r"expert_parallel=true: vLLM's CPU kernel"),
+        ("cpu", EngineSizes(4), r"tensor_parallel=4 leaves a worker 16 feed-forward channels of an expert; .* a multiple of 32"),
+        ("cuda", EngineSizes(4, expert_parallel=True), None),
+    ],
+)
+def test_what_the_kernels_of_a_device_cannot_do_is_refused(mixture, device, sizes, said):
+    if said is None:
+        check_engine_on(device, mixture, sizes)
+    else:
+        with pytest.raises(UserError, match=said):
+            check_engine_on(device, mixture, sizes)
