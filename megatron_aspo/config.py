@@ -46,6 +46,8 @@ class Config:
     """Two runs of the same recipe give the same rollouts, losses and weights bit for bit; costs the engines' balancing of load."""
     ray_address: str = ""
     """Cluster to join; empty starts a Ray of our own on this machine."""
+    placement: str = "split"
+    """`split | colocated`: engines on devices of their own, or on those of the training ranks, by turns."""
     transfer_bucket_mib: int = 256
     """Most weights on their way into an engine's worker at one time, in MiB; a larger tensor travels alone."""
     transfer_verify_every: int = 0
@@ -169,6 +171,7 @@ def check(config: Config, implied: Values | None = None) -> None:
         ("trainer.dtype", config.trainer.dtype, ("float32", "bfloat16")),
         ("trainer.layer_spec", config.trainer.layer_spec, ("auto", "local", "transformer_engine")),
         ("rollout.dtype", config.rollout.dtype, ("float32", "bfloat16")),
+        ("placement", config.placement, ("split", "colocated")),
     ):
         _require(value in choices, f"{key}={value} is not known; {nearest(value, choices)}")
     for section, names in (
@@ -251,6 +254,11 @@ def check(config: Config, implied: Values | None = None) -> None:
     _require(
         not config.trainer.sequence_parallel or config.trainer.tensor_parallel > 1,
         "trainer.sequence_parallel=true spreads tokens over tensor-parallel ranks; set trainer.tensor_parallel above 1 or leave it false",
+    )
+    _require(config.rollout.sleep_level in (1, 2), f"rollout.sleep_level={config.rollout.sleep_level} is not known; it is 1 or 2")
+    _require(
+        config.rollout.sleep_level == 2 or config.placement == "colocated",
+        f"rollout.sleep_level={config.rollout.sleep_level} has no effect with placement=split, where engines never sleep; set one of them",
     )
     _require(
         config.trainer.virtual_pipeline == 1 or config.trainer.pipeline_parallel > 1,

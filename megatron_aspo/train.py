@@ -46,6 +46,7 @@ def train(config: Config) -> None:
         if before and after and not before.same_questions(after):
             run.progress.say("the evaluation before training asked other questions: it is left out of the comparison")
             before = None
+        run.placement.to_training()
         card = model_card(to_yaml(config), before, after, run.metrics.last())
         run.trainers.export(config.export_directory, config.trainer.dtype, card)
         print_summary(run, before, after, minutes, tokens, config.export_directory)
@@ -68,13 +69,15 @@ def train_step(run: Run, step: int) -> dict:
     write_rollouts(run.directory / "rollouts" / f"step_{step}.parquet", collected.groups)
     batch = make_train_batch(collected.kept, algorithm.batch_order, run.trainers.world, overlong_filter=algorithm.overlong_filter)
     run.progress.phase(step, "training")
+    run.placement.to_training()
     report = run.trainers.update(batch, step)
     used = [first + place for place, group in enumerate(collected.groups) if any(group is kept for kept in collected.kept)]
     run.ledger.append("trained", step=step, first=first, count=len(collected.groups), used=used, sampled_from=sampled_from)
     run.progress.phase(step, "publishing weights")
     publishing = time.perf_counter()
-    # With nothing left to train on there was no update, and the engines have these weights already.
-    sent = run.publisher.publish(version=step + 1) if report.gradient_norms else 0
+    # With nothing left to train on there was no update, and the weights are those that the engines had.
+    changed = bool(report.gradient_norms)
+    sent = run.placement.to_generating(version=step + 1 if changed else sampled_from, changed=changed)
     seconds = collected.seconds | report.seconds | {"publish": time.perf_counter() - publishing, "step": time.perf_counter() - started}
     return {
         "step": step,

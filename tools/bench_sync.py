@@ -9,11 +9,13 @@ The last line is one JSON object, medians of rounds:
 - `bytes_over_bound`: bytes that ranks sent over the fewest that any plan could;
 - `transport_over_memcpy`: receiving without installing, over copying;
 - `total_over_gather`: both engines with new weights, over the common way;
-- `extra_over_bucket`: most memory that an engine took beyond what it had before, over 2 buckets and its largest layer;
+- `extra_over_bucket`: most memory that an engine took beyond what it had before, with its share of the senders' shared memory, over 2
+  buckets and its largest layer;
 - the seconds they come from; `installation_seconds` is what of the total is not transport.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -24,6 +26,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -62,6 +66,14 @@ class Process:
 
     def answer(self):
         return self.pipe.recv()
+
+
+def answer(pipe, commands: dict[str, Callable]) -> None:
+    """What each of the processes does until the benchmark ends."""
+    with contextlib.suppress(EOFError):
+        while True:
+            command, *arguments = pipe.recv()
+            pipe.send(commands[command](*arguments))
 
 
 def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe) -> None:
@@ -113,10 +125,7 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
 
         return senders["gather"].send(read, version, False)
 
-    commands = {"connect": connect, "ours": send, "gather": gather}
-    while True:
-        command, *arguments = pipe.recv()
-        pipe.send(commands[command](*arguments))
+    answer(pipe, {"connect": connect, "ours": send, "gather": gather})
 
 
 def receiving_worker(worker: int, spec: TransferSpec, pipe) -> None:
@@ -140,7 +149,8 @@ def receiving_worker(worker: int, spec: TransferSpec, pipe) -> None:
     def receive(version: int) -> int:
         found["receiver"].begin(version, False)
         for _ in found["schedule"].buckets:
-            found["receiver"].receive()
+            with found["receiver"].bucket():
+                pass
         return version
 
     def memcpy() -> int:
@@ -148,10 +158,7 @@ def receiving_worker(worker: int, spec: TransferSpec, pipe) -> None:
         target.copy_(source)
         return target.nbytes
 
-    commands = {"connect": connect, "receive": receive, "memcpy": memcpy}
-    while True:
-        command, *arguments = pipe.recv()
-        pipe.send(commands[command](*arguments))
+    answer(pipe, {"connect": connect, "receive": receive, "memcpy": memcpy})
 
 
 def timed(work: Callable[[], object]) -> tuple[float, object]:
@@ -226,19 +233,27 @@ class Engines:
         receiving.result(TIMEOUT_S)
         return sent
 
-    def extra_bytes(self, work: Callable[[], object]) -> int:
-        """Most memory that the process of an engine took for it beyond what it had."""
+    def extra_bytes(self, work: Callable[[], object]) -> list[int]:
+        """Most memory that the process of each engine took for it beyond what it had; not counting what it shares with senders."""
         before = []
         for core in self._cores:
             Path(f"/proc/{core}/clear_refs").write_text("5")  # the peak starts anew
-            before.append(_memory(core, "VmRSS"))
+            before.append(_memory(core, "VmRSS") - _memory(core, "RssShmem"))
         work()
-        return max(_memory(core, "VmHWM") - had for core, had in zip(self._cores, before, strict=True))
+        # What is shared stays mapped, and so is part of the peak.
+        peaks = [_memory(core, "VmHWM") - _memory(core, "RssShmem") for core in self._cores]
+        return [peak - had for peak, had in zip(peaks, before, strict=True)]
 
 
 def _memory(pid: int, key: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def shared_bytes() -> int:
+    """What the benchmark's own processes share with engines."""
+    links = [link for child in psutil.Process().children() for link in Path(f"/proc/{child.pid}/fd").iterdir()]
+    return sum(link.stat().st_size for link in links if "memfd:megatron_aspo" in os.readlink(link))
 
 
 def largest_layer(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -285,7 +300,7 @@ def main() -> None:
         try:
             engines.connect("ours")
             sent: list[int] = []
-            extra = engines.extra_bytes(lambda: sent.append(engines.update("ours")))
+            extra = statistics.mean(engines.extra_bytes(lambda: sent.append(engines.update("ours")))) + shared_bytes() / engines.pool.size
             for _ in range(parsed.rounds):
                 for way in seconds:
                     engines.connect(way)
@@ -312,7 +327,7 @@ def main() -> None:
                 "memcpy_seconds": round(median["memcpy"], 3),
                 "installation_seconds": round(median["ours"] - median["transport"], 3),
                 "bytes": sent[0],
-                "extra_bytes": extra,
+                "extra_bytes": round(extra),
                 "largest_bucket_bytes": bucket,
                 "largest_layer_bytes": layer,
                 "threads": torch.get_num_threads(),

@@ -166,11 +166,14 @@ class Engine:
         """Undo `pause`."""
         await self._release("pause")
 
-    async def sleep(self) -> None:
-        """Halt decoding and give the memory of weights and cache back to the device; on CPU it only halts."""
+    async def sleep(self, level: int = 1) -> None:
+        """Halt decoding and give the memory of weights and cache back to the device; on CPU it only halts.
+
+        Level 1 keeps the weights in host memory. Level 2 keeps nothing: they have to be sent again.
+        """
         async with self._holding:
             self._holds.add("sleep")
-            await self._llm.sleep(level=1, mode="keep")
+            await self._llm.sleep(level=level, mode="keep")
 
     async def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
         """Take the memory back: `weights`, `kv_cache` or both. Decoding goes on once both are there and nothing else holds it."""

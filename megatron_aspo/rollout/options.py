@@ -25,6 +25,8 @@ class RolloutOptions:
     """Most requests one engine decodes at a time (vLLM's max_num_seqs)."""
     kv_cache_gib: float = 1.0
     """Key-value cache of one engine, in GiB."""
+    sleep_level: int = 2
+    """Of engines with placement=colocated, while ranks train: 1 keeps their weights in host memory, 2 forgets them, to be sent again."""
     threads: int = 0
     """CPU threads of one engine; 0 shares the node's cores evenly among its engines."""
     start_timeout_s: float = 600.0

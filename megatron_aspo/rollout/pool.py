@@ -39,6 +39,8 @@ class _Member:
     spec: EngineSpec
     actor: Any
     info: EngineInfo | None = None
+    place: tuple[str, str] | None = None
+    """Node and devices that it shares with others."""
     load: int = 0
     """Requests under way on it."""
 
@@ -99,11 +101,14 @@ class EnginePool:
             )
         ]
 
-    def start(self) -> list[EngineInfo]:
+    def start(self, places: Sequence[tuple[str, str]] | None = None) -> list[EngineInfo]:
         """Start all engines at the same time; returns when all are up.
 
+        places: of each engine Ray's id of the node and the devices on it that it shares with others; by default Ray gives it its own.
         Raises UserError with the cause when one does not start or is not up after `start_timeout_s`; then none is left running.
         """
+        for member, place in zip(self._members, places or (), strict=False):
+            member.place = place
         self._start(self._members)
         return self.infos
 
@@ -140,7 +145,7 @@ class EnginePool:
 
     def _start(self, members: Sequence[_Member]) -> None:
         for member in members:
-            member.actor = ray.remote(Engine).options(**_actor_options(member.spec)).remote(member.spec)
+            member.actor = ray.remote(Engine).options(**_actor_options(member)).remote(member.spec)
         try:
             infos = self._on("start", members).result(self._options.start_timeout_s)
         except TimeoutError as error:
@@ -194,9 +199,9 @@ class EnginePool:
         """Undo `pause`."""
         self._on_all("resume").result()
 
-    def sleep(self) -> None:
-        """Let every engine give its device memory back."""
-        self._on_all("sleep").result()
+    def sleep(self, level: int = 1) -> None:
+        """Let every engine give its device memory back; of level 2 it forgets its weights."""
+        self._on_all("sleep", level).result()
 
     def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
         """Let every engine take back the memory of its `weights`, its `kv_cache` or both."""
@@ -312,21 +317,28 @@ class EnginePool:
         )
 
 
-def _resources(spec: EngineSpec) -> dict[str, float]:
-    """Ray's logical resources of one engine."""
-    # One CPU is a token, not a count of threads: engines and training ranks of one node take turns, and both use all its cores.
-    return {"num_cpus": 1, "num_gpus": spec.tensor_parallel if spec.device == "cuda" else 0}
-
-
-def _actor_options(spec: EngineSpec) -> dict[str, Any]:
+def _actor_options(member: _Member) -> dict[str, Any]:
+    spec = member.spec
     # vLLM's child processes import this package too, also where it runs from a checkout that is not installed.
     root = str(Path(megatron_aspo.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {
-        **_resources(spec),
+    variables = environment(spec) | {"PYTHONPATH": path}
+    gpus = spec.tensor_parallel if spec.device == "cuda" else 0
+    options: dict[str, Any] = {}
+    if member.place is not None:
+        node, devices = member.place
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        if devices:
+            # They are another actor's in Ray's books.
+            gpus = 0
+            variables |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    return options | {
+        # One CPU is a token, not a count of threads: engines and training ranks of one node take turns, and both use all its cores.
+        "num_cpus": 1,
+        "num_gpus": gpus,
         "max_concurrency": _MAX_CONCURRENT_CALLS,
         "max_restarts": 0,
-        "runtime_env": {"env_vars": environment(spec) | {"PYTHONPATH": path}},
+        "runtime_env": {"env_vars": variables},
     }
 
 

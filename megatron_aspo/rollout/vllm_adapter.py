@@ -9,6 +9,7 @@ Written for vLLM 0.32.0. What is adapted, why, and when it can go:
   parameter, and would go on computing logits with the packed copy of its old weights, without any error. Goes when vLLM re-packs it.
 - Re-packing experts after an update, on CPU: vLLM packs them when it starts and never again, while its kernel goes on reading packed
   weights, without any error. Goes when vLLM re-packs them.
+- A copy of what vLLM's reload keeps of a bucket until the rest of a layer comes: the bucket's memory is the sender's again by then.
 - A count of what arrived. vLLM's reload only logs a warning about a layer that was sent nothing, and keeps its old weights; of one that was
   sent a part it says nothing.
 - Linear layers that keep their weights, for engines that are to be read (`EngineSpec.readable`): packed ones have no way back.
@@ -83,10 +84,11 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
         spec = TransferSpec.from_dict(init_info.spec)
         worker = init_info.engine * spec.engines.tensor + self.parallel_config.rank
         rank = spec.training.world + worker
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        device = torch.device("cpu") if spec.through_host else self.device
+        backend = "nccl" if device.type == "cuda" else "gloo"
         where = init_info.host, init_info.port
         self._group = stateless_group(*where, rank, spec.world, init_info.timeout_s, backend, init_info.place, spec.name)
-        self._receiver = WeightReceiver(Schedule(spec, rank, where_of(self._group.places)), self._group, self.device)
+        self._receiver = WeightReceiver(Schedule(spec, rank, where_of(self._group.places)), self._group, device)
         self._memory = EngineMemory(spec, worker)
 
     def start_weight_update(self) -> None:
@@ -104,7 +106,9 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
         with self._leaving_on_failure():
             if update_info.first:
                 self._receiver.begin(update_info.version, update_info.verify)
-            self._loaded |= set(self.model.load_weights(self._receiver.receive()))
+            with self._receiver.bucket() as tensors:
+                self._loaded |= set(self.model.load_weights(tensors))
+                self._keep_back()
 
     def finish_weight_update(self) -> None:
         """Bring the loaded layers into the form the kernels use. Verified, what can be read of them is what was received."""
@@ -144,6 +148,14 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
         if self._group is not None:
             self._group.close()
             self._group = self._receiver = None
+
+    def _keep_back(self) -> None:
+        """Give layers that wait for more than this bucket a copy of what they have of it so far."""
+        for layer in self.model.modules():
+            for _, call in get_layerwise_info(layer).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, Tensor) and not value.is_meta and self._receiver.borrowed(value):
+                        call.arguments[name] = value.clone()
 
     @contextmanager
     def _leaving_on_failure(self) -> Iterator[None]:

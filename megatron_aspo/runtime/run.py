@@ -29,8 +29,9 @@ from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rewards.worker import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
-from megatron_aspo.runtime.cluster import Cluster, open_cluster
+from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
 from megatron_aspo.runtime.ledger import Ledger
+from megatron_aspo.runtime.placement import Colocated, Placement, Split, check_places, shared_places
 from megatron_aspo.runtime.start import Ownership, Start, find_start
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
@@ -60,6 +61,7 @@ class Run:
     rollouts: Rollouts
     trainers: Trainers
     publisher: Publisher
+    placement: Placement
     metrics: MetricsFile
     ledger: Ledger
     checkpoints: CheckpointStore
@@ -83,8 +85,10 @@ class Run:
         self.progress.phase(done - 1, "saving a checkpoint")
         started = time.perf_counter()
         self.report_checkpoint(wait=True)
+        self.placement.to_training()
         place = {"weights_version": self.publisher.version, "drawn": self.rollouts.drawn, "ledger_lines": self.ledger.lines}
         self.checkpoints.save(done, self.identity | place | {"threads": self.threads})
+        self.placement.to_generating(self.publisher.version, changed=False)
         self.progress.say(f"step {done}: checkpoint, training waited {time.perf_counter() - started:.2f} s")
 
     def report_checkpoint(self, wait: bool = False, timeout_s: float | None = None) -> None:
@@ -132,7 +136,9 @@ def rank_settings(config: Config, model_directory: Path) -> RankSettings:
 def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> TransferSpec:
     """What the two sides of a run's weight transfers agree on."""
     sides = settings.sizes, config.rollout.sizes
-    return TransferSpec(model.architecture, model.dims, *sides, config.rollout.dtype, config.transfer_bucket_mib << 20)
+    return TransferSpec(
+        model.architecture, model.dims, *sides, config.rollout.dtype, config.transfer_bucket_mib << 20, config.placement == "colocated"
+    )
 
 
 def _start_run(config: Config, start: Start, owner: Ownership | None, stack: ExitStack) -> Iterator[Run]:
@@ -175,14 +181,18 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
     stack.callback(_undisturbed, engines.shutdown)
     threads = {"trainer": config.trainer.threads or max(1, cluster.cores // settings.sizes.world), "rollout": engines.threads}
     _say_what_differs(start, config, settings, threads, progress)
+    colocated = config.placement == "colocated"
     with progress.waiting("starting engines and training ranks"), ThreadPoolExecutor(1) as pool:
-        # The engines start in the background: both take long, and neither needs the other.
-        starting = pool.submit(engines.start)
+        # On devices of their own the engines start in the background: both take long, and neither needs the other.
+        starting = None if colocated else pool.submit(engines.start)
         try:
             reserve = bool(config.checkpoint.every) and config.checkpoint.asynchronous
             trainers = Trainers.start(settings, cluster.device, threads["trainer"], start.checkpoint, reserve)
             stack.callback(_undisturbed, trainers.close)
-            started = starting.result()
+            if colocated:
+                trainers.leave("optimizer")
+                trainers.leave("weights")
+            started = engines.start(shared_places(trainers.places(), config.rollout.sizes)) if colocated else starting.result()
         except BaseException:
             engines.shutdown()  # else leaving the thread pool would wait for them to come up
             raise
@@ -190,11 +200,18 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         f"engines: {len(started)} × vLLM {started[0].vllm_version} on {started[0].device}, {config.rollout.dtype}; training ranks: "
         f"{settings.sizes.world}, " + ", ".join(f"{key} {value}" for key, value in trainers.described.items())
     )
+    slow = [f"{room}.dtype" for room in ("trainer", "rollout") if getattr(config, room).dtype == "bfloat16"]
+    if slow and cluster.device == "cpu" and not computes_bfloat16():
+        progress.say(
+            f"this processor does not compute in bfloat16: with {'=float32 '.join(slow)}=float32 the run takes a quarter of the time"
+        )
     spec = transfer_spec(config, model, settings)
     publisher = Publisher(trainers, engines, spec, config.trainer.timeout_s, config.transfer_verify_every, progress.say)
+    placement = Colocated(trainers, engines, publisher, config.rollout.sleep_level) if colocated else Split(publisher)
     if start.step:
         with progress.waiting("bringing the engines to the checkpoint's weights"):
-            publisher.publish(version=start.manifest.training["weights_version"])
+            placement.to_training()
+            placement.to_generating(start.manifest.training["weights_version"], changed=True)
     directory = config.directory
     if not start.in_place:
         _make_run_directory(directory)
@@ -220,6 +237,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
             rollouts,
             trainers,
             publisher,
+            placement,
             metrics,
             ledger,
             checkpoints,
@@ -238,7 +256,9 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
 def _check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
     """Refuse at once what Ray could never place: it would wait for ever."""
     engines, per_engine = config.rollout.engines, config.rollout.tensor_parallel if cluster.device == "cuda" else 1
-    needed = ranks + engines * per_engine
+    check_places(config.placement, ranks, config.rollout.sizes)
+    shared = config.placement == "colocated" and cluster.device == "cuda"
+    needed = ranks + (0 if shared else engines * per_engine)
     kind = "GPU" if cluster.device == "cuda" else "CPU"
     if needed > cluster.slots:
         raise UserError(

@@ -69,6 +69,17 @@ class TrainerActor:
     def publish(self, version: int, verify: bool) -> int:
         return self._rank.publish(version, verify)
 
+    def place(self) -> tuple[str, str]:
+        """Ray's id of this node, and of the device on it that this rank has ("" on CPU)."""
+        context = ray.get_runtime_context()
+        return context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", []))
+
+    def leave(self, part: str) -> None:
+        self._rank.leave(part)
+
+    def come_back(self) -> None:
+        self._rank.come_back()
+
     def save(self, request: SaveRequest) -> float:
         return self._saver.save(request)
 
@@ -134,6 +145,18 @@ class Trainers:
     def publish(self, version: int, verify: bool) -> Pending:
         """Send the current weights to the engines, which must be receiving; each rank says how many bytes it sent."""
         return self._pending([actor.publish.remote(version, verify) for actor in self._actors])
+
+    def places(self) -> list[tuple[str, str]]:
+        """Of each rank: Ray's id of its node, and of its device on it ("" on CPU)."""
+        return self._get([actor.place.remote() for actor in self._actors])
+
+    def leave(self, part: str) -> None:
+        """Let every rank free its device's memory of the `optimizer` or of the `weights`."""
+        self._get([actor.leave.remote(part) for actor in self._actors])
+
+    def come_back(self) -> None:
+        """Undo every `leave`."""
+        self._get([actor.come_back.remote() for actor in self._actors])
 
     def save(self, request: SaveRequest) -> float:
         """Start a checkpoint, once the one under way is done; returns the seconds until training can go on."""

@@ -39,3 +39,46 @@ class HostMemory:
             tensor.data = host
         if self._tensors and self._device.is_cuda:
             torch.cuda.synchronize()  # else the host could read what has not arrived
+
+
+class Parking:
+    """Tensors that leave the device for a while with the memory behind them, views of it and all: meanwhile none of them can be read.
+
+    Unlike `HostMemory` this moves whole memories: of what lies in Megatron's buffers, each tensor stays the view that it is.
+    """
+
+    def __init__(self, kept: Iterable[Tensor], scratch: Iterable[Tensor] = ()):
+        """kept: those whose values come back; scratch: those that come back as zeros, as do gradients. Nothing moves yet."""
+        self._kept, unkept = _memories(kept), _memories(scratch)
+        self._scratch = {place: memory for place, memory in unkept.items() if place not in self._kept}
+        self._away: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Free their memory on the device. Twice is once."""
+        if self._away:
+            return
+        for storage in self._kept.values():
+            here = _bytes_of(storage)
+            self._away.append((storage, storage.nbytes(), torch.empty_like(here, device="cpu", pin_memory=here.is_cuda).copy_(here)))
+        self._away += [(storage, storage.nbytes(), None) for storage in self._scratch.values()]
+        for storage, _, _ in self._away:
+            storage.resize_(0)
+
+    @torch.no_grad()
+    def come_back(self) -> None:
+        """Take the memory again and fill it. Twice is once."""
+        for storage, nbytes, host in self._away:
+            storage.resize_(nbytes)
+            here = _bytes_of(storage)
+            here.zero_() if host is None else here.copy_(host)
+        self._away = []
+
+
+def _memories(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """By address: tensors that share one are in one memory."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -35,7 +35,7 @@ from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_
 from megatron_aspo.trainer.logprobs import kernels, logprobs
 from megatron_aspo.trainer.micro_batch import MicroBatch, cut_all
 from megatron_aspo.trainer.model import build_model, chunks, transformer_config
-from megatron_aspo.trainer.offload import HostMemory
+from megatron_aspo.trainer.offload import HostMemory, Parking
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
 from megatron_aspo.trainer.optimizer_state import optimizer_slabs, state_tensors
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
@@ -96,6 +96,7 @@ class TrainerRank:
         self._forward_backward: Callable = get_forward_backward_func()
         self._sender = None
         self._packing = PackingFigures()
+        self._parked: dict[str, Parking] = {}
 
     def describe(self) -> dict[str, str]:
         """What was chosen, to be printed at the start."""
@@ -318,14 +319,35 @@ class TrainerRank:
         """Join the group of all training ranks and the engines' workers, which rank 0 opens; returns how many buckets a transfer has."""
         rank, timeout_s = self.parallel.rank, self.settings.trainer.timeout_s
         self._sender = None  # first give back what an earlier one holds
-        group = stateless_group(host, port, rank, spec.world, timeout_s, self.device.backend, names=spec.name)
+        backend, device = ("gloo", torch.device("cpu")) if spec.through_host else (self.device.backend, self.device.torch_device)
+        group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.name)
         schedule = Schedule(spec, rank, where_of(group.places))
-        self._sender = WeightSender(schedule, group, self.device.torch_device)
+        self._sender = WeightSender(schedule, group, device)
         return len(schedule.buckets)
 
     def publish(self, version: int, verify: bool) -> int:
         """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""
         return self._sender.send(LocalTensors(self.layout, dict(self.model.named_parameters())), version, verify)
+
+    def leave(self, part: str) -> None:
+        """Free the device's memory of the `optimizer`, gradients included, or of the `weights`, until `come_back`.
+
+        What is parked is found again each time: the optimizer makes its state as it goes, and may exchange it.
+        """
+        parameters = list(self.model.parameters())
+        if part == "optimizer":
+            weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+            kept = [t for t in state_tensors(self.optimizer) if t.untyped_storage().data_ptr() not in weights]
+            self._parked[part] = Parking(kept, [parameter.main_grad for parameter in parameters])
+        else:
+            self._parked[part] = Parking([*parameters, *(self.reference.parameters() if self.reference is not None else ())])
+        self._parked[part].leave()
+
+    def come_back(self) -> None:
+        """Take back all that has left the device."""
+        for parking in self._parked.values():
+            parking.come_back()
+        self._parked.clear()
 
     def close(self) -> None:
         """Leave all process groups."""

@@ -2,18 +2,21 @@
 
 A bucket is packed, sent, received and passed on while the ones before it are still being loaded: senders are two buckets ahead at the most,
 and what a worker receives next is on its way while it loads. What a tensor's elements are cast to, they are cast to before they travel.
+On one machine a worker loads whole tensors right out of the sender's memory: their elements are copied once.
 
 Verified, both ends take the SHA-256 of every box: the sender of what it packed, the worker of what it hands on to be loaded.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from megatron_aspo.weights.buckets import torch_dtype
 from megatron_aspo.weights.group import StatelessGroup
-from megatron_aspo.weights.layout import Box, Layout, Piece, overlap
+from megatron_aspo.weights.layout import Box, Layout, Piece, overlap, volume
 from megatron_aspo.weights.messages import Arrival, Outbox, Read, label_of, view
 from megatron_aspo.weights.schedule import Schedule
 
@@ -60,7 +63,7 @@ class WeightSender:
 
 
 class WeightReceiver:
-    """A worker's end. For each version: `begin`, then `receive` for every bucket in turn."""
+    """A worker's end. For each version: `begin`, then `bucket` for every bucket in turn."""
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
         self._schedule, self._group, self._device = schedule, group, device
@@ -84,26 +87,38 @@ class WeightReceiver:
         self._next = 0
         self._expected: dict[int, list[Arrival]] = {}
 
-    def receive(self) -> list[tuple[str, Tensor]]:
-        """The next bucket: every tensor of which this worker has a part, in its whole shape, NaN where the worker has no part.
+    def borrowed(self, tensor: Tensor) -> bool:
+        """Whether it lies in memory of a sender, which writes something else there once the bucket is left."""
+        return tensor.untyped_storage().data_ptr() in {segment.untyped_storage().data_ptr() for segment in self._segments.values()}
 
-        Raises TransferError when a peer does not send, or when what came is not what was sent.
+    @contextmanager
+    def bucket(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """The next one: every tensor of which this worker has a part, in its whole shape, NaN where the worker has no part.
+
+        They are to be read inside the block only (`borrowed`). Raises TransferError when a peer does not send, or when what came is not
+        what was sent.
         """
         number, self._next = self._next, self._next + 1
         self._expect(number)
         self._expect(number + 1)
         bucket = self._schedule.buckets[number]
+        given = Counter()
+        for message in bucket.receives:
+            for move in message.moves:
+                given[move.tensor] += volume(move.box)
         tensors: dict[str, Tensor] = {}
         arrivals = self._expected.pop(number)
+        for step in (0, 1):
+            for arrival in arrivals:
+                if arrival.message.step == step:
+                    self._take(arrival, tensors, given)
+            if step == 0:
+                self._outbox.send(bucket, lambda tensor, box: view(tensors[tensor], box), self._version, self._verify)
+        yield [(name, tensors[name]) for name in bucket.tensors if name in tensors]
+        # First let go of what others sent, then wait for them to let go: they do the same.
         for arrival in arrivals:
-            if arrival.message.step == 0:
-                self._take(arrival, tensors)
-        self._outbox.send(bucket, lambda tensor, box: view(tensors[tensor], box), self._version, self._verify)
-        for arrival in arrivals:
-            if arrival.message.step == 1:
-                self._take(arrival, tensors)
+            arrival.release()
         self._outbox.finish()
-        return [(name, tensors[name]) for name in bucket.tensors if name in tensors]
 
     def _expect(self, number: int) -> None:
         """Let the messages of a bucket come in."""
@@ -114,18 +129,19 @@ class WeightReceiver:
                 for m in bucket.receives
             ]
 
-    def _take(self, arrival: Arrival, tensors: dict[str, Tensor]) -> None:
+    def _take(self, arrival: Arrival, tensors: dict[str, Tensor], given: Mapping[str, int]) -> None:
         """Put a message's boxes where they belong."""
         self.received_bytes += arrival.message.elements * self._dtype.itemsize
         for (tensor, box), values in arrival.boxes():
             shape = self._schedule.shapes[tensor]
             if box == tuple((0, extent) for extent in shape):
-                tensors[tensor] = values.clone() if arrival.shared else values
+                tensors[tensor] = values
                 continue
             if tensor not in tensors:
-                # Poison: should an engine's loader read what the plan says it does not, no number comes out.
-                tensors[tensor] = torch.full(shape, torch.nan, dtype=self._dtype, device=self._device)
+                tensors[tensor] = torch.empty(shape, dtype=self._dtype, device=self._device)
+                if given[tensor] < tensors[tensor].numel():
+                    # Poison: should an engine's loader read what the plan says it does not, no number comes out.
+                    tensors[tensor].fill_(torch.nan)
             view(tensors[tensor], box).copy_(values)
         if self._verify:
             self.digests += arrival.verify(lambda tensor, box: view(tensors[tensor], box))
-        arrival.release()

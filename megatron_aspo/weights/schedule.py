@@ -28,6 +28,8 @@ class TransferSpec:
     """Of the engines, in which weights travel."""
     bucket_bytes: int
     """At most so many bytes of whole tensors are on their way into an engine's worker at one time, and as many come next."""
+    through_host: bool = False
+    """They travel through host memory, also from GPU to GPU: NCCL refuses two ranks on one device, as which colocated ones are."""
 
     @property
     def world(self) -> int:

@@ -109,6 +109,17 @@ def test_offloading_takes_the_step_of_float64_pytorch(pools, cases, layout):
     assert relative_error(ours["weights"], true.weights) <= 1e-5
 
 
+@pytest.mark.parametrize("layout", [{"dtype": "bfloat16", **DISTRIBUTED}, {"tensor_parallel": 2, "offload_optimizer": True}], ids=str)
+def test_what_leaves_the_device_between_two_updates_comes_back_bit_for_bit(pools, cases, layout):
+    case = cases("qwen2 tied")
+    options = TrainerOptions(**{"dtype": "float32", "micro_batch_tokens": 60} | layout)
+    settings = RankSettings(case.directory, options, OPTIMIZER, AlgorithmOptions(mini_batch_prompts=2), 1.0, 0, 2, 32)
+    gone, stayed = (pools(2).run(workloads.train_and_park, settings, _rewarded(case), parked)[0] for parked in (True, False))
+    assert gone.keys() == stayed.keys()
+    for name, expected in stayed.items():
+        np.testing.assert_array_equal(gone[name], expected)
+
+
 @pytest.mark.parametrize("name", ["float32 TP2", "bfloat16 PP2 untied", "bfloat16 DP2 distributed"])
 def test_an_optimizer_at_home_in_host_memory_is_adam_in_float64_and_can_be_gone_on_from(pools, cases, name):
     case = cases("qwen2 tied" if "untied" not in name else "llama untied")

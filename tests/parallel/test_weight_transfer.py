@@ -29,7 +29,10 @@ def received(spec: TransferSpec, port: int, worker: int, versions: list[int]) ->
     receiver = WeightReceiver(schedule, group, torch.device("cpu"))
     for version in versions:
         receiver.begin(version, verify=True)
-        tensors = {name: tensor for _ in schedule.buckets for name, tensor in receiver.receive()}
+        tensors = {}
+        for _ in schedule.buckets:
+            with receiver.bucket() as given:
+                tensors |= {name: tensor.clone() for name, tensor in given}
     return tensors
 
 

@@ -166,6 +166,24 @@ def train_once(rank: int, meeting: str, settings, batch: TrainBatch) -> tuple:
         return report, weights
 
 
+def train_and_park(rank: int, meeting: str, settings, batch: TrainBatch, parked: bool) -> dict:
+    """Two updates, between which all that lies on the device leaves it and comes back, or does not."""
+    with _trainer(rank, meeting, settings) as trainer:
+        trainer.update(batch, step=0)
+        parameters = list(trainer.model.parameters())
+        sizes = [parameter.untyped_storage().nbytes() for parameter in parameters]
+        if parked:
+            trainer.leave("optimizer")
+            gradients = sum(parameter.main_grad.untyped_storage().nbytes() for parameter in parameters)
+            trainer.leave("weights")
+            left = sum(parameter.untyped_storage().nbytes() for parameter in parameters)
+            trainer.come_back()
+            assert (gradients, left) == (0, 0)
+        assert [parameter.untyped_storage().nbytes() for parameter in parameters] == sizes
+        trainer.update(batch, step=1)
+        return {name: t.numpy() for name, t in trainer.whole_tensors(trainer.tensor_metas("float32"))}
+
+
 def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) -> dict:
     """What is held fixed over the phase, with the model's weights `scale` times the reference's; the last rank's answer counts."""
     with _trainer(rank, meeting, settings) as trainer:

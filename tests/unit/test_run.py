@@ -10,7 +10,7 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.runtime.cluster import Cluster
+from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16
 from megatron_aspo.runtime.ledger import Ledger
 from megatron_aspo.runtime.run import _check_ledger, _check_resources, _say_what_differs
 from megatron_aspo.runtime.start import Start
@@ -70,3 +70,9 @@ def test_a_deterministic_run_says_what_keeps_it_from_being_the_undisturbed_one(t
     progress.close()
     printed = " ".join("".join(capsys.readouterr()).split())
     assert ("not the undisturbed one" in printed) == bool(said) and all(part in printed for part in said), printed
+
+
+@pytest.mark.parametrize(("flags", "has"), [("avx2 avx512f", False), ("avx2 avx512_bf16 f16c", True), ("amx_bf16 amx_tile", True)])
+def test_a_processor_computes_in_bfloat16_when_its_flags_say_so(tmp_path, flags, has):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
+    assert computes_bfloat16(tmp_path / "cpuinfo") == has

@@ -1,0 +1,89 @@
+"""Who has the devices when: the order of calls, and who shares with whom. A whole colocated run: tests/e2e/test_placement.py."""
+
+import pytest
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.runtime.placement import Colocated, Split, check_places, shared_places
+from megatron_aspo.weights.holdings import EngineSizes
+
+
+class Recorder:
+    """Writes down every call of whatever method; `publish` says how many bytes it sent."""
+
+    def __init__(self, name: str, calls: list[tuple]):
+        self._name, self._calls = name, calls
+
+    def __getattr__(self, method: str):
+        def call(*arguments):
+            self._calls.append((f"{self._name}.{method}", *arguments))
+            return 7
+
+        return call
+
+
+def colocated(sleep_level: int) -> tuple[Colocated, list[tuple]]:
+    calls: list[tuple] = []
+    sides = [Recorder(name, calls) for name in ("trainers", "engines", "publisher")]
+    return Colocated(*sides, sleep_level), calls
+
+
+@pytest.mark.parametrize("sleep_level", [1, 2])
+def test_on_shared_devices_each_side_makes_room_before_the_other_takes_it(sleep_level):
+    placement, calls = colocated(sleep_level)
+    placement.to_training()
+    assert calls == [("engines.sleep", sleep_level), ("trainers.come_back",)]
+    calls.clear()
+    assert placement.to_generating(3, changed=True) == 7
+    assert calls == [
+        ("trainers.leave", "optimizer"),
+        ("engines.wake", ("weights",)),
+        ("publisher.publish", 3),
+        ("trainers.leave", "weights"),
+        ("engines.wake", ("kv_cache",)),
+    ]
+
+
+def test_engines_that_forget_their_weights_are_sent_them_although_they_are_the_same():
+    for sleep_level, sent in ((1, 0), (2, 7)):
+        placement, calls = colocated(sleep_level)
+        placement.to_training()
+        assert placement.to_generating(3, changed=False) == sent
+        assert (("publisher.publish", 3) in calls) == bool(sent)
+
+
+def test_a_side_that_has_the_devices_is_not_given_them_again():
+    placement, calls = colocated(2)
+    assert placement.to_generating(0, changed=False) == 0  # as it starts
+    assert calls == []
+    placement.to_training()
+    placement.to_training()
+    assert [name for name, *_ in calls] == ["engines.sleep", "trainers.come_back"]
+
+
+def test_on_devices_of_their_own_only_changed_weights_move():
+    calls: list[tuple] = []
+    placement = Split(Recorder("publisher", calls))
+    placement.to_training()
+    assert (placement.to_generating(1, changed=True), placement.to_generating(1, changed=False)) == (7, 0)
+    assert calls == [("publisher.publish", 1)]
+
+
+RANKS = [("a", "0"), ("a", "1"), ("a", "2"), ("b", "0")]
+
+
+def test_engines_share_the_devices_of_the_ranks_in_order():
+    assert shared_places(RANKS, EngineSizes(1, engines=3)) == [("a", "0"), ("a", "1"), ("a", "2")]
+    assert shared_places(RANKS, EngineSizes(2)) == [("a", "0,1")]
+    assert shared_places([("a", ""), ("a", "")], EngineSizes(2)) == [("a", "")]  # on CPU
+
+
+def test_an_engine_that_would_lie_on_two_nodes_is_refused():
+    with pytest.raises(UserError, match=r"engine 1 would share the devices of training ranks 2 to 3, which live on several nodes"):
+        shared_places(RANKS, EngineSizes(2, engines=2))
+
+
+def test_more_engines_than_there_are_devices_to_share_are_refused():
+    check_places("colocated", 4, EngineSizes(2, engines=2))
+    check_places("split", 1, EngineSizes(2, engines=2))
+    with pytest.raises(UserError, match=r"2 engines of 2 devices need 4 training ranks to share them with, there are 3"):
+        check_places("colocated", 3, EngineSizes(2, engines=2))
