@@ -96,15 +96,13 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
     single = replace(spec, training=ParallelSizes())
     senders: dict[str, WeightSender] = {}
 
-    def connect(way: str, port: int) -> int:
+    def connect(way: str, port: int) -> None:
         senders.clear()
         if way == "gather" and rank:
-            return 0
+            return
         chosen, place = (single, ELSEWHERE) if way == "gather" else (spec, None)
         group = stateless_group(HOST, port, rank, chosen.world, TIMEOUT_S, place=place, names=chosen.name)
-        schedule = Schedule(chosen, rank, where_of(group.places))
-        senders[way] = WeightSender(schedule, group, torch.device("cpu"))
-        return len(schedule.buckets)
+        senders[way] = WeightSender(Schedule(chosen, rank, where_of(group.places)), group, torch.device("cpu"))
 
     def send(version: int) -> int:
         return senders["ours"].send(LocalTensors(layouts[rank], held), version, False)
@@ -140,15 +138,15 @@ def receiving_worker(worker: int, spec: TransferSpec, pipe) -> None:
     def connect(port: int) -> int:
         rank = spec.training.world + worker
         group = stateless_group(HOST, port, rank, spec.world, TIMEOUT_S, names=spec.name)
-        found["schedule"] = Schedule(spec, rank, where_of(group.places))
-        found["receiver"] = WeightReceiver(found["schedule"], group, torch.device("cpu"))
-        elements = sum(message.elements for bucket in found["schedule"].buckets for message in bucket.receives)
+        schedule = Schedule(spec, rank, where_of(group.places))
+        found["receiver"] = WeightReceiver(schedule, group, torch.device("cpu"))
+        elements = sum(message.elements for bucket in schedule.buckets for message in bucket.receives)
         found["copy"] = [torch.ones(elements, dtype=torch.bfloat16) for _ in range(2)]
         return elements
 
     def receive(version: int) -> int:
         found["receiver"].begin(version, False)
-        for _ in found["schedule"].buckets:
+        while found["receiver"].left:
             with found["receiver"].bucket():
                 pass
         return version
@@ -220,13 +218,14 @@ class Engines:
         joining = self.pool.connect(HOST, port, spec, TIMEOUT_S, apart=way == "gather")
         for rank in self._ranks:
             rank.ask("connect", way, port)
-        self._buckets = max(rank.answer() for rank in self._ranks)
+        for rank in self._ranks:
+            rank.answer()
         joining.result(TIMEOUT_S)
 
     def update(self, way: str) -> int:
         """Returns the bytes that ranks sent to engines."""
         self._version += 1
-        receiving = self.pool.receive_weights(self._buckets, self._version, False)
+        receiving = self.pool.receive_weights(self._version, False)
         for rank in self._ranks:
             rank.ask(way, self._version)
         sent = sum(rank.answer() for rank in self._ranks)
@@ -253,7 +252,8 @@ def _memory(pid: int, key: str) -> int:
 def shared_bytes() -> int:
     """What the benchmark's own processes share with engines."""
     links = [link for child in psutil.Process().children() for link in Path(f"/proc/{child.pid}/fd").iterdir()]
-    return sum(link.stat().st_size for link in links if "memfd:megatron_aspo" in os.readlink(link))
+    found = [link.stat() for link in links if "memfd:megatron_aspo" in os.readlink(link)]
+    return sum({status.st_ino: status.st_size for status in found}.values())
 
 
 def largest_layer(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -300,7 +300,8 @@ def main() -> None:
         try:
             engines.connect("ours")
             sent: list[int] = []
-            extra = statistics.mean(engines.extra_bytes(lambda: sent.append(engines.update("ours")))) + shared_bytes() / engines.pool.size
+            own = statistics.mean(engines.extra_bytes(lambda: sent.append(engines.update("ours"))))
+            extra = own + shared_bytes() / engines.pool.size
             for _ in range(parsed.rounds):
                 for way in seconds:
                     engines.connect(way)
@@ -328,6 +329,7 @@ def main() -> None:
                 "installation_seconds": round(median["ours"] - median["transport"], 3),
                 "bytes": sent[0],
                 "extra_bytes": round(extra),
+                "of_which_shared_bytes": round(extra - own),
                 "largest_bucket_bytes": bucket,
                 "largest_layer_bytes": layer,
                 "threads": torch.get_num_threads(),

@@ -198,8 +198,8 @@ class Engine:
         except Exception as error:
             raise EngineError(f"{self._name} could not connect to the trainer: {_one_line(error)}") from error
 
-    async def receive_weights(self, buckets: int, version: int, verify: bool) -> None:
-        """Replace all weights by those that the training ranks send, in so many buckets; `verify` as they do.
+    async def receive_weights(self, version: int, verify: bool) -> None:
+        """Replace all weights by those that the training ranks send; `verify` as they do.
 
         Requests under way are halted for it and go on under the new weights, their caches computed anew. Afterwards `version` is the
         engine's. When it fails the engine stays halted and refuses to generate: part of its weights may be new. Raises EngineError then.
@@ -210,9 +210,7 @@ class Engine:
         await self._hold("weights", clear_cache=True)
         try:
             await self._llm.start_weight_update()
-            for number in range(buckets):
-                update = {"version": version, "first": number == 0, "verify": verify}
-                await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version, "verify": verify}))
             await self._llm.finish_weight_update(str(version))
             # Keys and values of the old weights must answer no prompt of the new ones.
             if not await self._llm.reset_prefix_cache():

@@ -179,9 +179,9 @@ class EnginePool:
         """
         return self._on_all("connect", host, port, spec, timeout_s, apart)
 
-    def receive_weights(self, buckets: int, version: int, verify: bool) -> Pending:
-        """Let every engine receive what the training ranks send as `version`, in so many buckets."""
-        return self._on_all("receive_weights", buckets, version, verify)
+    def receive_weights(self, version: int, verify: bool) -> Pending:
+        """Let every engine receive what the training ranks send as `version`."""
+        return self._on_all("receive_weights", version, verify)
 
     def stored_digests(self) -> list:
         """Of each engine, of each of its workers: (tensor, box, SHA-256) of the weights in its memory that can be read."""

@@ -32,7 +32,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_aspo.rollout.engine_settings import READABLE, TRANSFER_BACKEND
-from megatron_aspo.weights.engine_memory import EngineMemory, Place
+from megatron_aspo.weights.engine_memory import EngineMemory
 from megatron_aspo.weights.exchange import WeightReceiver
 from megatron_aspo.weights.group import StatelessGroup, stateless_group
 from megatron_aspo.weights.layout import Box
@@ -56,19 +56,18 @@ class JoinInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class BucketInfo(WeightTransferUpdateInfo):
-    """One bucket: of which version, the first of it or not, and whether it is verified."""
+class VersionInfo(WeightTransferUpdateInfo):
+    """All weights of a version."""
 
     version: int
-    first: bool
     verify: bool
 
 
-class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
+class PieceTransferEngine(WeightTransferEngine[JoinInfo, VersionInfo]):
     """Receives this worker's part of the weights; vLLM's loaders take it out of tensors of whole Hugging Face shape."""
 
     init_info_cls = JoinInfo
-    update_info_cls = BucketInfo
+    update_info_cls = VersionInfo
 
     def __init__(self, config, vllm_config, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
@@ -101,14 +100,14 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
             self._loaded = set()
             initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: BucketInfo) -> None:
-        """Receive one bucket and load it."""
+    def receive_weights(self, update_info: VersionInfo) -> None:
+        """Receive bucket after bucket and load each."""
         with self._leaving_on_failure():
-            if update_info.first:
-                self._receiver.begin(update_info.version, update_info.verify)
-            with self._receiver.bucket() as tensors:
-                self._loaded |= set(self.model.load_weights(tensors))
-                self._keep_back()
+            self._receiver.begin(update_info.version, update_info.verify)
+            while self._receiver.left:
+                with self._receiver.bucket() as tensors:
+                    self._loaded |= set(self.model.load_weights(tensors))
+                    self._keep_back()
 
     def finish_weight_update(self) -> None:
         """Bring the loaded layers into the form the kernels use. Verified, what can be read of them is what was received."""
@@ -166,17 +165,14 @@ class BucketTransferEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
             self.shutdown()
             raise
 
-    def _parameter(self, place: Place) -> torch.nn.Parameter:
-        return self.model.get_parameter(place.parameter)
-
     def _stored(self, tensor: str, box: Box) -> Tensor | None:
         """What the model holds of a box; None where only its kernel can read it."""
         place = self._memory.place(tensor, box)
-        values = self._parameter(place).data
+        if place.expert is not None and not (_KEEP_READABLE and self.device.type == "cpu"):
+            return None  # experts lie as their kernel wants them
+        values = self.model.get_parameter(place.parameter).data
         if place.expert is None:
             return view(values, place.box) if values.numel() else None
-        if not _KEEP_READABLE or self.device.type != "cpu":
-            return None  # experts lie as their kernel wants them
         experts = self.model.get_submodule(place.parameter.rpartition(".")[0])
         return view(_unpacked(values[place.expert], experts.quant_method.moe_kernel.fused_experts.isa), place.box)
 
@@ -229,4 +225,4 @@ if _KEEP_READABLE:
     _custom_ops._supports_onednn = False
     layer_utils.check_cpu_sgl_kernel = lambda *_: False
 
-WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, BucketTransferEngine)
+WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, PieceTransferEngine)

@@ -63,8 +63,8 @@ class TrainerActor:
     def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
         return self._rank.update(batch, step)
 
-    def connect(self, host: str, port: int, spec: "TransferSpec") -> int:
-        return self._rank.connect(host, port, spec)
+    def connect(self, host: str, port: int, spec: "TransferSpec") -> None:
+        self._rank.connect(host, port, spec)
 
     def publish(self, version: int, verify: bool) -> int:
         return self._rank.publish(version, verify)
@@ -139,7 +139,7 @@ class Trainers:
         return self._get([self._actors[0].address.remote()], timeout_s)[0]
 
     def connect(self, host: str, port: int, spec: "TransferSpec") -> Pending:
-        """Form the group of the spec with the engines' workers, which must be connecting; ranks say how many buckets a transfer has."""
+        """Form the group of the spec with the engines' workers, which must be connecting."""
         return self._pending([actor.connect.remote(host, port, spec) for actor in self._actors])
 
     def publish(self, version: int, verify: bool) -> Pending:

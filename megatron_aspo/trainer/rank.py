@@ -315,15 +315,13 @@ class TrainerRank:
         held = {name: value(parameter) for name, parameter in self.model.named_parameters()}
         return Gather(self.stored_layouts, self.parallel.rank, held).whole(metas)
 
-    def connect(self, host: str, port: int, spec: TransferSpec) -> int:
-        """Join the group of all training ranks and the engines' workers, which rank 0 opens; returns how many buckets a transfer has."""
+    def connect(self, host: str, port: int, spec: TransferSpec) -> None:
+        """Join the group of all training ranks and the engines' workers, which rank 0 opens."""
         rank, timeout_s = self.parallel.rank, self.settings.trainer.timeout_s
         self._sender = None  # first give back what an earlier one holds
         backend, device = ("gloo", torch.device("cpu")) if spec.through_host else (self.device.backend, self.device.torch_device)
         group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.name)
-        schedule = Schedule(spec, rank, where_of(group.places))
-        self._sender = WeightSender(schedule, group, device)
-        return len(schedule.buckets)
+        self._sender = WeightSender(Schedule(spec, rank, where_of(group.places)), group, device)
 
     def publish(self, version: int, verify: bool) -> int:
         """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""

@@ -63,7 +63,7 @@ class WeightSender:
 
 
 class WeightReceiver:
-    """A worker's end. For each version: `begin`, then `bucket` for every bucket in turn."""
+    """A worker's end. For each version: `begin`, then `bucket` as long as any are `left`."""
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
         self._schedule, self._group, self._device = schedule, group, device
@@ -86,6 +86,11 @@ class WeightReceiver:
         """(tensor, box, SHA-256) of all that came with this version; empty unless it is verified."""
         self._next = 0
         self._expected: dict[int, list[Arrival]] = {}
+
+    @property
+    def left(self) -> int:
+        """Buckets of this version that are still to come."""
+        return len(self._schedule.buckets) - self._next
 
     def borrowed(self, tensor: Tensor) -> bool:
         """Whether it lies in memory of a sender, which writes something else there once the bucket is left."""

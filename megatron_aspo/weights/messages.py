@@ -8,6 +8,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,18 +45,21 @@ class Outbox:
         self._group, self._device = group, device
         self._dtype = torch_dtype(schedule.spec.dtype)
         self._under_way: deque[list[Transfer]] = deque()
-        self._turn = 0
-        self._room = max((self._shared_bytes(bucket) for bucket in schedule.buckets), default=0)
+        self._at_the_top = True
+        # Of two buckets that are under way one lies at the bottom of the memory, the next at its top.
+        sizes = [self._shared_bytes(bucket) for bucket in schedule.buckets if bucket.sends]
+        self._room = max(map(sum, pairwise([*sizes, 0])), default=0)
         self._segment: Segment | None = None
         if self._room:
-            self._segment = Segment(_BUCKETS_AHEAD * self._room, f"{group.name_of(group.rank)}, sending weights")
+            self._segment = Segment(self._room, f"{group.name_of(group.rank)}, sending weights")
             group.note(_segment_key(group.rank), self._segment.path)
 
     def send(self, bucket: Bucket, read: Read, version: int, verify: bool) -> int:
         """Start sending this rank's messages of a bucket; waits for those of the last but one. Returns the bytes of weights."""
         if len(self._under_way) == _BUCKETS_AHEAD:
             _wait(self._under_way.popleft())
-        place, self._turn = self._turn * self._room, (self._turn + 1) % _BUCKETS_AHEAD
+        self._at_the_top = not self._at_the_top
+        place = self._room - self._shared_bytes(bucket) if self._at_the_top else 0
         # What goes to several workers is packed once.
         packed: dict[tuple, _Packed] = {}
         transfers: list[Transfer] = []

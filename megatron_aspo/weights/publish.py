@@ -77,11 +77,10 @@ class Publisher:
     def _connect(self) -> None:
         host, port = self._trainers.address(self._timeout_s)
         joining = self._engines.connect(host, port, self._spec, self._timeout_s)
-        answers = self._both("training ranks and engines did not meet", self._trainers.connect(host, port, self._spec), joining)
-        self._buckets = answers["training rank 0"]
+        self._both("training ranks and engines did not meet", self._trainers.connect(host, port, self._spec), joining)
 
     def _transfer(self, version: int, verify: bool) -> int:
-        receiving = self._engines.receive_weights(self._buckets, version, verify)
+        receiving = self._engines.receive_weights(version, verify)
         sending = self._trainers.publish(version, verify)
         answers = self._both(f"the weights of version {version} did not arrive", sending, receiving)
         return sum(answers[name] for name in sending.names)

@@ -92,12 +92,11 @@ class Rig:
         group = stateless_group("127.0.0.1", port, 0, spec.world, timeout_s=30, names=spec.name)
         pending.result(60)
         schedule = Schedule(spec, 0, where_of(group.places))
-        self.buckets = len(schedule.buckets)
         self.sender = WeightSender(schedule, group, torch.device("cpu"))
 
     def update(self, state: dict[str, torch.Tensor]) -> None:
         self.version += 1
-        pending = self.pool.receive_weights(self.buckets, self.version, verify=self.version % 2 == 0)
+        pending = self.pool.receive_weights(self.version, verify=self.version % 2 == 0)
         self.sender.send(lambda name, box: state[name][tuple(slice(*edge) for edge in box)], self.version, self.version % 2 == 0)
         pending.result(60)
         self.state = state

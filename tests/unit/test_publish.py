@@ -40,15 +40,14 @@ class Ends:
         if timeout_s:
             return Ended(("engine 0",))
         self.connected += 1
-        return Ended(("training rank 0", "training rank 1"), {}, {"training rank 0": 5, "training rank 1": 5})
+        return Ended(("training rank 0", "training rank 1"))
 
     def publish(self, version: int, verify: bool) -> Ended:
         self.sent.append((version, verify))
         failed = self.failures.pop(0) if self.failures else {}
         return Ended(("training rank 0", "training rank 1"), failed, {"training rank 0": 60, "training rank 1": 40})
 
-    def receive_weights(self, buckets: int, version: int, verify: bool) -> Ended:
-        assert buckets == 5
+    def receive_weights(self, version: int, verify: bool) -> Ended:
         self.received.append((version, verify))
         return Ended(("engine 0",))
 
