@@ -76,9 +76,12 @@ def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Devic
 def destroy() -> None:
     """Leave every group that `initialize` made; another layout can be set up in the same process afterwards.
 
-    Megatron only forgets its groups. Each holds threads, which end when torch destroys it.
+    Megatron only forgets its groups. Each holds threads, which end when torch destroys it and nothing holds it: not even the cache of
+    position embeddings, whose keys do.
     """
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+    RotaryEmbedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -348,11 +348,13 @@ class TrainerRank:
         self._parked.clear()
 
     def close(self) -> None:
-        """Leave all process groups."""
+        """Leave all process groups. No part of this trainer can be used afterwards."""
         self._sender = None
-        # A sharded optimizer holds views of the weights, with the autograd nodes whose hooks hold everything else: a cycle that Python's
-        # collector does not see. With it would live the groups, whose threads wake up a hundred times a second.
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        # Sharded optimizers hold views of the weights, and dispatchers of experts their last tokens, with autograd nodes whose hooks hold
+        # everything else: cycles that Python's collector does not see. With them would live the groups, whose threads wake up a hundred
+        # times a second.
+        modules = [module for model in (*self._wrapped, self.reference) if model is not None for module in model.modules()]
+        for part in (*getattr(self.optimizer, "chained_optimizers", [self.optimizer]), *modules):
             vars(part).clear()
         parallel_states.destroy()
 

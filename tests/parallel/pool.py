@@ -4,10 +4,14 @@ import gc
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
+
+GRACE_S = 20.0
+"""For the ranks that are left when one has failed."""
 
 
 def _serve(pipe: Connection) -> None:
@@ -29,16 +33,10 @@ class Pool:
     """`world` processes. Each job meets in a process group of its own and leaves it at the end."""
 
     def __init__(self, world: int):
-        context = multiprocessing.get_context("spawn")
+        self._world = world
         self._meetings = tempfile.TemporaryDirectory()
         self._jobs = 0
-        self._pipes, self._processes = [], []
-        for _ in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._start()
 
     def run(self, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:
         """`function(rank, meeting, *arguments)` on every rank; the results by rank. Any rank's failure fails the caller."""
@@ -46,20 +44,49 @@ class Pool:
         meeting = f"{self._meetings.name}/{self._jobs}"
         for rank, pipe in enumerate(self._pipes):
             pipe.send((function, (rank, meeting, *arguments)))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout_s):
-                raise TimeoutError(f"rank {rank} gave no answer in {timeout_s} s")
-            done, value = pipe.recv()
-            results.append(value)
-            if not done:
-                failures.append(f"rank {rank}:\n{value}")
-        if failures:
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + timeout_s
+        while len(answers) < self._world and (ready := wait(self._without(answers), max(0.0, end - time.monotonic()))):
+            for pipe in ready:
+                answers[rank := self._pipes.index(pipe)] = self._answer(pipe)
+                if not answers[rank][0]:  # the others may wait for it in vain
+                    end = min(end, time.monotonic() + GRACE_S)
+        failures = [f"rank {rank}:\n{value}" for rank, (done, value) in sorted(answers.items()) if not done]
+        if len(answers) < self._world:
+            silent = sorted(set(range(self._world)) - answers.keys())
+            failures.append(f"ranks {silent} gave no answer in {timeout_s} s, or {GRACE_S} s after a failure")
+        if failures:  # new processes: none goes on with a job that is over
+            self._stop()
+            self._start()
             raise RuntimeError("\n".join(failures))
-        return results
+        return [answers[rank][1] for rank in range(self._world)]
 
     def close(self) -> None:
+        self._stop()
+        self._meetings.cleanup()
+
+    def _without(self, answers: dict[int, Any]) -> list[Connection]:
+        return [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+
+    @staticmethod
+    def _answer(pipe: Connection) -> tuple[bool, Any]:
+        try:
+            return pipe.recv()
+        except EOFError:
+            return False, "its process is dead"
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for _ in range(self._world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def _stop(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
-        self._meetings.cleanup()
