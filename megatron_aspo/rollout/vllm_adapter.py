@@ -83,11 +83,10 @@ class PieceTransferEngine(WeightTransferEngine[JoinInfo, VersionInfo]):
         spec = TransferSpec.from_dict(init_info.spec)
         worker = init_info.engine * spec.engines.tensor + self.parallel_config.rank
         rank = spec.training.world + worker
-        device = torch.device("cpu") if spec.through_host else self.device
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if self.device.type == "cuda" and not spec.colocated else "gloo"
         where = init_info.host, init_info.port
         self._group = stateless_group(*where, rank, spec.world, init_info.timeout_s, backend, init_info.place, spec.name)
-        self._receiver = WeightReceiver(Schedule(spec, rank, where_of(self._group.places)), self._group, device)
+        self._receiver = WeightReceiver(Schedule(spec, rank, where_of(self._group.places)), self._group, self.device)
         self._memory = EngineMemory(spec, worker)
 
     def start_weight_update(self) -> None:

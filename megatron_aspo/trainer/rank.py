@@ -319,9 +319,9 @@ class TrainerRank:
         """Join the group of all training ranks and the engines' workers, which rank 0 opens."""
         rank, timeout_s = self.parallel.rank, self.settings.trainer.timeout_s
         self._sender = None  # first give back what an earlier one holds
-        backend, device = ("gloo", torch.device("cpu")) if spec.through_host else (self.device.backend, self.device.torch_device)
+        backend = "gloo" if spec.colocated else self.device.backend
         group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.name)
-        self._sender = WeightSender(Schedule(spec, rank, where_of(group.places)), group, device)
+        self._sender = WeightSender(Schedule(spec, rank, where_of(group.places)), group, self.device.torch_device)
 
     def publish(self, version: int, verify: bool) -> int:
         """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""

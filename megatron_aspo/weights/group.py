@@ -49,6 +49,7 @@ class StatelessGroup:
         timeout_s: float,
         address: str,
         names: Names,
+        device: torch.device,
     ):
         self._groups = groups  # for what goes to higher ranks, and to lower ones
         self._store = store  # rank 0's store serves the others: it must live as long as the group
@@ -60,6 +61,8 @@ class StatelessGroup:
         self.world_size = len(places)
         self.timeout_s = timeout_s
         self.address = address
+        self.device = device
+        """Where tensors that it moves lie."""
 
     def send(self, tensor: torch.Tensor, target: int, what: str, lane: int = 0) -> Transfer:
         """Start sending a contiguous `tensor`; `what` names it in errors. Between two ranks, those of one lane arrive as they were sent.
@@ -138,6 +141,7 @@ def stateless_group(
     who = f"{names(rank)} of {world_size}"
     store = meeting_store(host, port, rank, world_size, timeout_s)
     places = _meet(store, rank, world_size, timeout_s, who, address, place or machine(), names)
+    device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
     try:
         if backend == "gloo":
             options = dist.ProcessGroupGloo._Options()
@@ -156,7 +160,7 @@ def stateless_group(
         raise TransferError(
             f"{who}: connecting to the peers of the group at {address} failed (timeout {timeout_s:g} s): {_first_line(error)}"
         ) from error
-    return StatelessGroup(groups, store, rank, places, timeout_s, address, names)
+    return StatelessGroup(groups, store, rank, places, timeout_s, address, names, device)
 
 
 def machine() -> str:

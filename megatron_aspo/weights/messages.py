@@ -1,7 +1,8 @@
 """How the messages of a transfer get from one rank to another.
 
-Between machines a message is one transfer of the group. On one machine it is packed into memory that the receiver shares (`segment.py`) and
-the group carries two words: where it lies, and that it has been read. Verified, the SHA-256 of each of its boxes follows it.
+Between machines a message is one transfer of the group, and between devices of NCCL's. Else, on one machine, it is packed into memory that
+the receiver shares (`segment.py`) and the group carries two words: where it lies, and that it has been read. Verified, the SHA-256 of each
+of its boxes follows it.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ class Outbox:
     """Packs and sends one rank's messages, bucket after bucket."""
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
-        self._group, self._device = group, device
+        self._group = group
         self._dtype = torch_dtype(schedule.spec.dtype)
         self._under_way: deque[list[Transfer]] = deque()
         self._at_the_top = True
@@ -51,8 +52,9 @@ class Outbox:
         self._room = max(map(sum, pairwise([*sizes, 0])), default=0)
         self._segment: Segment | None = None
         if self._room:
-            self._segment = Segment(self._room, f"{group.name_of(group.rank)}, sending weights")
-            group.note(_segment_key(group.rank), self._segment.path)
+            self._segment = Segment(self._room, f"{group.name_of(group.rank)}, sending weights", device)
+            for target in {message.target for bucket in schedule.buckets for message in bucket.sends if _is_shared(group, message)}:
+                group.note(_segment_key(group.rank, target), self._segment.share())
 
     def send(self, bucket: Bucket, read: Read, version: int, verify: bool) -> int:
         """Start sending this rank's messages of a bucket; waits for those of the last but one. Returns the bytes of weights."""
@@ -66,12 +68,14 @@ class Outbox:
         sent = 0
         for message in bucket.sends:
             label = label_of(bucket, message, version)
-            shared = _is_shared(self._group, message, self._device)
+            shared = _is_shared(self._group, message)
             key = (message.content, shared)
             if key not in packed:
                 payload = self._payload(message, place if shared else None)
                 for (tensor, box), values in _boxes(message, payload):
                     values.copy_(read(tensor, box))
+                if shared:
+                    _settle(payload)
                 packed[key] = _Packed(payload, torch.tensor([place]))
                 place += shared * _aligned(payload.nbytes)
             payload = packed[key].payload
@@ -82,7 +86,7 @@ class Outbox:
                 transfers.append(self._group.send(payload, message.target, label))
             if verify:
                 digests = b"".join(digest(values) for _, values in _boxes(message, payload))
-                stacked = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, _DIGEST_BYTES).to(self._device)
+                stacked = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, _DIGEST_BYTES).to(self._group.device)
                 transfers.append(self._group.send(stacked, message.target, f"digests of {label}", _DIGESTS))
             sent += payload.nbytes
         self._under_way.append(transfers)
@@ -99,12 +103,12 @@ class Outbox:
 
     def _payload(self, message: Message, place: int | None) -> Tensor:
         if place is None:
-            return torch.empty(message.elements, dtype=self._dtype, device=self._device)
+            return torch.empty(message.elements, dtype=self._dtype, device=self._group.device)
         return _at(self._segment.bytes, place, message, self._dtype)
 
     def _shared_bytes(self, bucket: Bucket) -> int:
         """Room that the shared messages of a bucket take."""
-        shared = {message.content: message for message in bucket.sends if _is_shared(self._group, message, self._device)}
+        shared = {message.content: message for message in bucket.sends if _is_shared(self._group, message)}
         return sum(_aligned(message.elements * self._dtype.itemsize) for message in shared.values())
 
 
@@ -122,16 +126,16 @@ class Arrival:
         segments: dict[int, Tensor],
     ):
         self.message = message
-        self.shared = _is_shared(group, message, device)
+        self.shared = _is_shared(group, message)
         """Whether the boxes lie in memory of the sender, which is released later on."""
-        self._group, self._label, self._dtype, self._segments = group, label, dtype, segments
+        self._group, self._label, self._dtype, self._device, self._segments = group, label, dtype, device, segments
         if self.shared:
             self._payload = torch.empty(1, dtype=torch.int64)
         else:
-            self._payload = torch.empty(message.elements, dtype=dtype, device=device)
+            self._payload = torch.empty(message.elements, dtype=dtype, device=group.device)
         self._transfers = [group.receive(self._payload, message.source, label)]
         if verify:
-            self._digests = torch.empty(len(message.moves), _DIGEST_BYTES, dtype=torch.uint8, device=device)
+            self._digests = torch.empty(len(message.moves), _DIGEST_BYTES, dtype=torch.uint8, device=group.device)
             self._transfers.append(group.receive(self._digests, message.source, f"digests of {label}", _DIGESTS))
 
     def boxes(self) -> Sequence[tuple[tuple[str, Box], Tensor]]:
@@ -147,16 +151,17 @@ class Arrival:
     def release(self) -> None:
         """The sender may write something else where the boxes are."""
         if self.shared:
+            _settle(self._segments[self.message.source])
             self._group.send(torch.ones(1, dtype=torch.uint8), self.message.source, f"the reading of {self._label}", _READ).wait()
 
     def _open(self, source: int) -> Tensor:
-        path = self._group.noted(_segment_key(source))
+        word = self._group.noted(_segment_key(source, self._group.rank))
         try:
-            return open_segment(path)
-        except OSError as error:
+            return open_segment(word, self._device)
+        except (OSError, RuntimeError) as error:  # of the system, and of CUDA
             raise TransferError(
-                f"{self._group.name_of(self._group.rank)} cannot open the memory of {self._group.name_of(source)} at {path}: "
-                f"{error.strerror}; both must run as the same user"
+                f"{self._group.name_of(self._group.rank)} cannot open the memory of {self._group.name_of(source)} ({word}): {error}; both "
+                "must run on one machine as the same user"
             ) from error
 
     def verify(self, read: Read) -> list[tuple[str, Box, bytes]]:
@@ -172,13 +177,19 @@ class Arrival:
         return found
 
 
-def _is_shared(group: StatelessGroup, message: Message, device: torch.device) -> bool:
+def _is_shared(group: StatelessGroup, message: Message) -> bool:
     """Whether the two ends share memory."""
-    return device.type == "cpu" and group.places[message.source] == group.places[message.target]
+    return group.device.type == "cpu" and group.places[message.source] == group.places[message.target]
 
 
-def _segment_key(rank: int) -> str:
-    return f"memory of rank {rank}"
+def _segment_key(source: int, target: int) -> str:
+    return f"memory of rank {source} for rank {target}"
+
+
+def _settle(memory: Tensor) -> None:
+    """Return when what was begun with it is done: other processes know nothing of this one's streams."""
+    if memory.is_cuda:
+        torch.cuda.current_stream(memory.device).synchronize()
 
 
 def _at(memory: Tensor, place: int, message: Message, dtype: torch.dtype) -> Tensor:

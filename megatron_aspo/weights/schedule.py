@@ -28,8 +28,9 @@ class TransferSpec:
     """Of the engines, in which weights travel."""
     bucket_bytes: int
     """At most so many bytes of whole tensors are on their way into an engine's worker at one time, and as many come next."""
-    through_host: bool = False
-    """They travel through host memory, also from GPU to GPU: NCCL refuses two ranks on one device, as which colocated ones are."""
+    colocated: bool = False
+    """Ranks share devices, which NCCL refuses: the group is gloo's. On a machine weights lie in memory of the device then (CUDA IPC), and
+    between machines they travel through the hosts' memory."""
 
     @property
     def world(self) -> int:

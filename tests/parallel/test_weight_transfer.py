@@ -20,19 +20,21 @@ from tests.parallel import workloads
 HOST = "127.0.0.1"
 
 
-def received(spec: TransferSpec, port: int, worker: int, versions: list[int]) -> dict[str, torch.Tensor]:
-    """What this worker has after the last version."""
+def received(
+    spec: TransferSpec, port: int, worker: int, versions: list[int], device: str = "cpu", backend: str = "gloo"
+) -> dict[str, torch.Tensor]:
+    """What this worker, on this device, has after the last version."""
     rank = spec.training.world + worker
-    group = stateless_group(HOST, port, rank, spec.world, 60.0, names=spec.name)
+    group = stateless_group(HOST, port, rank, spec.world, 60.0, backend, names=spec.name)
     schedule = Schedule(spec, rank, where_of(group.places))
     assert len(schedule.buckets) > 3
-    receiver = WeightReceiver(schedule, group, torch.device("cpu"))
+    receiver = WeightReceiver(schedule, group, torch.device(device))
     for version in versions:
         receiver.begin(version, verify=True)
         tensors = {}
         for _ in schedule.buckets:
             with receiver.bucket() as given:
-                tensors |= {name: tensor.clone() for name, tensor in given}
+                tensors |= {name: tensor.to("cpu", copy=True) for name, tensor in given}
     return tensors
 
 

@@ -168,7 +168,7 @@ def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
 
 def test_a_machine_without_room_for_the_shared_memory_says_so():
     with pytest.raises(UserError, match=r"training rank 3: 1,0.* bytes of shared memory are needed.*; lower transfer_bucket_mib"):
-        Segment(10**15, "training rank 3")
+        Segment(10**15, "training rank 3", CPU)
 
 
 def test_a_silent_rank_is_named_with_what_it_owes_and_the_step():
