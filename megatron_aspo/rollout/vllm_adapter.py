@@ -188,10 +188,9 @@ class WorkerExtension:
 
 @torch.no_grad()
 def _pack_heads_again(model: torch.nn.Module) -> None:
-    """Re-pack every layer that has a packed linear and still holds its weight: embeddings and heads, tied or not."""
+    """Re-pack embeddings and heads, tied or not; vLLM itself packs the other layers again."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear") and module.weight.numel():
             module.quant_method.process_weights_after_loading(module)
 
 
