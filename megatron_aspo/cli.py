@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `check-loss LOSS [option=value …]`, `convert SOURCE TARGET`."""
+"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan RECIPE`, `check-loss LOSS`, `convert SOURCE TARGET`."""
 
 import argparse
 import json
@@ -6,9 +6,13 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_aspo import __version__
 from megatron_aspo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_aspo.config import Config
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,6 +25,16 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
     train.add_argument("--resume", default="", metavar="auto|PATH", help="go on from the newest checkpoint, or from the one named")
     train.add_argument("--ray-address", default="", help="Ray cluster to join; without it one is started on this machine")
+    train.add_argument("--dry-run", action="store_true", help="print what the run would be (megatron-aspo plan), and start nothing")
+    plan = commands.add_parser(
+        "plan",
+        help="what a recipe would do",
+        description="Check a recipe against its model, and print ranks, memory and traffic of the run; nothing is started.",
+    )
+    plan.add_argument("recipe", type=Path, help="YAML recipe, see examples/recipes")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
+    plan.add_argument("--device", choices=("cpu", "cuda"), default="", help="what the run computes on; default: what this machine has")
+    plan.add_argument("--json", action="store_true", help="print the figures alone, as one JSON object, in bytes")
     check = commands.add_parser("check-loss", help="try a policy loss of your own", description="Try a policy loss before a run does.")
     check.add_argument("loss", help="package.module:function, or the name of one of ours")
     check.add_argument("options", nargs="*", metavar="option=value", help="its options (algorithm.policy_loss_options in a recipe)")
@@ -29,12 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
     # Overrides may also stand behind an option.
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if parsed.command != "train":
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        sys.exit(_guarded({"check-loss": _check_loss, "convert": _convert}[parsed.command], parsed))
-    parsed.overrides += rest
-    sys.exit(_guarded(_train, parsed))
+    command = {"train": _train, "plan": _plan, "check-loss": _check_loss, "convert": _convert}[parsed.command]
+    if rest and not hasattr(parsed, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    sys.exit(_guarded(command, parsed))
 
 
 def _add_convert(commands) -> None:
@@ -82,12 +96,28 @@ def _train(parsed: argparse.Namespace) -> None:
     options = {"ray_address": parsed.ray_address, "resume": parsed.resume}
     overrides = [*parsed.overrides, *(f"{key}={json.dumps(value)}" for key, value in options.items() if value)]
     config = load_config(parsed.recipe, overrides)
+    if parsed.dry_run:
+        _print_plan(config, "", False)
+        return
     if not config.ray_address:
         # Ray 2.60 serves on every interface unless told, before it is imported, that it is to be a cluster of this machine alone.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from megatron_aspo.train import train
 
     train(config)
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.config import load_config
+
+    _print_plan(load_config(parsed.recipe, parsed.overrides), parsed.device, parsed.json)
+
+
+def _print_plan(config: "Config", device: str, as_json: bool) -> None:
+    from megatron_aspo.runtime.plan import figures, make_plan, told
+
+    plan = make_plan(config, device)
+    print(json.dumps(figures(plan)) if as_json else "\n".join(told(plan)))
 
 
 def _check_loss(parsed: argparse.Namespace) -> int:

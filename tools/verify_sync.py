@@ -29,8 +29,9 @@ from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.runtime.checks import rank_settings
 from megatron_aspo.runtime.cluster import Cluster, open_cluster
-from megatron_aspo.runtime.run import rank_settings, transfer_spec
+from megatron_aspo.runtime.run import transfer_spec
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.weights.hf_model import read_model
 from megatron_aspo.weights.holdings import check_engine, check_engine_on

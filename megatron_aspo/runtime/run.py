@@ -29,15 +29,16 @@ from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rewards.worker import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.runtime.checks import check_recipe, rank_settings
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
 from megatron_aspo.runtime.ledger import Ledger
-from megatron_aspo.runtime.placement import Colocated, Placement, Split, check_places, shared_places
+from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_places
 from megatron_aspo.runtime.start import Ownership, Start, find_start
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.holdings import check_engine, check_engine_on
+from megatron_aspo.weights.holdings import check_engine_on
 from megatron_aspo.weights.publish import Publisher
 from megatron_aspo.weights.schedule import TransferSpec
 
@@ -119,20 +120,6 @@ def open_run(config: Config) -> Iterator[Run]:
         yield from _start_run(config, start, owner, stack)
 
 
-def rank_settings(config: Config, model_directory: Path) -> RankSettings:
-    """What every training rank of a run is told."""
-    return RankSettings(
-        model_directory,
-        config.trainer,
-        config.optimizer,
-        config.algorithm,
-        config.rollout.temperature,
-        config.seed,
-        config.rollout.responses_per_prompt,
-        config.rollout.max_response_tokens,
-    )
-
-
 def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> TransferSpec:
     """What the two sides of a run's weight transfers agree on."""
     sides = settings.sizes, config.rollout.sizes
@@ -148,13 +135,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
     with progress.waiting("checking model and data"):
         model = read_model(model_directory)
         reader = TensorReader(model)
-        settings.check_model(model.dims)
-        check_engine(model.dims, config.rollout.sizes)
-        if config.max_model_len > model.max_positions:
-            raise UserError(
-                f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_model_len} is more than the model's "
-                f"{model.max_positions} positions; lower one of them"
-            )
+        check_recipe(config, model, settings)
         tokenizer = load_tokenizer(model_directory)
         task = build_task(config.task, config.data, tokenizer, config.seed)
         identity = _identity(config, task, reader)
@@ -256,7 +237,6 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
 def _check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
     """Refuse at once what Ray could never place: it would wait for ever."""
     engines, per_engine = config.rollout.engines, config.rollout.tensor_parallel if cluster.device == "cuda" else 1
-    check_places(config.placement, ranks, config.rollout.sizes)
     shared = config.placement == "colocated" and cluster.device == "cuda"
     needed = ranks + (0 if shared else engines * per_engine)
     kind = "GPU" if cluster.device == "cuda" else "CPU"

@@ -11,6 +11,7 @@ from megatron_aspo.data.batch import TrainBatch
 from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.trainer.device import select_device
+from megatron_aspo.trainer.memory import kept_per_token
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_model import read_model
@@ -89,6 +90,11 @@ def test_recomputed_activations_are_not_kept(pools, cases):
     assert kept["none"] - kept["selective"] == pytest.approx(saved - layers / tokens)
     # The input of each layer; of the final norm input and scale; rotary angles; the token's number, of 64 bits.
     assert kept["full"] == layers * hidden + (hidden + 1) + head + 2
+    # What a plan counts on before anything runs, with the same beside the layers.
+    for recompute, found in kept.items():
+        counted = kept_per_token(read_model(case.directory), TrainerOptions(recompute=recompute), 1, 1)
+        angles = head if recompute == "full" else 0  # else counted in each layer
+        assert layers * counted + (hidden + 1) + angles + 2 == pytest.approx(found, rel=1e-3), recompute
 
 
 @pytest.mark.parametrize("layout", [SHARED, {"context_parallel": 2}], ids=["shared prompts", "CP2"])

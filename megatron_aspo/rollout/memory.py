@@ -1,0 +1,66 @@
+"""Memory of one worker of an engine by formula, and whether its key-value cache can hold a request. In bytes; no vLLM."""
+
+import math
+from dataclasses import dataclass
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.weights.hf_model import HFModel
+from megatron_aspo.weights.holdings import EngineHoldings
+from megatron_aspo.weights.layout import volume
+
+GIB = 1 << 30
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Of the first worker of an engine, the one that has most."""
+
+    weights: int
+    kv_cache: int
+    incoming: int
+    """Buckets of weights on their way in, at most two, in their whole shape."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.incoming
+
+
+def kv_bytes_per_token(model: HFModel, options: RolloutOptions) -> int:
+    """Keys and values of one token on one worker."""
+    dims = model.dims
+    heads = max(1, dims.kv_heads // options.tensor_parallel)
+    return 2 * dims.layers * heads * dims.head_dim * _ITEMSIZE[options.dtype]
+
+
+def cached_tokens(model: HFModel, options: RolloutOptions) -> int:
+    """Tokens that the key-value cache of an engine holds."""
+    return int(options.kv_cache_gib * GIB) // options.tensor_parallel // kv_bytes_per_token(model, options)
+
+
+def check_cache(model: HFModel, options: RolloutOptions, max_model_len: int) -> None:
+    """Raises UserError when the cache cannot hold one request: vLLM would refuse to start."""
+    if (room := cached_tokens(model, options)) < max_model_len:
+        needed = max_model_len * kv_bytes_per_token(model, options) * options.tensor_parallel / GIB
+        raise UserError(
+            f"rollout.kv_cache_gib={options.kv_cache_gib:g} holds the keys and values of {room:,} tokens, fewer than the "
+            f"{max_model_len:,} of one prompt and response; raise it to {math.ceil(needed * 10) / 10:g}, or lower "
+            "rollout.max_response_tokens"
+        )
+
+
+def worker_memory(model: HFModel, options: RolloutOptions, bucket_bytes: int) -> WorkerMemory:
+    """Weights as vLLM's loaders cut them."""
+    holdings, itemsize = EngineHoldings(model.architecture, model.dims, options.sizes), _ITEMSIZE[options.dtype]
+    elements = 0
+    for name in model.tensor_shapes:
+        held = holdings.of(name)
+        elements += sum(volume(box) for box, ranks in zip(held.boxes, held.ranks, strict=True) if 0 in ranks)
+    largest = max(math.prod(shape) for shape in model.tensor_shapes.values()) * itemsize
+    whole = sum(math.prod(shape) for shape in model.tensor_shapes.values()) * itemsize
+    return WorkerMemory(
+        weights=elements * itemsize,
+        kv_cache=int(options.kv_cache_gib * GIB) // options.tensor_parallel,
+        incoming=min(whole, 2 * max(bucket_bytes, largest)),
+    )

@@ -1,0 +1,185 @@
+"""What a recipe would do, before it does it: groups of ranks, memory, bytes of a weight sync, tokens of a step.
+
+Nothing is started and no torch is imported: everything follows from the recipe and the model's config.json.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from megatron_aspo.config import Config, to_yaml
+from megatron_aspo.data.model_directory import resolve_model
+from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.memory import WorkerMemory, cached_tokens, worker_memory
+from megatron_aspo.runtime.checks import check_recipe, rank_settings
+from megatron_aspo.runtime.start import find_start
+from megatron_aspo.trainer.memory import ITEMSIZE, Load, RankMemory, rank_memory
+from megatron_aspo.trainer.settings import RankSettings
+from megatron_aspo.weights.families import layout
+from megatron_aspo.weights.hf_model import HFModel, read_model
+from megatron_aspo.weights.holdings import EngineHoldings, TrainingHoldings, check_engine_on
+from megatron_aspo.weights.plan import Where, in_buckets, least_traffic
+
+_AXES = ("tensor", "context", "data", "pipeline", "expert")
+_GROUPS_TOLD = 4
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of a recipe that can work."""
+
+    config: Config
+    model: HFModel
+    settings: RankSettings
+    device: str
+
+    @property
+    def groups(self) -> dict[str, list[list[int]]]:
+        """Of each axis that cuts something, the ranks that talk to one another along it."""
+        sizes, found = self.settings.sizes, {}
+        for axis in _AXES:
+            if getattr(sizes, axis) == 1:
+                continue
+            groups: dict[tuple, list[int]] = {}
+            for rank in range(sizes.world):
+                at = vars(sizes.coordinates(rank))
+                along = {axis} if axis != "expert" else {"tensor", "data", "context", "expert"}
+                fixed = ("pipeline", "expert_tensor", "expert_data") if axis == "expert" else ("tensor", "context", "data", "pipeline")
+                groups.setdefault(tuple(at[name] for name in fixed if name not in along), []).append(rank)
+            found[axis] = list(groups.values())
+        return found
+
+    @cached_property
+    def load(self) -> Load:
+        """Of one replica, in a mini-batch of samples as long as they may be."""
+        config, longest = self.config, self.config.max_model_len
+        prompts = min(config.algorithm.mini_batch_prompts, config.rollout.prompts_per_step)
+        tokens = math.ceil(prompts * config.rollout.responses_per_prompt / self.settings.sizes.data) * longest
+        room = min(tokens, max(config.trainer.micro_batch_tokens, longest))
+        return Load(room, math.ceil(tokens / room))
+
+    @cached_property
+    def ranks(self) -> list[RankMemory]:
+        """Of one rank of each pipeline stage: the others of a stage hold as much."""
+        sizes, checkpoint = self.settings.sizes, self.config.checkpoint
+        asynchronous = bool(checkpoint.every) and checkpoint.asynchronous
+        found = []
+        for stage in range(sizes.pipeline):
+            at = sizes.coordinates(stage * sizes.stage)
+            held = layout(self.model.architecture, self.model.dims, sizes, at)
+            found.append(rank_memory(self.model, held, self.settings, at, self.load, self.device == "cuda", asynchronous))
+        return found
+
+    @cached_property
+    def worker(self) -> WorkerMemory:
+        return worker_memory(self.model, self.config.rollout, self.config.transfer_bucket_mib << 20)
+
+    @property
+    def devices(self) -> int:
+        """GPUs of all ranks and engines; on a CPU, processes."""
+        ranks, workers = self.settings.sizes.world, self.config.rollout.sizes.world
+        return ranks if self.config.placement == "colocated" else ranks + workers
+
+    @cached_property
+    def sync(self) -> tuple[int, int]:
+        """Bytes of one weight sync, the least that any plan moves, which ours does on one node; and its buckets."""
+        model, sizes = self.model, self.config.rollout.sizes
+        source = TrainingHoldings(model.architecture, model.dims, self.settings.sizes)
+        target = EngineHoldings(model.architecture, model.dims, sizes)
+        itemsize, order = ITEMSIZE[self.config.rollout.dtype], source.in_turns()
+        moved = least_traffic(order, source, target, Where((0,) * (source.world + target.world), {})) * itemsize
+        nbytes = {name: math.prod(shape) * itemsize for name, shape in model.tensor_shapes.items()}
+        return moved, len(in_buckets(order, target, nbytes.__getitem__, self.config.transfer_bucket_mib << 20))
+
+    @property
+    def needs(self) -> int:
+        """Bytes of this machine's memory when all of the run is on it, without what its programs take themselves."""
+        sizes, rollout = self.settings.sizes, self.config.rollout
+        return sum(rank.total for rank in self.ranks) * sizes.stage + self.worker.total * rollout.sizes.world
+
+
+def make_plan(config: Config, device: str = "") -> Plan:
+    """Raises UserError for a recipe that cannot work, with the rule and the cure. device: `cpu | cuda`; empty: this machine's."""
+    if config.resume == "never":
+        find_start(config)
+    model = read_model(resolve_model(config.model))
+    settings = rank_settings(config, model.directory)
+    check_recipe(config, model, settings)
+    device = device or ("cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu")
+    check_engine_on(device, model.dims, config.rollout.sizes)
+    plan = Plan(config, model, settings, device)
+    if device == "cpu" and not config.ray_address:
+        _check_room(plan)
+    return plan
+
+
+def _check_room(plan: Plan) -> None:
+    room = psutil.virtual_memory().total
+    if plan.needs > room:
+        raise UserError(
+            f"training ranks and engines need {plan.needs / GB:.1f} GB on this machine, which has {room / GB:.1f}; lower "
+            "trainer.micro_batch_tokens or rollout.kv_cache_gib, set trainer.recompute=full, or take a smaller model"
+        )
+
+
+def told(plan: Plan) -> Iterator[str]:
+    """Lines for people."""
+    config, settings, sizes = plan.config, plan.settings, plan.settings.sizes
+    yield "configuration"
+    yield from ("  " + line for line in to_yaml(config).splitlines())
+    kind = "GPUs" if plan.device == "cuda" else f"processes on {len(os.sched_getaffinity(0))} cores"
+    yield ""
+    yield f"placement ({config.placement}): {plan.devices} {kind}"
+    yield f"  training ranks   {sizes.world}: {settings.layout}"
+    for axis, groups in plan.groups.items():
+        yield f"    {axis:<14} {_listed(groups)}"
+    yield f"  engines          {config.rollout.engines} × {config.rollout.tensor_parallel}"
+    yield ""
+    yield f"memory in GB, besides what the programs take themselves; micro-batches of {plan.load.tokens:,} tokens"
+    names = [field.name for field in fields(RankMemory)]
+    for stage, memory in enumerate(plan.ranks):
+        who = f"rank of stage {stage}" if sizes.pipeline > 1 else "training rank"
+        yield f"  {who:<16} {_figures((name, getattr(memory, name)) for name in names)}, together {memory.total / GB:.2f}"
+    parts = [(field.name, getattr(plan.worker, field.name)) for field in fields(WorkerMemory)]
+    yield f"  engine worker    {_figures(parts)}, together {plan.worker.total / GB:.2f}"
+    cached, wanted = cached_tokens(plan.model, config.rollout), config.rollout.max_running_requests * config.max_model_len
+    yield f"  key-value cache  {cached:,} tokens: {cached // config.max_model_len:,} requests at full length, of "
+    yield f"                   {config.rollout.max_running_requests} that may run ({min(1.0, cached / wanted):.0%} of what they could want)"
+    moved, buckets = plan.sync
+    yield ""
+    yield f"weight sync        {moved / GB:.3f} GB in {buckets} buckets"
+    samples = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    updates = config.algorithm.epochs * math.ceil(config.rollout.prompts_per_step / config.algorithm.mini_batch_prompts)
+    yield f"a step             {samples:,} responses, at most {samples * config.max_model_len:,} tokens, in {updates} updates"
+
+
+def figures(plan: Plan) -> dict:
+    """The same for programs; bytes."""
+    moved, buckets = plan.sync
+    samples = plan.config.rollout.prompts_per_step * plan.config.rollout.responses_per_prompt
+    return {
+        "device": plan.device,
+        "devices": plan.devices,
+        "groups": plan.groups,
+        "ranks": [vars(memory) | {"total": memory.total} for memory in plan.ranks],
+        "engine_worker": vars(plan.worker) | {"total": plan.worker.total},
+        "kv_cache_tokens": cached_tokens(plan.model, plan.config.rollout),
+        "sync_bytes": moved,
+        "sync_buckets": buckets,
+        "tokens_per_step": samples * plan.config.max_model_len,
+    }
+
+
+def _figures(parts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {value / GB:.2f}" for name, value in parts if value)
+
+
+def _listed(groups: list[list[int]]) -> str:
+    shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:_GROUPS_TOLD])
+    return f"{len(groups)} × {len(groups[0])}: {shown}" + (" …" if len(groups) > _GROUPS_TOLD else "")

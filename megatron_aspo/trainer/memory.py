@@ -1,0 +1,142 @@
+"""Memory of one training rank by formula, before anything is started: no torch, no process group.
+
+Weights, gradients and optimizer follow exactly from the layout. Activations are counted per token from what the local layers keep for
+backward (docs of each term below); Transformer Engine's keep about as much. Everything in bytes.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+from megatron_aspo.trainer.options import TrainerOptions
+from megatron_aspo.trainer.settings import RankSettings
+from megatron_aspo.weights.hf_model import HFModel
+from megatron_aspo.weights.layout import Coordinates, Layout, ParallelSizes
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+_ADAM_BYTES = 8
+"""Two moments in float32."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What a rank holds at the height of a training step, in bytes."""
+
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logprobs: int
+    """Logits of one block, and the gradient of the output matrix."""
+    checkpoint: int
+    """The copy that an asynchronous checkpoint is written from; in host memory."""
+
+    @property
+    def on_device(self) -> int:
+        return self.total - self.checkpoint
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def parameter_counts(layout: Layout) -> tuple[int, int]:
+    """Elements of a rank's parameters, padding included: those of experts, and all others."""
+    counts = {name: math.prod(shape) for name, shape in layout.parameter_shapes.items()}
+    experts = sum(count for name, count in counts.items() if name in layout.expert_parameters)
+    return experts, sum(counts.values()) - experts
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a mini-batch asks of one replica, at most."""
+
+    tokens: int
+    """Of its largest micro-batch, over all context-parallel ranks."""
+    micro_batches: int
+
+
+def rank_memory(
+    model: HFModel, layout: Layout, settings: RankSettings, at: Coordinates, load: Load, on_gpu: bool, asynchronous: bool
+) -> RankMemory:
+    """Of the rank at these coordinates, which holds `layout`. asynchronous: checkpoints are written from a copy."""
+    options, sizes = settings.trainer, settings.sizes
+    experts, others = parameter_counts(layout)
+    count, itemsize = experts + others, ITEMSIZE[options.dtype]
+    shards = sizes.data * sizes.context if options.distributed_optimizer else 1
+    expert_shards = max(1, sizes.stage // (sizes.expert * sizes.expert_tensor_size)) if options.distributed_optimizer else 1
+    owned = others // shards + experts // expert_shards
+    state = owned * (_ADAM_BYTES + (4 if itemsize < 4 else 0))
+    weights = count * itemsize
+    away = on_gpu and options.offload_optimizer
+    tokens = -(-load.tokens // sizes.context)
+    return RankMemory(
+        weights=weights,
+        reference=weights if settings.algorithm.has_kl and not (on_gpu and options.offload_reference) else 0,
+        gradients=count * ITEMSIZE[options.gradient_dtype],
+        # In host memory it comes to the device for the optimizer step, when there are no activations.
+        optimizer=0 if away else state,
+        activations=_activations(model, options, sizes, at, tokens, load.micro_batches),
+        logprobs=_logprobs(model, options, sizes, tokens) if at.pipeline == sizes.pipeline - 1 else 0,
+        checkpoint=(weights + state) if asynchronous else 0,
+    )
+
+
+def kept_per_token(model: HFModel, options: TrainerOptions, tensor: int, expert_tensor: int) -> float:
+    """Elements that one layer keeps for backward of one token, on one of `tensor` ranks.
+
+    Input of the layer and of its second half, each with what its norm makes of it and one scale; query, key and value as they are computed
+    and the first two once more, turned, with the cosines and sines of each; the result of attention as its kernel and as the next product
+    has it, with a logarithm for each head; gate and up; their product. Recomputed, only what stands between is kept.
+    """
+    dims = model.dims
+    heads, keys = dims.heads / tensor, max(1.0, dims.kv_heads / tensor)
+    spread = tensor if options.sequence_parallel else 1
+    if options.recompute == "full":
+        return dims.hidden / spread
+    residual = 4 * dims.hidden / spread + 2
+    fused, turned, result = (heads + 2 * keys) * dims.head_dim, (heads + keys) * dims.head_dim, heads * dims.head_dim
+    attention = fused + turned + 4 * dims.head_dim + result + (heads + keys if dims.qk_norm else 0)
+    inside = result + heads
+    if dims.experts:
+        # Each copy of a token: what an expert is given, gate and up, their product, and what it gives; and the router's shares.
+        feed_forward = model.experts_per_token * (2 * dims.hidden + 3 * dims.moe_ffn / expert_tensor) + 3 * dims.experts
+    else:
+        feed_forward = 3 * dims.ffn / tensor
+    if options.recompute == "selective":
+        return residual + attention
+    return residual + attention + inside + feed_forward
+
+
+def _activations(model: HFModel, options: TrainerOptions, sizes: ParallelSizes, at: Coordinates, tokens: int, micro_batches: int) -> int:
+    dims, itemsize = model.dims, ITEMSIZE[options.dtype]
+    layers = dims.layers // (sizes.pipeline * sizes.virtual)
+    per_token = kept_per_token(model, options, sizes.tensor, sizes.expert_tensor_size) * layers * itemsize
+    return int(per_token * tokens * chunks_in_flight(sizes, at, micro_batches) + _at_work(model, options, sizes, tokens) * itemsize)
+
+
+def chunks_in_flight(sizes: ParallelSizes, at: Coordinates, micro_batches: int) -> int:
+    """Most micro-batches × model chunks whose activations a stage of the one-forward-one-backward schedule keeps at one time."""
+    if sizes.virtual == 1:
+        return min(sizes.pipeline - at.pipeline, micro_batches)
+    warm_up = 2 * (sizes.pipeline - at.pipeline - 1) + (sizes.virtual - 1) * sizes.pipeline
+    return min(warm_up + 1, micro_batches * sizes.virtual)
+
+
+def _at_work(model: HFModel, options: TrainerOptions, sizes: ParallelSizes, tokens: int) -> float:
+    """Elements of the layer that is computed backward at the moment: its own gradients, and what it computes again."""
+    dims = model.dims
+    wide = model.experts_per_token * dims.moe_ffn / sizes.expert_tensor_size if dims.experts else dims.ffn / sizes.tensor
+    gradients = tokens * (2 * dims.hidden + 3 * wide)
+    if options.recompute == "none":
+        return gradients
+    again = TrainerOptions(sequence_parallel=options.sequence_parallel)
+    return gradients + tokens * kept_per_token(model, again, sizes.tensor, sizes.expert_tensor_size)
+
+
+def _logprobs(model: HFModel, options: TrainerOptions, sizes: ParallelSizes, tokens: int) -> int:
+    dims, itemsize = model.dims, ITEMSIZE[options.dtype]
+    rows = -(-dims.vocab // sizes.tensor)
+    block = min(tokens, options.logprob_chunk_tokens) * rows
+    # Hidden states of the response tokens, their gradient in float32; the block, with its exponentials in float32.
+    return int(tokens * dims.hidden * (itemsize + 4) + block * (itemsize + 4) + rows * dims.hidden * itemsize)
