@@ -25,7 +25,7 @@ def received(
 ) -> dict[str, torch.Tensor]:
     """What this worker, on this device, has after the last version."""
     rank = spec.training.world + worker
-    group = stateless_group(HOST, port, rank, spec.world, 60.0, backend, names=spec.name)
+    group = stateless_group(HOST, port, rank, spec.world, 150.0, backend, names=spec.name)
     schedule = Schedule(spec, rank, where_of(group.places))
     assert len(schedule.buckets) > 3
     receiver = WeightReceiver(schedule, group, torch.device(device))
@@ -64,8 +64,8 @@ def test_workers_together_hold_the_files_tensors(pools, tmp_path, family: str, l
     with ThreadPoolExecutor(1 + engines.world) as threads:
         sending = threads.submit(pools(spec.training.world).run, workloads.send_weights, settings, port, spec, versions)
         jobs = [threads.submit(received, spec, port, worker, versions) for worker in range(engines.world)]
-        sent = sending.result(120)
-        workers = [job.result(120) for job in jobs]
+        sent = sending.result(240)
+        workers = [job.result(240) for job in jobs]
 
     truth = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     given = 0
