@@ -44,9 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     command = {"train": _train, "plan": _plan, "check-loss": _check_loss, "convert": _convert}[parsed.command]
-    if rest and not hasattr(parsed, "overrides"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
+        if not hasattr(parsed, "overrides"):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         parsed.overrides += rest
     sys.exit(_guarded(command, parsed))
 

@@ -4,13 +4,11 @@ import math
 from dataclasses import dataclass
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.engine_settings import GIB
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.holdings import EngineHoldings
-from megatron_aspo.weights.layout import volume
-
-GIB = 1 << 30
-_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+from megatron_aspo.weights.layout import ITEMSIZE, volume
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ def kv_bytes_per_token(model: HFModel, options: RolloutOptions) -> int:
     """Keys and values of one token on one worker."""
     dims = model.dims
     heads = max(1, dims.kv_heads // options.tensor_parallel)
-    return 2 * dims.layers * heads * dims.head_dim * _ITEMSIZE[options.dtype]
+    return 2 * dims.layers * heads * dims.head_dim * ITEMSIZE[options.dtype]
 
 
 def cached_tokens(model: HFModel, options: RolloutOptions) -> int:
@@ -52,7 +50,7 @@ def check_cache(model: HFModel, options: RolloutOptions, max_model_len: int) -> 
 
 def worker_memory(model: HFModel, options: RolloutOptions, bucket_bytes: int) -> WorkerMemory:
     """Weights as vLLM's loaders cut them."""
-    holdings, itemsize = EngineHoldings(model.architecture, model.dims, options.sizes), _ITEMSIZE[options.dtype]
+    holdings, itemsize = EngineHoldings(model.architecture, model.dims, options.sizes), ITEMSIZE[options.dtype]
     elements = 0
     for name in model.tensor_shapes:
         held = holdings.of(name)

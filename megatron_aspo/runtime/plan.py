@@ -1,6 +1,6 @@
 """What a recipe would do, before it does it: groups of ranks, memory, bytes of a weight sync, tokens of a step.
 
-Nothing is started and no torch is imported: everything follows from the recipe and the model's config.json.
+Nothing is started: everything follows from the recipe and the model's config.json.
 """
 
 import math
@@ -18,11 +18,12 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.memory import WorkerMemory, cached_tokens, worker_memory
 from megatron_aspo.runtime.checks import check_recipe, rank_settings
 from megatron_aspo.runtime.start import find_start
-from megatron_aspo.trainer.memory import ITEMSIZE, Load, RankMemory, rank_memory
+from megatron_aspo.trainer.memory import Load, RankMemory, rank_memory
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.families import layout
 from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.holdings import EngineHoldings, TrainingHoldings, check_engine_on
+from megatron_aspo.weights.layout import ITEMSIZE
 from megatron_aspo.weights.plan import Where, in_buckets, least_traffic
 
 _AXES = ("tensor", "context", "data", "pipeline", "expert")

@@ -1,7 +1,7 @@
 """Memory of one training rank by formula, before anything is started: no torch, no process group.
 
 Weights, gradients and optimizer follow exactly from the layout. Activations are counted per token from what the local layers keep for
-backward (docs of each term below); Transformer Engine's keep about as much. Everything in bytes.
+backward; for experts and for Transformer Engine's layers that is an estimate. Everything in bytes.
 """
 
 import math
@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 from megatron_aspo.trainer.options import TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_model import HFModel
-from megatron_aspo.weights.layout import Coordinates, Layout, ParallelSizes
+from megatron_aspo.weights.layout import ITEMSIZE, Coordinates, Layout, ParallelSizes
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _ADAM_BYTES = 8
 """Two moments in float32."""
 
@@ -30,10 +29,6 @@ class RankMemory:
     """Logits of one block, and the gradient of the output matrix."""
     checkpoint: int
     """The copy that an asynchronous checkpoint is written from; in host memory."""
-
-    @property
-    def on_device(self) -> int:
-        return self.total - self.checkpoint
 
     @property
     def total(self) -> int:

@@ -17,6 +17,9 @@ from megatron_aspo.errors import UserError
 Box = tuple[tuple[int, int], ...]
 """Half-open [start, stop) of each dimension."""
 
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+"""Bytes of an element, by the names that recipes use."""
+
 
 @dataclass(frozen=True)
 class ModelDims:
