@@ -48,7 +48,7 @@ def train(config: Config) -> None:
             before = None
         run.placement.to_training()
         card = model_card(to_yaml(config), before, after, run.metrics.last())
-        run.trainers.export(config.export_directory, config.trainer.dtype, card)
+        run.export(card)
         print_summary(run, before, after, minutes, tokens, config.export_directory)
 
 

@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.tasks import build_task
 
@@ -72,7 +73,8 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    task = build_task(settings["task"], DataOptions(**settings["data"]), tokenizer, settings["seed"])
+    options = DataOptions(**settings["data"])
+    task = build_task(settings["task"], options, PromptEncoder(tokenizer, len(tokenizer), options), settings["seed"])
     prompts, group = settings["prompts"], settings["responses"]
     count = prompts * settings["steps"]
     rows = [{"prompt": [{"role": "user", "content": task.prompt(i).text}], "index": i} for i in range(count)]

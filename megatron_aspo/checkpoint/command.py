@@ -10,6 +10,7 @@ import torch
 from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.checkpoint.hf_writer import SHARD_BYTES
 from megatron_aspo.checkpoint.manifest import is_checkpoint
+from megatron_aspo.data.tokenizer_export import auto_tokenizer_note
 from megatron_aspo.errors import UserError
 from megatron_aspo.weights.layout import ModelDims, ParallelSizes, check_divisible
 
@@ -44,6 +45,8 @@ def run_convert(parsed: argparse.Namespace) -> None:
     ranks = f", {sizes.world} ranks" if to_megatron else ""
     model = source.model
     print(f"{parsed.target}: {model.architecture}, {len(model.tensor_shapes)} tensors, {parsed.dtype or source.dtype}{ranks}")
+    if not to_megatron and (note := auto_tokenizer_note(target)):
+        print(f"note: {note}")
 
 
 def _check(parsed: argparse.Namespace, from_megatron: bool, to_megatron: bool, target: Path) -> None:

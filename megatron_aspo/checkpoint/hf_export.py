@@ -1,6 +1,6 @@
 """The live weights of the training ranks as a Hugging Face directory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from megatron_aspo.trainer.rank import TrainerRank
 
 
-def write_export(target: Path, trainer: "TrainerRank", dtype: str, card: str = "", shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+def write_export(
+    target: Path, trainer: "TrainerRank", dtype: str, files: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES
+) -> dict[str, str]:
     """Collective over all ranks: rank 0 writes `target`, all or nothing. Returns tensor → SHA-256 on rank 0.
 
-    Config, tokenizer and all other small files are those of the model that training started from; the weights are the current ones. `card`
-    becomes the README.md, `{hashes}` in it replaced by a list of the tensors' hashes.
+    Config, tokenizer and all other small files are those of the model that training started from, but for `files` (name → text); the
+    weights are the current ones. In a `README.md` among the files `{hashes}` is replaced by a list of the tensors' hashes.
     """
     metas = trainer.tensor_metas(dtype)
 
@@ -34,7 +36,8 @@ def write_export(target: Path, trainer: "TrainerRank", dtype: str, card: str = "
         hashes: dict[str, str] = {}
         write_weights(directory, metas, tensors, shard_bytes, hashes)
         copy_small_files(trainer.hf.directory, directory, dtype, skip=("README.md",))
-        if card:
-            listing = "\n".join(f"{digest}  {name}" for name, digest in hashes.items())
-            (directory / "README.md").write_text(card.replace("{hashes}", listing), encoding="utf-8")
+        for name, text in (files or {}).items():
+            if name == "README.md":
+                text = text.replace("{hashes}", "\n".join(f"{digest}  {tensor}" for tensor, digest in hashes.items()))
+            (directory / name).write_text(text, encoding="utf-8")
     return hashes

@@ -7,8 +7,8 @@
   string, given to the model as it stands, without the template.
 - `ground_truth`, or else `answer`: any JSON value, handed to the reward.
 - `id` (optional): a string or integer, once in a file. Without it the line number is the id.
-- `data_source` (optional): a string, `jsonl` if absent.
-- Whatever else there is goes to the reward as `extra`.
+- `data_source` (optional): a string, `jsonl` if absent; it goes into the rollout dumps, and to the reward in `extra` too.
+- All other fields go to the reward as `extra`.
 
 Blank lines are skipped.
 """
@@ -16,9 +16,9 @@ Blank lines are skipped.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_aspo.data.chat import encode_chat, encode_text
+from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
@@ -26,10 +26,19 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.result import Reward, RewardResult
 from megatron_aspo.rewards.user import load_reward
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 ROLES = ("system", "user", "assistant")
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "a gzip file; unpack it (gunzip)",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file; unpack it (unzstd)",
+    b"BZh": "a bzip2 file; unpack it (bunzip2)",
+    b"\xfd7zXZ": "an xz file; unpack it (unxz)",
+    b"PK\x03\x04": "a zip file; unpack it",
+    b"PAR1": "a Parquet file; write its rows as JSONL",
+    b"ARROW1": "an Arrow file; write its rows as JSONL",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+}
+"""First bytes of files that are taken for JSONL by their name."""
 
 
 class JsonlTask:
@@ -37,13 +46,14 @@ class JsonlTask:
 
     name = "jsonl"
 
-    def __init__(self, options: DataOptions, tokenizer: "PreTrainedTokenizerBase", seed: int):
+    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
         if not options.path:
             raise UserError("task=jsonl needs data.path, the JSONL file of training prompts; set it")
         self._reward = self.build_reward(options)
         self._seed = seed
-        self._training = read_prompts(Path(options.path), "train", tokenizer, options.max_prompt_tokens)
-        self._held_out = read_prompts(Path(options.eval_path), "eval", tokenizer, options.max_prompt_tokens) if options.eval_path else None
+        self._training = read_prompts(Path(options.path), "train", encoder, options.max_prompt_tokens)
+        self._held_out = read_prompts(Path(options.eval_path), "eval", encoder, options.max_prompt_tokens) if options.eval_path else None
+        encoder.check_options_used()
 
     @classmethod
     def build_reward(cls, options: DataOptions) -> Reward:
@@ -65,13 +75,13 @@ class JsonlTask:
         return self._reward(prompt, response)
 
 
-def read_prompts(path: Path, split: str, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int) -> list[Prompt]:
+def read_prompts(path: Path, split: str, encoder: PromptEncoder, max_prompt_tokens: int) -> list[Prompt]:
     """All prompts of the file, ids `SPLIT/ID`. Raises UserError naming file and line for the first thing that is wrong."""
     prompts: list[Prompt] = []
     line_of_id: dict[str, int] = {}
     for number, row in _read_rows(path):
         where = f"{path}:{number}"
-        prompt = _make_prompt(row, where, f"{split}/{row.get('id', number)}", number, tokenizer)
+        prompt = _make_prompt(row, where, f"{split}/{row.get('id', number)}", number, encoder)
         if prompt.id in line_of_id:
             raise UserError(f"{where}: id {row.get('id', number)!r} is also that of line {line_of_id[prompt.id]}; ids must differ")
         if not 1 <= len(prompt.token_ids) <= max_prompt_tokens:
@@ -88,29 +98,35 @@ def read_prompts(path: Path, split: str, tokenizer: "PreTrainedTokenizerBase", m
 
 def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from error
-    for number, line in enumerate(lines, start=1):
+    for start, kind in _OTHER_FORMATS.items():
+        if content.startswith(start):
+            raise UserError(f"{path} is not JSONL but {kind}")
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+            row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error}); expected one JSON object on each line") from error
+            raise UserError(f"{path}:{number}: not valid JSON ({error}); expected one JSON object on each line{_hint(line)}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: a JSON {_json_type(row)}, expected an object with prompt and ground_truth")
+            raise UserError(f"{path}:{number}: a JSON {_json_type(row)}, expected an object with prompt and ground_truth{_hint(line)}")
+        _check_surrogates(row, line, f"{path}:{number}")
         yield number, row
 
 
-def _make_prompt(row: dict[str, Any], where: str, prompt_id: str, number: int, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+def _make_prompt(row: dict[str, Any], where: str, prompt_id: str, number: int, encoder: PromptEncoder) -> Prompt:
     truth_field = "ground_truth" if "ground_truth" in row else "answer"
     for field in ("prompt", truth_field):
         if field not in row:
             wanted = "ground_truth (or answer)" if field == truth_field else field
             raise UserError(f"{where}: the field {wanted} is missing; add it")
+    if row.get("answer") is not None and row[truth_field] is None:
+        raise UserError(f"{where}: ground_truth is null beside answer={row['answer']!r}; remove one of the two")
     if type(row.get("id", "")) not in (str, int):
         raise UserError(f"{where}: id is a JSON {_json_type(row['id'])}, expected a string or an integer")
     data_source = row.get("data_source", JsonlTask.name)
@@ -120,14 +136,16 @@ def _make_prompt(row: dict[str, Any], where: str, prompt_id: str, number: int, t
     if isinstance(content, str):
         text = content
         _check_text(text, "prompt", where)
-        token_ids = encode_text(tokenizer, text)
     elif isinstance(content, list):
         _check_messages(content, where)
         text = content[-1]["content"]
-        token_ids = encode_chat(tokenizer, content)
     else:
         raise UserError(f"{where}: prompt is a JSON {_json_type(content)}, expected a string or a list of messages")
-    extra = {key: value for key, value in row.items() if key not in ("prompt", truth_field, "id", "data_source")}
+    try:
+        token_ids = encoder.text(text) if content is text else encoder.chat(content)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    extra = {key: value for key, value in row.items() if key not in ("prompt", truth_field, "id")}
     return Prompt(prompt_id, token_ids, text, ground_truth=row[truth_field], data_source=data_source, extra=extra, place=number)
 
 
@@ -148,10 +166,17 @@ def _check_messages(messages: list[Any], where: str) -> None:
 def _check_text(text: Any, name: str, where: str) -> None:
     if not isinstance(text, str) or not text:
         raise UserError(f"{where}: {name} is a JSON {_json_type(text)}, expected a string that is not empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name} holds half of a surrogate pair (\\ud800 to \\udfff); write the whole character") from error
+
+
+def _check_surrogates(row: dict[str, Any], line: bytes, where: str) -> None:
+    """Refuse halves of surrogate pairs in any field: UTF-8 files such as the rollout dumps cannot hold them."""
+    if b"\\u" not in line:
+        return
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: {name!a} holds half of a surrogate pair (\\ud800 to \\udfff); write the whole character") from error
 
 
 def _json_type(value: Any) -> str:
@@ -163,3 +188,15 @@ def _json_type(value: Any) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in values if keys.count(key) > 1)!a} occurs twice in one object")
+    return values
+
+
+def _hint(line: bytes) -> str:
+    return "; a file that is one JSON array has to be written as a line for each of its elements" if line.lstrip()[:1] == b"[" else ""

@@ -1,6 +1,7 @@
 """Options of the data room."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,12 @@ class DataOptions:
     """`package.module:function` that scores a response; needed by `task: jsonl`."""
     reward_workers: int = 1
     """Processes that score responses."""
+    chat_template: str = ""
+    """Path of a Jinja chat template that takes the place of the tokenizer's, in the exported model too."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, such as `{enable_thinking: false}`."""
+    system_prompt: str = ""
+    """System message of chat prompts that have none of their own."""
     max_prompt_tokens: int = 2048
     """A longer prompt (chat template included) is an error at the start of the run."""
     held_out_prompts: int = 20

@@ -2,9 +2,9 @@
 
 import itertools
 import random
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from megatron_aspo.data.chat import encode_chat
+from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
@@ -12,17 +12,14 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.last_number import last_number
 from megatron_aspo.rewards.result import Reward, RewardResult
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 class ProceduralTask:
     """What the procedural tasks share. A subclass says which questions are held out and which one is training prompt `index`."""
 
     name: ClassVar[str]
 
-    def __init__(self, options: DataOptions, tokenizer: "PreTrainedTokenizerBase", seed: int):
-        self._tokenizer = tokenizer
+    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+        self._encoder = encoder
         self._max_prompt_tokens = options.max_prompt_tokens
         self._reward = self.build_reward(options)
         self._seed = seed
@@ -42,7 +39,7 @@ class ProceduralTask:
 
     def _make_prompt(self, key: str, place: int, question: str, answer: int) -> Prompt:
         text = f"{question} Answer with only the number."
-        token_ids = encode_chat(self._tokenizer, [{"role": "user", "content": text}])
+        token_ids = self._encoder.chat([{"role": "user", "content": text}])
         if len(token_ids) > self._max_prompt_tokens:
             raise UserError(
                 f"a prompt of task={self.name} has {len(token_ids)} tokens; raise data.max_prompt_tokens={self._max_prompt_tokens} to that"
@@ -55,8 +52,8 @@ class SingleDigitAddition(ProceduralTask):
 
     name = "single_digit_addition"
 
-    def __init__(self, options: DataOptions, tokenizer: "PreTrainedTokenizerBase", seed: int):
-        super().__init__(options, tokenizer, seed)
+    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+        super().__init__(options, encoder, seed)
         unordered = list(itertools.combinations_with_replacement(range(10), 2))
         random.Random(f"held out {seed}").shuffle(unordered)
         self._held_out: list[tuple[int, int]] = []
@@ -85,8 +82,8 @@ class LargestOfThree(ProceduralTask):
     _MOST_HELD_OUT = 10_000
     """Of 117,480 sets of three; far more than an evaluation needs, and few enough to leave training unhindered."""
 
-    def __init__(self, options: DataOptions, tokenizer: "PreTrainedTokenizerBase", seed: int):
-        super().__init__(options, tokenizer, seed)
+    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+        super().__init__(options, encoder, seed)
         if options.held_out_prompts > self._MOST_HELD_OUT:
             raise UserError(f"data.held_out_prompts={options.held_out_prompts} is more than {self._MOST_HELD_OUT}; lower it")
         draw = random.Random(f"held out {seed}")

@@ -18,6 +18,7 @@ class Prompt:
     """The user's words, for rollout dumps and rewards."""
     ground_truth: Any
     data_source: str
+    """Which data set it comes from; `jsonl` or the task's name where nothing says otherwise."""
     extra: dict[str, Any] = field(default_factory=dict)
     place: int = 0
     """Where it stands in its data set."""

@@ -1,32 +1,33 @@
 """Repair of how transformers reads a SentencePiece model that comes without tokenizer.json.
 
-transformers 5.19 orders BPE merges by piece id; SentencePiece orders them by score. Where both disagree (Llama's and Mistral's runs of
-spaces, whose score is −1e9) text is split differently from how the model was trained, with no warning. Can go when transformers
-orders by score too.
+transformers 5.19 reads such a model otherwise than the SentencePiece library, with which it was trained, and gives no warning:
+- It orders BPE merges by piece id; SentencePiece orders them by score. Both differ for Llama's and Mistral's runs of spaces, whose score is
+  −1e9.
+- It puts no space before a text that begins with one; SentencePiece puts one before every text.
+Can go when transformers does as SentencePiece does.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_aspo.data.tokenizer_probes import PROBES, Reading, first_difference
 from megatron_aspo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBES = (
-    "What is 12 + 30?  Answer with only the number.",
-    "def f(x):\n    return x ** 2  # squared\n\n\n\tdone",
-    "Zoë paid 1,234.50 € for naïve 日本語 and 🙂🙂",
-)
 
+def repair_sentencepiece(tokenizer: "PreTrainedTokenizerBase", read: Reading, model_file: Path, legacy: bool) -> None:
+    """Make `tokenizer`, which transformers made from the SentencePiece `model_file`, read text as that model does, and compare both.
 
-def order_merges_by_score(tokenizer: "PreTrainedTokenizerBase", model_file: Path) -> None:
-    """Gives `tokenizer`, which transformers made from the SentencePiece `model_file`, the merges of that model; compares both on PROBES.
-
-    A Unigram model is only compared. Raises UserError where they still differ: training would see other tokens than the model knows.
+    read: how `tokenizer` reads text. legacy: whether tokenizer_config.json leaves `legacy` true, its default: a space is then put behind
+    special tokens too. With false, texts that begin with a space stay as transformers reads them, since it can put one before these only
+    together with the others. A Unigram model is compared, not repaired.
+    Raises UserError where both still differ: training would see other tokens than the model knows.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers.models import BPE
+    from tokenizers.normalizers import Prepend, Replace, Sequence
 
     processor = SentencePieceProcessor(model_file=str(model_file))
     backend = tokenizer.backend_tokenizer
@@ -38,13 +39,17 @@ def order_merges_by_score(tokenizer: "PreTrainedTokenizerBase", model_file: Path
             byte_fallback=any(processor.is_byte(i) for i in range(processor.get_piece_size())),
             fuse_unk=True,
         )
-    for text in PROBES:
-        expected, found = processor.encode(text), tokenizer(text, add_special_tokens=False)["input_ids"]
-        if found != expected:
-            raise UserError(
-                f"{model_file}: transformers splits {text!r} into {tokenizer.convert_ids_to_tokens(found)}, SentencePiece into "
-                f"{processor.encode(text, out_type=str)}; set tokenizer_class in tokenizer_config.json, or add the model's tokenizer.json"
-            )
+    expected = Reading(processor.encode, processor.decode, processor.id_to_piece)
+    texts = PROBES if legacy else [text for text in PROBES if not text.startswith(" ")]
+    difference = first_difference(expected, read, texts)
+    if difference and isinstance(backend.model, BPE):
+        backend.normalizer, backend.pre_tokenizer = Sequence([Prepend("▁"), Replace(" ", "▁")]), None
+        difference = first_difference(expected, read, texts)
+    if difference:
+        raise UserError(
+            f"{model_file}: transformers does not read it as SentencePiece does: {difference}; set tokenizer_class in "
+            "tokenizer_config.json, or add the model's tokenizer.json"
+        )
 
 
 def _merges_by_score(processor) -> list[tuple[str, str]]:

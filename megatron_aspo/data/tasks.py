@@ -4,17 +4,15 @@ To add a task: write a class with the methods of `Task` and the two constructors
 """
 
 import difflib
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.jsonl import JsonlTask
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.procedural import LargestOfThree, SingleDigitAddition
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.result import Reward, RewardResult
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Task(Protocol):
@@ -33,11 +31,11 @@ class Task(Protocol):
 TASKS = {task.name: task for task in (SingleDigitAddition, LargestOfThree, JsonlTask)}
 
 
-def build_task(name: str, options: DataOptions, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Task:
+def build_task(name: str, options: DataOptions, encoder: PromptEncoder, seed: int) -> Task:
     """Raises UserError for an unknown name, options that do not fit the task, and faulty data."""
     if options.held_out_prompts < 0:
         raise UserError(f"data.held_out_prompts={options.held_out_prompts} is negative; set 0 or more")
-    return _find(name)(options, tokenizer, seed)
+    return _find(name)(options, encoder, seed)
 
 
 def build_reward(name: str, options: DataOptions) -> Reward:

@@ -1,33 +1,119 @@
-"""Loading a model's tokenizer."""
+"""Loading a model's tokenizer: exactly the one that its files describe, or none.
 
+transformers 5 does not read `tokenizer.json` as it is. `AutoTokenizer` takes vocabulary and merges out of it and rebuilds normalizer,
+pre-tokenizer and decoder by the class that `tokenizer_config.json` names, or by the model type. For a byte-level file under
+`LlamaTokenizerFast` this loses every space, without a warning (transformers#45488). Here the file's own tokenizer is the truth: it is
+loaded through transformers' class-less wrapper, and both are compared on probe texts.
+"""
+
+import json
+import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_aspo.data.model_directory import resolve_model
-from megatron_aspo.data.sentencepiece_bpe import order_merges_by_score
+from megatron_aspo.data.sentencepiece_bpe import repair_sentencepiece
+from megatron_aspo.data.tokenizer_probes import PROBES, Reading, first_difference
 from megatron_aspo.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
 
 
 def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local Hugging Face directory (tokenizer.json or SentencePiece tokenizer.model) or of a hub name.
+    """Load the tokenizer of a local Hugging Face directory or of a hub name.
 
-    Code that comes with a model is never run. Raises UserError if the model or its tokenizer is missing or cannot be read.
+    `tokenizer.json` wins over every other file. Without one, a SentencePiece `tokenizer.model` is compared with the SentencePiece library,
+    and other files are read by the class that `tokenizer_config.json` names and must give back the text that they encode. Code that comes
+    with a model is never run. Raises UserError if the model or its tokenizer is missing or damaged, or if no class of transformers gives
+    the tokens and the text that the files describe; the message shows the first text that differs.
     """
-    from transformers import AutoTokenizer
-
     directory = resolve_model(model)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"model={model} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the tokenizer's files into it")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = _from_json(directory) if (directory / "tokenizer.json").is_file() else _from_older_files(directory)
+    except UserError:
+        raise
     except Exception as error:  # the Rust tokenizers library raises bare Exception for a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model={model}: its tokenizer cannot be loaded ({reason}); check the tokenizer's files") from error
-    if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
-        order_merges_by_score(tokenizer, directory / "tokenizer.model")
+    # "Cleaning up" deletes spaces before punctuation from what the reward sees.
+    tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
+
+
+def reading(tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> Reading:
+    """Return how a transformers tokenizer reads text. special: with the special tokens that it puts around a text."""
+    return Reading(
+        encode=lambda text: tokenizer(text, add_special_tokens=special)["input_ids"],
+        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+        tokens=tokenizer.convert_ids_to_tokens,
+    )
+
+
+def probe_texts(tokenizer: "Tokenizer") -> tuple[str, ...]:
+    """Return PROBES and a text that has every added token inside it, as a rendered chat has."""
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    return (*PROBES, "".join(f"{token}user\nhi 12{token} \n" for token in added))
+
+
+def _from_json(directory: Path) -> "PreTrainedTokenizerBase":
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    # A file may carry the truncation and padding of whoever saved it; transformers applies neither unless asked.
+    file.no_truncation()
+    file.no_padding()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    expected = Reading(
+        encode=lambda text: file.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: file.decode(ids, skip_special_tokens=False),
+        tokens=lambda ids: [str(file.id_to_token(number)) for number in ids],
+    )
+    if difference := first_difference(expected, reading(tokenizer), probe_texts(file)):
+        raise UserError(
+            f"{directory}/tokenizer.json: transformers reads another tokenizer, since tokenizer_config.json changes it: {difference}; "
+            "correct added_tokens_decoder, the special tokens and split_special_tokens in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _from_older_files(directory: Path) -> "PreTrainedTokenizerBase":
+    import transformers
+
+    # The named class itself: for some model types AutoTokenizer takes another one, whatever tokenizer_config.json names.
+    named = _named_class(directory)
+    tokenizer_class = getattr(transformers, named or "AutoTokenizer", None)
+    if tokenizer_class is None:
+        raise UserError(
+            f"{directory}/tokenizer_config.json: transformers has no tokenizer class {named}; add the model's tokenizer.json, or correct "
+            "tokenizer_class"
+        )
+    tokenizer = tokenizer_class.from_pretrained(directory, trust_remote_code=False)
+    ours = reading(tokenizer)
+    if (directory / "tokenizer.model").is_file():
+        repair_sentencepiece(tokenizer, ours, directory / "tokenizer.model", legacy=_config(directory).get("legacy") is not False)
+        return tokenizer
+    for text in PROBES:
+        if (back := ours.decode(ours.encode(text))) not in (text, unicodedata.normalize("NFC", text)):
+            raise UserError(
+                f"{directory}: read as {type(tokenizer).__name__}, its tokenizer turns {text!r} into {back!r}; add the model's "
+                "tokenizer.json, or correct tokenizer_class in tokenizer_config.json"
+            )
+    return tokenizer
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    file = directory / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _named_class(directory: Path) -> str:
+    """The class that tokenizer_config.json names, without `Fast`; empty if it names none or only the class-less wrapper."""
+    name = _config(directory).get("tokenizer_class")
+    return "" if name in (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend") else name.removesuffix("Fast")

@@ -13,6 +13,7 @@ from megatron_aspo.data.records import Group, Sample
 SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
+        ("data_source", pa.string()),
         ("index", pa.int32()),
         ("prompt", pa.string()),
         ("response", pa.string()),
@@ -43,6 +44,7 @@ def _row(sample: Sample) -> dict:
     generation = sample.generation
     return {
         "prompt_id": sample.prompt.id,
+        "data_source": sample.prompt.data_source,
         "index": sample.index,
         "prompt": sample.prompt.text,
         "response": sample.text,

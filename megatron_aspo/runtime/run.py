@@ -18,9 +18,11 @@ from megatron_aspo.checkpoint.request import ATTEMPT
 from megatron_aspo.checkpoint.store import CheckpointStore, set_aside, sweep_unfinished
 from megatron_aspo.checkpoint.tensor_file import sha256_of_parts
 from megatron_aspo.config import Config, to_yaml
+from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.data.tasks import Task, build_task
 from megatron_aspo.data.tokenizer import load_tokenizer
+from megatron_aspo.data.tokenizer_export import tokenizer_files
 from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.accuracy import Evaluation
 from megatron_aspo.observe.memory import PeakMemory
@@ -54,6 +56,7 @@ class Run:
 
     config: Config
     directory: Path
+    model_directory: Path
     start: Start
     identity: dict[str, Any]
     """What a resumed run must have in common with the one that it goes on with."""
@@ -97,6 +100,14 @@ class Run:
         if path := self.checkpoints.completed(wait, timeout_s):
             self.ledger.append("checkpoint", name=path.name)
 
+    def export(self, card: str) -> None:
+        """Write the final model; card: its README.md, with `{hashes}` where the tensors' hashes go."""
+        files, warning = tokenizer_files(self.model_directory, self.config.data)
+        if warning:
+            self.progress.say(warning)
+            card += f"\n## Tokenizer\n\n{warning}.\n"
+        self.trainers.export(self.config.export_directory, self.config.trainer.dtype, files | {"README.md": card})
+
     def finish_checkpoint(self) -> None:
         """However the run ends: what is in memory already gets the time to reach the disk."""
         try:
@@ -137,12 +148,15 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         reader = TensorReader(model)
         check_recipe(config, model, settings)
         tokenizer = load_tokenizer(model_directory)
-        task = build_task(config.task, config.data, tokenizer, config.seed)
+        encoder = PromptEncoder(tokenizer, model.dims.vocab, config.data)
+        task = build_task(config.task, config.data, encoder, config.seed)
         identity = _identity(config, task, reader)
         if start.checkpoint is not None:
             _check_identity(start, config, identity, model)
         if config.evaluation.draws:
             _check_held_out(task.held_out())
+        if encoder.remark:
+            progress.say(encoder.remark)
         if ":" in config.algorithm.policy_loss:
             from megatron_aspo.losses.custom import find_policy_loss  # imports torch
 
@@ -212,6 +226,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         run = Run(
             config,
             directory,
+            model_directory,
             start,
             identity,
             threads,

@@ -86,10 +86,10 @@ class TrainerActor:
     def saved(self, wait: bool) -> bool:
         return self._saver.finish() if wait else self._saver.finished()
 
-    def export(self, directory: Path, dtype: str, card: str) -> dict[str, str]:
+    def export(self, directory: Path, dtype: str, files: dict[str, str]) -> dict[str, str]:
         from megatron_aspo.checkpoint.hf_export import write_export
 
-        return write_export(directory, self._rank, dtype, card)
+        return write_export(directory, self._rank, dtype, files)
 
 
 @dataclass
@@ -166,9 +166,9 @@ class Trainers:
         """Whether no checkpoint is being written any more. Raises what kept one from being written, and TimeoutError."""
         return all(self._get([actor.saved.remote(wait) for actor in self._actors], timeout_s))
 
-    def export(self, directory: Path, dtype: str, card: str) -> dict[str, str]:
-        """Write the current weights as a Hugging Face directory; returns tensor → SHA-256."""
-        return self._get([actor.export.remote(directory, dtype, card) for actor in self._actors])[0]
+    def export(self, directory: Path, dtype: str, files: dict[str, str]) -> dict[str, str]:
+        """Write the current weights as a Hugging Face directory, with `files` (name → text) in it; return tensor → SHA-256."""
+        return self._get([actor.export.remote(directory, dtype, files) for actor in self._actors])[0]
 
     def close(self) -> None:
         """End every rank."""

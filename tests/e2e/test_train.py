@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
@@ -115,7 +115,12 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
         "data.eval_path=",
         "data.reward=",
         "rollout.engines=1",
+        "data.chat_template=short.jinja",
+        "data.chat_template_kwargs={opening: Well}",
+        "data.system_prompt=Count.",
     ]
+    template = "{% for m in messages %}({{ m.content }}){% endfor %}{{ opening }}"
+    (workplace / "short.jinja").write_text(template)
     reward = ["algorithm.group_filter=none", "algorithm.kl_in=reward", "algorithm.kl_estimator=k1", "algorithm.kl_coef=0.1"]
     status, _out, error = train(workplace, "name=other", *overrides, *reward, "steps=2", "trainer.tensor_parallel=1")
     assert status == 0, error
@@ -123,6 +128,10 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
     # The reference is the model at the start.
     assert abs(first["train/kl_penalty"]) < 1e-4 < abs(step["train/kl_penalty"])
     assert step["train/updates"] == 4 and yaml.safe_load((workplace / "runs/other/config.yaml").read_text())["task"] == "largest_of_three"
+    rows = parquet.read_table(workplace / "runs/other/rollouts/step_0.parquet").to_pylist()
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "runs/other/exports/step_2")
+    assert {tokenizer.decode(row["prompt_ids"]) == f"(Count.)({row['prompt']})Well" for row in rows} == {True}
+    assert tokenizer.chat_template == template and {row["data_source"] for row in rows} == {"largest_of_three"}
 
 
 def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
@@ -134,12 +143,15 @@ def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
     rows = [{"prompt": f"{i}: " + "the quick brown fox " * 8, "ground_truth": "aeiou"} for i in range(8)]
     (workplace / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["steps=1", "trainer.tensor_parallel=1", "rollout.engines=1", "evaluation.draws=0", "rollout.max_response_tokens=64"]
-    status, _, error = train(workplace, "name=pieces", "model=pieces", "data.path=plain.jsonl", "data.eval_path=", *few)
+    status, out, error = train(workplace, "name=pieces", "model=pieces", "data.path=plain.jsonl", "data.eval_path=", *few)
     assert status == 0, error
+    assert "plain-text prompts: no token is put first" in out
     (step,) = metrics(workplace / "runs" / "pieces")
     assert step["mismatch/max"] <= 1e-4 and step["train/updates"] == 4 and step["reward/mean"] > 0
     exported = workplace / "runs" / "pieces" / "exports" / "step_1"
-    assert (exported / "tokenizer.model").read_bytes() == pieces.read_bytes() and not (exported / "tokenizer.json").exists()
+    assert (exported / "tokenizer.model").read_bytes() == pieces.read_bytes()
+    # AutoTokenizer alone would order the merges of tokenizer.model in another way than it was trained on.
+    assert AutoTokenizer.from_pretrained(exported)("a  b   c")["input_ids"] == SentencePieceProcessor(str(pieces)).encode("a  b   c")
     rows = parquet.read_table(workplace / "runs" / "pieces" / "rollouts" / "step_0.parquet").to_pylist()
     processor = SentencePieceProcessor(model_file=str(pieces))
     assert all(row["prompt_ids"][-20:] == processor.encode(row["prompt"])[-20:] for row in rows)

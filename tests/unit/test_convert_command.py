@@ -1,5 +1,6 @@
 """`megatron-aspo convert` and the scripts around it, run as a user runs them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import save_tiny
+from tests.tokenizers import byte_tokenizer
 from tests.unit.hf_shards import Model, assert_same, read_tensors, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +32,25 @@ def test_a_model_goes_to_megatron_and_back_and_each_says_what_it_wrote(tmp_path)
     assert there.stdout == f"megatron: MixtralForCausalLM, {len(tensors)} tensors, bfloat16, 4 ranks\n"
     back = convert("megatron", "back", "--max-shard-gb", 1e-6, cwd=tmp_path)
     assert back.returncode == 0, back.stderr
-    assert back.stdout == f"back: MixtralForCausalLM, {len(tensors)} tensors, bfloat16\n"
+    first, note = back.stdout.splitlines()
+    assert first == f"back: MixtralForCausalLM, {len(tensors)} tensors, bfloat16"
+    # The model's tokenizer.json is a stand-in, which travels as it is.
+    assert note.startswith("note: model=") and "its tokenizer cannot be loaded" in note
     assert_same(read_tensors(tmp_path / "back"), tensors)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 10
     assert sorted(os.listdir(tmp_path)) == ["back", "hf", "megatron"]
+
+
+def test_a_tokenizer_that_autotokenizer_misreads_is_reported(tmp_path):
+    tokenizer = byte_tokenizer()
+    save_tiny("llama", tmp_path / "hf", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "hf")
+    assert "note" not in convert("hf", "exact", "--to", "huggingface", cwd=tmp_path).stdout
+    config = tmp_path / "hf" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "LlamaTokenizerFast"}))
+    assert "note: AutoTokenizer does not read this model's tokenizer as its files say: '" in (
+        convert("hf", "target", "--to", "huggingface", cwd=tmp_path).stdout
+    )
 
 
 def refused(tmp_path: Path, *arguments: object) -> str:

@@ -9,11 +9,13 @@ import mistral_common
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from megatron_aspo.data.chat import encode_chat, encode_text
+from megatron_aspo.data.encoder import PromptEncoder
+from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.errors import UserError
 from tests.tokenizers import byte_tokenizer, save_byte_tokenizer
 
+USER = {"role": "user", "content": "hi"}
 SENTENCEPIECE_MODEL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
 
@@ -23,9 +25,13 @@ def model_directory(tmp_path):
     return tmp_path
 
 
+def encoder(tokenizer=None, vocab=10**6, **options):
+    return PromptEncoder(tokenizer or byte_tokenizer(), vocab, DataOptions(**options))
+
+
 def test_chat_goes_through_the_template_and_ends_with_the_generation_prompt():
     tokenizer = byte_tokenizer()
-    ids = encode_chat(tokenizer, [{"role": "system", "content": "be"}, {"role": "user", "content": "hi é"}])
+    ids = encoder(tokenizer).chat([{"role": "system", "content": "be"}, {"role": "user", "content": "hi é"}])
     assert tokenizer.decode(ids) == "<system>be</s><user>hi é</s><assistant>"
     assert len(ids) == 5 + len("behi é".encode())
     assert isinstance(ids, tuple) and all(type(i) is int for i in ids)
@@ -33,23 +39,23 @@ def test_chat_goes_through_the_template_and_ends_with_the_generation_prompt():
 
 def test_text_does_not_go_through_the_template():
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(encode_text(tokenizer, "hi")) == "hi"
+    assert tokenizer.decode(encoder(tokenizer).text("hi")) == "hi"
 
 
 def test_no_chat_template_names_the_cure():
     with pytest.raises(UserError, match=r"no chat template.*plain strings"):
-        encode_chat(byte_tokenizer(template=None), [{"role": "user", "content": "hi"}])
+        encoder(byte_tokenizer(template=None)).chat([USER])
 
 
 def test_messages_that_the_template_refuses_are_a_user_error():
     with pytest.raises(UserError, match=r"roles user, system, user .*system must come first"):
-        encode_chat(byte_tokenizer(), [{"role": role, "content": "x"} for role in ("user", "system", "user")])
+        encoder().chat([{"role": role, "content": "x"} for role in ("user", "system", "user")])
 
 
 def test_a_saved_tokenizer_loads_with_its_template(model_directory):
     save_byte_tokenizer(model_directory)
     tokenizer = load_tokenizer(model_directory)
-    assert tokenizer.decode(encode_chat(tokenizer, [{"role": "user", "content": "a  1"}])) == "<user>a  1</s><assistant>"
+    assert tokenizer.decode(encoder(tokenizer).chat([{"role": "user", "content": "a  1"}])) == "<user>a  1</s><assistant>"
     assert tokenizer.eos_token == "</s>"
 
 

@@ -1,10 +1,14 @@
 """Tasks: which prompts are drawn, which are held out, and how a file of prompts is read."""
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 
 import pytest
 
+from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.tasks import build_reward, build_task
@@ -16,7 +20,8 @@ TOKENIZER = byte_tokenizer()
 
 
 def build(name, seed=0, **options):
-    return build_task(name, DataOptions(**options), TOKENIZER, seed)
+    options = DataOptions(**options)
+    return build_task(name, options, PromptEncoder(TOKENIZER, len(TOKENIZER), options), seed)
 
 
 def numbers(prompt):
@@ -116,7 +121,7 @@ def test_rows_keep_what_they_hold(read):
     assert TOKENIZER.decode(plain.token_ids) == "plain é"
     assert (chat.text, chat.ground_truth, chat.extra) == ("hi", 7, {"answer": 8})
     assert TOKENIZER.decode(chat.token_ids) == "<system>be</s><user>hi</s><assistant>"
-    assert (last.ground_truth, last.data_source, last.extra) == (None, "mine", {})
+    assert (last.ground_truth, last.data_source, last.extra) == (None, "mine", {"data_source": "mine"})
 
 
 def test_a_file_is_drawn_in_shuffled_epochs(read):
@@ -156,6 +161,13 @@ def test_held_out_prompts_come_from_their_own_file(read, tmp_path):
         ('{"prompt": "x", "answer": 1, "id": 1.5}', "id is a JSON number"),
         ('{"prompt": "x", "answer": 1, "id": "1"}', "is also that of line 1"),
         ('{"prompt": "x", "answer": 1, "data_source": null}', "data_source is a JSON null"),
+        ('{"prompt": "x", "answer": 1, "data_source": "a\\udfff"}', "'data_source' holds half of a surrogate pair"),
+        ('{"prompt": "x", "answer": 1, "id": "\\ud83d"}', "'id' holds half of a surrogate pair"),
+        ('{"prompt": "x", "answer": {"a": ["\\ud83d"]}}', "'answer' holds half of a surrogate pair"),
+        ('{"prompt": "x", "answer": 1, "\\ud83d": 1}', r"'\\ud83d' holds half of a surrogate pair"),
+        ('{"prompt": "x", "answer": 1, "prompt": "y"}', "the key 'prompt' occurs twice in one object"),
+        ('{"prompt": "x", "answer": {"a": 1, "b": 2, "a": 3}}', "the key 'a' occurs twice in one object"),
+        ('{"prompt": "x", "ground_truth": null, "answer": "42"}', "ground_truth is null beside answer='42'; remove one"),
         ('{"prompt": "' + "x" * 51 + '", "answer": 1}', r"the prompt has 51 tokens, expected 1 to data\.max_prompt_tokens=50"),
     ],
 )
@@ -169,6 +181,31 @@ def test_a_faulty_line_is_named(read, line, message):
 def test_a_line_that_is_not_utf8_is_named(read):
     with pytest.raises(UserError, match=r"data\.jsonl:2: byte 13 of the line is not UTF-8"):
         read(b'{"prompt": "x", "answer": 1}\n{"prompt": "\xff"}\n')
+
+
+def test_a_whole_character_written_as_a_surrogate_pair_is_read(read):
+    assert read('{"prompt": "\\ud83d\\ude42", "answer": 1}').prompt(0).text == "🙂"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (gzip.compress(b'{"prompt": "x", "answer": 1}'), r"a gzip file; unpack it \(gunzip\)"),
+        (lzma.compress(b"{}"), "an xz file"),
+        (bz2.compress(b"{}"), "a bzip2 file"),
+        (b"PAR1\x15\x04", "a Parquet file; write its rows as JSONL"),
+        ('{"prompt": "x", "answer": 1}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+    ],
+)
+def test_a_file_of_another_format_is_called_what_it_is(read, content, kind):
+    with pytest.raises(UserError, match=rf"data\.jsonl is not JSONL but {kind}"):
+        read(content)
+
+
+@pytest.mark.parametrize("content", ['[{"prompt": "x", "answer": 1}]', '[\n  {"prompt": "x", "answer": 1}\n]\n'])
+def test_a_file_that_is_one_json_array_is_told_what_to_be(read, content):
+    with pytest.raises(UserError, match="a file that is one JSON array has to be written as a line for each of its elements"):
+        read(content)
 
 
 def test_an_empty_file_is_refused(read):
