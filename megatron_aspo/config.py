@@ -29,29 +29,32 @@ class Config:
     """Everything a run is made of."""
 
     name: str = "run"
+    """Name of the run; its default directory is `runs/<name>`."""
     preset: str = "paper"
-    """`paper`, or `archer_reference`: what the public code of ASPO's authors does where it differs; it fixes the values that it sets."""
+    """`paper`: the defaults. `archer_reference`: what the public code of ASPO's authors does instead; the values that it sets are fixed."""
     run_dir: str = ""
-    """Where the run is written; `runs/<name>` when empty. It must not exist, but to be resumed."""
+    """Directory that the run writes; empty means `runs/<name>`. It must not exist unless the run is resumed."""
     resume: str = "never"
-    """`never | auto`, or the path of a checkpoint or a run: auto goes on from the newest checkpoint of the run directory, if any."""
+    """`never`; `auto`, which resumes from the newest checkpoint of the run directory, if any; or the path of a checkpoint or a run."""
     model: str = ""
     """A local Hugging Face model directory, or a hub name."""
     task: str = ""
-    """`single_digit_addition | largest_of_three | jsonl`."""
+    """Where prompts and rewards come from: `single_digit_addition | largest_of_three | jsonl`."""
     steps: int = 100
-    """Rollout steps."""
+    """Rollout steps of the run."""
     seed: int = 0
+    """Seed of the prompts' order, of sampling and of mini-batch order."""
     deterministic: bool = False
-    """Two runs of the same recipe give the same rollouts, losses and weights bit for bit; costs the engines' balancing of load."""
+    """Two runs of the same recipe give the same rollouts, losses and weights bit for bit; engines then get fixed shares of the prompts
+    instead of balancing their load."""
     ray_address: str = ""
-    """Cluster to join; empty starts a Ray of our own on this machine."""
+    """`HOST:PORT` of the Ray cluster to join; empty starts one on this machine."""
     placement: str = "split"
-    """`split | colocated`: engines on devices of their own, or on those of the training ranks, by turns."""
+    """`split`: engines have their own devices. `colocated`: engines time-share the devices of the training ranks."""
     transfer_bucket_mib: int = 256
-    """Most weights on their way into an engine's worker at one time, in MiB; a larger tensor travels alone."""
+    """Upper bound, in MiB, on the whole tensors of one transfer bucket at an engine worker; a larger tensor is a bucket by itself."""
     transfer_verify_every: int = 0
-    """Every so many weight transfers, and the first, are verified by SHA-256 at both ends; 0: the first only."""
+    """Verify the first and then every N-th weight transfer by SHA-256 at both ends; 0 verifies the first only."""
     data: DataOptions = field(default_factory=DataOptions)
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)

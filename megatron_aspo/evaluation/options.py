@@ -6,7 +6,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class EvaluationOptions:
     draws: int = 16
-    """Responses to each held-out prompt; 0 turns evaluation off."""
+    """Responses sampled for each held-out prompt; 0 turns evaluation off."""
     temperature: float = 1.0
+    """Sampling temperature of evaluations; here 0 is allowed too, and means greedy."""
     every: int = 0
-    """Also after every this many steps; 0 for before and after training only."""
+    """Also evaluate after every N steps; 0 evaluates only before and after training."""

@@ -7,72 +7,78 @@ from typing import Any
 @dataclass(frozen=True)
 class AlgorithmOptions:
     policy_loss: str = "aspo"
-    """`aspo | ppo_clip | archer | gspo | cispo | reinforce | no_is`, or `package.module:function` for one of your own."""
+    """`aspo | ppo_clip | archer | gspo | cispo | reinforce | no_is`, or `package.module:function` for a custom loss."""
     policy_loss_options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a policy loss of your own, by name."""
+    """Keyword arguments of a custom policy loss, by name."""
     clip_low: float = 0.2
-    """ε below 1 of the ratio; with entropy classes, of low-entropy tokens. `gspo` sets 3e-4, `cispo` 1.0 (no lower bound)."""
+    """Lower ε: the ratio is clipped at 1 − ε. With entropy classes, for low-entropy tokens. Default of `gspo` 3e-4, of `cispo` 1.0 (no
+    lower bound)."""
     clip_high: float = 0.2
-    """ε above 1 of the ratio; with entropy classes, of low-entropy tokens. `gspo` sets 4e-4."""
+    """Upper ε: the ratio is clipped at 1 + ε. With entropy classes, for low-entropy tokens. Default of `gspo` 4e-4."""
     high_entropy_clip_low: float = 0.4
-    """`aspo`, `archer`: ε below 1 for the other tokens."""
+    """`aspo`, `archer`: lower ε of high-entropy tokens."""
     high_entropy_clip_high: float = 0.4
-    """`aspo`, `archer`: ε above 1 for the other tokens."""
+    """`aspo`, `archer`: upper ε of high-entropy tokens."""
     low_entropy_quantile: float = 0.8
-    """`aspo`, `archer`: tokens with entropy at or under this quantile are low-entropy."""
+    """`aspo`, `archer`: tokens whose entropy is at or below this quantile are low-entropy."""
     entropy_quantile_scope: str = "response"
-    """`response | mini_batch`: whose counted tokens the quantile is of. `mini_batch` costs one more forward pass."""
+    """The quantile is taken over the counted tokens of the `response` or of the `mini_batch`; the latter costs one more forward pass
+    per update."""
     dual_clip_neg: float = 3.0
-    """`aspo`, `ppo_clip`, `archer`: c_neg, cap of the weight where A < 0."""
+    """`aspo`, `ppo_clip`, `archer`: c_neg, upper bound of the weight where A < 0."""
     dual_clip_pos: float = 3.0
-    """`aspo`: c_pos, cap of the inverted weight where A > 0."""
+    """`aspo`: c_pos, upper bound of the inverted weight where A > 0."""
     aggregation: str = "token_mean"
-    """`token_mean | seq_mean_token_mean | seq_mean_token_sum | seq_mean_token_sum_norm`, over the mini-batch. `gspo` sets the second."""
+    """The one mean over the mini-batch: `token_mean | seq_mean_token_mean | seq_mean_token_sum | seq_mean_token_sum_norm`. Default of
+    `gspo`: `seq_mean_token_mean`."""
     sequence_count: str = "counted"
-    """What the `seq_mean` aggregations divide by: `counted`, the responses with a counted token; `full_mini_batch`, mini_batch_prompts ×
-    responses_per_prompt whatever was filtered."""
+    """Divisor of the `seq_mean` aggregations: `counted`, the responses with a counted token; `full_mini_batch`, mini_batch_prompts ×
+    responses_per_prompt, whatever was filtered."""
     advantage: str = "grpo"
     """`grpo`: (R − mean) / (std + 1e-6) over the group; `rloo`: R − mean of the group's others; `reinforce_plus_plus`: R, whitened over
     all counted tokens of the step."""
     advantage_std: bool = True
-    """`grpo`: divide by the standard deviation; false is Dr.GRPO's."""
+    """`grpo`: divide by the standard deviation; false is Dr.GRPO."""
     subtract_group_mean: bool = False
-    """`reinforce_plus_plus`: take the group's mean from R before whitening."""
+    """`reinforce_plus_plus`: subtract the group's mean from R before whitening."""
     kl_coef: float = 0.001
-    """β of the KL estimate against the frozen reference; 0 builds no reference. `archer`: of low-entropy tokens."""
+    """β, the weight of the KL estimate against the frozen reference policy; 0 builds no reference. `archer`: for low-entropy tokens."""
     high_entropy_kl_coef: float = 0.0
-    """`archer`: β of the other tokens."""
+    """`archer`: β of high-entropy tokens."""
     kl_estimator: str = "k3"
-    """`k1 | k2 | k3`, per token; in the loss k2 or k3."""
+    """Per-token KL estimate; in the loss k2 or k3."""
     kl_in: str = "loss"
-    """`loss`, or `reward`: β × the sum over the response, under the policy at the start of the phase, is taken from its reward."""
+    """`loss` adds β · KL to each token's loss; `reward` subtracts β times the response's summed KL, under the policy at the start of
+    the phase, from its reward."""
     kl_value_clamp: float = 0.0
-    """Bound of the estimate's absolute value, which also stops its gradient beyond; 0 is none."""
+    """Upper bound of the estimate's absolute value; beyond it the gradient is 0 too. 0 means no bound."""
     entropy_coef: float = 0.0
-    """Bonus on mean entropy."""
+    """Weight of the entropy bonus."""
     old_logprobs: str = "recompute"
-    """π_old: `recompute`, the trainer's policy at the start of the phase; `rollout`, the engine's, of the version that sampled each."""
+    """Source of log π_old: `recompute`, the trainer's policy at the start of the phase; `rollout`, what the engine reported while
+    sampling."""
     rollout_correction: str = "none"
-    """For engine–trainer mismatch u = π_old / μ: `tis` multiplies the policy term by min(u, C); `mask` drops it outside [1/C, C]."""
+    """Correction of the engine–trainer mismatch u = π_old / μ: `tis` multiplies the policy term by min(u, C); `mask` drops it outside
+    [1/C, C]."""
     rollout_correction_cap: float = 2.0
     """C of the rollout correction."""
     epochs: int = 3
-    """Passes over the step's samples."""
+    """Training passes over a step's samples."""
     mini_batch_prompts: int = 16
-    """Groups of one optimizer step."""
+    """Prompts (groups) per optimizer step."""
     batch_order: str = "shuffled"
-    """`shuffled`: an order of its own for each epoch; `data_index`: by place in the data set, cut to a multiple of the training ranks."""
+    """`shuffled`: a new order for each epoch. `data_index`: by position in the data set, truncated to a multiple of the training ranks."""
     group_filter: str = "drop"
     """Where advantages compare within the group, groups whose shaped rewards are all equal carry no gradient: `none` keeps them, `drop`
     leaves them out, `resample` draws other prompts for them; `drop_zero_or_one` leaves out only those that are all 0 or all 1."""
     resample_rounds: int = 3
-    """`resample`: most extra generations in a step."""
+    """`resample`: upper bound on extra generations in a step."""
     overlong_buffer_tokens: int = 0
-    """The last tokens before rollout.max_response_tokens over which the length penalty grows from 0 to overlong_factor; 0 is no penalty."""
+    """Length penalty: over this many tokens before rollout.max_response_tokens it grows from 0 to overlong_factor; 0 means no penalty."""
     overlong_factor: float = 1.0
-    """Largest length penalty, taken from the reward."""
+    """Largest length penalty, subtracted from the reward."""
     overlong_filter: bool = False
-    """Responses that were cut off count in no loss; their rewards still count in the group's statistics."""
+    """Truncated responses count in no loss; their rewards still count in the group's statistics."""
 
     @property
     def has_kl(self) -> bool:

@@ -16,51 +16,57 @@ CHOICES = {
 @dataclass(frozen=True)
 class TrainerOptions:
     tensor_parallel: int = 1
+    """Ranks that share each matrix."""
     pipeline_parallel: int = 1
+    """Stages that share the layers."""
     data_parallel: int = 1
+    """Replicas that share the samples."""
     sequence_parallel: bool = False
-    """Spread the tokens between the tensor-parallel blocks over the tensor-parallel ranks; models with experts need it there."""
+    """Shard the tokens between the tensor-parallel blocks over the tensor-parallel ranks; models with experts require it when
+    tensor_parallel is above 1."""
     virtual_pipeline: int = 1
-    """Model chunks of each pipeline stage: the interleaved schedule, with less idle time."""
+    """Model chunks per pipeline stage; above 1 the schedule is interleaved, which shortens the pipeline's idle time."""
     context_parallel: int = 1
-    """Ranks over which the tokens of each sequence are spread."""
+    """Ranks that share the tokens of each sequence. Needs the local layer spec."""
     expert_parallel: int = 1
-    """Ranks over which the experts of a layer are spread, out of those of a pipeline stage."""
+    """Ranks of a pipeline stage that share the experts of a layer."""
     expert_tensor_parallel: int = 0
-    """Ways in which each expert is cut; 0: as tensor_parallel."""
+    """Ranks that share each expert's matrices; 0 means tensor_parallel."""
     dtype: str = "bfloat16"
-    """`float32 | bfloat16`: parameters and activations; with bfloat16 the optimizer keeps float32 main weights."""
+    """Element type of parameters and activations; with bfloat16 the optimizer keeps float32 main weights."""
     gradient_dtype: str = "float32"
-    """`float32 | bfloat16`: in which gradients are added up over micro-batches and data-parallel ranks. bfloat16 halves that memory and
-    traffic, and rounds each partial sum to 8 bits; it needs dtype=bfloat16."""
+    """Element type in which gradients are summed over micro-batches and data-parallel ranks. bfloat16 halves their memory and traffic,
+    and rounds each partial sum to 8 bits; it needs dtype=bfloat16."""
     fp8: str = "none"
-    """`none | e4m3 | hybrid`: format of the factors of matrix products (weights and activations; with hybrid, gradients as e5m2), each
-    tensor scaled by its own largest element. Needs Transformer Engine, a GPU of compute capability 8.9 and dtype=bfloat16, which parameters
-    stay in."""
+    """FP8 format of the factors of matrix products (weights and activations; with hybrid, gradients are e5m2), each tensor scaled by
+    its own largest element. Needs Transformer Engine, a GPU of compute capability 8.9 or higher, and dtype=bfloat16, which parameters
+    keep."""
     layer_spec: str = "auto"
-    """`auto | local | transformer_engine`: auto takes Transformer Engine where CUDA and the package are present."""
+    """Implementation of the layers; `auto` is Transformer Engine where CUDA and the package are present, else `local`."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over the data-parallel and context-parallel ranks."""
     micro_batch_tokens: int = 16384
-    """Most tokens in one packed micro-batch, over all context-parallel ranks and before padding; a longer sample is a micro-batch of its
-    own."""
+    """Upper bound on the tokens of a packed micro-batch, over all context-parallel ranks and before padding; a longer sample is a
+    micro-batch by itself."""
     shared_prompts: bool = False
-    """Compute the tokens of a group's prompt once for all its responses; exact. For short answers it saves most of the work, for long ones
+    """Compute a group's prompt once for all its responses. Exact. It saves most of the work when answers are short; when they are long
     it costs attention over masked pairs. Needs the local layer spec."""
     logprob_chunk_tokens: int = 512
-    """As many logits exist at one time as so many tokens have, in blocks of the vocabulary over all response tokens of a micro-batch."""
+    """Upper bound on the logits that exist at one time, in tokens: at most this many tokens × vocabulary elements. The vocabulary is
+    walked in blocks."""
     recompute: str = "none"
-    """`none | selective | full`: activations that backward computes again instead of keeping them; the gradient is the same. selective:
-    the insides of feed-forward or experts and of core attention; full: whole layers, of which only the input is kept."""
+    """Activations that backward computes again instead of keeping them; the gradient is the same. `selective`: the insides of
+    feed-forward (or experts) and of core attention. `full`: whole layers, of which only the input is kept."""
     offload_optimizer: bool = False
-    """Keep the optimizer state (Adam's moments, and with bfloat16 the float32 main weights) in host memory, and bring it to the device for
-    each optimizer step: it never stands there beside activations. On the CPU, whose memory is the host's, it saves nothing."""
+    """Keep the optimizer state (Adam's moments, and with bfloat16 the float32 main weights) in host memory, and move it to the device
+    for each optimizer step, when there are no activations. On a CPU it saves nothing."""
     offload_reference: bool = False
-    """Keep the weights of the reference policy in host memory, and bring them to the device for its pass."""
+    """Keep the weights of the reference policy in host memory, and move them to the device for its forward pass. Needs kl_coef above 0."""
     threads: int = 0
     """CPU threads of one rank; 0 shares the node's cores evenly among its ranks."""
     timeout_s: float = 600.0
-    """A collective that takes longer ends the run; Megatron counts its own groups' in whole minutes, at least one."""
+    """Seconds after which a collective or a weight transfer fails and ends the run. Megatron rounds its own groups' timeout to whole
+    minutes, at least one."""
 
     def __post_init__(self):
         """Raises UserError for a word that is none of an option's, and for element types that do not go together."""
@@ -79,15 +85,20 @@ class TrainerOptions:
 @dataclass(frozen=True)
 class OptimizerOptions:
     lr: float = 1e-6
+    """Learning rate of AdamW after warm-up; constant."""
     warmup_steps: int = 10
     """Rollout steps of linear warm-up, from lr / warmup_steps."""
     warmup_from_zero: bool = False
-    """Start the warm-up at 0 instead: the first step changes nothing."""
+    """Start the warm-up at 0 instead: the first step then changes nothing."""
     weight_decay: float = 0.1
+    """Decoupled weight decay of AdamW."""
     decay_one_dimensional: bool = False
     """Apply the weight decay to biases and norms too."""
     beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.999
+    """Decay of Adam's second moment."""
     eps: float = 1e-8
+    """Added to the denominator of Adam's update."""
     clip_grad: float = 1.0
-    """Global gradient norm; 0 turns clipping off."""
+    """Upper bound of the global gradient norm; 0 turns clipping off."""

@@ -1,0 +1,70 @@
+"""The picture of the README: which files of a run it reads, and what it refuses."""
+
+import json
+
+import pytest
+
+from tests.unit.test_packaging import load_tool
+
+TOOL = load_tool("plot_accuracy")
+ACCURACY = {0: (0.2, 0.04), 2: (0.5, 0.05), 10: (0.9, 0.02)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with three evaluations, one of them set aside by a resumed run, and ten steps."""
+    directory = tmp_path / "run"
+    (directory / "evaluations").mkdir(parents=True)
+    for step, (mean, error) in ACCURACY.items():
+        accuracy = {"mean": mean, "standard_error": error, "prompts": 20, "draws": 16}
+        (directory / "evaluations" / f"step_{step}.json").write_text(json.dumps({"accuracy": accuracy, "answers": []}))
+    (directory / "evaluations" / "step_4.json.superseded").write_text("{}")
+    steps = [{"step": step, "reward/mean": step / 10} for step in range(10)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    return directory
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["plot_accuracy.py", *map(str, arguments)])
+    TOOL.main()
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_numbers_drawn_are_those_of_the_evaluations_and_the_metrics_in_order_of_steps(run, tmp_path, monkeypatch, capsys, ending):
+    out = tmp_path / "figures" / f"x.{ending}"
+    call(monkeypatch, run, "-o", out)
+    drawn = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert drawn["accuracy"] == [[step, *values] for step, values in ACCURACY.items()]
+    assert drawn["reward"] == [[step, step / 10] for step in range(10)]
+    assert out.read_bytes().startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+
+
+def test_no_colour_is_drawn_that_a_light_or_a_dark_page_swallows(run, tmp_path, monkeypatch):
+    """Contrast by WCAG 2: at least 3 to 1, what it asks of lines, with white and with the dark page of code hosts, #0d1117."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colour in (TOOL.TEXT, TOOL.ACCURACY, TOOL.REWARD):
+        for page in ("#ffffff", "#0d1117"):
+            low, high = sorted([luminance(colour), luminance(page)])
+            assert (high + 0.05) / (low + 0.05) >= 3, (colour, page)
+    out = tmp_path / "x.svg"
+    call(monkeypatch, run, "-o", out)
+    assert "#ffffff" not in out.read_text()
+
+
+def test_a_directory_that_is_no_run_and_another_format_are_refused(run, tmp_path, monkeypatch, capsys):
+    for arguments, message in (
+        ((tmp_path, "-o", "x.svg"), "has no evaluations and no metrics.jsonl; name the directory of a run"),
+        ((run, "-o", "x.pdf"), "x.pdf: the ending chooses the format; use .svg or .png"),
+    ):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *arguments)
+        assert message in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, run, "-o", tmp_path / "x.svg")
+    assert "3 evaluations and 0 steps; at least one of each is needed" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""Write docs/options.md, the table of every option, from the options' dataclasses and the docstrings of their fields.
+
+    python tools/make_options_doc.py [--check]
+
+The bounds and the valid words of an option are what the configuration itself refuses: each option is set to a few values that may be wrong,
+and the rule is read off the error message. With --check nothing is written; the exit status is 1 when the page is not current.
+"""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, get_origin
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_aspo.config import Config, check  # noqa: E402
+from megatron_aspo.errors import UserError  # noqa: E402
+
+PAGE = ROOT / "docs" / "options.md"
+HEADER = """# Options
+
+<!-- Written by tools/make_options_doc.py; do not edit. -->
+
+Every option of a recipe, with its type, its default, what it means and the values that are refused. On the command line an option is
+`section.name=value`, such as `optimizer.lr=2e-5`; [recipes.md](recipes.md) explains recipes, overrides and presets. The page is generated
+from the docstrings of the fields by `python tools/make_options_doc.py`, and a test holds it current.
+
+Rules that join several options, such as "`placement=colocated` needs at least as many training ranks as engine devices", are not listed
+here. `megatron-aspo plan RECIPE` checks all of them and starts nothing; every refusal names the rule and the cure.
+"""
+COLUMNS = "| option | type | default | meaning | valid |\n|---|---|---|---|---|\n"
+PROBES: dict[type, tuple] = {int: (-1, 0, 3), float: (-1.0, 0.0, 0.001, 2.0), str: ("?",)}
+"""Values that an option of a type may refuse."""
+
+
+def options() -> Iterator[tuple[str, type, list[tuple[Field, Any]]]]:
+    """Yield (section, its dataclass, [(field, default)]) for the top level, whose section is empty, and for each section in order."""
+    top = Config()
+    yield "", Config, [(field, getattr(top, field.name)) for field in fields(Config) if not is_dataclass(getattr(top, field.name))]
+    for section in fields(Config):
+        if is_dataclass(options := getattr(top, section.name)):
+            yield section.name, type(options), [(field, getattr(options, field.name)) for field in fields(options)]
+
+
+@cache
+def docstrings(kind: type) -> dict[str, str]:
+    """Return the docstring below each field of a dataclass, on one line, by the field's name."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    found = {}
+    for declared, below in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(declared, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            found[declared.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+def refusal(section: str, name: str, value: Any) -> str:
+    """Return what the configuration says of this value alone, empty when it accepts it."""
+    config = Config(model="model", task="jsonl")
+    try:
+        part = replace(getattr(config, section), **{name: value}) if section else None
+        check(replace(config, **({section: part} if section else {name: value})))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def bounds(section: str, field: Field) -> str:
+    """Return the rule that holds for an option by itself, in the words of its refusals; empty when there is none."""
+    key, rules = f"{section}.{field.name}" if section else field.name, []
+    for value in PROBES.get(field.type, ()):
+        said = refusal(section, field.name, value)
+        if not said.startswith(f"{key}={value} "):
+            continue  # the rule of another option, or of several
+        if found := re.search(r" must (?:be )?(.+?)(?:: |; |, the |$)", said):
+            rules.append(found[1].replace("not be negative", "at least 0").replace("greater than", "above"))
+        elif found := re.search(r" is not known; (?:valid: (?P<words>[^;]+)|it is (?P<rule>[^;]+))", said):
+            rules.append(found["rule"] or re.sub(r"\w+", lambda word: f"`{word[0]}`", found["words"]))
+    tightest = [rule for rule in dict.fromkeys(rules) if rule not in ("above 0", "at least 0")]
+    return "; ".join(tightest if any(rule.startswith("at least") for rule in tightest) else dict.fromkeys(rules))
+
+
+def shown(value: Any) -> str:
+    """Return a default as YAML would write it."""
+    if isinstance(value, bool):
+        return "`true`" if value else "`false`"
+    return "empty" if value in ("", {}) else f"`{value}`"
+
+
+def page() -> str:
+    """Return the whole page."""
+    parts = [HEADER]
+    for section, kind, found in options():
+        parts.append(f"\n## {f'`{section}`' if section else 'Top level'}\n\n{COLUMNS}")
+        for field, default in found:
+            key = f"{section}.{field.name}" if section else field.name
+            meaning = docstrings(kind).get(field.name, "").replace("|", "\\|")
+            kind_name = (get_origin(field.type) or field.type).__name__
+            parts.append(f"| `{key}` | {kind_name} | {shown(default)} | {meaning} | {bounds(section, field)} |\n")
+    return "".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 when the page is not current")
+    parsed = parser.parse_args()
+    if not parsed.check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        sys.exit("docs/options.md is not current: run python tools/make_options_doc.py")
+
+
+if __name__ == "__main__":
+    main()
