@@ -46,8 +46,8 @@ def draw(accuracy: list[tuple[int, float, float]], reward: list[tuple[int, float
     axes.plot(*zip(*reward, strict=True), color=REWARD, linewidth=1.2, linestyle="--", label="mean training reward")
     steps, means, errors = zip(*accuracy, strict=True)
     axes.errorbar(steps, means, yerr=errors, color=ACCURACY, linewidth=2, marker="o", markersize=5, capsize=3, label="held-out accuracy")
-    # Above the first point the reward's line begins; below the last one nothing is drawn.
-    for place, offset in ((0, (8, -14)), (-1, (0, -20))):
+    # Below the error bars, where no line is.
+    for place, offset in ((0, (6, -22)), (-1, (0, -22))):
         axes.annotate(
             f"{means[place]:.2f}",
             (steps[place], means[place]),

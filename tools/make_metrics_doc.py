@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Write docs/metrics.md: every name in metrics.jsonl with its unit, its meaning, and when it is present.
+
+    python tools/make_metrics_doc.py [--check]
+
+The names come from the code (metric_names.py), the words from the table below. A name without words stops the tool; words for a name that
+the code does not produce stay unused. With --check nothing is written; the exit status is 1 when the page is not current.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from metric_names import ROOT, metric_names
+
+PAGE = ROOT / "docs" / "metrics.md"
+HEADER = """# Metrics
+
+<!-- Written by tools/make_metrics_doc.py; do not edit. -->
+
+`metrics.jsonl` in the run directory has one flat JSON object per step. A line is on the disk before the next step begins, and every value
+is a finite number. A step that trained on nothing (all groups dropped) has no `train/…` means, no `mismatch/…` and no `packing/…`; a run
+whose `train/updates` stay 0 changes no weight. [troubleshooting.md](troubleshooting.md) says which names to look at for which symptom.
+After a resume, the lines of steps that are done again are moved to `metrics.superseded.jsonl`.
+
+The page is written by `python tools/make_metrics_doc.py`, and a test compares its names with those that the code can produce.
+
+Notation as in [losses.md](losses.md): A is the advantage, w the weight of a token's policy gradient, r the ratio π / π_old. "Positive" and
+"negative" are tokens with A > 0 and A < 0. Means over tokens are over counted response tokens, of all updates of the step.
+"""
+UPDATE = "steps with an update"
+SECTIONS = {
+    "": ("The step", "One line per step."),
+    "reward": ("Rewards", "Of every response of the step, before any group is filtered."),
+    "response": ("Responses", "Of every response of the step, before any group is filtered."),
+    "groups": ("Groups", "A group is all responses to one prompt."),
+    "train": ("Training", "From the training ranks."),
+    "mismatch": (
+        "Engine against trainer",
+        "The difference between the log-probabilities that the trainer computes and those that the engine reported, for the same tokens and "
+        "the same weights: rounding, unless something is wrong.",
+    ),
+    "packing": ("Packing", "How full and how even the packed micro-batches were."),
+    "staleness": ("Staleness", "How old the weights were that sampled the responses."),
+    "tokens": ("Tokens", "Counts and speeds."),
+    "weights": ("Weight sync", "See [weight_sync.md](weight_sync.md)."),
+    "seconds": ("Seconds", "Wall time of the phases of the step."),
+    "evaluation": ("Evaluation", "On the held-out prompts; see [recipes.md](recipes.md#evaluation)."),
+}
+SIGN = {"positive": "A > 0", "negative": "A < 0"}
+ALWAYS = "always"
+WORDS = {
+    "step": ("number", "Number of the step, from 0.", ALWAYS),
+    "reward/mean": ("reward", "Mean reward.", ALWAYS),
+    "reward/max": ("reward", "Largest reward.", ALWAYS),
+    "reward/min": ("reward", "Smallest reward.", ALWAYS),
+    "reward/shaped_mean": ("reward", "Mean reward after the length penalty (`algorithm.overlong_buffer_tokens`).", ALWAYS),
+    "reward/timeouts": ("responses", "Responses whose reward took longer than `data.reward_timeout_s`.", ALWAYS),
+    "reward/crashes": ("responses", "Responses whose reward ended its worker process.", ALWAYS),
+    "response/length_mean": ("tokens", "Mean length of a response.", ALWAYS),
+    "response/length_max": ("tokens", "Length of the longest response.", ALWAYS),
+    "response/cut_off_share": ("share", "Responses that were truncated at `rollout.max_response_tokens`.", ALWAYS),
+    "response/repetition_share": ("share", "Mean share of a response's 20-grams of lower-cased words that occur more than once.", ALWAYS),
+    "response/repetition_top_count": ("count", "Occurrences of the most frequent 20-gram in any one response.", ALWAYS),
+    "groups/total": ("groups", "Groups that were generated, replacements included.", ALWAYS),
+    "groups/solved_by_all": ("groups", "Groups in which every reward is above 0.", ALWAYS),
+    "groups/solved_by_none": ("groups", "Groups in which no reward is above 0.", ALWAYS),
+    "groups/dropped": ("groups", "Groups that `algorithm.group_filter` left out of training.", ALWAYS),
+    "groups/resampled": ("groups", "Groups generated to replace others (`group_filter: resample`).", ALWAYS),
+    "groups/missing": ("groups", "Groups still missing when `algorithm.resample_rounds` was reached.", ALWAYS),
+    "train/entropy": ("nats", "Mean entropy of the policy at the response tokens.", UPDATE),
+    "train/rollout_correction/weight": ("factor", "Mean factor that the rollout correction applied; 1 without one.", UPDATE),
+    "train/rollout_correction/share": ("share", "Tokens that the rollout correction bounded (`tis`) or dropped (`mask`).", UPDATE),
+    "train/kl": ("nats", "Mean KL estimate against the reference policy.", f"{UPDATE}; `algorithm.kl_coef` above 0"),
+    "train/kl_penalty": ("reward", "Mean KL penalty subtracted from a response's reward.", "`algorithm.kl_in: reward`"),
+    "train/weight_distance": ("factor", "Mean of \\|w − 1\\| over tokens with A ≠ 0: how far the updates were from on-policy.", UPDATE),
+    "train/loss": ("loss", "Mini-batch loss, mean over the updates.", UPDATE),
+    "train/policy_loss": ("loss", "The policy term of the loss, rollout correction included, mean over the updates.", UPDATE),
+    "train/updates": ("updates", "Optimizer steps taken, skipped ones included.", ALWAYS),
+    "train/skipped_updates": ("updates", "Optimizer steps that Megatron did not apply.", ALWAYS),
+    "train/learning_rate": ("rate", "Learning rate of the step.", ALWAYS),
+    "train/gradient_norm": ("norm", "Mean global gradient norm before clipping.", UPDATE),
+    "train/gradient_norm_max": ("norm", "Largest global gradient norm before clipping.", UPDATE),
+    "mismatch/mean": ("nats", "Mean of the absolute difference.", "steps with a trained response"),
+    "mismatch/max": ("nats", "Largest absolute difference.", "steps with a trained response"),
+    "mismatch/k3": ("nats", "Mean of exp(d) − 1 − d, d the difference: an estimate of the KL divergence.", "steps with a trained response"),
+    "packing/fill": ("share", "Tokens read over the room for them; above 1 only with samples over `trainer.micro_batch_tokens`.", UPDATE),
+    "packing/imbalance": ("factor", "Work of the fullest data-parallel rank over the mean; the step takes this factor longer.", UPDATE),
+    "packing/lockstep_imbalance": ("factor", "The same if ranks waited for each other at every micro-batch, as with experts.", UPDATE),
+    "staleness/mean": (
+        "versions",
+        "Mean over response tokens of the age of the weights that sampled them; 0 in synchronous training.",
+        ALWAYS,
+    ),
+    "tokens/generated": ("tokens", "Response tokens generated.", ALWAYS),
+    "tokens/trained": ("tokens", "Tokens trained on in all passes; a prompt counts once for each of its responses.", ALWAYS),
+    "tokens/generated_per_s": ("tokens/s", "`tokens/generated` over `seconds/generate`.", ALWAYS),
+    "tokens/trained_per_s": ("tokens/s", "`tokens/trained` over `seconds/update`.", ALWAYS),
+    "weights/bytes_sent": ("bytes", "Weight bytes that the training ranks sent to the engines; 0 when no update was made.", ALWAYS),
+    "seconds/generate": ("s", "Generation.", ALWAYS),
+    "seconds/reward": ("s", "Scoring.", ALWAYS),
+    "seconds/logprobs": ("s", "Old and reference log-probabilities, and advantages.", ALWAYS),
+    "seconds/update": ("s", "Forward, backward and optimizer steps of all mini-batches.", ALWAYS),
+    "seconds/publish": ("s", "Weight sync, with `placement: colocated` the moves of memory too.", ALWAYS),
+    "seconds/step": ("s", "The whole step, without evaluation and checkpoint.", ALWAYS),
+    "evaluation/accuracy": (
+        "reward",
+        "Mean reward over all draws of all held-out prompts.",
+        "every `evaluation.every` steps, not the last",
+    ),
+    "evaluation/standard_error": ("reward", "Standard error of that mean, over prompts.", "every `evaluation.every` steps, not the last"),
+}
+"""Name → (unit, meaning, when it is present). Names that end in a sign are below."""
+BY_SIGN = {
+    "train/weight": ("factor", "Mean w of tokens with {}; where the gradient is cut, w counts as the bound."),
+    "train/weight_distance": ("factor", "Mean of \\|w − 1\\| of tokens with {}."),
+    "train/ratio": ("factor", "Mean r of tokens with {}."),
+    "train/hard_mask_share": ("share", "Tokens with {} whose gradient the policy loss sets to 0."),
+    "train/soft_cap_share": ("share", "Tokens with {} whose weight the dual clip bounds."),
+}
+
+
+def words(name: str) -> tuple[str, str, str]:
+    """Return unit, meaning and presence of a name. Raises LookupError when nobody has described it."""
+    stem, _, sign = name.rpartition("/")
+    if sign in SIGN and stem in BY_SIGN:
+        unit, meaning = BY_SIGN[stem]
+        return unit, meaning.format(SIGN[sign]), f"{UPDATE} and tokens with {SIGN[sign]}"
+    if name not in WORDS:
+        raise LookupError(f"the metric {name} has no words: describe it in WORDS of tools/make_metrics_doc.py")
+    return WORDS[name]
+
+
+def page() -> str:
+    """Return the whole page."""
+    names, parts = metric_names(), [HEADER]
+    for prefix, (title, text) in SECTIONS.items():
+        chosen = [name for name in names if name.partition("/")[0] == (prefix or name)]
+        rows = [f"| `{name}` | {' | '.join(words(name))} |\n" for name in chosen]
+        parts.append(f"\n## {title}\n\n{text}\n\n| name | unit | meaning | present |\n|---|---|---|---|\n{''.join(rows)}")
+    if unplaced := [name for name in names if name.partition("/")[0] not in {*SECTIONS, "step"}]:
+        raise LookupError(f"no section of docs/metrics.md takes {unplaced}: add one to SECTIONS of tools/make_metrics_doc.py")
+    return "".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 when the page is not current")
+    parsed = parser.parse_args()
+    if not parsed.check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        sys.exit("docs/metrics.md is not current: run python tools/make_metrics_doc.py")
+
+
+if __name__ == "__main__":
+    main()
