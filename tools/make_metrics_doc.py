@@ -39,8 +39,9 @@ SECTIONS = {
     "train": ("Training", "From the training ranks."),
     "mismatch": (
         "Engine against trainer",
-        "The difference between the log-probabilities that the trainer computes and those that the engine reported, for the same tokens and "
-        "the same weights: rounding, unless something is wrong.",
+        "How far the log-probabilities of the trainer and of the engine differ for the same tokens and weights. It is rounding "
+        "unless something is wrong. In the whole-run tests, in float32, it stays below 1e-4; in a bfloat16 quickstart its mean was 0.005 "
+        "to 0.041 per step and its maximum 0.20 to 0.75.",
     ),
     "packing": ("Packing", "How full and how even the packed micro-batches were."),
     "staleness": ("Staleness", "How old the weights were that sampled the responses."),

@@ -5,8 +5,8 @@
 
 The tool reads `evaluations/step_N.json` (accuracy with its standard error) and `metrics.jsonl` (mean reward) of a run directory. The
 background is transparent and every colour has a contrast of about 4 to 1 with white and with black, so that the picture can be read on a
-light page and on a dark one. The ending of the output file, .svg or .png, chooses the format. The last line printed is one JSON object
-with the numbers drawn.
+light page and on a dark one. The ending of the output file, .svg or .png, chooses the format. The numbers drawn are written beside the
+picture, as JSON of the same name, and printed as the last line.
 """
 
 import argparse
@@ -86,7 +86,9 @@ def main() -> None:
     if not accuracy or not reward:
         parser.error(f"{parsed.run} has {len(accuracy)} evaluations and {len(reward)} steps; at least one of each is needed")
     draw(accuracy, reward, parsed.out)
-    print(json.dumps({"accuracy": accuracy, "reward": reward}))
+    numbers = json.dumps({"accuracy": accuracy, "reward": reward})
+    parsed.out.with_suffix(".json").write_text(numbers + "\n")
+    print(numbers)
 
 
 if __name__ == "__main__":

@@ -62,13 +62,16 @@ def test_sapo_passes_every_check(monkeypatch, capsys, given):
     assert last["passed"] and all(last["checks"].values()) and len(last["options"]) == len(given)
 
 
-def test_the_readme_shows_the_example_and_what_check_loss_says_of_it(monkeypatch, capsys):
+def test_the_manual_shows_what_check_loss_says_of_the_example(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    section = (ROOT / "README.md").read_text().split("## Your own loss")[1].split("\n## ")[0]
     check_loss(NAME)
     printed = capsys.readouterr().out.splitlines()
-    shown = section.split(f"$ megatron-aspo check-loss {NAME}\n")[1].split("```")[0].splitlines()
+    shown = (ROOT / "docs" / "losses.md").read_text().split(f"megatron-aspo check-loss {NAME}\n")[1].split("```")[2].splitlines()[1:]
     assert shown[:-1] == printed[:-1] and printed[-1].startswith(shown[-1].split("…")[0])
+
+
+def test_the_readme_quotes_the_example():
+    section = (ROOT / "README.md").read_text().split("## Your own loss")[1].split("\n## ")[0]
     code = [line.partition("  #")[0].rstrip() for line in (ROOT / "examples/losses/sapo.py").read_text().splitlines()]
     quoted = section.split("```python\n")[1].split("```")[0].splitlines()
     assert set(quoted) <= set(code)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from tests.unit.test_packaging import load_tool
+from tests.unit.test_packaging import ROOT, load_tool
 
 TOOL = load_tool("plot_accuracy")
+COMMITTED = ROOT / "docs" / "figures" / "quickstart.svg"
 ACCURACY = {0: (0.2, 0.04), 2: (0.5, 0.05), 10: (0.9, 0.02)}
 
 
@@ -36,7 +37,14 @@ def test_the_numbers_drawn_are_those_of_the_evaluations_and_the_metrics_in_order
     drawn = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert drawn["accuracy"] == [[step, *values] for step, values in ACCURACY.items()]
     assert drawn["reward"] == [[step, step / 10] for step in range(10)]
+    assert json.loads(out.with_suffix(".json").read_text()) == drawn
     assert out.read_bytes().startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+
+
+def test_the_picture_of_the_readme_is_drawn_from_the_committed_numbers(tmp_path):
+    numbers = json.loads(COMMITTED.with_suffix(".json").read_text())
+    TOOL.draw(numbers["accuracy"], numbers["reward"], tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == COMMITTED.read_bytes()
 
 
 def test_no_colour_is_drawn_that_a_light_or_a_dark_page_swallows(run, tmp_path, monkeypatch):
