@@ -32,7 +32,7 @@ HEADER = """# Options
 
 Every option of a recipe, with its type, its default, what it means and the values that are refused. On the command line an option is
 `section.name=value`, such as `optimizer.lr=2e-5`; [recipes.md](recipes.md) explains recipes, overrides and presets. The page is generated
-from the docstrings of the fields by `python tools/make_options_doc.py`, and a test holds it current.
+from the docstrings of the fields by `python tools/make_options_doc.py`, and a test checks that it is current.
 
 Rules that join several options, such as "`placement=colocated` needs at least as many training ranks as engine devices", are not listed
 here. `megatron-aspo plan RECIPE` checks all of them and starts nothing; every refusal names the rule and the cure.
