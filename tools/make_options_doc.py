@@ -35,7 +35,7 @@ Every option of a recipe, with its type, its default, what it means and the valu
 from the docstrings of the fields by `python tools/make_options_doc.py`, and a test checks that it is current.
 
 Rules that join several options, such as "`placement=colocated` needs at least as many training ranks as engine devices", are not listed
-here. `megatron-aspo plan RECIPE` checks all of them and starts nothing; every refusal names the rule and the cure.
+here. `megatron-aspo plan RECIPE` checks them and starts nothing; every refusal names the rule and the cure.
 """
 COLUMNS = "| option | type | default | meaning | valid |\n|---|---|---|---|---|\n"
 PROBES: dict[type, tuple] = {int: (-1, 0, 3), float: (-1.0, 0.0, 0.001, 2.0), str: ("?",)}
