@@ -139,9 +139,10 @@ def _guarded(command, parsed: argparse.Namespace) -> int:
         return command(parsed) or 0
     except BaseException as error:
         # Ray turns an interrupt in the middle of a call into other exceptions: whatever ends the run after a signal, the signal did.
-        if received:
-            print(f"megatron-aspo: {'interrupted' if received[0] == signal.SIGINT else 'terminated'}", file=sys.stderr)
-            return 128 + received[0]
+        if received or isinstance(error, KeyboardInterrupt):  # a user's code may raise it without a signal
+            number = received[0] if received else signal.SIGINT
+            print(f"megatron-aspo: {'interrupted' if number == signal.SIGINT else 'terminated'}", file=sys.stderr)
+            return 128 + number
         if isinstance(error, UserError):
             print(f"megatron-aspo: error: {error}", file=sys.stderr)
             return 2

@@ -179,7 +179,7 @@ def check(config: Config, implied: Values | None = None) -> None:
         _require(value in choices, f"{key}={value} is not known; {nearest(value, choices)}")
     for section, names in (
         (config, ("steps", "transfer_bucket_mib")),
-        (config.data, ("reward_workers", "max_prompt_tokens", "held_out_prompts")),
+        (config.data, ("reward_workers", "reward_timeout_s", "max_prompt_tokens", "held_out_prompts")),
         (
             config.trainer,
             (

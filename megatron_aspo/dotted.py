@@ -1,4 +1,4 @@
-"""Functions of the user's own, named in a configuration as `package.module:function`."""
+"""Custom functions, named in a configuration as `package.module:function`."""
 
 import importlib
 import inspect
@@ -9,9 +9,13 @@ from typing import Any
 
 from megatron_aspo.errors import UserError
 
+_MISSING = object()
+_LONGEST_MESSAGE = 600
+"""Characters of an exception that are shown."""
+
 
 def load_function(path: str, key: str) -> Callable:
-    """The plain function at `path`; modules in the working directory are found too. `key` names the setting in messages.
+    """Return the plain function at `path`; modules in the working directory are found too. `key` names the setting in messages.
 
     Raises UserError if it cannot be imported or is not a plain function.
     """
@@ -23,11 +27,12 @@ def load_function(path: str, key: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the module's own code may raise anything
+        function = getattr(module, function_name, _MISSING)
+    except BaseException as error:  # the module's own code may raise anything, and may call sys.exit()
         raise UserError(f"{key}={path}: importing {module_name} raised {one_line(error)}; correct the path or the module") from error
-    if not hasattr(module, function_name):
-        raise UserError(f"{key}={path}: {module_name} ({module.__file__}) has no {function_name}; correct the name")
-    function = getattr(module, function_name)
+    if function is _MISSING:
+        file = getattr(module, "__file__", None) or "no file"
+        raise UserError(f"{key}={path}: {module_name} ({file}) has no {function_name}; correct the name")
     if not callable(function):
         raise UserError(f"{key}={path} is a {type(function).__name__}, expected a function")
     if inspect.iscoroutinefunction(function):
@@ -43,6 +48,11 @@ def check_call(function: Callable, path: str, key: str, signature: str, /, *argu
         raise UserError(f"{key}={path} cannot be called as {signature} ({error}); change its parameters") from error
 
 
-def one_line(error: Exception) -> str:
-    """Type and text of an exception on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def one_line(error: BaseException) -> str:
+    """Type and text of an exception on one line, truncated; never raises, whatever its `__str__` does."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except BaseException as other:
+        text = f"its text cannot be shown ({type(other).__name__})"
+    return " ".join((f"{name}: {text}" if text else name).split())[:_LONGEST_MESSAGE]

@@ -119,7 +119,9 @@ def telling(given: str, cure: str = "Correct the function.") -> Iterator[None]:
     """Whatever the loss raises becomes Broken, with the line of the user's that raised it."""
     try:
         yield
-    except Exception as error:  # the user's own code may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own code may raise anything, SystemExit too
         frames = traceback.extract_tb(error.__traceback__)
         if frames[-1].filename == custom.__file__:  # says itself what is wrong with the result
             raise Broken(f"given {given}, {error}", "Return the loss of every token; it is the trainer that takes the mean.") from error

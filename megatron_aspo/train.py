@@ -7,6 +7,7 @@ sampled from the weights that training starts from. Not here: critics, reward mo
 
 import json
 import time
+from functools import partial
 
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.batch import make_train_batch
@@ -56,10 +57,10 @@ def train_step(run: Run, step: int) -> dict:
     """One pass through the loop; returns the step's figures."""
     started = time.perf_counter()
     algorithm = run.config.algorithm
-    run.progress.phase(step, "generating")
+    phase = partial(run.progress.phase, step)
     sampled_from = run.publisher.version
     first = run.rollouts.drawn
-    collected = run.rollouts.collect(step)
+    collected = run.rollouts.collect(step, phase)
     run.ledger.append("drawn", step=step, first=first, count=len(collected.groups))
     if collected.missing:
         run.progress.say(
@@ -68,12 +69,12 @@ def train_step(run: Run, step: int) -> dict:
         )
     write_rollouts(run.directory / "rollouts" / f"step_{step}.parquet", collected.groups)
     batch = make_train_batch(collected.kept, algorithm.batch_order, run.trainers.world, overlong_filter=algorithm.overlong_filter)
-    run.progress.phase(step, "training")
+    phase("training")
     run.placement.to_training()
     report = run.trainers.update(batch, step)
     used = [first + place for place, group in enumerate(collected.groups) if any(group is kept for kept in collected.kept)]
     run.ledger.append("trained", step=step, first=first, count=len(collected.groups), used=used, sampled_from=sampled_from)
-    run.progress.phase(step, "publishing weights")
+    phase("publishing weights")
     publishing = time.perf_counter()
     # With nothing left to train on there was no update, and the weights are those that the engines had.
     changed = bool(report.gradient_norms)
@@ -92,7 +93,7 @@ def train_step(run: Run, step: int) -> dict:
         "tokens/generated_per_s": collected.tokens / seconds["generate"],
         "tokens/trained_per_s": report.tokens / seconds["update"],
         "weights/bytes_sent": sent,
-        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        **{f"seconds/{name}": value for name, value in seconds.items()},
     }
 
 
@@ -102,8 +103,8 @@ def evaluate(run: Run, done: int) -> Evaluation | None:
     if not options.draws:
         return None
     when = "before training" if not done else "after training" if done == run.config.steps else f"after step {done}"
-    with run.progress.waiting(f"evaluation {when}"):
-        result = evaluation(run.rollouts.evaluate(options.draws, options.temperature).groups)
+    with run.progress.waiting(f"evaluation {when}") as phase:
+        result = evaluation(run.rollouts.evaluate(options.draws, options.temperature, phase).groups)
     result.write(run.evaluation_path(done))
     accuracy = result.accuracy
     run.progress.say(f"held-out accuracy {when}: {accuracy} ({accuracy.prompts} prompts × {accuracy.draws} draws)")

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.data.tasks import build_task
+from megatron_aspo.data.tasks import build_reward, build_task
 
 
 def say(**values) -> None:
@@ -30,8 +30,8 @@ def say(**values) -> None:
 class Clock(TrainerCallback):
     """Says how training goes, and stands still while the held-out prompts are asked."""
 
-    def __init__(self, task, tokenizer, draws: int, temperature: float, max_tokens: int):
-        self.task, self.tokenizer = task, tokenizer
+    def __init__(self, task, score, tokenizer, draws: int, temperature: float, max_tokens: int):
+        self.task, self.score, self.tokenizer = task, score, tokenizer
         self.sampling = {
             "do_sample": True,
             "temperature": temperature,
@@ -64,7 +64,7 @@ class Clock(TrainerCallback):
             with torch.autocast("cpu", torch.bfloat16, enabled=self.trainer.args.bf16):
                 rows = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **self.sampling)
             texts = self.tokenizer.batch_decode(rows[:, ids.shape[1] :], skip_special_tokens=True)
-            rewards += [self.task.reward(prompt, text).score for text in texts]
+            rewards += [self.score(prompt, text).score for text in texts]
         model.train()
         return sum(rewards) / len(rewards)
 
@@ -75,15 +75,16 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     options = DataOptions(**settings["data"])
     task = build_task(settings["task"], options, PromptEncoder(tokenizer, len(tokenizer), options), settings["seed"])
+    score = build_reward(settings["task"], options)
     prompts, group = settings["prompts"], settings["responses"]
     count = prompts * settings["steps"]
     rows = [{"prompt": [{"role": "user", "content": task.prompt(i).text}], "index": i} for i in range(count)]
-    clock = Clock(task, tokenizer, settings["draws"], settings["temperature"], settings["max_tokens"])
+    clock = Clock(task, score, tokenizer, settings["draws"], settings["temperature"], settings["max_tokens"])
 
     def reward(completions, index, completion_ids, **kwargs) -> list[float]:
         clock.tokens += sum(map(len, completion_ids))
         texts = [completion[0]["content"] for completion in completions]
-        return [task.reward(task.prompt(i), text).score for i, text in zip(index, texts, strict=True)]
+        return [score(task.prompt(i), text).score for i, text in zip(index, texts, strict=True)]
 
     config = GRPOConfig(
         output_dir=settings["output"],

@@ -23,7 +23,7 @@ from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.result import Reward, RewardResult
+from megatron_aspo.rewards.result import Reward
 from megatron_aspo.rewards.user import load_reward
 
 ROLES = ("system", "user", "assistant")
@@ -42,14 +42,14 @@ _OTHER_FORMATS = {
 
 
 class JsonlTask:
-    """Epochs over the shuffled rows of `data.path`, held-out prompts in the order of `data.eval_path`, and the user's reward."""
+    """Epochs over the shuffled rows of `data.path`, held-out prompts in the order of `data.eval_path`, and the reward `data.reward`."""
 
     name = "jsonl"
 
     def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
         if not options.path:
             raise UserError("task=jsonl needs data.path, the JSONL file of training prompts; set it")
-        self._reward = self.build_reward(options)
+        _require_reward(options)
         self._seed = seed
         self._training = read_prompts(Path(options.path), "train", encoder, options.max_prompt_tokens)
         self._held_out = read_prompts(Path(options.eval_path), "eval", encoder, options.max_prompt_tokens) if options.eval_path else None
@@ -58,8 +58,7 @@ class JsonlTask:
     @classmethod
     def build_reward(cls, options: DataOptions) -> Reward:
         """Raises UserError if `data.reward` is missing or cannot be loaded."""
-        if not options.reward:
-            raise UserError("task=jsonl needs data.reward, the function that scores a response, as package.module:function; set it")
+        _require_reward(options)
         return load_reward(options.reward)
 
     def prompt(self, index: int) -> Prompt:
@@ -71,8 +70,10 @@ class JsonlTask:
             raise UserError("task=jsonl needs data.eval_path, a JSONL file of held-out prompts, to evaluate; set it, or evaluation.draws=0")
         return list(self._held_out)
 
-    def reward(self, prompt: Prompt, response: str) -> RewardResult:
-        return self._reward(prompt, response)
+
+def _require_reward(options: DataOptions) -> None:
+    if not options.reward:
+        raise UserError("task=jsonl needs data.reward, the function that scores a response, as package.module:function; set it")
 
 
 def read_prompts(path: Path, split: str, encoder: PromptEncoder, max_prompt_tokens: int) -> list[Prompt]:

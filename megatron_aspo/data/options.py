@@ -14,6 +14,10 @@ class DataOptions:
     """`package.module:function` that scores a response; needed by `task: jsonl`."""
     reward_workers: int = 1
     """Processes that score responses."""
+    reward_timeout_s: float = 60.0
+    """Longest time to score one response, in seconds. A reward that takes longer is killed and the response gets `reward_failure_score`."""
+    reward_failure_score: float = 0.0
+    """Reward of a response on which the reward timed out, or crashed its process twice."""
     chat_template: str = ""
     """Path of a Jinja chat template that takes the place of the tokenizer's, in the exported model too."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

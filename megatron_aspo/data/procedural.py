@@ -21,7 +21,7 @@ class ProceduralTask:
     def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
         self._encoder = encoder
         self._max_prompt_tokens = options.max_prompt_tokens
-        self._reward = self.build_reward(options)
+        self.build_reward(options)  # refuses options that these tasks have no use for
         self._seed = seed
 
     @classmethod
@@ -33,9 +33,6 @@ class ProceduralTask:
                     f"data.{option}={value} has no use in task={cls.name}, which makes its prompts; remove it, or set task=jsonl"
                 )
         return _score_last_number
-
-    def reward(self, prompt: Prompt, response: str) -> RewardResult:
-        return self._reward(prompt, response)
 
     def _make_prompt(self, key: str, place: int, question: str, answer: int) -> Prompt:
         text = f"{question} Answer with only the number."

@@ -61,6 +61,8 @@ class Sample:
     shaped_reward: float
     """With the length penalty: what training sees."""
     reward_details: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+    """`timeout` or `crash` where the reward gave no score; else empty."""
 
 
 @dataclass(frozen=True)

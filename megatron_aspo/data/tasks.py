@@ -1,6 +1,6 @@
 """Tasks by name: where prompts come from and how responses to them are scored.
 
-To add a task: write a class with the methods of `Task` and the two constructors used below, and put it into `TASKS`.
+To add a task: write a class with the methods of `Task`, the constructor and the `build_reward` used below, and put it into `TASKS`.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.procedural import LargestOfThree, SingleDigitAddition
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.result import Reward, RewardResult
+from megatron_aspo.rewards.result import Reward
 
 
 class Task(Protocol):
@@ -23,9 +23,6 @@ class Task(Protocol):
 
     def held_out(self) -> list[Prompt]:
         """The prompts of an evaluation, none of which is a training prompt; always the same for the same options and seed."""
-
-    def reward(self, prompt: Prompt, response: str) -> RewardResult:
-        """The score of `response`, decoded without special tokens. User code runs here: see `rewards/worker.py` for where to call it."""
 
 
 TASKS = {task.name: task for task in (SingleDigitAddition, LargestOfThree, JsonlTask)}
@@ -39,7 +36,10 @@ def build_task(name: str, options: DataOptions, encoder: PromptEncoder, seed: in
 
 
 def build_reward(name: str, options: DataOptions) -> Reward:
-    """The task's reward alone: needs no tokenizer and reads no data. Raises UserError as `build_task` does."""
+    """Load the task's reward, which needs no tokenizer and no data. Raises UserError if it cannot be loaded.
+
+    A custom reward's code runs from here on: only `rewards/child.py` calls this in a run, in a process that may hang or crash.
+    """
     return _find(name).build_reward(options)
 
 

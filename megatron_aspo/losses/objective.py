@@ -83,7 +83,7 @@ def _policy_term(policy_tokens: PolicyTokens, tokens: ObjectiveTokens) -> Policy
         if policy_tokens.logprobs.requires_grad and not term.loss.requires_grad and policy_tokens.advantages.any():
             raise ValueError("the loss carries no gradient")
         _check_finite(tokens, {"loss": term.loss})
-    except Exception as error:  # the user's own code may raise anything
+    except BaseException as error:  # the user's own code may raise anything, SystemExit too
         raise UserError(
             f"algorithm.policy_loss={options.policy_loss}: {one_line(error)}; correct it, and try it with megatron-aspo check-loss"
         ) from error

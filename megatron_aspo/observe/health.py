@@ -21,6 +21,8 @@ def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
         "reward/max": float(rewards.max()),
         "reward/shaped_mean": float(np.mean([sample.shaped_reward for sample in samples])),
         "reward/min": float(rewards.min()),
+        "reward/timeouts": sum(sample.failure == "timeout" for sample in samples),
+        "reward/crashes": sum(sample.failure == "crash" for sample in samples),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": int(lengths.max()),
         "response/cut_off_share": float(np.mean([sample.generation.finish_reason == "length" for sample in samples])),

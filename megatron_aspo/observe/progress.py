@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,12 +26,12 @@ class Progress:
         self._console.print(text, markup=False)
 
     @contextmanager
-    def waiting(self, text: str) -> Iterator[None]:
-        """Names something that takes a while, and how long it took."""
+    def waiting(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Names something that takes a while, and how long it took. Yields a function that shows its phase, on a terminal only."""
         start = time.perf_counter()
         self._now(f"{text} …")
         try:
-            yield
+            yield lambda phase: self._show(f"{text}: {phase} …")
         finally:
             self._status.stop()
         self.say(f"{text}: {time.perf_counter() - start:.1f} s")
@@ -43,8 +43,7 @@ class Progress:
 
     def phase(self, step: int, name: str) -> None:
         """The step has come to this phase; seen on a terminal only."""
-        if self._console.is_terminal:
-            self._now(f"step {step + 1}/{self._steps}: {name} …")
+        self._show(f"step {step + 1}/{self._steps}: {name} …")
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """One line a step: reward, entropy, seconds of each phase, time left."""
@@ -64,10 +63,14 @@ class Progress:
 
     def _now(self, text: str) -> None:
         if self._console.is_terminal:
-            self._status.update(text)
-            self._status.start()
+            self._show(text)
         else:
             self.say(text)
+
+    def _show(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._status.update(text)
+            self._status.start()
 
 
 def _clock(seconds: float) -> str:

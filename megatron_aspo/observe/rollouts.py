@@ -50,7 +50,7 @@ def _row(sample: Sample) -> dict:
         "response": sample.text,
         "reward": sample.reward,
         "shaped_reward": sample.shaped_reward,
-        "reward_details": json.dumps(sample.reward_details, default=str),
+        "reward_details": json.dumps(sample.reward_details, allow_nan=False),
         "finish_reason": generation.finish_reason,
         "seed": sample.seed,
         "prompt_ids": list(sample.prompt.token_ids),

@@ -1,4 +1,4 @@
-"""A reward function of the user's own, by dotted path.
+"""A custom reward function, by dotted path.
 
     def score(prompt: str, response: str, ground_truth, extra: dict) -> float | dict
 
@@ -10,7 +10,10 @@ import copy
 import json
 import math
 import numbers
+from decimal import Decimal
 from typing import Any
+
+import numpy as np
 
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.dotted import check_call, load_function, one_line
@@ -18,44 +21,112 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.result import Reward, RewardResult
 
 SIGNATURE = "(prompt, response, ground_truth, extra)"
+_NO_REASON = "scored by the user's function"
+_MAX_DEPTH = 100
+"""Deepest nesting of details. JSON readers have limits of this order, and a list that contains itself has no end."""
 
 
 def load_reward(path: str) -> Reward:
-    """The function at `package.module:function`, made into a `Reward`; modules in the working directory are found too.
+    """Return the function at `package.module:function` as a `Reward`; modules in the working directory are found too.
 
-    Raises UserError if it cannot be imported or is not a plain function of four arguments; when called, if it raises or returns anything
-    but a finite number or a dict with one, with the prompt's id in the message.
+    Raises UserError if it cannot be imported or is not a plain function of four arguments. The returned `Reward` raises UserError, with the
+    prompt's id in the message, if the function raises anything at all (SystemExit and KeyboardInterrupt included) or returns anything but a
+    finite number or a dict with one.
     """
     function = load_function(path, "data.reward")
     check_call(function, path, "data.reward", SIGNATURE, "", "", None, {})
 
     def reward(prompt: Prompt, response: str) -> RewardResult:
+        what = f"data.reward={path} on prompt {prompt.id}"
         try:
-            # Copied: the same prompt is scored again and again, whatever the function does to what it is given.
+            # Copied: the same prompt is scored again and again, whatever the function does to its arguments.
             value = function(prompt.text, response, copy.deepcopy(prompt.ground_truth), copy.deepcopy(prompt.extra))
-        except Exception as error:
-            raise UserError(f"data.reward={path} on prompt {prompt.id} raised {one_line(error)}; correct the function") from error
-        return _to_result(value, f"data.reward={path} on prompt {prompt.id}")
+        except BaseException as error:
+            rule = "a reward must not exit: " if isinstance(error, SystemExit) else ""
+            raise UserError(f"{what} raised {one_line(error)}; {rule}correct the function") from error
+        try:
+            return _to_result(value, what)
+        except UserError:
+            raise
+        except BaseException as error:  # the value's own methods may raise anything
+            raise UserError(
+                f"{what} returned a {type(value).__name__} that cannot be read ({one_line(error)}); return a number, or a dict with score"
+            ) from error
 
     return reward
 
 
 def _to_result(value: Any, what: str) -> RewardResult:
     if not isinstance(value, dict):
-        return RewardResult(_to_score(value, what), "scored by the user's function")
+        return RewardResult(_to_score(value, what), _NO_REASON)
     if "score" not in value:
         raise UserError(f"{what} returned a dict without score (keys: {', '.join(map(str, value)) or 'none'}); add score")
+    score = _to_score(value["score"], what)
     details = {key: entry for key, entry in value.items() if key not in ("score", "reason")}
     try:
-        json.dumps(details)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what} returned details that are not JSON values ({error}); return numbers, strings, lists and dicts") from error
-    return RewardResult(_to_score(value["score"], what), str(value.get("reason", "scored by the user's function")), details)
+        reason = _to_json(str(value.get("reason", _NO_REASON)), "reason")
+        return RewardResult(score, reason, _to_json(details, ""))
+    except _NotJsonError as error:
+        raise UserError(
+            f"{what} returned details that are not JSON values ({error}); return finite numbers, text, lists and dicts"
+        ) from error
 
 
 def _to_score(value: Any, what: str) -> float:
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, (numbers.Real, Decimal, np.bool_)):
         raise UserError(f"{what} returned a {type(value).__name__}, expected a number or a dict with score")
-    if not math.isfinite(value):
-        raise UserError(f"{what} returned {value}, expected a finite number")
-    return float(value)
+    try:
+        score = float(value)
+    except OverflowError as error:
+        raise UserError(f"{what} returned a {type(value).__name__} too large for a float, expected a finite number") from error
+    if not math.isfinite(score):
+        raise UserError(f"{what} returned {score}, expected a finite number")
+    return score
+
+
+class _NotJsonError(Exception):
+    """A value that JSON cannot express; the text names it."""
+
+
+def _to_json(value: Any, name: str, depth: int = 0) -> Any:
+    """Return `value` with lists for tuples, text for dict keys and Python's numbers for numpy's.
+
+    Raises _NotJsonError with the entry's name.
+    """
+    if depth > _MAX_DEPTH:
+        raise _NotJsonError(f"{name[:40]}… is nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):
+        entries: dict[str, Any] = {}
+        for key, entry in value.items():
+            text = _to_key(key, name)
+            if text in entries:
+                raise _NotJsonError(f"{name or 'the dict'} has two keys that JSON writes as {text!r}")
+            entries[text] = _to_json(entry, f"{name}.{text}" if name else text, depth + 1)
+        return entries
+    if isinstance(value, (list, tuple)):
+        return [_to_json(entry, f"{name}[{i}]", depth + 1) for i, entry in enumerate(value)]
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise _NotJsonError(f"{name} has half of a surrogate pair, \\ud800 to \\udfff") from error
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise _NotJsonError(f"{name} is {value}")
+    elif isinstance(value, int):
+        try:
+            json.dumps(value)
+        except ValueError as error:
+            raise _NotJsonError(f"{name} is an integer with too many digits") from error
+    elif value is not None:
+        raise _NotJsonError(f"{name} is a {type(value).__name__}")
+    return value
+
+
+def _to_key(key: Any, name: str) -> str:
+    key = key.item() if isinstance(key, np.generic) else key
+    if not (key is None or isinstance(key, (str, int, float))):
+        raise _NotJsonError(f"{name or 'the dict'} has a key that is a {type(key).__name__}")
+    return _to_json(key, f"a key of {name}" if name else "a key") if isinstance(key, str) else json.dumps(key)

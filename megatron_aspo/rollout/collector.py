@@ -2,11 +2,12 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_aspo.data.records import Generation, Group, Prompt, Sample
+from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.shaping import is_trained_on, overlong_penalty
 from megatron_aspo.rollout.engine import Request
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megatron_aspo.data.tasks import Task
+    from megatron_aspo.rewards.result import RewardResult
     from megatron_aspo.rewards.worker import RewardPool
     from megatron_aspo.rollout.pool import EnginePool
+
+_MAX_NAMED = 3
+"""Responses on which the reward failed that are named; the rest are counted."""
 
 
 def request_seed(*parts: object) -> int:
@@ -46,7 +51,8 @@ class Collected:
 class Rollouts:
     """Draws prompts of the task, has the engines respond and the reward workers score.
 
-    drawn: how many training prompts were taken so far; a resumed run goes on from there.
+    say: prints a line; used for responses on which the reward fails. drawn: how many training prompts were taken so far; a resumed run goes
+    on from there.
     """
 
     def __init__(
@@ -58,26 +64,33 @@ class Rollouts:
         options: RolloutOptions,
         algorithm: AlgorithmOptions,
         seed: int,
+        say: Callable[[str], None],
         drawn: int = 0,
     ):
         self._task, self._engines, self._rewards, self._tokenizer = task, engines, rewards, tokenizer
-        self._options, self._algorithm, self._seed = options, algorithm, seed
+        self._options, self._algorithm, self._seed, self._say = options, algorithm, seed, say
         self.drawn = drawn
 
-    def collect(self, step: int) -> Collected:
-        """G scored responses to each of the next prompts_per_step prompts, and which groups the filter keeps.
+    def collect(self, step: int, phase: Callable[[str], None]) -> Collected:
+        """Return G scored responses to each of the next prompts_per_step prompts, and which groups the filter keeps.
 
-        With `resample` another prompt is drawn for each group that it does not, in at most resample_rounds further generations.
+        With `resample` another prompt is drawn for each group that it does not, in at most resample_rounds further generations. `phase` is
+        called with "generating" and "scoring" when either begins. Raises UserError if the reward gave a score for no response at all.
         """
+        collected = self._collect_kept(step, phase)
+        self._require_scores(collected.groups)
+        return collected
+
+    def _collect_kept(self, step: int, phase: Callable[[str], None]) -> Collected:
         wanted = self._options.prompts_per_step
-        collected = self._collect(wanted, f"step {step}")
+        collected = self._collect(wanted, f"step {step}", phase)
         if self._algorithm.group_filter != "resample":
             return collected
         for extra in range(1, self._algorithm.resample_rounds + 1):
             missing = wanted - len(collected.kept)
             if not missing:
                 break
-            more = self._collect(missing, f"step {step}, extra {extra}")
+            more = self._collect(missing, f"step {step}, extra {extra}", phase)
             collected = Collected(
                 groups=collected.groups + more.groups,
                 kept=collected.kept + more.kept,
@@ -88,18 +101,25 @@ class Rollouts:
         collected.missing = wanted - len(collected.kept)
         return collected
 
-    def _collect(self, count: int, purpose: str) -> Collected:
+    def _collect(self, count: int, purpose: str, phase: Callable[[str], None]) -> Collected:
         prompts = [self._task.prompt(self.drawn + i) for i in range(count)]
         self.drawn += count
-        collected = self._respond(prompts, self._options.responses_per_prompt, self._options.temperature, purpose)
+        collected = self._respond(prompts, self._options.responses_per_prompt, self._options.temperature, purpose, phase)
         collected.kept = [group for group in collected.groups if is_trained_on(group.shaped_rewards, self._algorithm.group_filter)]
         return collected
 
-    def evaluate(self, draws: int, temperature: float) -> Collected:
-        """`draws` scored responses to each held-out prompt. The seeds never change, so that two evaluations can be compared."""
-        return self._respond(self._task.held_out(), draws, temperature, "evaluation")
+    def evaluate(self, draws: int, temperature: float, phase: Callable[[str], None]) -> Collected:
+        """Return `draws` scored responses to each held-out prompt. The seeds never change, so that two evaluations can be compared.
 
-    def _respond(self, prompts: Sequence[Prompt], responses: int, temperature: float, purpose: str) -> Collected:
+        `phase` and errors are those of `collect`.
+        """
+        collected = self._respond(self._task.held_out(), draws, temperature, "evaluation", phase)
+        self._require_scores(collected.groups)
+        return collected
+
+    def _respond(
+        self, prompts: Sequence[Prompt], responses: int, temperature: float, purpose: str, phase: Callable[[str], None]
+    ) -> Collected:
         requests = [
             Request(
                 id=f"{purpose}, prompt {position} ({prompt.id}), response {i}",
@@ -112,12 +132,14 @@ class Rollouts:
             for position, prompt in enumerate(prompts)
             for i in range(responses)
         ]
+        phase("generating")
         start = time.perf_counter()
         generations = self._engines.generate(requests, group_size=responses)
         generated = time.perf_counter()
+        phase("scoring")
         texts = self._tokenizer.batch_decode([g.token_ids for g in generations], skip_special_tokens=True)
         owners = [prompt for prompt in prompts for _ in range(responses)]
-        results = self._rewards.score(list(zip(owners, texts, strict=True)))
+        results = self._score(owners, texts, responses)
         samples = [
             Sample(
                 prompt=owner,
@@ -129,12 +151,38 @@ class Rollouts:
                 shaped_reward=result.score
                 + overlong_penalty(len(generation.token_ids), self._options.max_response_tokens, self._algorithm),
                 reward_details={"reason": result.reason, **result.details},
+                failure=result.failure,
             )
             for i, (owner, request, generation, text, result) in enumerate(zip(owners, requests, generations, texts, results, strict=True))
         ]
         groups = [Group(prompt, tuple(samples[n * responses : (n + 1) * responses])) for n, prompt in enumerate(prompts)]
         seconds = {"generate": generated - start, "reward": time.perf_counter() - generated}
         return Collected(groups, groups, seconds=seconds, tokens=_total_tokens(generations))
+
+    def _score(self, owners: Sequence[Prompt], texts: Sequence[str], responses: int) -> list["RewardResult"]:
+        """Score each text as a response to its owner, `responses` to each; print which ones the reward failed on."""
+        failed: list[int] = []
+
+        def name(position: int, result: "RewardResult") -> None:
+            failed.append(position)
+            if len(failed) <= _MAX_NAMED:
+                where = f"prompt {owners[position].id}, response {position % responses}"
+                self._say(f"{where}: {self._rewards.name} {result.reason}; its reward is {result.score:g} (data.reward_failure_score)")
+
+        results = self._rewards.score(list(zip(owners, texts, strict=True)), name)
+        if len(failed) > _MAX_NAMED:
+            score = results[failed[0]].score
+            self._say(f"{self._rewards.name} failed on {len(failed)} of {len(results)} responses; their reward is {score:g}")
+        return results
+
+    def _require_scores(self, groups: Sequence[Group]) -> None:
+        """Raise UserError if the reward failed on every response."""
+        samples = [sample for group in groups for sample in group.samples]
+        if samples and all(sample.failure for sample in samples):
+            raise UserError(
+                f"{self._rewards.name} failed on all of {len(samples)} responses: on the last it {samples[-1].reward_details['reason']}; "
+                "correct it, or raise data.reward_timeout_s"
+            )
 
 
 def _total_tokens(generations: Sequence[Generation]) -> int:

@@ -28,6 +28,7 @@ from megatron_aspo.evaluation.accuracy import Evaluation
 from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.metrics import MetricsFile
 from megatron_aspo.observe.progress import Progress
+from megatron_aspo.rewards.process import check_reward
 from megatron_aspo.rewards.worker import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
@@ -150,6 +151,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         tokenizer = load_tokenizer(model_directory)
         encoder = PromptEncoder(tokenizer, model.dims.vocab, config.data)
         task = build_task(config.task, config.data, encoder, config.seed)
+        if config.data.reward:
+            check_reward(config.task, config.data)
         identity = _identity(config, task, reader)
         if start.checkpoint is not None:
             _check_identity(start, config, identity, model)
@@ -170,7 +173,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         stack.callback(_undisturbed, cluster.close)
     _check_resources(config, cluster, settings.sizes.world)
     check_engine_on(cluster.device, model.dims, config.rollout.sizes)
-    rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers))
+    with progress.waiting("starting reward workers"):
+        rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers))
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     engines = EnginePool(str(model_directory), config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, eos)
     stack.callback(_undisturbed, engines.shutdown)
@@ -219,7 +223,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         began = {"attempt": owner.attempt, "checkpoint": str(start.checkpoint or "")}
         ledger.append("resume" if start.checkpoint else "start", step=start.step, **began)
         drawn = start.manifest.training["drawn"] if start.manifest else 0
-        rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, drawn)
+        rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, progress.say, drawn)
         checkpoints = CheckpointStore(
             directory, config.checkpoint, trainers, owner.attempt, to_yaml(config), lambda done: _accuracy(directory, done)
         )

@@ -1,5 +1,6 @@
 """Rewards: the last number, and functions of the user's own."""
 
+import json
 import sys
 
 import pytest
@@ -71,6 +72,7 @@ def test_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
         (f"{MODULE}:not_a_function", "is a int, expected a function"),
         (f"{MODULE}:three", "cannot be called as .prompt, response, ground_truth, extra.*too many positional"),
         (f"{MODULE}:waiting", "async"),
+        ("time:reward", "time .no file. has no reward"),
     ],
 )
 def test_a_reward_that_cannot_work_is_refused_when_loaded(path, message):
@@ -87,13 +89,93 @@ def test_a_reward_that_cannot_work_is_refused_when_loaded(path, message):
         ("'1.0'", "returned a str"),
         ("np.ones(1)", "returned a ndarray"),
         ("{'reward': 1}", "dict without score .keys: reward"),
-        ("{'score': 1, 'x': np.ones(1)}", "not JSON values"),
+        ("10**400", "returned a int too large for a float, expected a finite number"),
+        ("10**5000", "returned a int too large for a float"),
+        ("Fraction(10**400, 3)", "returned a Fraction too large for a float"),
+        ("Decimal('1e400')", "returned inf, expected a finite number"),
+        ("Decimal('sNaN')", "returned a Decimal that cannot be read .ValueError"),
+        ("Hostile(1)", "returned a Hostile that cannot be read .SystemExit: 1."),
+        ("{'score': 1, 'reason': Hostile(1)}", "that cannot be read .RuntimeError: no text"),
+        ("{'score': 1, 'reason': '\\ud83d'}", "reason has half of a surrogate pair"),
+        ("{'score': 1, 'x': np.ones(1)}", "not JSON values .x is a ndarray."),
+        ("{'score': 1, 'x': {'y': [0.0, float('nan')]}}", r"x\.y\[1\] is nan"),
+        ("{'score': 1, 'x': -np.float32('inf')}", "x is -inf"),
+        ("{'score': 1, 'x': 10**5000}", "x is an integer with too many digits"),
+        ("{'score': 1, 'x': ['a', 'b\\udc80']}", r"x\[1\] has half of a surrogate pair"),
+        ("{'score': 1, 'x': {'b\\udc80': 0}}", "a key of x has half of a surrogate pair"),
+        ("{'score': 1, 'x': {1: 0, '1': 0}}", "x has two keys that JSON writes as '1'"),
+        ("{'score': 1, True: 0, 'true': 0}", "has two keys that JSON writes as 'true'"),
+        ("{'score': 1, 'x': {(1, 2): 0}}", "x has a key that is a tuple"),
+        ("{'score': 1, 'x': {1, 2}}", "x is a set"),
+        ("{'score': 1, 'x': nested(100_000)}", "x.*is nested more than 100 deep"),
+        ("{'score': 1, 'x': endless()}", "x.*is nested more than 100 deep"),
     ],
 )
 def test_a_value_that_is_no_score_names_the_prompt(value, message):
     with pytest.raises(UserError, match=message) as caught:
         load_reward(f"{MODULE}:returned")(make_prompt(value, number=41), "")
-    assert "train/41" in str(caught.value)
+    assert "train/41" in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [
+        ("np.bool_(True)", 1.0),
+        ("{'score': np.bool_(False)}", 0.0),
+        ("np.int64(3)", 3.0),
+        ("Decimal('0.25')", 0.25),
+        ("Fraction(1, 4)", 0.25),
+        ("10**30", 1e30),
+    ],
+)
+def test_every_finite_number_is_a_score(value, score):
+    result = load_reward(f"{MODULE}:returned")(make_prompt(value), "")
+    assert result.score == score and type(result.score) is float
+
+
+def test_details_are_what_json_gives_back():
+    value = "{'score': 1, 'reason': 3, 'a': np.bool_(True), 'b': (np.int64(2), np.float32(0.5)), 3: {None: [nested(90)]}}"
+    result = load_reward(f"{MODULE}:returned")(make_prompt(value), "")
+    assert result.reason == "3" and result.details["a"] is True and result.details["b"] == [2, 0.5]
+    assert json.loads(json.dumps(result.details, allow_nan=False)) == result.details and list(result.details["3"]) == ["null"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        ("SystemExit(0)", "raised SystemExit: 0; a reward must not exit: correct the function"),
+        ("KeyboardInterrupt", "raised KeyboardInterrupt; correct the function"),
+        ("GeneratorExit", "raised GeneratorExit; correct"),
+        ("Own()", "raised Own: its text cannot be shown .RuntimeError.; correct"),
+        ("ValueError('x' * 100_000)", "raised ValueError: xxx"),
+    ],
+)
+def test_whatever_a_reward_raises_names_the_prompt_in_one_line(raised, message):
+    with pytest.raises(UserError, match=f"user_rewards:raised on prompt train/9 {message}") as caught:
+        load_reward(f"{MODULE}:raised")(make_prompt(raised, number=9), "")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_reward_that_quits_is_told_that_it_must_not():
+    with pytest.raises(UserError, match=r"raised SystemExit: None; a reward must not exit"):
+        load_reward(f"{MODULE}:quitting")(make_prompt(), "")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit(0)", "raised SystemExit: 0"),
+        ("raise KeyboardInterrupt", "raised KeyboardInterrupt"),
+        ("def __getattr__(name): raise RuntimeError(name)", "raised RuntimeError: (__path__|f)"),
+    ],
+)
+def test_whatever_a_rewards_module_raises_is_a_user_error(tmp_path, monkeypatch, code, message):
+    (tmp_path / "bad_module.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "bad_module", raising=False)
+    with pytest.raises(UserError, match=f"importing bad_module {message}"):
+        load_reward("bad_module:f")
 
 
 def test_an_exception_in_a_users_reward_names_the_prompt_in_one_line():

@@ -66,13 +66,13 @@ def test_every_sum_is_either_trained_on_or_held_out():
 
 @pytest.mark.parametrize(("name", "answer"), [("single_digit_addition", sum), ("largest_of_three", max)])
 def test_the_ground_truth_answers_the_question(name, answer):
-    task = build(name)
+    task, reward = build(name), build_reward(name, DataOptions())
     for prompt in [task.prompt(i) for i in range(100)] + task.held_out():
         truth = answer(numbers(prompt))
         assert prompt.ground_truth == truth
         assert TOKENIZER.decode(prompt.token_ids) == f"<user>{prompt.text}</s><assistant>"
-        assert task.reward(prompt, f" {truth}\n").score == 1.0
-        assert task.reward(prompt, str(truth + 1)).score == 0.0
+        assert reward(prompt, f" {truth}\n").score == 1.0
+        assert reward(prompt, str(truth + 1)).score == 0.0
 
 
 def test_options_that_do_not_fit_are_refused():

@@ -1,10 +1,45 @@
 """Reward functions as a user would write them, right and wrong."""
 
 import os
+import re  # noqa: F401
+import signal  # noqa: F401
+import subprocess  # noqa: F401
+import sys
+import time
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 
 not_a_function = 3
+
+
+class Hostile(float):
+    """A number and a text whose conversions fail."""
+
+    def __float__(self):
+        sys.exit(1)
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class Own(BaseException):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def endless():
+    value = []
+    value.append(value)
+    return value
 
 
 def length(prompt, response, ground_truth, extra):
@@ -36,10 +71,24 @@ def raising(prompt, response, ground_truth, extra):
     raise KeyError("two\nlines")
 
 
-def leaving(prompt, response, ground_truth, extra):
-    os._exit(3)
-
-
 def returned(prompt, response, ground_truth, extra):
     """Returns what the row says, in Python's notation."""
-    return eval(ground_truth, {"np": np})
+    return eval(ground_truth, VALUES)
+
+
+def raised(prompt, response, ground_truth, extra):
+    """Raises what the row says."""
+    raise eval(ground_truth, VALUES)
+
+
+def quitting(prompt, response, ground_truth, extra):
+    quit()
+
+
+VALUES = {kind.__name__: kind for kind in (Decimal, Fraction, Hostile, Own, nested, endless)} | {"np": np}
+
+
+def does(prompt, response, ground_truth, extra):
+    """Does what the response says, in Python; the score is the length of the response."""
+    exec(response)
+    return {"score": len(response), "pid": os.getpid(), "time": time.monotonic()}

@@ -1,0 +1,55 @@
+"""The process in which a reward runs: it loads the reward, then answers each response that it reads with one line of JSON.
+
+The parent's side is in `process.py`. Answers are JSON, not pickle: what runs here may be under the control of a model's text.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from megatron_aspo.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(descriptor: int) -> None:
+    """Answer on the connection `descriptor` until the parent closes it. An answer is `[score, reason, details]` or `{"error": text}`.
+
+    The first message is (task, options), answered by `{}` once the reward is loaded; each further one is a list of (prompt, response).
+    """
+    os.set_inheritable(descriptor, False)
+    # The parent may be killed while a reward is stuck here; the signal comes even then.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    del sys.argv[1:]
+    with Connection(descriptor) as connection:
+        try:
+            _answer_all(connection)
+        except EOFError:  # the parent closed the connection, or died
+            return
+
+
+def _answer_all(connection: Connection) -> None:
+    from megatron_aspo.data.tasks import build_reward  # data.tasks imports rewards
+
+    task, options = connection.recv()
+    try:
+        reward = build_reward(task, options)
+    except UserError as error:
+        _send(connection, {"error": str(error)})
+        return
+    _send(connection, {})
+    while True:
+        for prompt, response in connection.recv():
+            try:
+                result = reward(prompt, response)
+            except UserError as error:
+                _send(connection, {"error": str(error)})
+                return
+            _send(connection, [result.score, result.reason, result.details])
+
+
+def _send(connection: Connection, answer: list | dict) -> None:
+    connection.send_bytes(json.dumps(answer, allow_nan=False).encode())

@@ -1,0 +1,204 @@
+"""A reward in a child process, with a time limit on every response. A child that hangs or dies is killed and replaced.
+
+The limit is kept from outside: a reward may block in C code, hold the interpreter's lock or ignore every signal but SIGKILL. The child
+answers one response at a time over a socket, so it is known which response it was on. Its side is in `child.py`.
+"""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.records import Prompt
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.result import RewardResult
+
+_LOAD_TIMEOUT_S = 300.0
+"""For importing the reward's module: enough for torch and a dictionary on a cold network disk."""
+_TICK_S = 0.1
+"""How often the time limit is checked; a child is killed at most this much later."""
+_BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from megatron_aspo.rewards.child import serve; serve(int(sys.argv[1]))"
+"""The child finds the modules that its parent finds. Not through PYTHONPATH: programs that a reward starts would inherit it."""
+
+
+def reward_name(task: str, options: DataOptions) -> str:
+    """How messages name the reward."""
+    return f"data.reward={options.reward}" if options.reward else f"the reward of task={task}"
+
+
+def check_reward(task: str, options: DataOptions) -> None:
+    """Load the task's reward in a child process and end that. Raises UserError as `RewardProcess.start` does."""
+    process = RewardProcess(task, options, os.getcwd())
+    try:
+        process.start()
+    finally:
+        process.close()
+
+
+class RewardProcess:
+    """One child process that scores responses. Call `start` first and `close` last."""
+
+    def __init__(self, task: str, options: DataOptions, directory: str):
+        """directory: the child's working directory, if this machine has it; modules in it are found."""
+        self._task, self._options, self._directory = task, options, directory
+        self._name = reward_name(task, options)
+        self._watchdog = _Watchdog(self._kill)
+        self._child: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the child and load the reward. Raises UserError if loading fails, ends the child or takes more than 300 s."""
+        ours, theirs = multiprocessing.Pipe()
+        with theirs, self._lock:
+            if self._closed:
+                raise UserError(f"{self._name} was stopped")
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = ours
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), *sys.path],
+                cwd=self._directory if os.path.isdir(self._directory) else None,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            self._exchange(_LOAD_TIMEOUT_S, lambda: ours.send((self._task, self._options)) or ours.recv_bytes())
+        except _ChildEnded as end:
+            raise UserError(f"{self._name} cannot be loaded: importing it {end.reason}; correct its module") from end
+
+    def score(self, batch: Sequence[tuple[Prompt, str]]) -> Iterator[RewardResult]:
+        """Yield the result of each (prompt, response), in order.
+
+        A response that takes more than `data.reward_timeout_s` seconds, or that crashes the child twice, gets `data.reward_failure_score`.
+        Raises UserError if the reward raises an exception or returns no score.
+        """
+        done, crashed = 0, False
+        while done < len(batch):
+            try:
+                for result in self._score_in_one_child(batch[done:]):
+                    yield result
+                    done, crashed = done + 1, False
+            except _ChildEnded as end:
+                if end.failure == "crash" and not crashed:
+                    crashed = True  # once may be the machine's fault: the kernel kills processes when memory runs out
+                    continue
+                reason = end.reason if end.failure == "timeout" else f"{end.reason} twice"
+                yield RewardResult(self._options.reward_failure_score, reason, {"failed": True}, end.failure)
+                done, crashed = done + 1, False
+            except GeneratorExit:
+                self._kill()  # its answers to the rest would be taken for those to the next batch
+                raise
+
+    def close(self) -> None:
+        """Kill the child with everything it started. Idempotent; may be called from another thread while `score` waits."""
+        with self._lock:
+            self._closed = True
+        self._watchdog.stop()
+        self._kill()
+
+    def _score_in_one_child(self, batch: Sequence[tuple[Prompt, str]]) -> Iterator[RewardResult]:
+        """Raises _ChildEnded at the response at which the child hung or died."""
+        limit_s = self._options.reward_timeout_s
+        if self._child.returncode is not None:
+            self.start()
+        self._exchange(limit_s, lambda: self._connection.send(batch))
+        for _ in batch:
+            score, reason, details = self._exchange(limit_s, self._connection.recv_bytes)
+            yield RewardResult(score, reason, details)
+
+    def _exchange(self, limit_s: float, call: Callable[[], bytes | None]) -> Any:
+        """Return what the child answers to `call`, a blocking use of the connection. Raises UserError with the child's own message, and
+        _ChildEnded if the child is dead, or was killed because `call` took more than `limit_s`.
+        """
+        self._watchdog.start(limit_s)
+        try:
+            answer = call()
+            alive = True
+        except (EOFError, OSError):
+            alive = False
+        expired = self._watchdog.cancel()
+        if expired or not alive:
+            status = self._kill()
+            raise _ChildEnded(limit_s if expired and status == -signal.SIGKILL else None, status)
+        answer = json.loads(answer) if answer else None
+        if isinstance(answer, dict) and "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def _kill(self) -> int | None:
+        """Kill the child, its descendants and its process group; returns the child's exit status, as subprocess gives it."""
+        with self._lock:
+            child = self._child
+            if child is None:
+                return None
+            if child.returncode is None:  # else its number may be another process's by now
+                family = []
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    family = psutil.Process(child.pid).children(recursive=True)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                for process in family:  # those in sessions of their own
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+            return child.wait()
+
+
+class _ChildEnded(Exception):
+    """The child hung and was killed, or it died."""
+
+    def __init__(self, limit_s: float | None, status: int | None):
+        """limit_s: the limit it exceeded, None if it died by itself; status: its exit status."""
+        self.failure = "crash" if limit_s is None else "timeout"
+        if limit_s is not None:
+            self.reason = f"timed out after {limit_s:g} s"
+        elif status is not None and status < 0:
+            self.reason = f"crashed its process ({signal.strsignal(-status)})"
+        else:
+            self.reason = f"ended its process (exit status {status})"
+
+
+class _Watchdog:
+    """Calls a function when something takes longer than its limit: `start`, do it, `cancel`."""
+
+    def __init__(self, act: Callable[[], Any]):
+        self._act = act
+        self._deadline = math.inf
+        self._expired = False
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def start(self, limit_s: float) -> None:
+        with self._lock:
+            self._deadline = time.monotonic() + limit_s
+
+    def cancel(self) -> bool:
+        """Whether the limit was exceeded."""
+        with self._lock:
+            expired, self._deadline, self._expired = self._expired, math.inf, False
+        return expired
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_TICK_S):
+            with self._lock:
+                if time.monotonic() > self._deadline:
+                    self._deadline, self._expired = math.inf, True
+                    self._act()

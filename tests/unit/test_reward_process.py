@@ -1,0 +1,154 @@
+"""A reward in a child process: what it may do to that process, and that nothing of it is left."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.records import Prompt
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards import process as module
+from megatron_aspo.rewards.process import RewardProcess, check_reward
+
+DOES = "tests.unit.user_rewards:does"
+PROMPT = Prompt("train/1", (1, 2), "the words", 7, "jsonl")
+BACKTRACKING = "re.match(r'(a+)+$', 'a' * 40 + 'b')"
+"""In C code, with the interpreter's lock held, for ages."""
+LIMIT_S = 0.5
+
+
+@contextlib.contextmanager
+def reward_process(reward=DOES, directory=".", limit_s=LIMIT_S):
+    process = RewardProcess("jsonl", DataOptions(reward=reward, reward_timeout_s=limit_s, reward_failure_score=-2.5), str(directory))
+    try:
+        process.start()
+        yield process
+    finally:
+        process.close()
+
+
+def score(process, *responses):
+    return list(process.score([(PROMPT, response) for response in responses]))
+
+
+def alive(marker: str) -> list[int]:
+    """Processes with `marker` in their command line."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(marker in part for part in process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+@pytest.mark.parametrize(
+    "hang",
+    ["time.sleep(99)", BACKTRACKING, "[signal.signal(n, signal.SIG_IGN) for n in (2, 14, 15)]; time.sleep(99)", "os.kill(os.getpid(), 19)"],
+    ids=["sleeping", "in C code", "ignoring signals", "stopped"],
+)
+def test_a_response_on_which_the_reward_hangs_gets_the_failure_score_and_the_others_their_own(hang):
+    with reward_process() as process:
+        started = time.monotonic()
+        first, stuck, last = score(process, "1", hang, "333")
+        assert LIMIT_S < time.monotonic() - started < 20 * LIMIT_S
+        assert (stuck.score, stuck.reason, stuck.failure) == (-2.5, "timed out after 0.5 s", "timeout")
+        assert stuck.details == {"failed": True}
+        assert [(result.score, result.failure) for result in (first, last)] == [(1.0, ""), (3.0, "")]
+        assert first.details["pid"] != last.details["pid"] and not psutil.pid_exists(first.details["pid"])
+        # The child that took its place goes on to the next batch.
+        assert score(process, "22")[0].details["pid"] == last.details["pid"]
+
+
+@pytest.mark.parametrize(
+    ("crash", "reason"),
+    [
+        ("os._exit(0)", "ended its process (exit status 0) twice"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed its process (Segmentation fault) twice"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "crashed its process (Killed) twice"),
+        ("os.closerange(3, 99)", "crashed its process (Killed) twice"),  # without its connection it is of no use: killed
+    ],
+)
+def test_a_reward_that_ends_its_process_is_tried_once_more_and_then_fails(crash, reason):
+    with reward_process(limit_s=30.0) as process:
+        results = score(process, "1", crash, "333")
+    assert [result.score for result in results] == [1.0, -2.5, 3.0]
+    assert (results[1].reason, results[1].failure) == (reason, "crash")
+
+
+def test_one_crash_of_a_response_costs_nothing(tmp_path):
+    """The first time a directory is made, the second time it is there."""
+    first, second = (f"os.path.isdir('{tmp_path}/{n}') or (os.mkdir('{tmp_path}/{n}'), os._exit(1))" for n in ("a", "b"))
+    with reward_process() as process:
+        results = score(process, "1", first, second, "4444")
+    assert [result.score for result in results] == [1.0, len(first), len(second), 4.0]
+    assert not any(result.failure for result in results)
+
+
+def test_the_processes_of_a_killed_reward_end_with_it():
+    marker = f"{98.5 + time.monotonic() % 1}"
+    commands = [f"subprocess.Popen(['sleep', '{marker}'], start_new_session={own}); time.sleep(99)" for own in (True, False)]
+    with reward_process() as process:
+        assert [result.failure for result in score(process, *commands)] == ["timeout", "timeout"]
+    time.sleep(0.1)
+    assert not alive(marker)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "print('x' * 5_000_000); print('y' * 5_000_000, file=sys.stderr)",
+        "sys.stdout.close(); sys.stderr.close(); os.close(1); os.close(2)",
+        "os.chdir('/'); sys.path.clear(); sys.argv.clear()",
+        "np.random.seed(0); os.environ.clear(); sys.setrecursionlimit(100)",
+    ],
+    ids=["printing", "closing its output", "moving away", "setting what is global"],
+)
+def test_what_a_reward_does_to_its_own_process_harms_nothing(response):
+    with reward_process() as process:
+        results = score(process, response, "print(1)" if "close" not in response else "22", "333")
+        assert len({result.details["pid"] for result in results}) == 1
+    assert [result.score for result in results][::2] == [len(response), 3.0] and not any(result.failure for result in results)
+
+
+def test_a_value_that_is_no_score_is_the_users_error_and_not_a_failure():
+    with reward_process() as process, pytest.raises(UserError, match=r"on prompt train/1 raised SystemExit: 3; a reward must not exit"):
+        score(process, "1", "sys.exit(3)")
+    with reward_process() as process, pytest.raises(UserError, match="on prompt train/1 raised EOFError"):
+        score(process, "input()")
+    with reward_process("tests.unit.user_rewards:length") as process:
+        assert score(process, "four")[0].score == 4.0
+
+
+def test_a_batch_that_was_given_up_does_not_answer_for_the_next():
+    with reward_process() as process:
+        next(process.score([(PROMPT, "1"), (PROMPT, "22"), (PROMPT, "333")]))
+        assert [result.score for result in score(process, "4444", "55555")] == [4.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import time; time.sleep(99)", "cannot be loaded: importing it timed out after 1 s; correct its module"),
+        ("import os; os._exit(0)", r"cannot be loaded: importing it ended its process \(exit status 0\)"),
+        ("import os; os.kill(os.getpid(), 11)", r"cannot be loaded: importing it crashed its process \(Segmentation fault\)"),
+        ("import sys; sys.exit(0)", "importing bad_reward raised SystemExit: 0"),
+        ("f = 3", "is a int, expected a function"),
+    ],
+)
+def test_a_module_that_cannot_be_loaded_is_refused_before_a_run_starts(tmp_path, monkeypatch, code, message):
+    monkeypatch.setattr(module, "_LOAD_TIMEOUT_S", 1.0)
+    (tmp_path / "bad_reward.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"data.reward=bad_reward:f.*{message}"):
+        check_reward("jsonl", DataOptions(reward="bad_reward:f"))
+
+
+def test_a_reward_finds_the_files_of_the_directory_from_which_the_run_was_started(tmp_path):
+    (tmp_path / "table.txt").write_text("12345")
+    with reward_process(directory=tmp_path) as process:
+        response = "assert open('table.txt').read() == '12345'"
+        assert score(process, response)[0].score == len(response)
+    assert Path.cwd() != tmp_path
