@@ -21,7 +21,8 @@ def serve(descriptor: int) -> None:
     The first message is (task, options), answered by `{}` once the reward is loaded; each further one is a list of (prompt, response).
     """
     os.set_inheritable(descriptor, False)
-    # The parent may be killed while a reward is stuck here; the signal comes even then.
+    # The parent may be killed while a reward is stuck here: the kernel then kills this process. To the kernel the parent is the thread that
+    # started this process; in a Ray actor that is the one thread that runs its methods.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     del sys.argv[1:]
     with Connection(descriptor) as connection:

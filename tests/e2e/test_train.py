@@ -24,6 +24,8 @@ from tests.models import save_tiny
 
 HEALTH = [
     "reward/mean",
+    "reward/timeouts",
+    "reward/crashes",
     "train/entropy",
     "train/kl",
     "train/hard_mask_share/positive",

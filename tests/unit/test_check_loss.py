@@ -285,6 +285,10 @@ def raises(tokens: PolicyTokens) -> Tensor:
     return plain(tokens) * tokens.rewards
 
 
+def exits(tokens: PolicyTokens) -> Tensor:
+    sys.exit(0)
+
+
 def noisy(tokens: PolicyTokens) -> Tensor:
     return plain(tokens) * random.random()
 
@@ -341,6 +345,7 @@ def cancels(tokens: PolicyTokens) -> Tensor:
         (single, {"result"}, "torch.float64 tokens gave a torch.float32 loss"),
         (double, {"result"}, "torch.float32 tokens gave a torch.float64 loss"),
         (short_weight, {"result"}, "returned a tensor of shape [] as weight, expected a value for each of 40 tokens"),
+        (exits, {"result"}, "it raised SystemExit: 0 (test_check_loss.py, line "),
         (raises, {"result"}, "it raised AttributeError: 'PolicyTokens' object has no attribute 'rewards' (test_check_loss.py, line "),
         (noisy, {"result"}, "at the second call"),
         (nan_without_advantage, {"extremes", "empty"}, "without dividing by A"),

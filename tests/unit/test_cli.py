@@ -68,6 +68,20 @@ def test_there_must_be_something_to_resume_from(tmp_path):
     assert "resume=" in (line := refused(tmp_path, RECIPE, "--resume", "runs/gone")) and "there is no checkpoint" in line
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("import sys; sys.exit(0)", 2, "megatron-aspo: error: algorithm.policy_loss=ends:f: importing ends raised SystemExit: 0; "),
+        ("def f(tokens): raise KeyboardInterrupt", 130, "megatron-aspo: interrupted"),
+    ],
+)
+def test_a_loss_cannot_end_the_command_silently_or_with_a_traceback(tmp_path, code, status, said):
+    (tmp_path / "ends.py").write_text(code)
+    result = command("check-loss", "ends:f", cwd=tmp_path)
+    (line,) = result.stderr.strip().splitlines()
+    assert result.returncode == status and line.startswith(said)
+
+
 def test_a_path_that_cannot_be_is_refused(tmp_path):
     assert "no usable path" in refused(tmp_path, RECIPE, "name=" + "x" * 300)
     assert "no usable path" in refused(tmp_path, RECIPE, "run_dir=~nobody_here/x")

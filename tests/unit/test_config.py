@@ -88,6 +88,8 @@ def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
         ("rollout.sleep_level=3", "rollout.sleep_level=3 is not known; it is 1 or 2"),
         ("rollout.sleep_level=1", "rollout.sleep_level=1 has no effect with placement=split"),
         ("rollout.engines=-1", "rollout.engines=-1 must be greater than 0"),
+        ("data.reward_timeout_s=0", "data.reward_timeout_s=0.0 must be greater than 0"),
+        ("data.reward_failure_score=.nan", "data.reward_failure_score=nan is not a finite number"),
         ("algorithm.kl_coef=-0.1", "algorithm.kl_coef=-0.1 must not be negative"),
         ("algorithm.clip_low=1.5", "algorithm.clip_low=1.5 must be at most 1"),
         ("algorithm.policy_loss_options=3", "algorithm.policy_loss_options=3 is not a mapping of names to values"),

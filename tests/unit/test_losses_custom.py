@@ -123,6 +123,7 @@ def test_anything_but_one_loss_for_each_token_is_refused(name, got):
     ("name", "said"),
     [
         ("raising", "KeyError: 'two\\nlines'"),
+        ("exiting", "SystemExit: 0"),
         ("number", f"ValueError: {HERE}:number returned a float as loss, expected a value for each of 6 tokens"),
         ("not_a_number", "FloatingPointError: sample a: loss of response token 1 is inf"),
         ("stopped", "ValueError: the loss carries no gradient"),
