@@ -6,9 +6,11 @@ The parent's side is in `process.py`. Answers are JSON, not pickle: what runs he
 import ctypes
 import json
 import os
+import pickle
 import signal
+import socket
 import sys
-from multiprocessing.connection import Connection
+from typing import BinaryIO
 
 from megatron_aspo.errors import UserError
 
@@ -16,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def serve(descriptor: int) -> None:
-    """Answer on the connection `descriptor` until the parent closes it. An answer is `[score, reason, details]` or `{"error": text}`.
+    """Answer on the socket `descriptor` until the parent closes it. An answer is `[score, reason, details]` or `{"error": text}`.
 
     The first message is (task, options), answered by `{}` once the reward is loaded; each further one is a list of (prompt, response).
     """
@@ -25,17 +27,17 @@ def serve(descriptor: int) -> None:
     # started this process; in a Ray actor that is the one thread that runs its methods.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     del sys.argv[1:]
-    with Connection(descriptor) as connection:
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         try:
-            _answer_all(connection)
+            _answer_all(requests, connection)
         except EOFError:  # the parent closed the connection, or died
             return
 
 
-def _answer_all(connection: Connection) -> None:
+def _answer_all(requests: BinaryIO, connection: socket.socket) -> None:
     from megatron_aspo.data.tasks import build_reward  # data.tasks imports rewards
 
-    task, options = connection.recv()
+    task, options = pickle.load(requests)
     try:
         reward = build_reward(task, options)
     except UserError as error:
@@ -43,7 +45,7 @@ def _answer_all(connection: Connection) -> None:
         return
     _send(connection, {})
     while True:
-        for prompt, response in connection.recv():
+        for prompt, response in pickle.load(requests):
             try:
                 result = reward(prompt, response)
             except UserError as error:
@@ -52,5 +54,5 @@ def _answer_all(connection: Connection) -> None:
             _send(connection, [result.score, result.reason, result.details])
 
 
-def _send(connection: Connection, answer: list | dict) -> None:
-    connection.send_bytes(json.dumps(answer, allow_nan=False).encode())
+def _send(connection: socket.socket, answer: list | dict) -> None:
+    connection.sendall(json.dumps(answer, allow_nan=False).encode() + b"\n")

@@ -7,15 +7,15 @@ answers one response at a time over a socket, so it is known which response it w
 import contextlib
 import json
 import math
-import multiprocessing
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
@@ -56,19 +56,17 @@ class RewardProcess:
         self._name = reward_name(task, options)
         self._watchdog = _Watchdog(self._kill)
         self._child: subprocess.Popen | None = None
-        self._connection: Connection | None = None
         self._lock = threading.Lock()
         self._closed = False
 
     def start(self) -> None:
         """Start the child and load the reward. Raises UserError if loading fails, ends the child or takes more than 300 s."""
-        ours, theirs = multiprocessing.Pipe()
+        ours, theirs = socket.socketpair()
         with theirs, self._lock:
             if self._closed:
                 raise UserError(f"{self._name} was stopped")
-            if self._connection is not None:
-                self._connection.close()
-            self._connection = ours
+            # Buffered: many answers in one read, which matters where a score takes microseconds.
+            self._connection, self._answers = ours, ours.makefile("rb")
             self._child = subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), *sys.path],
                 cwd=self._directory if os.path.isdir(self._directory) else None,
@@ -77,7 +75,8 @@ class RewardProcess:
                 start_new_session=True,
             )
         try:
-            self._exchange(_LOAD_TIMEOUT_S, lambda: ours.send((self._task, self._options)) or ours.recv_bytes())
+            self._send((self._task, self._options), _LOAD_TIMEOUT_S)
+            self._receive(_LOAD_TIMEOUT_S)
         except _ChildEnded as end:
             raise UserError(f"{self._name} cannot be loaded: importing it {end.reason}; correct its module") from end
 
@@ -116,29 +115,37 @@ class RewardProcess:
         limit_s = self._options.reward_timeout_s
         if self._child.returncode is not None:
             self.start()
-        self._exchange(limit_s, lambda: self._connection.send(batch))
+        self._send(batch, limit_s)
         for _ in batch:
-            score, reason, details = self._exchange(limit_s, self._connection.recv_bytes)
-            yield RewardResult(score, reason, details)
+            yield RewardResult(*self._receive(limit_s))
 
-    def _exchange(self, limit_s: float, call: Callable[[], bytes | None]) -> Any:
-        """Return what the child answers to `call`, a blocking use of the connection. Raises UserError with the child's own message, and
-        _ChildEnded if the child is dead, or was killed because `call` took more than `limit_s`.
-        """
-        self._watchdog.start(limit_s)
-        try:
-            answer = call()
-            alive = True
-        except (EOFError, OSError):
-            alive = False
-        expired = self._watchdog.cancel()
-        if expired or not alive:
-            status = self._kill()
-            raise _ChildEnded(limit_s if expired and status == -signal.SIGKILL else None, status)
-        answer = json.loads(answer) if answer else None
+    def _send(self, message: Any, limit_s: float) -> None:
+        data = pickle.dumps(message)
+        # Under the limit too: a thread that a reward left behind can keep the child from ever reading.
+        self._within(limit_s, lambda: self._connection.sendall(data) or True)
+
+    def _receive(self, limit_s: float) -> Any:
+        """Return the child's next answer. Raises UserError with the child's message if that is an error."""
+        answer = json.loads(self._within(limit_s, self._answers.readline))
         if isinstance(answer, dict) and "error" in answer:
             raise UserError(answer["error"])
         return answer
+
+    def _within(self, limit_s: float, call: Callable[[], Any]) -> Any:
+        """Return what `call` returns, a blocking use of the connection; nothing or an OSError means that the child closed it.
+
+        Raises _ChildEnded if it did, and if the child was killed because `call` took more than `limit_s`.
+        """
+        self._watchdog.start(limit_s)
+        try:
+            result = call()
+        except OSError:
+            result = None
+        expired = self._watchdog.cancel()
+        if expired or not result:
+            status = self._kill()
+            raise _ChildEnded(limit_s if expired and status == -signal.SIGKILL else None, status)
+        return result
 
     def _kill(self) -> int | None:
         """Kill the child, its descendants and its process group; returns the child's exit status, as subprocess gives it."""

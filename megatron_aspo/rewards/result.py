@@ -1,4 +1,4 @@
-"""What scoring a response gives."""
+"""The result of scoring one response."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -5,6 +5,7 @@ import json
 
 import psutil
 import pyarrow.parquet as parquet
+import pytest
 
 from tests.e2e.workplace import metrics, train
 
@@ -56,6 +57,7 @@ def test_a_reward_that_hangs_on_one_response_costs_that_response(workplace, monk
     assert not children_in(workplace)
 
 
+@pytest.mark.slow
 def test_a_reward_that_always_hangs_ends_the_run_with_one_line(workplace):
     (workplace / "stuck.py").write_text(REWARDS)
     limit = ["data.reward=stuck:always", "data.reward_timeout_s=0.3", "rollout.responses_per_prompt=2"]

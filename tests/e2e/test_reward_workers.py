@@ -69,10 +69,10 @@ def test_one_worker_goes_on_while_the_reward_hangs_or_crashes_in_the_other(ray_c
 def test_a_reward_that_always_hangs_ends_the_run_after_a_bounded_number_of_responses(ray_cluster, monkeypatch):
     monkeypatch.setattr(worker, "_MAX_FAILURES_IN_A_ROW", 3)
     hang = "time.sleep(99)"
-    with pool("does", timeout_s=0.2) as rewards:
+    with pool("does", timeout_s=0.6) as rewards:
         # A score in between: not broken.
         assert [r.failure for r in rewards.score(batch_of(hang, hang, "3", hang, hang))] == ["timeout", "timeout", "", "timeout", "timeout"]
-        message = r"user_rewards:does failed on 3 responses in a row: on the last it timed out after 0\.2 s; correct it, or raise data\.rew"
+        message = r"user_rewards:does failed on 3 responses in a row: on the last it timed out after 0\.6 s; correct it, or raise data\.rew"
         with pytest.raises(UserError, match=message):
             rewards.score(batch_of(*[hang] * 1000))
 

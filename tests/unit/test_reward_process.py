@@ -17,11 +17,11 @@ DOES = "tests.unit.user_rewards:does"
 PROMPT = Prompt("train/1", (1, 2), "the words", 7, "jsonl")
 BACKTRACKING = "re.match(r'(a+)+$', 'a' * 40 + 'b')"
 """In C code, with the interpreter's lock held, for ages."""
-LIMIT_S = 0.5
+LIMIT_S = 0.8
 
 
 @contextlib.contextmanager
-def reward_process(reward=DOES, directory=".", limit_s=LIMIT_S):
+def reward_process(reward=DOES, directory=".", limit_s=30.0):
     process = RewardProcess("jsonl", DataOptions(reward=reward, reward_timeout_s=limit_s, reward_failure_score=-2.5), str(directory))
     try:
         process.start()
@@ -50,11 +50,11 @@ def alive(marker: str) -> list[int]:
     ids=["sleeping", "in C code", "ignoring signals", "stopped"],
 )
 def test_a_response_on_which_the_reward_hangs_gets_the_failure_score_and_the_others_their_own(hang):
-    with reward_process() as process:
+    with reward_process(limit_s=LIMIT_S) as process:
         started = time.monotonic()
         first, stuck, last = score(process, "1", hang, "333")
         assert LIMIT_S < time.monotonic() - started < 20 * LIMIT_S
-        assert (stuck.score, stuck.reason, stuck.failure) == (-2.5, "timed out after 0.5 s", "timeout")
+        assert (stuck.score, stuck.reason, stuck.failure) == (-2.5, "timed out after 0.8 s", "timeout")
         assert stuck.details == {"failed": True}
         assert [(result.score, result.failure) for result in (first, last)] == [(1.0, ""), (3.0, "")]
         assert first.details["pid"] != last.details["pid"] and not psutil.pid_exists(first.details["pid"])
@@ -72,7 +72,7 @@ def test_a_response_on_which_the_reward_hangs_gets_the_failure_score_and_the_oth
     ],
 )
 def test_a_reward_that_ends_its_process_is_tried_once_more_and_then_fails(crash, reason):
-    with reward_process(limit_s=30.0) as process:
+    with reward_process() as process:
         results = score(process, "1", crash, "333")
     assert [result.score for result in results] == [1.0, -2.5, 3.0]
     assert (results[1].reason, results[1].failure) == (reason, "crash")
@@ -90,7 +90,7 @@ def test_one_crash_of_a_response_costs_nothing(tmp_path):
 def test_the_processes_of_a_killed_reward_end_with_it():
     marker = f"{98.5 + time.monotonic() % 1}"
     commands = [f"subprocess.Popen(['sleep', '{marker}'], start_new_session={own}); time.sleep(99)" for own in (True, False)]
-    with reward_process() as process:
+    with reward_process(limit_s=LIMIT_S) as process:
         assert [result.failure for result in score(process, *commands)] == ["timeout", "timeout"]
     time.sleep(0.1)
     assert not alive(marker)
