@@ -92,11 +92,11 @@ def stand_in(config: Config, directory: Path) -> MagicMock:
     task.prompt.return_value, task.held_out.return_value = prompt, [prompt, prompt]
     engines.generate.side_effect = generate
     tokenizer.batch_decode.side_effect = lambda ids, **_: ["text"] * len(ids)
-    rewards.score.side_effect = lambda pairs: [RewardResult(float(i % 2), "stand-in") for i, _ in enumerate(pairs)]
+    rewards.score.side_effect = lambda pairs, on_failure: [RewardResult(float(i % 2), "stand-in") for i, _ in enumerate(pairs)]
     run = MagicMock(config=config, directory=directory, memory=None)
     run.start.step = 0
     run.publisher.version = 0
-    run.rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed)
+    run.rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, say=MagicMock())
     run.trainers.world = 1
     run.trainers.update.return_value = full_report()
     run.placement.to_generating.return_value = 0
