@@ -99,9 +99,6 @@ def _train(parsed: argparse.Namespace) -> None:
     if parsed.dry_run:
         _print_plan(config, "", False)
         return
-    if not config.ray_address:
-        # Ray 2.60 serves on every interface unless told, before it is imported, that it is to be a cluster of this machine alone.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from megatron_aspo.train import train
 
     train(config)

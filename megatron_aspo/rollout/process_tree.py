@@ -32,16 +32,20 @@ def remains_of(pid: int) -> Remains:
     """The descendants of process `pid` (itself excluded) and the shared-memory segments that it and they have mapped now."""
     root = psutil.Process(pid)
     children = root.children(recursive=True)
+    return Remains(tuple(ProcessId(child.pid, child.create_time()) for child in children), mapped_segments([root, *children]))
+
+
+def mapped_segments(processes: Sequence[psutil.Process]) -> tuple[str, ...]:
+    """File names in /dev/shm of the shared memory and semaphores that these processes have mapped now, sorted."""
     # By inode: glibc gives a semaphore its name after mapping it, and the map goes on showing the temporary name it had.
     mapped: set[int] = set()
-    for process in [root, *children]:
+    for process in processes:
         try:
             lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
         except OSError:  # it ended in between
             continue
         mapped |= {int(line.split()[4]) for line in lines if f" {_SHARED}/" in line}
-    segments = [file.name for file in _SHARED.iterdir() if file.name.startswith(_OURS) and _inode(file) in mapped]
-    return Remains(tuple(ProcessId(child.pid, child.create_time()) for child in children), tuple(sorted(segments)))
+    return tuple(sorted(file.name for file in _SHARED.iterdir() if file.name.startswith(_OURS) and _inode(file) in mapped))
 
 
 def sweep(remains: Remains, grace_s: float = 5.0) -> None:

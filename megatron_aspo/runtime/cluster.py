@@ -7,12 +7,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
-import psutil
 import ray
+from ray._private import ray_constants
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.runtime.guard import Guard, environment_set
+from megatron_aspo.runtime.machine import check_machine
+from megatron_aspo.weights.holdings import EngineSizes
 
 _OBJECT_STORE_BYTES = 512 << 20
 """Of a Ray of our own: batches of tokens pass through it, weights never do."""
@@ -31,28 +35,43 @@ class Cluster:
     slots: int
     """How many of those devices Ray can hand out; on CPU, logical CPUs."""
 
+    guard: Guard | None = None
+    """Ends the processes of a Ray of our own when this process does not."""
+
     def close(self) -> None:
         """Disconnect; a Ray of our own ends, with every process it started."""
-        children = psutil.Process().children(recursive=True) if self.ours else []
         ray.shutdown()
-        _end(children)
+        if self.guard is not None:
+            self.guard.close()
 
 
-def open_cluster(address: str, logical_cpus: int) -> Cluster:
+def open_cluster(address: str, logical_cpus: int, engines: EngineSizes | None = None) -> Cluster:
     """Join the cluster at `address`, or start one here with room for `logical_cpus` reservations.
 
     On CPU a process reserves one logical CPU, whatever its threads: trainers and engines of a synchronous run take turns on the cores. A
-    Ray of our own listens on loopback only and has no dashboard.
-    Raises UserError when the cluster cannot be reached.
+    Ray of our own listens on loopback only, has no dashboard, and ends with this process however that ends. engines: those that will run
+    on it, for which this machine's shared memory is checked.
+    Raises UserError when the cluster cannot be reached, or when this machine lacks what Ray or the engines need.
     """
+    if ray.is_initialized():
+        raise UserError("this process is connected to a Ray cluster already; disconnect it first (Cluster.close or ray.shutdown)")
+    guard = None
+    if not address:
+        check_machine(engines or EngineSizes())
+        guard = Guard()
     try:
         with _own_signal_handlers():
-            cores = _join(address) if address else _start(logical_cpus)
-    except (OSError, RuntimeError, ValueError) as error:
+            cores = _start(logical_cpus, guard) if guard else _join(address)
+    except BaseException as error:
+        ray.shutdown()
+        if guard:
+            guard.close()
+        if not isinstance(error, (OSError, RuntimeError, ValueError)):
+            raise
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray did not start on this machine"
         raise UserError(f"{where}: {str(error).strip().splitlines()[0]}") from error
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    return Cluster(ours=not address, cores=max(1, cores), device="cuda" if gpus else "cpu", slots=gpus or cpus)
+    return Cluster(ours=not address, cores=max(1, cores), device="cuda" if gpus else "cpu", slots=gpus or cpus, guard=guard)
 
 
 def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -70,18 +89,37 @@ def _join(address: str) -> int:
     return int(min(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
 
 
-def _start(logical_cpus: int) -> int:
+def _start(logical_cpus: int, guard: Guard) -> int:
     """Returns the cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
-    ray.init(
-        address="local",  # never one that happens to run here, or that the environment names
-        num_cpus=max(cores, logical_cpus),
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level="error",
-    )
+    with _loopback_only(), guard.marking():
+        ray.init(
+            address="local",  # never one that happens to run here, or that the environment names
+            num_cpus=max(cores, logical_cpus),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="error",
+        )
+    if not ip_address(address := ray.util.get_node_ip_address()).is_loopback:
+        raise RuntimeError(f"Ray {ray.__version__} listens on {address}, which others can reach, although it was to use loopback only")
     return cores
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Processes that Ray starts meanwhile serve this machine alone.
+
+    Ray 2.60 serves on every interface unless a variable says that it must not be a cluster. Each process reads it once, when it imports
+    Ray: in this one that may have been long ago, so the constant that was read is replaced as well.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment_set({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -96,11 +134,3 @@ def _own_signal_handlers() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _end(processes: list[psutil.Process]) -> None:
-    """Kill what is left of our own Ray: a worker in the middle of a computation does not hear a polite request."""
-    _, alive = psutil.wait_procs(processes, timeout=5)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=5)

@@ -1,0 +1,79 @@
+"""What this machine has to offer before a Ray of our own is started on it: places for sockets, a token and shared memory.
+
+Ray and vLLM would fail for lack of them too, but later, and without a cure. The limits are those of Ray 2.60 and vLLM 0.32.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.weights.holdings import EngineSizes
+
+_SOCKET_PATH_BYTES = 107
+"""Longest path of a Unix socket."""
+_RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+_VLLM_SOCKET = "00000000-0000-0000-0000-000000000000"
+_SHARED = Path("/dev/shm")
+_SHARED_BYTES = 160 << 20
+"""Of an engine of several workers: the messages between them."""
+
+
+def check_machine(engines: EngineSizes) -> None:
+    """Raises UserError naming what is missing and the cure."""
+    _check_temporary()
+    _check_home()
+    _check_shared_memory(engines)
+
+
+def _check_temporary() -> None:
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
+    ray = Path(os.environ[variable] if variable else "/tmp")
+    places = [(f"{variable or 'temporary directory'}={ray}", ray, "Ray", _RAY_SOCKET.format(pid=os.getpid()), "RAY_TMPDIR")]
+    places.append((f"TMPDIR={tempfile.gettempdir()}", Path(tempfile.gettempdir()), "vLLM", _VLLM_SOCKET, "TMPDIR"))
+    for given, directory, who, socket, cure in places:
+        if (room := _SOCKET_PATH_BYTES - len(socket) - 1) < len(os.fsencode(directory)):
+            raise UserError(
+                f"{given} is too long: the paths of {who}'s sockets in it would exceed the {_SOCKET_PATH_BYTES} bytes that the system takes; "
+                f"set {cure} to a directory whose path has at most {room} bytes, such as /tmp"
+            )
+    if problem := _unwritable(ray / "ray"):
+        raise UserError(f"{places[0][0]}: Ray cannot write there ({problem}); set RAY_TMPDIR to a directory that can be written, such as /tmp")
+
+
+def _check_home() -> None:
+    """Ray keeps a token in the home directory, unless it is given one."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    cure = "set HOME to a directory that can be written"
+    try:
+        token = Path.home() / ".ray" / "auth_token"
+    except RuntimeError as error:
+        raise UserError(f"this user has no home directory, in which Ray keeps its token; {cure}") from error
+    if not os.access(token, os.R_OK) and (problem := _unwritable(token.parent)):
+        raise UserError(f"HOME={token.parents[1]}: Ray cannot write its token {token} ({problem}); {cure}")
+
+
+def _check_shared_memory(engines: EngineSizes) -> None:
+    cure = "give it room, in Docker by --shm-size=1g or --ipc=host"
+    if problem := _unwritable(_SHARED):
+        raise UserError(f"{_SHARED} cannot be written ({problem}), and engines keep semaphores and messages there; {cure}")
+    needed = _SHARED_BYTES * engines.engines if engines.tensor > 1 else 0
+    if (room := shutil.disk_usage(_SHARED).free) < needed:
+        raise UserError(
+            f"{_SHARED} has {room >> 20} MiB free, and the workers of {engines.engines} engines exchange messages through "
+            f"{needed >> 20} MiB of it; {cure}, or set rollout.tensor_parallel=1"
+        )
+
+
+def _unwritable(directory: Path) -> str:
+    """Why no file can be made in the directory, which is made where it is missing; empty when one can."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"1")
+            file.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
