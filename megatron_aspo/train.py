@@ -13,7 +13,7 @@ from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.batch import make_train_batch
 from megatron_aspo.evaluation.accuracy import Evaluation, evaluation
 from megatron_aspo.observe.health import rollout_health, staleness
-from megatron_aspo.observe.metrics import training_metrics
+from megatron_aspo.observe.metrics import count_updates, read_metrics, training_metrics
 from megatron_aspo.observe.model_card import model_card
 from megatron_aspo.observe.rollouts import write_rollouts
 from megatron_aspo.observe.summary import print_summary
@@ -24,7 +24,9 @@ def train(config: Config) -> None:
     """Run the recipe from start, or from where it stopped, to end; prints a summary whose last line is one JSON object."""
     if is_complete(config):
         print(f"run {config.directory} is complete")
-        print(json.dumps({"steps": config.steps, "run_dir": str(config.directory), "hf_model": str(config.export_directory)}))
+        updates = count_updates(read_metrics(config.directory / "metrics.jsonl"))
+        places = {"run_dir": str(config.directory), "hf_model": str(config.export_directory)}
+        print(json.dumps({"steps": config.steps, "updates": updates, **places}))
         return
     with open_run(config) as run:
         before = evaluate(run, 0) if run.start.step == 0 else run.evaluation(0)

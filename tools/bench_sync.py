@@ -276,9 +276,9 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=int, default=32)
     parsed = parser.parse_args()
     os.environ |= KEEP_FREED_MEMORY  # as engines have it
-    import ray
     import torch
 
+    from megatron_aspo.runtime.cluster import open_cluster
     from tools.verify_sync import save_random
 
     described = read_model(parsed.model)
@@ -292,7 +292,7 @@ def main() -> None:
     meeting = free_port(HOST)
     ranks = [Process.start(training_rank, rank, parsed.model, spec, meeting) for rank in range(STAGES.world)]
     moved = transport(spec, ranks, parsed.rounds)
-    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    cluster = open_cluster("", 8)
     seconds: dict[str, list[float]] = {"ours": [], "gather": []}
     with tempfile.TemporaryDirectory() as other:
         save_random(parsed.model, Path(other))
@@ -309,7 +309,7 @@ def main() -> None:
                     seconds[way].append(timed(lambda way=way: engines.update(way))[0])
         finally:
             engines.pool.shutdown()
-            ray.shutdown()
+            cluster.close()
     median = {name: statistics.median(values) for name, values in (moved | seconds).items()}
     ratio = {
         name: statistics.median(a / b for a, b in zip(*pair, strict=True))

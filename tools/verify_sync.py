@@ -25,16 +25,13 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_aspo.config import Config, load_config
-from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.pool import EnginePool
-from megatron_aspo.runtime.checks import rank_settings
+from megatron_aspo.runtime.checks import CheckedRecipe, check_recipe, check_run, expected_device
 from megatron_aspo.runtime.cluster import Cluster, open_cluster
 from megatron_aspo.runtime.run import transfer_spec
 from megatron_aspo.runtime.trainers import Trainers
-from megatron_aspo.weights.hf_model import read_model
-from megatron_aspo.weights.holdings import check_engine, check_engine_on
 from megatron_aspo.weights.messages import digest, view, written
 from megatron_aspo.weights.publish import Publisher
 
@@ -102,14 +99,10 @@ def logprob_error(config: Config, model: Path, engines: EnginePool) -> float:
     return worst
 
 
-def verified(config: Config, cluster: Cluster) -> dict:
+def verified(config: Config, checked: CheckedRecipe, cluster: Cluster) -> dict:
     """The figures; what differs is named under `wrong`."""
-    model = resolve_model(config.model)
-    described = read_model(model)
-    settings = rank_settings(config, model)
-    settings.check_model(described.dims)
-    check_engine(described.dims, config.rollout.sizes)
-    check_engine_on(cluster.device, described.dims, config.rollout.sizes)
+    described, settings, model = checked.model, checked.settings, checked.model.directory
+    check_recipe(config, described, settings, cluster.device)
     spec = transfer_spec(config, described, settings)
     true = truth(model, [config.trainer.dtype, config.rollout.dtype])
     true = {name: true[name] for name in described.tensor_shapes}
@@ -159,9 +152,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         config = load_config(options.recipe, options.overrides)
-        cluster = open_cluster(config.ray_address, 64)
+        checked = check_run(config, expected_device(config))
+        cluster = open_cluster(config.ray_address, 64, config.rollout.sizes)
         try:
-            figures = verified(config, cluster)
+            figures = verified(config, checked, cluster)
         finally:
             cluster.close()
     except UserError as error:

@@ -62,8 +62,7 @@ def open_source(path: str | Path, dtype: str | None = None) -> Source:
             reader = MegatronReader(path, manifest, model)
         return Source(path, True, model, reader, manifest.dtype, manifest.tensors, check_files)
     model = read_model(resolve_model(asked))  # as given: a Path drops the "./" that tells a directory from a name on the hub
-    reader = TensorReader(model)
-    reader.check_head()
+    reader = TensorReader.checked(model)
     stated = stated_dtype(model.directory) or next(iter(reader.dtypes.values()))
     for name, stored in reader.dtypes.items():
         if stored != stated and dtype is None:

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,47 @@ class MetricsFile:
 
     def last(self) -> dict[str, Any]:
         """The newest line; empty when there is none."""
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        return json.loads(lines[-1]) if lines else {}
+        return next(reversed(read_metrics(self._path)), {})
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every line, of earlier processes of the run too."""
+        return read_metrics(self._path)
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; none where there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def count_updates(steps: Sequence[dict[str, Any]]) -> int:
+    """Optimizer updates of these lines. One that was skipped, as its gradient was not finite, does not count."""
+    return sum(step["train/updates"] - step["train/skipped_updates"] for step in steps)
+
+
+def untrained_warning(steps: Sequence[dict[str, Any]]) -> str:
+    """Why the model is the one that the run began with, if no update changed it, and the cure; else empty, as for no steps at all."""
+    updates, skipped = count_updates(steps), sum(step["train/skipped_updates"] for step in steps)
+    if not steps or (any(step.get("train/gradient_norm_max", 0) > 0 for step in steps) and updates):
+        return ""
+    dropped = sum(step["groups/dropped"] for step in steps)
+    alike = (
+        "look at the rewards in rollouts/, and take a reward that tells responses apart, prompts that the model solves now and then, or a "
+        "larger rollout.responses_per_prompt"
+    )
+    if updates:
+        cause = f"the gradients of all {updates} updates were zero, as when every response of a prompt gets the same reward; {alike}"
+    elif skipped:
+        cause = f"all {skipped} updates were skipped (train/skipped_updates), as their gradients were not finite; lower optimizer.lr"
+    elif dropped:
+        cause = f"{dropped} groups were dropped (groups/dropped), as all responses of a group got the same reward; {alike}"
+    else:
+        cause = "no response was left to train on; raise rollout.max_response_tokens, or set algorithm.overlong_filter=false"
+    return f"warning: nothing was learned in {len(steps)} steps: {cause}"
 
 
 def _set_aside(path: Path, first_step: int) -> None:

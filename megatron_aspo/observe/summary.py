@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_aspo.evaluation.accuracy import Answer, Evaluation
+from megatron_aspo.observe.metrics import count_updates, untrained_warning
 
 if TYPE_CHECKING:
     from megatron_aspo.runtime.run import Run
@@ -18,7 +19,12 @@ _SHOWN_CHARACTERS = 60
 
 
 def print_summary(run: "Run", before: Evaluation | None, after: Evaluation | None, minutes: float, tokens: int, export: Path) -> None:
-    """A small table, one answer before and after, and one JSON object as the last line. minutes, tokens: of this process."""
+    """A small table, one answer before and after, and one JSON object as the last line.
+
+    minutes, tokens: of this process. `updates` counts those of all steps in the run's metrics.jsonl, earlier processes' included; a run
+    that changed nothing is warned about.
+    """
+    steps = run.metrics.all()
     table = Table(title=run.config.name, show_header=False)
     if before and after:
         table.add_row("held-out accuracy before", str(before.accuracy))
@@ -35,6 +41,8 @@ def print_summary(run: "Run", before: Evaluation | None, after: Evaluation | Non
         question, old, new = _one_answer(before.answers, after.answers)
         for label, text in (("question", question), ("before", old), ("after", new)):
             console.print(f"{label + ':':<9} {text}", markup=False)
+    if warning := untrained_warning(steps):
+        console.print(warning, markup=False)
     console.print(f"run directory: {run.directory}", markup=False)
     console.print(f"Hugging Face model: {export}", markup=False)
     print(
@@ -45,6 +53,7 @@ def print_summary(run: "Run", before: Evaluation | None, after: Evaluation | Non
                 "accuracy_before_standard_error": before.accuracy.standard_error if before else None,
                 "accuracy_after_standard_error": after.accuracy.standard_error if after else None,
                 "steps": run.config.steps,
+                "updates": count_updates(steps),
                 "train_minutes": round(minutes, 3),
                 "tokens_per_second": round(tokens / (60 * minutes), 1),
                 "peak_gb": round(run.memory.gb, 2) if run.memory else None,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from megatron_aspo.connection import require_cluster
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
@@ -55,6 +56,7 @@ class RewardPool:
 
     def __init__(self, task: str, options: DataOptions, workers: int = 1):
         """Start the workers and load the reward in each. Raises UserError as `build_reward` does."""
+        require_cluster()
         # No CPU is reserved: scoring runs in the gaps between generation and training, and must never wait for a place.
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         actor = ray.remote(num_cpus=0, runtime_env=environment, concurrency_groups={"control": 1})(RewardWorker)

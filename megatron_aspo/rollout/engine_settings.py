@@ -81,6 +81,9 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs."""
     common = {
         "model": spec.model,
+        # The files that the training ranks read. By default vLLM prefers Mistral's own format where a consolidated*.safetensors is there.
+        "config_format": "hf",
+        "load_format": "safetensors",
         "dtype": spec.dtype,
         "tensor_parallel_size": spec.tensor_parallel,
         "enable_expert_parallel": spec.expert_parallel,
@@ -111,6 +114,6 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             # The responses of a group share whole blocks of their prompt. vLLM takes 128 tokens, more than short prompts have: each is then
             # computed once per response, twice the time of generation with 44 and 12 tokens. Its fast kernels ask for multiples of 32.
             "block_size": 32,
-            "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, spec.max_model_len),
+            "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, spec.max_model_len, spec.max_running_requests),
         }
     return common | {"enable_sleep_mode": True}

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import megatron_aspo
+from megatron_aspo.connection import require_cluster
 from megatron_aspo.data.records import Generation
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo, Request
@@ -107,6 +108,7 @@ class EnginePool:
         places: of each engine Ray's id of the node and the devices on it that it shares with others; by default Ray gives it its own.
         Raises UserError with the cause when one does not start or is not up after `start_timeout_s`; then none is left running.
         """
+        require_cluster()
         for member, place in zip(self._members, places or (), strict=False):
             member.place = place
         self._start(self._members)

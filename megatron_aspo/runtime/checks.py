@@ -1,20 +1,58 @@
-"""What a recipe and its model come to, and can be refused for, before any process is started."""
+"""The one list of what a recipe and its model can be refused for before any process is started.
 
+`train` (resumed or not), `plan` and tools/verify_sync.py call `check_run`; what the model's files must be, `convert` checks by the same
+`read_model` and `TensorReader.checked`. Not in the list, as only `train` reads them: tokenizer, prompts and the checkpoint to resume from.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_aspo.config import Config
+from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.memory import check_cache
 from megatron_aspo.runtime.placement import check_places
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.hf_model import HFModel
-from megatron_aspo.weights.holdings import check_engine
+from megatron_aspo.weights.hf_files import TensorReader, has_weights
+from megatron_aspo.weights.hf_model import HFModel, read_model
+from megatron_aspo.weights.holdings import check_engine, check_engine_on
 
 
-def check_recipe(config: Config, model: HFModel, settings: RankSettings) -> None:
-    """Raises UserError with the rule and the cure."""
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """A recipe's model and settings, which can work together."""
+
+    model: HFModel
+    settings: RankSettings
+    reader: TensorReader | None
+    """None where the model's directory has no weights, and none were required."""
+
+
+def check_run(config: Config, device: str, *, weights_required: bool = True) -> CheckedRecipe:
+    """Check the recipe, the model's config.json and, where the directory has weights, their files.
+
+    device: as `check_recipe`'s. Raises UserError with the rule and the cure.
+    """
+    model = read_model(resolve_model(config.model))
+    settings = rank_settings(config, model.directory)
+    check_recipe(config, model, settings, device)
+    reader = TensorReader.checked(model) if weights_required or has_weights(model.directory) else None
+    if ":" in config.algorithm.policy_loss:
+        from megatron_aspo.losses.custom import find_policy_loss
+
+        find_policy_loss(config.algorithm)
+    return CheckedRecipe(model, settings, reader)
+
+
+def check_recipe(config: Config, model: HFModel, settings: RankSettings, device: str) -> None:
+    """The part that follows from sizes alone. Raises UserError with the rule and the cure.
+
+    device: `cpu | cuda`, what ranks and engines compute on; empty while that is not known, as before a Ray cluster is joined.
+    """
     settings.check_model(model.dims)
+    settings.check_device(device)
     check_engine(model.dims, config.rollout.sizes)
+    check_engine_on(device, model.dims, config.rollout.sizes)
     if config.max_model_len > model.max_positions:
         raise UserError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_model_len} is more than the model's "
@@ -22,6 +60,13 @@ def check_recipe(config: Config, model: HFModel, settings: RankSettings) -> None
         )
     check_cache(model, config.rollout, config.max_model_len)
     check_places(config.placement, settings.sizes.world, config.rollout.sizes)
+
+
+def expected_device(config: Config) -> str:
+    """`cpu | cuda`: what a Ray of our own on this machine will compute on; empty for a cluster to be joined, which is not known yet."""
+    if config.ray_address:
+        return ""
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
 
 
 def rank_settings(config: Config, model_directory: Path) -> RankSettings:

@@ -29,17 +29,20 @@ def check_machine(engines: EngineSizes) -> None:
 
 def _check_temporary() -> None:
     variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
-    ray = Path(os.environ[variable] if variable else "/tmp")
-    places = [(f"{variable or 'temporary directory'}={ray}", ray, "Ray", _RAY_SOCKET.format(pid=os.getpid()), "RAY_TMPDIR")]
-    places.append((f"TMPDIR={tempfile.gettempdir()}", Path(tempfile.gettempdir()), "vLLM", _VLLM_SOCKET, "TMPDIR"))
-    for given, directory, who, socket, cure in places:
-        if (room := _SOCKET_PATH_BYTES - len(socket) - 1) < len(os.fsencode(directory)):
-            raise UserError(
-                f"{given} is too long: the paths of {who}'s sockets in it would exceed the {_SOCKET_PATH_BYTES} bytes that the system takes; "
-                f"set {cure} to a directory whose path has at most {room} bytes, such as /tmp"
-            )
+    ray, vllm = Path(os.environ[variable] if variable else "/tmp"), Path(tempfile.gettempdir())
+    given = f"{variable}={ray}" if variable else f"the temporary directory {ray}"
+    _check_length(given, ray, "Ray", _RAY_SOCKET.format(pid=os.getpid()), "RAY_TMPDIR")
+    _check_length(f"TMPDIR={vllm}", vllm, "vLLM", _VLLM_SOCKET, "TMPDIR")
     if problem := _unwritable(ray / "ray"):
-        raise UserError(f"{places[0][0]}: Ray cannot write there ({problem}); set RAY_TMPDIR to a directory that can be written, such as /tmp")
+        raise UserError(f"{given}: Ray cannot write there ({problem}); set RAY_TMPDIR to a directory that can be written, such as /tmp")
+
+
+def _check_length(given: str, directory: Path, who: str, socket: str, cure: str) -> None:
+    if (room := _SOCKET_PATH_BYTES - len(socket) - 1) < len(os.fsencode(directory)):
+        raise UserError(
+            f"{given} is too long: the paths of {who}'s sockets in it would exceed {_SOCKET_PATH_BYTES} bytes, the system's limit; set "
+            f"{cure} to a directory whose path has at most {room} bytes, such as /tmp"
+        )
 
 
 def _check_home() -> None:

@@ -1,28 +1,26 @@
 """What a recipe would do, before it does it: groups of ranks, memory, bytes of a weight sync, tokens of a step.
 
-Nothing is started: everything follows from the recipe and the model's config.json.
+Nothing is started: everything follows from the recipe and the model's config.json. The model's weights are checked where they are at hand.
 """
 
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 
 import psutil
 
 from megatron_aspo.config import Config, to_yaml
-from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.memory import WorkerMemory, cached_tokens, worker_memory
-from megatron_aspo.runtime.checks import check_recipe, rank_settings
-from megatron_aspo.runtime.start import find_start
+from megatron_aspo.runtime.checks import check_run, expected_device
+from megatron_aspo.runtime.start import directory_exists, find_start
 from megatron_aspo.trainer.memory import Load, RankMemory, rank_memory
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.families import layout
-from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.holdings import EngineHoldings, TrainingHoldings, check_engine_on
+from megatron_aspo.weights.hf_model import HFModel
+from megatron_aspo.weights.holdings import EngineHoldings, TrainingHoldings
 from megatron_aspo.weights.layout import ITEMSIZE
 from megatron_aspo.weights.plan import Where, in_buckets, least_traffic
 
@@ -39,6 +37,8 @@ class Plan:
     model: HFModel
     settings: RankSettings
     device: str
+    notes: tuple[str, ...] = ()
+    """What to know besides: what `train` would do about a run directory that exists, and what could not be checked."""
 
     @property
     def groups(self) -> dict[str, list[list[int]]]:
@@ -107,20 +107,31 @@ class Plan:
 
 def make_plan(config: Config, device: str = "") -> Plan:
     """Raises UserError for a recipe that cannot work, with the rule and the cure. device: `cpu | cuda`; empty: this machine's."""
-    if config.resume == "never":
-        find_start(config)
-    model = read_model(resolve_model(config.model))
-    settings = rank_settings(config, model.directory)
-    check_recipe(config, model, settings)
-    device = device or ("cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu")
-    check_engine_on(device, model.dims, config.rollout.sizes)
-    plan = Plan(config, model, settings, device)
+    notes = [_directory_note(config)]
+    device = device or expected_device(replace(config, ray_address=""))
+    checked = check_run(config, device, weights_required=False)
+    if checked.reader is None:
+        notes.append(f"{checked.model.directory} holds no weights: only its config.json was checked")
+    plan = Plan(config, checked.model, checked.settings, device, tuple(filter(None, notes)))
     if device == "cpu" and not config.ray_address:
-        _check_room(plan)
+        check_room(plan)
     return plan
 
 
-def _check_room(plan: Plan) -> None:
+def _directory_note(config: Config) -> str:
+    """What `train` would do about the run directory, if it exists. Raises UserError when there is nothing to resume from."""
+    exists = directory_exists(config)
+    if config.resume == "never":
+        refused = (
+            f"run directory {config.directory} exists: train will refuse it; choose another name or run_dir, remove it, or set resume=auto"
+        )
+        return refused if exists else ""
+    start = find_start(config, damage=False)
+    return f"train will go on after step {start.step} from {start.checkpoint}" if start.checkpoint else ""
+
+
+def check_room(plan: Plan) -> None:
+    """Raises UserError when training ranks and engines, all on this machine, need more memory than it has."""
     room = psutil.virtual_memory().total
     if plan.needs > room:
         raise UserError(
@@ -158,6 +169,9 @@ def told(plan: Plan) -> Iterator[str]:
     samples = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     updates = config.algorithm.epochs * math.ceil(config.rollout.prompts_per_step / config.algorithm.mini_batch_prompts)
     yield f"a step             {samples:,} responses, at most {samples * config.max_model_len:,} tokens, in {updates} updates"
+    if plan.notes:
+        yield ""
+        yield from (f"note: {note}" for note in plan.notes)
 
 
 def figures(plan: Plan) -> dict:
@@ -166,6 +180,8 @@ def figures(plan: Plan) -> dict:
     samples = plan.config.rollout.prompts_per_step * plan.config.rollout.responses_per_prompt
     return {
         "device": plan.device,
+        "run_directory_exists": directory_exists(plan.config),
+        "notes": list(plan.notes),
         "devices": plan.devices,
         "groups": plan.groups,
         "ranks": [vars(memory) | {"total": memory.total} for memory in plan.ranks],

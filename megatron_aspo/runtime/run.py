@@ -19,7 +19,6 @@ from megatron_aspo.checkpoint.store import CheckpointStore, set_aside, sweep_unf
 from megatron_aspo.checkpoint.tensor_file import sha256_of_parts
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.data.tasks import Task, build_task
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.data.tokenizer_export import tokenizer_files
@@ -32,16 +31,16 @@ from megatron_aspo.rewards.process import check_reward
 from megatron_aspo.rewards.worker import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
-from megatron_aspo.runtime.checks import check_recipe, rank_settings
+from megatron_aspo.runtime.checks import check_recipe, check_run, expected_device
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
 from megatron_aspo.runtime.ledger import Ledger
 from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_places
+from megatron_aspo.runtime.plan import Plan, check_room
 from megatron_aspo.runtime.start import Ownership, Start, find_start
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.holdings import check_engine_on
 from megatron_aspo.weights.publish import Publisher
 from megatron_aspo.weights.schedule import TransferSpec
 
@@ -142,37 +141,32 @@ def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> Tra
 
 def _start_run(config: Config, start: Start, owner: Ownership | None, stack: ExitStack) -> Iterator[Run]:
     progress = Progress(config.steps)
-    model_directory = resolve_model(config.model)
-    settings = rank_settings(config, model_directory)
     with progress.waiting("checking model and data"):
-        model = read_model(model_directory)
-        reader = TensorReader(model)
-        check_recipe(config, model, settings)
+        checked = check_run(config, device := expected_device(config))
+        model, settings, model_directory = checked.model, checked.settings, checked.model.directory
+        if device == "cpu":
+            check_room(Plan(config, model, settings, device))
         tokenizer = load_tokenizer(model_directory)
         encoder = PromptEncoder(tokenizer, model.dims.vocab, config.data)
         task = build_task(config.task, config.data, encoder, config.seed)
         if config.data.reward:
             check_reward(config.task, config.data)
-        identity = _identity(config, task, reader)
+        identity = _identity(config, task, checked.reader)
         if start.checkpoint is not None:
             _check_identity(start, config, identity, model)
         if config.evaluation.draws:
             _check_held_out(task.held_out())
         if encoder.remark:
             progress.say(encoder.remark)
-        if ":" in config.algorithm.policy_loss:
-            from megatron_aspo.losses.custom import find_policy_loss  # imports torch
-
-            find_policy_loss(config.algorithm)
     stack.callback(progress.close)
     # At the very end, when no process of this run can write any more.
     stack.callback(lambda: owner and sweep_unfinished(config.directory))
     memory = stack.enter_context(contextlib.closing(PeakMemory()))
     with progress.waiting("starting Ray"):
-        cluster = open_cluster(config.ray_address, settings.sizes.world + config.rollout.engines)
+        cluster = open_cluster(config.ray_address, settings.sizes.world + config.rollout.engines, config.rollout.sizes)
         stack.callback(_undisturbed, cluster.close)
     _check_resources(config, cluster, settings.sizes.world)
-    check_engine_on(cluster.device, model.dims, config.rollout.sizes)
+    check_recipe(config, model, settings, cluster.device)  # what a joined cluster computes on is known now
     with progress.waiting("starting reward workers"):
         rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers))
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
-from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, read_manifest
+from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, open_manifest, read_manifest
 from megatron_aspo.checkpoint.request import ATTEMPT
 from megatron_aspo.checkpoint.store import find_checkpoints
 from megatron_aspo.config import Config
@@ -31,13 +31,13 @@ class Start:
         return self.manifest.training["step"] if self.manifest else 0
 
 
-def find_start(config: Config) -> Start:
+def find_start(config: Config, damage: bool = True) -> Start:
     """By `resume`: `never`, `auto`, or the path of a checkpoint or a run. Changes nothing.
 
     Raises UserError when the run directory is in the way, when there is nothing to resume from, and when the checkpoint is damaged; then it
-    names the one before it.
+    names the one before it. damage: whether to look for damage, which reads the whole checkpoint.
     """
-    exists = _directory_exists(config)
+    exists = directory_exists(config)
     if config.resume == "never":
         if exists:
             raise UserError(
@@ -54,14 +54,14 @@ def find_start(config: Config) -> Start:
             raise UserError(
                 f"{config.directory}: the ledger names checkpoints, but there is none; put them back, or begin under another name"
             )
-        return Start(True, checkpoint, _read(checkpoint)) if checkpoint else Start(True)
+        return Start(True, checkpoint, _read(checkpoint, damage)) if checkpoint else Start(True)
     checkpoint = _named(Path(config.resume).expanduser().absolute())
     in_place = checkpoint.parent.parent.resolve() == config.directory.resolve()
     if in_place and checkpoint not in find_checkpoints(checkpoint.parent.parent).values():
         raise UserError(f"{checkpoint} was set aside from its run; go on from it under another name")
     if exists and not in_place:
         raise UserError(f"run directory {config.directory} exists, and {checkpoint} is another run's; choose another name or run_dir")
-    return Start(in_place, checkpoint, _read(checkpoint))
+    return Start(in_place, checkpoint, _read(checkpoint, damage))
 
 
 def _named(path: Path) -> Path:
@@ -76,9 +76,9 @@ def _newest(run_directory: Path) -> Path | None:
     return next(reversed(find_checkpoints(run_directory).values()), None)
 
 
-def _read(checkpoint: Path) -> Manifest:
+def _read(checkpoint: Path, damage: bool) -> Manifest:
     try:
-        manifest = read_manifest(checkpoint)
+        manifest = read_manifest(checkpoint) if damage else open_manifest(checkpoint)[0]
     except UserError as error:
         earlier = [path for path in find_checkpoints(checkpoint.parent.parent).values() if _step(path) < _step(checkpoint)]
         cure = f"the one before it is {earlier[-1]}: go on from there with --resume {earlier[-1]}" if earlier else "there is none before it"
@@ -100,7 +100,8 @@ def _check_ours(directory: Path) -> None:
         raise UserError(f"{directory} is no run's directory (it has no file {ATTEMPT}): resume=auto cannot go on there; choose another")
 
 
-def _directory_exists(config: Config) -> bool:
+def directory_exists(config: Config) -> bool:
+    """Whether the run directory exists. Raises UserError for a name or run_dir that is no path at all."""
     try:
         if longest := max((part for part in config.directory.parts if len(part.encode()) > 255), default=""):
             raise OSError(f"a part of it has {len(longest.encode())} bytes, over the 255 that file systems take")

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from megatron_aspo.checkpoint.request import SaveRequest
+from megatron_aspo.connection import require_cluster
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.pending import Pending
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
@@ -105,6 +106,7 @@ class Trainers:
 
         Raises UserError when the model or the layout is at fault; then none is left running.
         """
+        require_cluster()
         options = {
             "num_cpus": 1,  # a token: see Cluster
             "num_gpus": 1 if device == "cuda" else 0,

@@ -79,6 +79,14 @@ class RankSettings:
                 "with sequence parallelism; set trainer.sequence_parallel=true"
             )
 
+    def check_device(self, device: str) -> None:
+        """Raises UserError for options that need a GPU, when device is `cpu`. Which GPU and packages they need, each rank checks."""
+        trainer = self.trainer
+        if device == "cpu" and trainer.layer_spec == "transformer_engine":
+            raise UserError("trainer.layer_spec=transformer_engine needs a CUDA device, which is not here; use auto or local")
+        if device == "cpu" and trainer.fp8 != "none":
+            raise UserError(f"trainer.fp8={trainer.fp8} needs a GPU of compute capability 8.9 or higher; set trainer.fp8=none")
+
 
 def _check_fp8(trainer: TrainerOptions, dims: ModelDims) -> None:
     """Of Transformer Engine's matrix products in FP8: each side of a rank's matrices is a multiple of 16."""

@@ -105,6 +105,7 @@ def _settings(config: Any, architecture: str) -> list[tuple[str, Any, tuple]]:
         ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
         ("use_sliding_window", getattr(config, "use_sliding_window", False) or False, (False,)),
         ("layer_types", sorted(set(getattr(config, "layer_types", None) or ["full_attention"])), (["full_attention"],)),
+        ("dual_chunk_attention_config", getattr(config, "dual_chunk_attention_config", None), (None,)),
         ("mlp_bias", getattr(config, "mlp_bias", False), (False,)),
         ("attention_bias", getattr(config, "attention_bias", False), (False,)),
         ("pretraining_tp", getattr(config, "pretraining_tp", 1), (1, None)),

@@ -15,6 +15,8 @@ from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes, padded_v
 
 Ranks = tuple[int, ...]
 _CPU_EXPERT_MULTIPLE = 32
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head for which vLLM 0.32 has CPU kernels (CPUAttentionBackend.get_supported_head_sizes)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,14 @@ def check_engine(dims: ModelDims, sizes: EngineSizes) -> None:
 
 def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
     """Raises UserError for what vLLM's kernels on `device` do not compute, or cannot be brought new weights for."""
-    if device != "cpu" or not dims.experts:
+    if device != "cpu":
+        return
+    if dims.head_dim not in CPU_HEAD_SIZES:
+        raise UserError(
+            f"the model's attention heads have {dims.head_dim} channels, for which vLLM has no CPU kernel; it has those for "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}: take another model, or run on GPUs"
+        )
+    if not dims.experts:
         return
     if sizes.expert_parallel:
         raise UserError("rollout.expert_parallel=true: vLLM's CPU kernel takes every expert to be on each worker; set it to false")

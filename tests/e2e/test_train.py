@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.rollout.process_tree import mapped_segments
+from tests.e2e.loopback import assert_only_loopback
 from tests.e2e.workplace import STEPS, metrics, start, train
 from tests.models import save_tiny
 
@@ -159,16 +161,20 @@ def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
     assert all(row["prompt_ids"][-20:] == processor.encode(row["prompt"])[-20:] for row in rows)
 
 
-def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(workplace):
-    status, _, error = train(workplace, "name=dead", "rollout.kv_cache_gib=100000", "trainer.tensor_parallel=1", "rollout.engines=1")
+def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(workplace, monkeypatch):
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/nowhere")
+    status, _, error = train(workplace, "name=dead", "trainer.tensor_parallel=1", "rollout.engines=1")
     assert status == 2
     line = error.strip().splitlines()[-1]
     assert line.startswith("megatron-aspo: error: engine 0 did not start: ") and len(line) > 70
     assert not (workplace / "runs" / "dead").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["Ctrl-C", "SIGTERM", "SIGKILL"]
+)
 def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
+    """Nor shared memory; and until then it listened on loopback only: Ray's processes, training ranks, engines and their workers."""
     name = f"stopped_{int(number)}"
     process = start(workplace, f"name={name}", "steps=1000", "rollout.engines=1", "trainer.tensor_parallel=1", "evaluation.draws=0")
     metrics_file = workplace / "runs" / name / "metrics.jsonl"
@@ -178,11 +184,16 @@ def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
         time.sleep(0.5)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) > 4
+    assert_only_loopback([psutil.Process(process.pid), *family])
+    segments = mapped_segments(family)
+    assert segments  # vLLM's semaphores
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == status, error
-    assert error.strip().splitlines()[-1] in ("megatron-aspo: interrupted", "megatron-aspo: terminated")
+    if number != signal.SIGKILL:
+        assert error.strip().splitlines()[-1] in ("megatron-aspo: interrupted", "megatron-aspo: terminated")
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+    assert not any((Path("/dev/shm") / segment).exists() for segment in segments)
     # What was done is whole.
     assert all(np.isfinite(step["train/loss"]) for step in metrics(workplace / "runs" / name))

@@ -1,13 +1,17 @@
 """What engines are told, and what they cannot be told."""
 
+import importlib.util
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine_settings import READABLE, EngineSpec, engine_arguments, environment
 from megatron_aspo.weights.hf_model import read_sizes
-from megatron_aspo.weights.holdings import EngineSizes, check_engine, check_engine_on
+from megatron_aspo.weights.holdings import CPU_HEAD_SIZES, EngineSizes, check_engine, check_engine_on
 from tests.models import save_tiny
 
 SPEC = EngineSpec(
@@ -65,3 +69,24 @@ def test_what_the_kernels_of_a_device_cannot_do_is_refused(mixture, device, size
     else:
         with pytest.raises(UserError, match=said):
             check_engine_on(device, mixture, sizes)
+
+
+def test_a_head_size_without_a_cpu_kernel_is_refused(mixture):
+    """The sizes are those of the installed vLLM, read from its source: importing it takes 10 s."""
+    source = Path(importlib.util.find_spec("vllm").origin).parent / "v1/attention/backends/cpu_attn.py"
+    (sizes,) = re.findall(r"def get_supported_head_sizes\(cls\).*\n\s+return (\[[\d, ]+\])", source.read_text())
+    assert tuple(json.loads(sizes)) == CPU_HEAD_SIZES
+    for device in ("cuda", ""):
+        check_engine_on(device, replace(mixture, head_dim=16), EngineSizes())
+    with pytest.raises(UserError, match=r"attention heads have 16 channels, for which vLLM has no CPU kernel; .*32, 64"):
+        check_engine_on("cpu", replace(mixture, head_dim=16), EngineSizes())
+
+
+def test_the_engine_reads_the_files_that_the_training_ranks_read():
+    arguments = engine_arguments(SPEC)
+    assert (arguments["load_format"], arguments["config_format"]) == ("safetensors", "hf")
+
+
+def test_as_many_requests_may_run_as_the_recipe_says():
+    """vLLM wants room for a token of each in every step."""
+    assert engine_arguments(replace(SPEC, device="cpu", max_running_requests=5000))["max_num_batched_tokens"] == 5000

@@ -53,6 +53,7 @@ def test_a_box_is_read_as_the_slice_of_the_tensor(model):
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type=yarn is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config="),
     ],
 )
 def test_a_config_that_the_family_does_not_support_is_refused_by_the_setting(model, changes, message):
@@ -167,9 +168,49 @@ def test_a_directory_without_weights_is_refused(model):
 
 
 def test_a_tensor_in_two_files_is_refused(model):
+    (model / "model.safetensors").rename(model / "one.safetensors")
     save_file({"model.norm.weight": torch.zeros(128)}, model / "other.safetensors")
     with pytest.raises(UserError, match=r"model\.norm\.weight stands in both"):
         TensorReader(read_model(model))
+
+
+@pytest.fixture
+def indexed(model) -> Path:
+    """The model in one shard, with an index."""
+    names = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(model / "shard.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "shard.safetensors")}))
+    return model
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "optimizer.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_file_that_vllm_would_read_with_the_model_is_refused(model, name):
+    save_file({"strange": torch.zeros(1)}, model / name)
+    with pytest.raises(UserError, match=rf"{name} is no part of the model in model\.safetensors, .* move it out of the directory"):
+        TensorReader(read_model(model))
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "optimizer.safetensors"])
+def test_a_file_that_the_index_does_not_name_is_no_part_of_the_model(indexed, name):
+    """Nor for vLLM: its list of files, and the format that it is asked for, lest it prefer Mistral's."""
+    save_file({"strange": torch.zeros(1)}, indexed / name)
+    assert set(TensorReader(read_model(indexed)).dtypes) == set(load_file(indexed / "shard.safetensors"))
+
+
+def test_a_whole_model_beside_an_index_of_others_is_refused(indexed):
+    save_file({"model.norm.weight": torch.zeros(128)}, indexed / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is not named by model\.safetensors\.index\.json .* remove one of them"):
+        TensorReader(read_model(indexed))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
+@pytest.mark.parametrize("kind", ["model", "indexed"])
+def test_an_adapter_beside_the_model_is_refused_by_its_file(kind, name, request):
+    """transformers applies it where peft is installed, vLLM and the training ranks do not."""
+    directory = request.getfixturevalue(kind)
+    (directory / name).touch()
+    with pytest.raises(UserError, match=rf"{name} belongs to a LoRA adapter, .*; merge it into the model, or move its files away"):
+        TensorReader(read_model(directory))
 
 
 def test_a_file_that_the_index_names_must_exist(model):

@@ -114,7 +114,9 @@ def test_memory_that_leaves_a_gpu_is_not_counted_there(place):
         (["model=elsewhere/nowhere/really"], "there is no such local directory"),
         (["trainer.tensor_paralel=2"], "tensor_parallel"),
         (["task="], "task is empty; choose one of"),
-        (["run_dir=."], "run directory .* exists; choose another name"),
+        (["resume=nowhere"], "there is no checkpoint"),
+        (["trainer.layer_spec=transformer_engine"], "needs a CUDA device"),
+        (["trainer.fp8=hybrid"], "needs a GPU of compute capability"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -122,6 +124,26 @@ def test_a_recipe_that_cannot_work_is_refused_with_the_cure(place, monkeypatch, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=said):
         plan(*overrides)
+
+
+def test_a_run_directory_that_exists_is_mentioned(place, capsys):
+    assert not plan().notes
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "recipe.yaml", "run_dir=.", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0 and printed["run_directory_exists"] and "train will refuse it; choose another name" in printed["notes"][0]
+    with pytest.raises(SystemExit):
+        main(["plan", "recipe.yaml", "run_dir=."])
+    assert f"note: run directory {place} exists" in capsys.readouterr().out
+
+
+def test_a_directory_with_only_a_config_is_planned_and_that_is_mentioned(place):
+    (place / "model" / "model.safetensors").unlink()
+    (note,) = plan().notes
+    assert "holds no weights: only its config.json was checked" in note
+    (place / "model" / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"no \.safetensors file"):
+        plan()
 
 
 def test_the_command_prints_the_figures_and_starts_nothing(place, capsys):

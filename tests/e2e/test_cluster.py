@@ -1,0 +1,125 @@
+"""A cluster that Python code opens itself: it listens on loopback only, and is gone soon after its driver is killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.worker import RewardPool
+from megatron_aspo.runtime.machine import _RAY_SOCKET, _SOCKET_PATH_BYTES
+from tests.e2e.loopback import assert_only_loopback
+
+ROOT = Path(__file__).parents[2]
+DRIVER = """
+import subprocess, sys, time
+import ray  # before ours: what Ray reads when it is imported was read without us
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.rewards.worker import RewardPool
+from megatron_aspo.runtime.cluster import open_cluster
+
+other = subprocess.Popen(["sleep", "600"])  # the driver's own business
+for once_more in (True, False):
+    cluster = open_cluster("", 2)
+    rewards = RewardPool("single_digit_addition", DataOptions(), workers=2)
+    if once_more:
+        rewards.close()
+        cluster.close()
+    print(other.pid, flush=True)
+    sys.stdin.readline()
+time.sleep(600)
+"""
+GONE_S = 10
+
+
+def start_driver(directory: Path) -> subprocess.Popen:
+    """Under the longest TMPDIR that is not refused, which proves the limit: Ray starts there."""
+    room = _SOCKET_PATH_BYTES - len(_RAY_SOCKET.format(pid=2**22)) - 1
+    temporary = Path(f"{directory}/".ljust(room, "x"))
+    temporary.mkdir(exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
+    return subprocess.Popen([sys.executable, "-c", DRIVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def family_of(driver: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(driver.pid).children(recursive=True)
+
+
+@pytest.fixture
+def short():
+    """A directory with a short path."""
+    directory = Path(f"/tmp/t{os.getpid()}")
+    directory.mkdir()
+    yield directory
+    subprocess.run(["rm", "-rf", str(directory)], check=True)
+
+
+def test_it_listens_on_loopback_and_goes_with_its_driver_but_takes_nothing_else_along(short):
+    """Closed, and then, opened again, by the driver's death."""
+    driver = start_driver(short)
+    other = psutil.Process(int(driver.stdout.readline()))
+    try:
+        assert family_of(driver) == [other]
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+        driver.stdout.readline()
+        family = [process for process in family_of(driver) if process != other]
+        assert {"raylet", "gcs_server"} <= {process.name() for process in family}
+        assert_only_loopback([psutil.Process(driver.pid), *family])
+        driver.kill()
+        driver.wait()
+        _, alive = psutil.wait_procs(family, timeout=GONE_S)
+        assert not alive and other.is_running()
+    finally:
+        driver.kill()
+        other.kill()
+
+
+def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing(short):
+    driver = start_driver(short)
+    deadline = time.monotonic() + 60
+    while not any(process.name() == "raylet" for process in family_of(driver)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    family = family_of(driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=GONE_S)
+    assert not alive
+
+
+def test_without_an_open_cluster_ray_is_not_started_behind_our_back():
+    """It would listen on every interface."""
+    ask = "from megatron_aspo.connection import require_cluster; require_cluster()"
+    said = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert "open one first, by megatron_aspo.runtime.cluster.open_cluster" in said.stderr
+
+
+def test_one_process_opens_one_cluster(ray_cluster):
+    from megatron_aspo.runtime.cluster import open_cluster
+
+    with pytest.raises(UserError, match="connected to a Ray cluster already; disconnect it first"):
+        open_cluster("", 2)
+    with RewardPool("single_digit_addition", DataOptions()):  # and the first one goes on
+        pass
+
+
+def test_ray_is_started_in_one_place():
+    """Each other place would have to see to loopback and to what a killed driver leaves."""
+    calls = [
+        file
+        for room in ("megatron_aspo", "tools", "tests")
+        for file in (ROOT / room).rglob("*.py")
+        if re.search(r"\bray\.init\(", file.read_text())
+    ]
+    assert [str(file.relative_to(ROOT)) for file in calls] == ["megatron_aspo/runtime/cluster.py"]

@@ -1,0 +1,181 @@
+"""One list of checks: what is wrong with a model or a recipe is refused in the same words by every command, before anything is started."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_aspo.checkpoint.convert import open_source
+from megatron_aspo.config import load_config
+from megatron_aspo.errors import UserError
+from megatron_aspo.runtime import run
+from megatron_aspo.runtime.plan import make_plan
+from megatron_aspo.runtime.start import Ownership
+from megatron_aspo.weights.hf_files import TensorReader
+from megatron_aspo.weights.hf_model import read_model
+from tests.models import save_tiny
+from tests.unit.test_plan_command import RECIPE
+
+HEAD, EMBEDDING, Q = "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+FILES = "model/model.safetensors"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A recipe and a tied model; no Ray can be started."""
+
+    def started(*_):
+        raise AssertionError("Ray was about to be started")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "open_cluster", started)
+    save_tiny("qwen2", tmp_path / "model", tied=True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+def config(*overrides: str):
+    return load_config(Path("recipe.yaml"), overrides)
+
+
+def train(*overrides: str) -> None:
+    with run.open_run(config(*overrides)):
+        pass
+
+
+def resume(*overrides: str) -> None:
+    (chosen := config(*overrides, "resume=auto")).directory.mkdir(parents=True, exist_ok=True)
+    Ownership(chosen.directory).close()
+    train(*overrides, "resume=auto")
+
+
+def plan(*overrides: str) -> None:
+    make_plan(config(*overrides), "cpu")
+
+
+def convert(*_: str) -> None:
+    open_source("model")
+
+
+def verify_sync(*overrides: str) -> None:
+    """The tool's own `main`, as a user calls it."""
+    file = Path(__file__).parents[2] / "tools" / "verify_sync.py"
+    spec = importlib.util.spec_from_file_location("verify_sync", file)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.open_cluster = run.open_cluster
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        said: list[str] = []
+        patch.setattr(sys, "argv", ["verify_sync", "recipe.yaml", *overrides])
+        patch.setattr("argparse.ArgumentParser.exit", lambda _, status, message: said.append(message) or sys.exit(status))
+        tool.main()
+    assert ended.value.code == 2
+    raise UserError(said[0].removeprefix("verify_sync: error: ").strip())
+
+
+def refusals(commands: list[Callable], *overrides: str) -> set[str]:
+    """What the commands say; one line when they agree."""
+    lines = set()
+    for command in commands:
+        with pytest.raises(UserError) as refused:
+            command(*overrides)
+        lines.add(str(refused.value))
+    return lines
+
+
+def change_tensors(change: Callable[[dict], object]) -> None:
+    tensors = load_file(FILES)
+    change(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, FILES)
+
+
+def change_config(**changes) -> None:
+    file = Path("model/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def another_index() -> None:
+    names = load_file(FILES)
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors") | {Q: "gone.safetensors"}}
+    Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda: change_tensors(lambda t: t.update({HEAD: t[EMBEDDING] + 1})), "config.json ties them; set tie_word_embeddings to false"),
+        (lambda: change_tensors(lambda t: t.update({HEAD: t[EMBEDDING][:-1]})), "lm_head.weight differs from model.embed_tokens.weight"),
+        (lambda: change_tensors(lambda t: t.update({HEAD: t[EMBEDDING].to(torch.float8_e4m3fn)})), "lm_head.weight differs from"),
+        (lambda: change_tensors(lambda t: t.update({HEAD: t.pop(EMBEDDING)})), f"lacks {EMBEDDING}"),
+        (lambda: change_config(tie_word_embeddings=False), f"lacks {HEAD}"),
+        (lambda: change_tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), "element type I8"),
+        (lambda: change_tensors(lambda t: t.update({"extra": t[Q]})), "unknown tensor extra in model.safetensors"),
+        (lambda: change_config(quantization_config={"quant_method": "fp8"}), "quantization_config"),
+        (lambda: Path(FILES).rename("model/pytorch_model.bin"), "no .safetensors file; convert the model"),
+        (lambda: Path("model/adapter_model.safetensors").touch(), "adapter_model.safetensors belongs to a LoRA adapter"),
+        (another_index, "gone.safetensors is named by model.safetensors.index.json but missing"),
+    ],
+    ids=[
+        "tied, another head",
+        "tied, a head of another shape",
+        "tied, a quantized head",
+        "tied, only the head",
+        "untied, no head",
+        "quantized files",
+        "unknown tensor",
+        "quantized config",
+        "only .bin",
+        "adapter",
+        "index",
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said_in_one_line_by_every_command(place, spoil, said):
+    spoil()
+    (line,) = refusals([convert, plan, train, resume, verify_sync])
+    assert said in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.tensor_parallel=3"], "does not divide"),
+        (["rollout.tensor_parallel=3"], "does not divide"),
+        (["rollout.max_response_tokens=100000"], "positions; lower one of them"),
+        (["rollout.kv_cache_gib=0.00001"], "raise it to"),
+        (["rollout.engines=2", "placement=colocated"], "placement=split"),
+        (["trainer.fp8=hybrid", "trainer.dtype=bfloat16"], "needs a GPU"),
+        (["trainer.layer_spec=transformer_engine"], "needs a CUDA device"),
+        (["algorithm.policy_loss=nowhere:f"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_recipe_is_said_in_one_line_by_every_command(place, overrides, said):
+    (line,) = refusals([plan, train, resume, verify_sync], *overrides)
+    assert said in line
+
+
+def test_a_head_size_that_engines_lack_is_refused_before_they_start(place):
+    save_tiny("qwen2", place / "model", tied=True, hidden_size=64)
+    (line,) = refusals([plan, train, resume, verify_sync])
+    assert "attention heads have 16 channels" in line
+    convert()  # Megatron has no such limit
+
+
+def test_more_memory_than_the_machine_has_is_refused_by_train_as_by_plan(place):
+    (line,) = refusals([plan, train, resume], "rollout.kv_cache_gib=100000")
+    assert "GB on this machine" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tied_model_whose_head_is_there_twice_alike_is_fine(place, dtype):
+    """Whatever element type the copy has, if it has the same values."""
+    change_tensors(lambda t: t.update({EMBEDDING: t[EMBEDDING].bfloat16().float()}))
+    change_tensors(lambda t: t.update({HEAD: t[EMBEDDING].to(dtype)}))
+    assert HEAD not in TensorReader.checked(read_model(place / "model")).dtypes
+    plan()
