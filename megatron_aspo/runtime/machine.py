@@ -1,4 +1,4 @@
-"""What this machine has to offer before a Ray of our own is started on it: places for sockets, a token and shared memory.
+"""What this machine has to offer before a run starts processes on it: places for sockets, a token, shared memory and the run directory.
 
 Ray and vLLM would fail for lack of them too, but later, and without a cure. The limits are those of Ray 2.60 and vLLM 0.32.
 """
@@ -27,13 +27,19 @@ def check_machine(engines: EngineSizes) -> None:
     _check_shared_memory(engines)
 
 
+def check_can_be_made(directory: Path) -> None:
+    """Raises UserError when the run directory, which does not exist, could not be made once everything has started."""
+    if problem := unwritable(next(parent for parent in directory.parents if parent.exists())):
+        raise UserError(f"run directory {directory} cannot be made: {problem}; choose another run_dir")
+
+
 def _check_temporary() -> None:
     variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
     ray, vllm = Path(os.environ[variable] if variable else "/tmp"), Path(tempfile.gettempdir())
     given = f"{variable}={ray}" if variable else f"the temporary directory {ray}"
     _check_length(given, ray, "Ray", _RAY_SOCKET.format(pid=os.getpid()), "RAY_TMPDIR")
     _check_length(f"TMPDIR={vllm}", vllm, "vLLM", _VLLM_SOCKET, "TMPDIR")
-    if problem := _unwritable(ray / "ray"):
+    if problem := unwritable(ray / "ray"):
         raise UserError(f"{given}: Ray cannot write there ({problem}); set RAY_TMPDIR to a directory that can be written, such as /tmp")
 
 
@@ -54,13 +60,13 @@ def _check_home() -> None:
         token = Path.home() / ".ray" / "auth_token"
     except RuntimeError as error:
         raise UserError(f"this user has no home directory, in which Ray keeps its token; {cure}") from error
-    if not os.access(token, os.R_OK) and (problem := _unwritable(token.parent)):
+    if not os.access(token, os.R_OK) and (problem := unwritable(token.parent)):
         raise UserError(f"HOME={token.parents[1]}: Ray cannot write its token {token} ({problem}); {cure}")
 
 
 def _check_shared_memory(engines: EngineSizes) -> None:
     cure = "give it room, in Docker by --shm-size=1g or --ipc=host"
-    if problem := _unwritable(_SHARED):
+    if problem := unwritable(_SHARED):
         raise UserError(f"{_SHARED} cannot be written ({problem}), and engines keep semaphores and messages there; {cure}")
     needed = _SHARED_BYTES * engines.engines if engines.tensor > 1 else 0
     if (room := shutil.disk_usage(_SHARED).free) < needed:
@@ -70,7 +76,7 @@ def _check_shared_memory(engines: EngineSizes) -> None:
         )
 
 
-def _unwritable(directory: Path) -> str:
+def unwritable(directory: Path) -> str:
     """Why no file can be made in the directory, which is made where it is missing; empty when one can."""
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.checks import check_recipe, check_run, expected_device
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
 from megatron_aspo.runtime.ledger import Ledger
+from megatron_aspo.runtime.machine import check_can_be_made
 from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_places
 from megatron_aspo.runtime.plan import Plan, check_room
 from megatron_aspo.runtime.start import Ownership, Start, find_start
@@ -146,6 +147,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         model, settings, model_directory = checked.model, checked.settings, checked.model.directory
         if device == "cpu":
             check_room(Plan(config, model, settings, device))
+        if not start.in_place:
+            check_can_be_made(config.directory)
         tokenizer = load_tokenizer(model_directory)
         encoder = PromptEncoder(tokenizer, model.dims.vocab, config.data)
         task = build_task(config.task, config.data, encoder, config.seed)

@@ -39,6 +39,7 @@ MIXTURE = (*TP2_PP2, "trainer.sequence_parallel=true", "trainer.expert_parallel=
 RECIPE = {
     "model": "model",
     "task": "single_digit_addition",
+    "data": {"max_prompt_tokens": 64},
     "trainer": {"dtype": "float32", "micro_batch_tokens": 512, "threads": 1},
     "rollout": {"dtype": "float32", "threads": 1, "max_response_tokens": 32, "max_running_requests": 8},
 }

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.runtime import machine
-from megatron_aspo.runtime.machine import check_machine
+from megatron_aspo.runtime.machine import check_can_be_made, check_machine
 from megatron_aspo.weights.holdings import EngineSizes
 
 ONE = EngineSizes()
@@ -71,6 +71,14 @@ def test_a_user_without_a_home_is_refused(monkeypatch):
 
     monkeypatch.setattr(Path, "home", nobody)
     refused("no home directory.*set HOME to a directory that can be written")
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/run", "/dev/null/run"])
+def test_a_run_directory_that_could_not_be_made_is_refused_before_anything_is_started(tmp_path, place):
+    with pytest.raises(UserError, match=f"run directory {place} cannot be made: .*; choose another run_dir"):
+        check_can_be_made(Path(place))
+    check_can_be_made(tmp_path / "runs" / "one")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_shared_memory_that_is_read_only_or_full_is_refused(monkeypatch):
