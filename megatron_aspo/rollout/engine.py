@@ -5,6 +5,7 @@ vLLM nor torch: vLLM is imported by `start`, in the actor's process.
 """
 
 import asyncio
+import contextlib
 import math
 import os
 import time
@@ -17,7 +18,7 @@ import numpy as np
 
 from megatron_aspo.data.records import Generation, VersionSpan
 from megatron_aspo.errors import UserError
-from megatron_aspo.rollout.engine_settings import EngineSpec, engine_arguments
+from megatron_aspo.rollout.engine_settings import FORKS_ENGINE_CORE, EngineSpec, engine_arguments
 from megatron_aspo.rollout.output_tail import OutputTail, second_hand
 from megatron_aspo.rollout.process_tree import Remains, remains_of
 
@@ -103,7 +104,10 @@ class Engine:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
+            from megatron_aspo.rollout.vllm_adapter import forked_engine_core
+
+            with forked_engine_core() if FORKS_ENGINE_CORE[spec.device] else contextlib.nullcontext():
+                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
         except Exception as error:
             await asyncio.sleep(_OUTPUT_LAG_S)
             cause = _one_line(error)

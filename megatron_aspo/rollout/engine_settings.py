@@ -13,6 +13,8 @@ READABLE = "MEGATRON_ASPO_READABLE_WEIGHTS"
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 """As in the trainer (trainer/device.py): memory that glibc gives back comes back page by page, zeroed, in every step. This is some tenth
 of a training step where memory is slow to map."""
+FORKS_ENGINE_CORE = {"cpu": True, "cuda": False}
+"""Whether an engine's process forks vLLM's engine core, by device; else vLLM spawns it. A process that uses CUDA cannot be forked."""
 _MIN_BATCHED_TOKENS = 2048
 """Tokens that one step of a CPU engine may compute, at least; whole prompts have to fit."""
 

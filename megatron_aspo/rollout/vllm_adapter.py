@@ -1,4 +1,4 @@
-"""The one file that adapts vLLM. It is loaded inside vLLM's worker processes only, through `worker_extension_cls`.
+"""The one file that adapts vLLM. It is loaded in an engine's process, and in vLLM's worker processes through `worker_extension_cls`.
 
 Written for vLLM 0.32.0. What is adapted, why, and when it can go:
 
@@ -12,9 +12,14 @@ Written for vLLM 0.32.0. What is adapted, why, and when it can go:
 - A copy of what vLLM's reload keeps of a bucket until the rest of a layer comes: the bucket's memory is the sender's again by then.
 - A count of what arrived. vLLM's reload only logs a warning about a layer that was sent nothing, and keeps its old weights; of one that was
   sent a part it says nothing.
+- Forking the engine core, on CPU. vLLM always spawns it there, so that each engine imports vLLM twice: 5 s of its start, and memory that a
+  forked process shares. Goes when vLLM leaves the choice to VLLM_WORKER_MULTIPROC_METHOD on CPU.
 - Linear layers that keep their weights, for engines that are to be read (`EngineSpec.readable`): packed ones have no way back.
 """
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +35,7 @@ from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.v1.engine import utils as engine_utils
 
 from megatron_aspo.rollout.engine_settings import READABLE, TRANSFER_BACKEND
 from megatron_aspo.weights.engine_memory import EngineMemory
@@ -184,6 +190,44 @@ class WorkerExtension:
 
     def received_digests(self) -> list[tuple[str, Box, str]]:
         return self.weight_transfer_engine.received_digests()
+
+
+_PR_SET_NAME = 15
+_not_inherited: list[int] = []
+"""File descriptors that a forked engine core closes."""
+
+
+@contextmanager
+def forked_engine_core() -> Iterator[None]:
+    """While open, vLLM's front end forks its engine core. CPU only, in a process that has not computed with OpenMP threads yet.
+
+    The engine core closes the descriptors that this process had open before, except the standard streams: with a copy of an actor's
+    connection to Ray, Ray would not notice the actor's death.
+    """
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker  # noqa: F401 - what the engine core would import
+
+    own = engine_utils.get_mp_context
+    engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+    _not_inherited[:] = [number for number in map(int, os.listdir("/proc/self/fd")) if number > 2]
+    try:
+        yield
+    finally:
+        _not_inherited.clear()
+        engine_utils.get_mp_context = own
+
+
+def _become_engine_core() -> None:
+    if not _not_inherited:  # another fork
+        return
+    for number in _not_inherited:
+        with contextlib.suppress(OSError):  # the listing's own descriptor
+            os.close(number)
+    # For ps and top. vLLM's own way of naming it fails in a fork of a Ray actor, whose command line Ray has overwritten.
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"EngineCore")
+
+
+os.register_at_fork(after_in_child=_become_engine_core)
 
 
 @torch.no_grad()

@@ -365,7 +365,7 @@ def test_a_dead_engine_core_ends_generation_with_an_error_and_its_actor(tied):
     running = tied.in_background(tied.pool.generate, asked)
     assert wait_until(lambda: sum(state["unfinished"] for state in tied.pool.health()) == len(asked), 20)
     victim = tied.infos[1]
-    core = next(p.pid for p in victim.remains.processes if "EngineCore" in " ".join(psutil.Process(p.pid).cmdline()))
+    core = next(p.pid for p in victim.remains.processes if psutil.Process(p.pid).name() == "EngineCore")
     os.kill(core, signal.SIGKILL)
     with pytest.raises(EngineError, match="engine 1 died"):
         running.result(20)
@@ -384,6 +384,5 @@ def test_a_killed_actor_ends_generation_and_takes_its_processes_with_it(tied):
         running.result(20)
     # Ray ends the process group of a dead worker.
     assert wait_until(lambda: not any(psutil.pid_exists(known.pid) for known in victim.remains.processes), 10)
-    assert all(info.remains.segments for info in tied.infos)
     tied.pool.shutdown()
     assert leftovers(tied.infos) == []

@@ -136,7 +136,7 @@ def logprob_error(engines: EnginePool, directory: Path) -> float:
 def core_of(engines: EnginePool, index: int) -> psutil.Process:
     """The process of an engine that holds its weights."""
     processes = [psutil.Process(known.pid) for known in engines.infos[index].remains.processes]
-    return next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
+    return next(process for process in processes if process.name() == "EngineCore")
 
 
 def test_an_engine_killed_in_the_middle_of_a_transfer_comes_back_with_the_current_weights(publisher, engines, trained, said):
