@@ -227,7 +227,9 @@ def check(config: Config, implied: Values | None = None) -> None:
         _require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
     for key, value in (("rollout.temperature", config.rollout.temperature), ("evaluation.temperature", config.evaluation.temperature)):
         # vLLM would raise it to 0.01 by itself, and engine and trainer would differ.
-        _require(value >= 0.01 or (value == 0 and key.startswith("evaluation")), f"{key}={value} must be at least 0.01")
+        greedy = key.startswith("evaluation")
+        rule = "0 (greedy) or at least 0.01" if greedy else "at least 0.01"
+        _require(value >= 0.01 or (value == 0 and greedy), f"{key}={value} must be {rule}")
     check_algorithm(
         config.algorithm, config.rollout.responses_per_prompt, config.rollout.max_response_tokens, (implied or {}).get("algorithm")
     )

@@ -105,7 +105,7 @@ def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
         ("optimizer.beta2=1", "optimizer.beta2=1.0 must be in [0, 1)"),
         ("rollout.responses_per_prompt=1", "take at least 2"),
         ("rollout.temperature=0.001", "rollout.temperature=0.001 must be at least 0.01"),
-        ("evaluation.temperature=0.005", "evaluation.temperature=0.005 must be at least 0.01"),
+        ("evaluation.temperature=0.005", "evaluation.temperature=0.005 must be 0 (greedy) or at least 0.01"),
         ("name=2026-13-45", "not valid YAML"),
         ("trainer.distributed_optimizer=true", "set trainer.data_parallel above 1"),
         ("trainer.sequence_parallel=true", "set trainer.tensor_parallel above 1 or leave it false"),
