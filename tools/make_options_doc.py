@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,14 +30,17 @@ HEADER = """# Options
 
 <!-- Written by tools/make_options_doc.py; do not edit. -->
 
-Every option of a recipe, with its type, its default, what it means and the values that are refused. On the command line an option is
-`section.name=value`, such as `optimizer.lr=2e-5`; [recipes.md](recipes.md) explains recipes, overrides and presets. The page is generated
-from the docstrings of the fields by `python tools/make_options_doc.py`, and a test checks that it is current.
+Every option of a recipe, with its default, what it means and, at the end of the meaning, which values are valid. A value has the type of
+the default: a whole number for `100`, any number for `0.2`, true or false for `false`, a mapping for `{}`, text for a word or "empty". On
+the command line an option is `section.name=value`, such as `optimizer.lr=2e-5`. [recipes.md](recipes.md) explains recipes, overrides and
+presets.
 
 Rules that join several options, such as "`placement=colocated` needs at least as many training ranks as engine devices", are not listed
 here. `megatron-aspo plan RECIPE` checks them and starts nothing; every refusal names the rule and the cure.
+
+The page is generated from the docstrings of the fields by `python tools/make_options_doc.py`, and a test checks that it is current.
 """
-COLUMNS = "| option | type | default | meaning | valid |\n|---|---|---|---|---|\n"
+COLUMNS = "| option | default | meaning |\n|---|---|---|\n"
 PROBES: dict[type, tuple] = {int: (-1, 0, 3), float: (-1.0, 0.0, 0.001, 2.0), str: ("?",)}
 """Values that an option of a type may refuse."""
 
@@ -74,7 +77,10 @@ def refusal(section: str, name: str, value: Any) -> str:
 
 
 def bounds(section: str, field: Field) -> str:
-    """Return the rule that holds for an option by itself, in the words of its refusals; empty when there is none."""
+    """Return the rule that holds for an option by itself, in the words of its refusals; empty when there is none.
+
+    Valid words are listed as "one of …".
+    """
     key, rules = f"{section}.{field.name}" if section else field.name, []
     for value in PROBES.get(field.type, ()):
         said = refusal(section, field.name, value)
@@ -83,28 +89,37 @@ def bounds(section: str, field: Field) -> str:
         if found := re.search(r" must (?:be )?(.+?)(?:: |; |, the |$)", said):
             rules.append(found[1].replace("not be negative", "at least 0").replace("greater than", "above"))
         elif found := re.search(r" is not known; (?:valid: (?P<words>[^;]+)|it is (?P<rule>[^;]+))", said):
-            rules.append(found["rule"] or re.sub(r"\w+", lambda word: f"`{word[0]}`", found["words"]))
+            rules.append(found["rule"] or "one of " + re.sub(r"\w+", lambda word: f"`{word[0]}`", found["words"]))
     tightest = [rule for rule in dict.fromkeys(rules) if rule not in ("above 0", "at least 0")]
-    return "; ".join(tightest if any(rule.startswith("at least") for rule in tightest) else dict.fromkeys(rules))
+    return "; ".join(tightest if any("at least" in rule for rule in tightest) else dict.fromkeys(rules))
 
 
 def shown(value: Any) -> str:
     """Return a default as YAML would write it."""
     if isinstance(value, bool):
         return "`true`" if value else "`false`"
-    return "empty" if value in ("", {}) else f"`{value}`"
+    return "empty" if value == "" else f"`{value}`"
+
+
+def meaning_with_rule(meaning: str, rule: str) -> str:
+    """Return the meaning of an option with its rule as the last sentence, except for valid words that the meaning already names in code."""
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", meaning))))
+    if not rule or (rule.startswith("one of ") and named.issuperset(re.findall(r"`(\w+)`", rule))):
+        return meaning
+    return f"{meaning} {rule[0].upper()}{rule[1:]}."
 
 
 def page() -> str:
     """Return the whole page."""
-    parts = [HEADER]
+    titles = {section: f"`{section}`" if section else "Top level" for section, _, _ in options()}
+    contents = [f"- [{title}](#{section or 'top-level'})\n" for section, title in titles.items()]
+    parts = [HEADER, "\n", *contents]
     for section, kind, found in options():
-        parts.append(f"\n## {f'`{section}`' if section else 'Top level'}\n\n{COLUMNS}")
+        parts.append(f"\n## {titles[section]}\n\n{COLUMNS}")
         for field, default in found:
             key = f"{section}.{field.name}" if section else field.name
             meaning = docstrings(kind).get(field.name, "").replace("|", "\\|")
-            kind_name = (get_origin(field.type) or field.type).__name__
-            parts.append(f"| `{key}` | {kind_name} | {shown(default)} | {meaning} | {bounds(section, field)} |\n")
+            parts.append(f"| `{key}` | {shown(default)} | {meaning_with_rule(meaning, bounds(section, field))} |\n")
     return "".join(parts)
 
 

@@ -12,6 +12,6 @@ class CheckpointOptions:
     keep_last: int = 2
     """Number of newest checkpoints to keep; 0 keeps all."""
     keep_every: int = 0
-    """Also keep checkpoints whose step is a multiple of this; a multiple of checkpoint.every. 0 keeps none for this reason."""
+    """Also keep checkpoints whose step is a multiple of this; a multiple of `checkpoint.every`. 0 keeps none for this reason."""
     keep_best: int = 0
     """Also keep this many checkpoints with the best held-out accuracy; needs an evaluation at each checkpoint."""

@@ -9,7 +9,7 @@ class DataOptions:
     path: str = ""
     """JSONL file of training prompts; needed by `task: jsonl`, refused by the procedural tasks."""
     eval_path: str = ""
-    """JSONL file of held-out prompts; needed by `task: jsonl` when an evaluation is asked for."""
+    """JSONL file of held-out prompts; needed by `task: jsonl` when `evaluation.draws` is above 0."""
     reward: str = ""
     """`package.module:function` that scores a response; needed by `task: jsonl`."""
     reward_workers: int = 1

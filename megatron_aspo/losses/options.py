@@ -32,13 +32,13 @@ class AlgorithmOptions:
     """The one mean over the mini-batch: `token_mean | seq_mean_token_mean | seq_mean_token_sum | seq_mean_token_sum_norm`. Default of
     `gspo`: `seq_mean_token_mean`."""
     sequence_count: str = "counted"
-    """Divisor of the `seq_mean` aggregations: `counted`, the responses with a counted token; `full_mini_batch`, mini_batch_prompts ×
-    responses_per_prompt, whatever was filtered."""
+    """Divisor of the `seq_mean` aggregations: `counted`, the responses with a counted token; `full_mini_batch`, `mini_batch_prompts` ×
+    `rollout.responses_per_prompt`, whatever was filtered."""
     advantage: str = "grpo"
     """`grpo`: (R − mean) / (std + 1e-6) over the group; `rloo`: R − mean of the group's others; `reinforce_plus_plus`: R, whitened over
     all counted tokens of the step."""
     advantage_std: bool = True
-    """`grpo`: divide by the standard deviation; false is Dr.GRPO."""
+    """`grpo`: divide by the standard deviation; `false` is Dr.GRPO."""
     subtract_group_mean: bool = False
     """`reinforce_plus_plus`: subtract the group's mean from R before whitening."""
     kl_coef: float = 0.001
@@ -46,7 +46,7 @@ class AlgorithmOptions:
     high_entropy_kl_coef: float = 0.0
     """`archer`: β of high-entropy tokens."""
     kl_estimator: str = "k3"
-    """Per-token KL estimate; in the loss k2 or k3."""
+    """Per-token KL estimate; in the loss `k2` or `k3`."""
     kl_in: str = "loss"
     """`loss` adds β · KL to each token's loss; `reward` subtracts β times the response's summed KL, under the policy at the start of
     the phase, from its reward."""
@@ -74,7 +74,8 @@ class AlgorithmOptions:
     resample_rounds: int = 3
     """`resample`: upper bound on extra generations in a step."""
     overlong_buffer_tokens: int = 0
-    """Length penalty: over this many tokens before rollout.max_response_tokens it grows from 0 to overlong_factor; 0 means no penalty."""
+    """Length penalty: over this many tokens before `rollout.max_response_tokens` it grows from 0 to `overlong_factor`; 0 means no
+    penalty."""
     overlong_factor: float = 1.0
     """Largest length penalty, subtracted from the reward."""
     overlong_filter: bool = False

@@ -24,7 +24,7 @@ class RolloutOptions:
     temperature: float = 1.0
     """Sampling temperature; divides the logits in engine and trainer alike."""
     max_running_requests: int = 64
-    """Upper bound on the requests that an engine decodes at a time (vLLM's max_num_seqs)."""
+    """Upper bound on the requests that an engine decodes at a time (vLLM's `max_num_seqs`)."""
     kv_cache_gib: float = 1.0
     """Key-value cache of one engine, in GiB."""
     sleep_level: int = 2

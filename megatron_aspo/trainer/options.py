@@ -23,23 +23,23 @@ class TrainerOptions:
     """Replicas that share the samples."""
     sequence_parallel: bool = False
     """Shard the tokens between the tensor-parallel blocks over the tensor-parallel ranks; models with experts require it when
-    tensor_parallel is above 1."""
+    `tensor_parallel` is above 1."""
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage; above 1 the schedule is interleaved, which shortens the pipeline's idle time."""
     context_parallel: int = 1
-    """Ranks that share the tokens of each sequence. Needs the local layer spec."""
+    """Ranks that share the tokens of each sequence. Needs the `local` layers (`layer_spec`)."""
     expert_parallel: int = 1
     """Ranks of a pipeline stage that share the experts of a layer."""
     expert_tensor_parallel: int = 0
-    """Ranks that share each expert's matrices; 0 means tensor_parallel."""
+    """Ranks that share each expert's matrices; 0 means `tensor_parallel`."""
     dtype: str = "bfloat16"
-    """Element type of parameters and activations; with bfloat16 the optimizer keeps float32 main weights."""
+    """Element type of parameters and activations; with `bfloat16` the optimizer keeps float32 main weights."""
     gradient_dtype: str = "float32"
-    """Element type in which gradients are summed over micro-batches and data-parallel ranks. bfloat16 halves their memory and traffic,
-    and rounds each partial sum to 8 bits; it needs dtype=bfloat16."""
+    """Element type in which gradients are summed over micro-batches and data-parallel ranks. `bfloat16` halves their memory and traffic,
+    and rounds each partial sum to 8 bits; it needs `dtype=bfloat16`."""
     fp8: str = "none"
-    """FP8 format of the factors of matrix products (weights and activations; with hybrid, gradients are e5m2), each tensor scaled by
-    its own largest element. Needs Transformer Engine, a GPU of compute capability 8.9 or higher, and dtype=bfloat16, which parameters
+    """FP8 format of the factors of matrix products (weights and activations; with `hybrid`, gradients are e5m2), each tensor scaled by
+    its own largest element. Needs Transformer Engine, a GPU of compute capability 8.9 or higher, and `dtype=bfloat16`, which parameters
     keep."""
     layer_spec: str = "auto"
     """Implementation of the layers; `auto` is Transformer Engine where CUDA and the package are present, else `local`."""
@@ -50,7 +50,7 @@ class TrainerOptions:
     micro-batch by itself."""
     shared_prompts: bool = False
     """Compute a group's prompt once for all its responses. Exact. It saves most of the work when answers are short; when they are long
-    it costs attention over masked pairs. Needs the local layer spec."""
+    it costs attention over masked pairs. Needs the `local` layers (`layer_spec`)."""
     logprob_chunk_tokens: int = 512
     """Upper bound on the logits that exist at one time, in tokens: at most this many tokens × vocabulary elements. The vocabulary is
     walked in blocks."""
@@ -61,7 +61,8 @@ class TrainerOptions:
     """Keep the optimizer state (Adam's moments, and with bfloat16 the float32 main weights) in host memory, and move it to the device
     for each optimizer step, when there are no activations. On a CPU it saves nothing."""
     offload_reference: bool = False
-    """Keep the weights of the reference policy in host memory, and move them to the device for its forward pass. Needs kl_coef above 0."""
+    """Keep the weights of the reference policy in host memory, and move them to the device for its forward pass. Needs
+    `algorithm.kl_coef` above 0."""
     threads: int = 0
     """CPU threads of one rank; 0 shares the node's cores evenly among its ranks."""
     timeout_s: float = 600.0
@@ -87,7 +88,7 @@ class OptimizerOptions:
     lr: float = 1e-6
     """Learning rate of AdamW after warm-up; constant."""
     warmup_steps: int = 10
-    """Rollout steps of linear warm-up, from lr / warmup_steps."""
+    """Rollout steps of linear warm-up, from `lr` / `warmup_steps`."""
     warmup_from_zero: bool = False
     """Start the warm-up at 0 instead: the first step then changes nothing."""
     weight_decay: float = 0.1

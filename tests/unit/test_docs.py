@@ -143,7 +143,7 @@ def test_the_pages_of_options_and_metrics_are_current():
 
 
 def test_every_option_has_a_row_with_a_meaning():
-    rows = dict(re.findall(r"^\| `([\w.]+)` \| [^|]+ \| [^|]+ \| (.+) \| [^|]*\|$", (ROOT / "docs/options.md").read_text(), re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| [^|]+ \| (.+) \|$", (ROOT / "docs/options.md").read_text(), re.MULTILINE))
     assert rows.keys() == option_keys() and all(len(meaning) > 10 for meaning in rows.values())
 
 
