@@ -17,7 +17,7 @@ from megatron_aspo.losses.policy import PolicyTokens
 def sapo(tokens: PolicyTokens, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
     """−A·f(r) of each token, [tokens]. The options are algorithm.policy_loss_options of a recipe."""
     ratio = tokens.log_ratio.exp()  # with gradient; Δ is bounded to ±20
-    # Two full tensors rather than torch.where(…, tau_pos, tau_neg), which would round both numbers to float32.
-    tau = torch.where(tokens.advantages > 0, torch.full_like(ratio, tau_pos), torch.full_like(ratio, tau_neg))
+    # Not torch.where(…, tau_pos, tau_neg), which would round both numbers to float32.
+    tau = torch.full_like(ratio, tau_neg).masked_fill(tokens.advantages > 0, tau_pos)
     gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     return -tokens.advantages * gate  # one loss a token: the trainer masks, corrects and takes the mean
