@@ -4,7 +4,8 @@
     python tools/draw_losses.py                                # all of docs/figures/losses/
     python tools/draw_losses.py my_losses:mine --out pictures  # one of your own
 
-The curves are what autograd says of the losses themselves, with the options they have by default.
+The curves are what autograd says of the losses themselves, with the options they have by default. The background is transparent and the
+colours can be read on a light page and on a dark one (colours.py).
 """
 
 import argparse
@@ -20,6 +21,10 @@ import torch
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from colours import BLUE, GREY, RED
+
 from megatron_aspo.losses import names
 from megatron_aspo.losses.custom import find_policy_loss
 from megatron_aspo.losses.options import AlgorithmOptions
@@ -29,13 +34,20 @@ from megatron_aspo.presets import LOSS_DEFAULTS
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "figures" / "losses"
 DRAWN = (*names.POLICY_LOSS_NAMES, "examples.losses.sapo:sapo")
-SIGNS = {1: ("A > 0", "#1f6f9f"), -1: ("A < 0", "#b5482f")}
+SIGNS = {1: ("A > 0", BLUE), -1: ("A < 0", RED)}
+PPO_CLIP = {"color": GREY, "alpha": 0.45, "linewidth": 4}
 STYLE = {
     # The same bytes at every run: no random ids, no dates, glyphs as outlines, no points left out.
     "svg.hashsalt": "megatron_aspo",
     "svg.fonttype": "path",
     "path.simplify": False,
-    "font.size": 9,
+    "font.size": 11,
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "figure.constrained_layout.wspace": 0.06,
+    "ytick.color": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -89,47 +101,47 @@ def curve(name: str, sign: int, low_entropy: bool = True) -> tuple[np.ndarray, n
 def draw(name: str, path: Path) -> None:
     """The picture of one loss, as SVG."""
     classes = name in names.ENTROPY_CLASS_LOSSES
-    lines = {"low-entropy tokens" if classes else name.rpartition(":")[2]: {"linewidth": 1.8}}
+    lines = {"low-entropy tokens" if classes else name.rpartition(":")[2]: {"linewidth": 2}}
     if classes:
-        lines["other tokens"] = {"linewidth": 1.4, "linestyle": (0, (4, 1.5))}
+        lines["other tokens"] = {"linewidth": 2, "linestyle": (0, (3, 1.5))}
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True, layout="constrained")
-        legend = [Line2D([], [], color="0.25", label=label, **style) for label, style in lines.items()]
+        figure, panels = plt.subplots(1, 2, figsize=(6.0, 3.2), sharey=True, layout="constrained")
+        legend = [Line2D([], [], color=GREY, label=label, **style) for label, style in lines.items()]
         if name not in ("ppo_clip", "gspo"):
-            legend.append(Line2D([], [], color="0.82", linewidth=3, label="ppo_clip"))
+            legend.append(Line2D([], [], label="ppo_clip", **PPO_CLIP))
         for panel, (sign, (title, colour)) in zip(panels, SIGNS.items(), strict=True):
             if name not in ("ppo_clip", "gspo"):
-                panel.plot(*curve("ppo_clip", sign), color="0.82", linewidth=3)
+                panel.plot(*curve("ppo_clip", sign), **PPO_CLIP)
             for style, low_entropy in zip(lines.values(), (True, False), strict=False):
                 panel.plot(*curve(name, sign, low_entropy), color=colour, **style)
-            panel.set_title(title, color=colour, fontsize=10, loc="left")
+            panel.set_title(title, color=colour, fontsize=12, loc="left")
             _axes(panel, name, sign)
         panels[0].set_ylabel("gradient weight")
-        figure.legend(handles=legend, loc="outside upper right", ncols=len(legend), frameon=False, fontsize=8)
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        figure.legend(handles=legend, loc="outside upper right", ncols=len(legend), frameon=False)
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(figure)
 
 
 def _axes(panel: plt.Axes, name: str, sign: int) -> None:
     if name == "gspo":
-        panel.set(xlim=(0.999, 1.001), ylim=(0, 1.7), xlabel="s, the geometric mean of r over the response")
-        ticks = {0.999: "1 − 0.001", 1.0: "1", 1.001: "1 + 0.001"}
+        panel.set(xlim=(0.999, 1.001), ylim=(0, 1.8), xlabel="s, geometric mean of r")
+        ticks = {0.999: "0.999", 1.0: "1", 1.001: "1.001"}
         panel.set_yticks([0, 1])
     else:
-        panel.set(xscale="log", xlim=(0.1, 10), ylim=(0, 4.8), xlabel="r = π / π_old")
+        panel.set(xscale="log", xlim=(0.1, 10), ylim=(0, 5.4), xlabel="r = π / π_old")
         panel.set_yticks([0, 1, 2, 3])
         ticks = {0.1: "0.1", 0.3: "0.3", 1.0: "1", 3.0: "3", 10.0: "10"}
     panel.set_xticks(list(ticks), list(ticks.values()))
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.axhline(1, color="0.75", linewidth=0.6, zorder=0)
+    panel.axhline(1, color=GREY, alpha=0.5, linewidth=0.8, zorder=0)
     both = {(label, x) for low_entropy in (True, False) for label, x in marks(name, sign, low_entropy).items()}
     for label, x in sorted(both, key=lambda mark: mark[1]):
         value = f"{x - 1:+.0e}".replace("e-0", "e−").replace("-", "−") if name == "gspo" else f"{x:.2g}"
-        panel.axvline(x, color="0.45", linewidth=0.7, linestyle=":", zorder=0)
+        panel.axvline(x, color=GREY, linewidth=1, linestyle=":", zorder=0)
         # To the right of its line: the second of two bounds of a name, and the one left of which the curve stands.
         right = label == "1/c" or any(other == label and x > smaller for other, smaller in both)
         text = f"{label[0]} {value[0]} {value[1:]}" if name == "gspo" else f"{label} = {value}"
-        place = {"rotation": 90, "va": "top", "ha": "left" if right else "right", "fontsize": 7, "color": "0.35"}
+        place = {"rotation": 90, "va": "top", "ha": "left" if right else "right", "fontsize": 10}
         panel.text(x, 1, f" {text} " if right else f"{text} ", transform=panel.get_xaxis_transform(), **place)
 
 

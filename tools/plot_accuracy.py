@@ -4,14 +4,14 @@
     python tools/plot_accuracy.py runs/quickstart -o docs/figures/quickstart.svg
 
 The tool reads `evaluations/step_N.json` (accuracy with its standard error) and `metrics.jsonl` (mean reward) of a run directory. The
-background is transparent and every colour has a contrast of about 4 to 1 with white and with black, so that the picture can be read on a
-light page and on a dark one. The ending of the output file, .svg or .png, chooses the format. The numbers drawn are written beside the
-picture, as JSON of the same name, and printed as the last line.
+background is transparent and the colours can be read on a light page and on a dark one (colours.py). The ending of the output file, .svg
+or .png, chooses the format. The numbers drawn are written beside the picture, as JSON of the same name, and printed as the last line.
 """
 
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -19,8 +19,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TEXT, ACCURACY, REWARD = "#737b86", "#2f81f7", "#a371f7"
-"""Colours between light and dark."""
+sys.path.insert(0, str(Path(__file__).parent))
+
+from colours import BLUE, GREY, PURPLE
+
+TEXT, ACCURACY, REWARD = GREY, BLUE, PURPLE
 
 
 def read_accuracy(run: Path) -> list[tuple[int, float, float]]:
@@ -40,12 +43,12 @@ def read_reward(run: Path) -> list[tuple[int, float]]:
 
 
 def draw(accuracy: list[tuple[int, float, float]], reward: list[tuple[int, float]], out: Path) -> None:
-    """Write the picture: accuracy with one standard error up and down, reward as a thin line."""
-    plt.rcParams.update({"svg.hashsalt": "megatron_aspo", "svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"})
-    figure, axes = plt.subplots(figsize=(7.2, 3.0))
-    axes.plot(*zip(*reward, strict=True), color=REWARD, linewidth=1.2, linestyle="--", label="mean training reward")
+    """Write the picture: accuracy with one standard error up and down, reward as a dashed line."""
+    plt.rcParams.update({"svg.hashsalt": "megatron_aspo", "svg.fonttype": "none", "font.size": 12, "font.family": "sans-serif"})
+    figure, axes = plt.subplots(figsize=(6.0, 3.2))
+    axes.plot(*zip(*reward, strict=True), color=REWARD, linewidth=2.2, linestyle=(0, (3, 1.5)), label="mean training reward")
     steps, means, errors = zip(*accuracy, strict=True)
-    axes.errorbar(steps, means, yerr=errors, color=ACCURACY, linewidth=2, marker="o", markersize=5, capsize=3, label="held-out accuracy")
+    axes.errorbar(steps, means, yerr=errors, color=ACCURACY, linewidth=2.4, marker="o", markersize=6, capsize=3, label="held-out accuracy")
     # Below the error bars, where no line is.
     for place, offset in ((0, (6, -22)), (-1, (0, -22))):
         axes.annotate(
@@ -64,7 +67,8 @@ def draw(accuracy: list[tuple[int, float, float]], reward: list[tuple[int, float
     axes.xaxis.label.set_color(TEXT)
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.legend(frameon=False, labelcolor=TEXT, loc="lower right")
+    # Above the axes, where no gridline crosses it.
+    axes.legend(frameon=False, labelcolor=TEXT, loc="lower center", bbox_to_anchor=(0.47, 1.0), ncols=2, handlelength=2.6)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if out.suffix == ".svg" else None

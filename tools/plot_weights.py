@@ -3,12 +3,14 @@
 
     python tools/plot_weights.py runs/weights-aspo runs/weights-ppo_clip runs/weights-no_is --out docs/figures/weights_by_sign.svg
 
-Reads each run's `config.yaml` and `metrics.jsonl`. Beside the picture it writes the numbers drawn, as JSON of the same name. The last
+Reads each run's `config.yaml` and `metrics.jsonl`. The background is transparent and the colours can be read on a light page and on a dark
+one (colours.py). Beside the picture it writes the numbers drawn, as JSON of the same name. The last
 line printed is one JSON object: for each policy loss the means over all steps.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +18,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from colours import BLUE, GREY, RED
 
 FIGURES = ("weight", "ratio")
 SIGNS = ("positive", "negative")
@@ -31,23 +37,34 @@ def read_run(directory: Path) -> tuple[str, dict[str, list[float]]]:
 
 
 def draw(runs: dict[str, dict[str, list[float]]], out: Path) -> None:
-    """One column a run: the weight that multiplies the policy gradient above, the ratio r below."""
-    plt.rcParams.update({"svg.hashsalt": "megatron_aspo", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = plt.subplots(2, len(runs), figsize=(3.2 * len(runs), 4.6), sharex=True, sharey="row", squeeze=False)
-    for column, (loss, series) in zip(axes.T, runs.items(), strict=True):
-        for ax, name in zip(column, FIGURES, strict=True):
-            for sign, colour, label in zip(SIGNS, ("tab:blue", "tab:red"), ("A > 0", "A < 0"), strict=True):
-                ax.plot(series["step"], series[f"{name}/{sign}"], color=colour, marker="o", markersize=3, label=label)
-            ax.axhline(1.0, color="grey", linewidth=0.6)
-        column[0].set_title(loss)
-        column[1].set_xlabel("rollout step")
-    axes[0, 0].set_ylabel("mean weight w")
-    axes[1, 0].set_ylabel("mean ratio r")
-    axes[0, 0].legend(frameon=False)
-    figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    """Write the picture, one row for each run: on the left the weight that multiplies the policy gradient, on the right the ratio r."""
+    style = {
+        "svg.hashsalt": "megatron_aspo",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 12,
+        "axes.edgecolor": GREY,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    colours = {"text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
+    with plt.rc_context(style | colours):
+        size = (6.4, 0.7 + 2.1 * len(runs))
+        figure, axes = plt.subplots(len(runs), 2, figsize=size, sharex=True, sharey="col", squeeze=False, layout="constrained")
+        for row, (loss, series) in zip(axes, runs.items(), strict=True):
+            for ax, name in zip(row, FIGURES, strict=True):
+                for sign, colour, label in zip(SIGNS, (BLUE, RED), ("A > 0", "A < 0"), strict=True):
+                    ax.plot(series["step"], series[f"{name}/{sign}"], color=colour, marker="o", markersize=4, label=label)
+                ax.axhline(1.0, color=GREY, alpha=0.5, linewidth=0.8, zorder=0)
+            row[0].set_ylabel(loss)
+        for ax, title in zip(axes[0], ("mean weight w", "mean ratio r"), strict=True):
+            ax.set_title(title, fontsize=12)
+        for ax in axes[-1]:
+            ax.set_xlabel("rollout step")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, transparent=True, metadata={"Date": None})
+        plt.close(figure)
 
 
 def main() -> None:
