@@ -106,7 +106,8 @@ def meaning_with_rule(meaning: str, rule: str) -> str:
     named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", meaning))))
     if not rule or (rule.startswith("one of ") and named.issuperset(re.findall(r"`(\w+)`", rule))):
         return meaning
-    return f"{meaning} {rule[0].upper()}{rule[1:]}."
+    unbroken = re.sub(r" (?=\d)", "\u00a0", rule)  # a number stays on the line of its "above"
+    return f"{meaning} {unbroken[0].upper()}{unbroken[1:]}."
 
 
 def page() -> str:
