@@ -1,13 +1,10 @@
-"""What needs a GPU. Left out of the default run; `bash tools/test.sh -m gpu` runs it where there is one. Not yet run on hardware."""
+"""A training rank on a GPU. `bash tools/test.sh -m gpu` runs it where there is one. Not yet run on hardware."""
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.rollout.engine import Request
-from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
@@ -61,22 +58,3 @@ def test_an_update_on_cuda_sees_the_logprobs_of_transformers(pool, directory, la
     assert report.mismatch["mean"] == pytest.approx(expected, rel=0.05)
     assert len(report.gradient_norms) == 1 and np.isfinite(report.gradient_norms[0])
     assert all(np.isfinite(tensor).all() for tensor in weights.values())
-
-
-def test_an_engine_on_cuda_agrees_with_transformers(ray_cluster, directory):
-    from transformers import AutoModelForCausalLM
-
-    pool = EnginePool(str(directory), RolloutOptions(dtype="float32", max_running_requests=4), max_model_len=256, device="cuda")
-    try:
-        pool.start()
-        pool.sleep()
-        pool.wake()
-        prompt = tuple(range(3, 60))
-        (generation,) = pool.generate([Request("one", prompt, seed=0, max_tokens=16, temperature=1.0)])
-    finally:
-        pool.shutdown()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ids = torch.tensor([[*prompt, *generation.token_ids.tolist()]])
-    with torch.no_grad():
-        logprobs = model(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
-    assert np.abs(logprobs.numpy() - generation.logprobs).max() < 1e-3

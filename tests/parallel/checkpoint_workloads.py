@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_aspo.data.batch import TrainBatch
-from tests.parallel.workloads import _trainer
+from tests.parallel.workloads import _trainer, arrays
 
 KINDS = ("weights", "master", "exp_avg", "exp_avg_sq")
 
@@ -58,12 +58,12 @@ def gathered(trainer) -> dict[str, dict[str, np.ndarray]]:
 
     slabs = optimizer_slabs(trainer.model, trainer.optimizer)
     metas = trainer.tensor_metas("float32")
-    result = {"weights": {name: t.numpy() for name, t in trainer.whole_tensors(metas)}}
+    result = {"weights": arrays(trainer.whole_tensors(metas))}
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     for kind in KINDS[1:]:
         whole = {}
         for name, parameter in trainer.model.named_parameters():
-            flat = torch.zeros(parameter.numel())
+            flat = torch.zeros(parameter.numel(), device=parameter.device)
             if name in slabs:
                 slab = slabs[name]
                 values = getattr(slab, kind)
@@ -71,7 +71,7 @@ def gathered(trainer) -> dict[str, dict[str, np.ndarray]]:
             if trainer.settings.trainer.distributed_optimizer:
                 dist.all_reduce(flat, group=_replicas(name in trainer.layout.expert_parameters))
             whole[name] = flat.view(parameter.shape)
-        result[kind] = {name: t.numpy() for name, t in trainer.whole_tensors(metas, lambda p, whole=whole: whole[names[id(p)]])}
+        result[kind] = arrays(trainer.whole_tensors(metas, lambda p, whole=whole: whole[names[id(p)]]))
     return result
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_aspo.data.batch import TrainBatch
-from tests.parallel.workloads import _trainer
+from tests.parallel.workloads import _trainer, array
 
 
 def interrupted(rank: int, meeting: str, settings, batch: TrainBatch) -> dict:
@@ -98,7 +98,7 @@ def gradients_of_every_update(trainer):
     apply = trainer.apply_gradients
 
     def recording():
-        seen.append({name: parameter.main_grad.double().numpy().ravel() for name, parameter in trainer.model.named_parameters()})
+        seen.append({name: array(parameter.main_grad.double()).ravel() for name, parameter in trainer.model.named_parameters()})
         return apply()
 
     trainer.apply_gradients = recording
@@ -150,7 +150,7 @@ def draw() -> list[float]:
 def arrays(kept: dict) -> dict:
     """For the way between processes; parameters flattened."""
     return {
-        kind: {name: tensor.double().numpy().ravel() for name, tensor in value.items()}
+        kind: {name: array(tensor.double()).ravel() for name, tensor in value.items()}
         if kind in ("weights", "master", "exp_avg", "exp_avg_sq")
         else value
         for kind, value in kept.items()

@@ -1,5 +1,6 @@
 """What the pool's processes run. Each function is collective: (rank, path at which the ranks meet, …) on every rank of the pool."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +11,20 @@ import torch.distributed as dist
 from megatron_aspo.data.batch import TrainBatch
 
 
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """The values of a tensor on any device."""
+    return tensor.detach().cpu().numpy()
+
+
+def arrays(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    return {name: array(tensor) for name, tensor in tensors}
+
+
+def on_device(trainer, values: np.ndarray) -> torch.Tensor:
+    """A tensor where the trainer computes."""
+    return torch.from_numpy(values).to(trainer.device.torch_device)
+
+
 def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None, advantages: np.ndarray):
     """Gradients and weights (Hugging Face names) and the tally of one optimizer step over the whole batch; rank 0's answer counts."""
     from megatron_aspo.trainer.optimizer import set_learning_rate
@@ -18,19 +33,19 @@ def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarr
     with _trainer(rank, meeting, settings) as trainer:
         scored, _ = trainer.score(trainer.model, batch, np.arange(batch.samples))
         per_token = np.repeat(advantages, np.diff(batch.response_offsets)).astype(np.float32)
-        scores = Scores(torch.from_numpy(old), None if reference is None else torch.from_numpy(reference), torch.from_numpy(per_token))
+        scores = Scores(*(None if values is None else on_device(trainer, values) for values in (old, reference, per_token)))
         set_learning_rate(trainer.optimizer, settings.optimizer, step=0)
         tally = trainer.accumulate_gradients(batch, np.arange(batch.samples), scores)
         metas = trainer.tensor_metas("float32")
         gradients = None
         if not settings.trainer.distributed_optimizer:
-            gradients = {name: t.numpy() for name, t in trainer.whole_tensors(metas, lambda parameter: parameter.main_grad)}
+            gradients = arrays(trainer.whole_tensors(metas, lambda parameter: parameter.main_grad))
         gradient_dtypes = {parameter.main_grad.dtype for parameter in trainer.model.parameters()}
         _, norm = trainer.apply_gradients()
-        weights = {name: t.numpy() for name, t in trainer.whole_tensors(metas)}
+        weights = arrays(trainer.whole_tensors(metas))
         last = trainer.parallel.is_last_stage
         return {
-            "logprobs": scored.numpy() if last else None,
+            "logprobs": array(scored) if last else None,
             "gradients": gradients,
             "gradient dtypes": gradient_dtypes,
             "weights": weights,
@@ -124,16 +139,16 @@ def logits(rank: int, meeting: str, settings, sequences: list[list[int]]) -> np.
 
     with _trainer(rank, meeting, settings) as trainer, torch.no_grad():
         lengths = [len(sequence) for sequence in sequences]
-        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        cu_seqlens = on_device(trainer, np.array([0, *np.cumsum(lengths)], np.int32))
         hidden = trainer.model(
-            input_ids=torch.tensor([[token for sequence in sequences for token in sequence]]),
-            position_ids=torch.tensor([[i for n in lengths for i in range(n)]]),
+            input_ids=on_device(trainer, np.array([[token for sequence in sequences for token in sequence]])),
+            position_ids=on_device(trainer, np.array([[i for n in lengths for i in range(n)]])),
             attention_mask=None,
             packed_seq_params=SharedPromptParams(
                 qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
             ),
         )
-        return (hidden[:, 0] @ trainer.model.output_weight().T).numpy()
+        return array(hidden[:, 0] @ trainer.model.output_weight().T)
 
 
 def export(rank: int, meeting: str, settings, directory: Path, dtype: str) -> None:
@@ -162,7 +177,7 @@ def train_once(rank: int, meeting: str, settings, batch: TrainBatch) -> tuple:
     """One whole `update`: scores, epochs × mini-batches; the report of the last rank and the weights of rank 0."""
     with _trainer(rank, meeting, settings) as trainer:
         report = trainer.update(batch, step=0)
-        weights = {name: t.numpy() for name, t in trainer.whole_tensors(trainer.tensor_metas("float32"))}
+        weights = arrays(trainer.whole_tensors(trainer.tensor_metas("float32")))
         return report, weights
 
 
@@ -181,7 +196,7 @@ def train_and_park(rank: int, meeting: str, settings, batch: TrainBatch, parked:
             assert (gradients, left) == (0, 0)
         assert [parameter.untyped_storage().nbytes() for parameter in parameters] == sizes
         trainer.update(batch, step=1)
-        return {name: t.numpy() for name, t in trainer.whole_tensors(trainer.tensor_metas("float32"))}
+        return arrays(trainer.whole_tensors(trainer.tensor_metas("float32")))
 
 
 def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) -> dict:
@@ -191,8 +206,8 @@ def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) 
             for parameter in trainer.model.parameters():
                 parameter.mul_(scale)
         scores, mismatch, tally = trainer.prepare(batch)
-        arrays = {name: None if t is None else t.numpy() for name, t in vars(scores).items()}
-        return arrays | {"mismatch": mismatch, "tally": tally}
+        held = {name: None if t is None else array(t) for name, t in vars(scores).items()}
+        return held | {"mismatch": mismatch, "tally": tally}
 
 
 def count_threads(rank: int, meeting: str) -> int:
