@@ -21,6 +21,20 @@ class Device:
     def is_cuda(self) -> bool:
         return self.torch_device.type == "cuda"
 
+    def empty_host(self, nbytes: int) -> torch.Tensor:
+        """Return uint8 [nbytes] in host memory, pinned on CUDA: copies to and from it are fast and need not be waited for."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.is_cuda)
+
+    def synchronize(self) -> None:
+        """Return when all work given to the device is done; on the CPU it is when it was given."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def release_cached_memory(self) -> None:
+        """Return the memory that torch keeps for later to the driver, so that other processes on the device can have it. No-op on CPU."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
 
 def select_device(local_rank: int = 0) -> Device:
     """CUDA where torch sees a GPU (this process's `local_rank`-th), the CPU otherwise."""

@@ -7,6 +7,7 @@ backward; for experts and for Transformer Engine's layers that is an estimate. E
 import math
 from dataclasses import dataclass, fields
 
+from megatron_aspo.trainer.host_blocks import pinned_bytes
 from megatron_aspo.trainer.options import TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_model import HFModel
@@ -29,10 +30,13 @@ class RankMemory:
     """Logits of one block, and the gradient of the output matrix."""
     checkpoint: int
     """The copy that an asynchronous checkpoint is written from; in host memory."""
+    pinned: int
+    """Host memory of what is offloaded from a GPU, pinned."""
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        """All but what is offloaded."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.pinned
 
 
 def parameter_counts(layout: Layout) -> tuple[int, int]:
@@ -74,7 +78,23 @@ def rank_memory(
         activations=_activations(model, options, sizes, at, tokens, load.micro_batches),
         logprobs=_logprobs(model, options, sizes, tokens) if at.pipeline == sizes.pipeline - 1 else 0,
         checkpoint=(weights + state) if asynchronous else 0,
+        pinned=_pinned(layout, settings, shards, expert_shards) if on_gpu else 0,
     )
+
+
+def _pinned(layout: Layout, settings: RankSettings, shards: int, expert_shards: int) -> int:
+    """Bytes that offloaded optimizer state and reference weights take in pinned blocks (trainer/offload.py)."""
+    options = settings.trainer
+    itemsize = ITEMSIZE[options.dtype]
+    counts = {name: math.prod(shape) for name, shape in layout.parameter_shapes.items()}
+    state, reference = [], []
+    if options.offload_optimizer:
+        for name, count in counts.items():
+            owned = -(-count // (expert_shards if name in layout.expert_parameters else shards))
+            state += [4 * owned] * (2 + (itemsize < 4))
+    if options.offload_reference and settings.algorithm.has_kl:
+        reference = [itemsize * count for count in counts.values()]
+    return pinned_bytes(state) + pinned_bytes(reference)
 
 
 def kept_per_token(model: HFModel, options: TrainerOptions, tensor: int, expert_tensor: int) -> float:

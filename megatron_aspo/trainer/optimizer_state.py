@@ -46,7 +46,7 @@ def optimizer_slabs(model: torch.nn.Module, optimizer: MegatronOptimizer) -> dic
     names = {parameter: name for name, parameter in model.named_parameters()}
     slabs = {}
     for part in _parts(optimizer):
-        _create_state(part.optimizer)
+        _create_all_state(part.optimizer)
         for parameter, main, start in _main_weights(part):
             if parameter not in names:
                 raise ValueError(f"the optimizer holds a parameter of shape {list(parameter.shape)} that is none of the model's")
@@ -62,14 +62,18 @@ def optimizer_slabs(model: torch.nn.Module, optimizer: MegatronOptimizer) -> dic
 
 
 def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
-    """All that only the optimizer reads: moments, and main weights that are not the model's own memory. Creates what Adam lacks."""
+    """Yield all that only the optimizer reads: moments, and main weights that are not the model's own memory.
+
+    Moments that Adam has not made yet are created parameter by parameter, so that a consumer may move each away before the next exists.
+    """
     for part in _parts(optimizer):
-        _create_state(part.optimizer)
+        groups = {parameter: group for group in part.optimizer.param_groups for parameter in group["params"]}
         for parameter, main, start in _main_weights(part):
+            state = _create_state(part.optimizer, groups[main], main)
+            yield state["exp_avg"]
+            yield state["exp_avg_sq"]
             if not _shares_memory(parameter, main, start):
                 yield main
-            yield part.optimizer.state[main]["exp_avg"]
-            yield part.optimizer.state[main]["exp_avg_sq"]
 
 
 def updates(optimizer: MegatronOptimizer) -> int:
@@ -91,7 +95,7 @@ def set_updates(optimizer: MegatronOptimizer, count: int) -> None:
     """Adam's bias correction goes on from here: the next step is number `count` + 1."""
     for part in _parts(optimizer):
         adam = part.optimizer
-        _create_state(adam)
+        _create_all_state(adam)
         for group in adam.param_groups:
             holders = [adam.state[parameter] for parameter in group["params"]] if _counts_by_parameter(adam) else [group]
             for holder in holders:
@@ -144,13 +148,21 @@ def _counts_by_parameter(adam: torch.optim.Optimizer) -> bool:
     return isinstance(adam, torch.optim.Adam | torch.optim.AdamW)
 
 
-def _create_state(adam: torch.optim.Optimizer) -> None:
-    """What Adam itself would make at its first step. Megatron's `init_state_fn` leaves out the count, without which torch's Adam fails."""
+def _create_all_state(adam: torch.optim.Optimizer) -> None:
     for group in adam.param_groups:
         for parameter in group["params"]:
-            state = adam.state[parameter]
-            if not state:
-                if _counts_by_parameter(adam):
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
-                state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+            _create_state(adam, group, parameter)
+
+
+def _create_state(adam: torch.optim.Optimizer, group: dict, parameter: Tensor) -> dict:
+    """Return a parameter's state, with what Adam itself would make at its first step.
+
+    Megatron's `init_state_fn` leaves out the count, without which torch's Adam fails.
+    """
+    state = adam.state[parameter]
+    if not state:
+        if _counts_by_parameter(adam):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
+        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+    return state

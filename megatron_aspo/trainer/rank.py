@@ -91,8 +91,9 @@ class TrainerRank:
         gradients = options.distributed_optimizer, options.gradient_dtype
         self._wrapped = [wrap_model(chunk, self._config, *gradients) for chunk in chunks(self.model)]
         self.optimizer = build_optimizer(self._wrapped, self._config, settings.optimizer, self.dtype, options.distributed_optimizer)
-        self._fill_main_weights()
+        # Before anything else asks for the state, and so makes all of it on the device.
         self._optimizer_memory = HostMemory(state_tensors(self.optimizer) if options.offload_optimizer else (), self.device)
+        self._fill_main_weights()
         self._forward_backward: Callable = get_forward_backward_func()
         self._sender = None
         self._packing = PackingFigures()
@@ -332,13 +333,16 @@ class TrainerRank:
 
         What is parked is found again each time: the optimizer makes its state as it goes, and may exchange it.
         """
-        parameters = list(self.model.parameters())
+        options, parameters = self.settings.trainer, list(self.model.parameters())
         if part == "optimizer":
             weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-            kept = [t for t in state_tensors(self.optimizer) if t.untyped_storage().data_ptr() not in weights]
-            self._parked[part] = Parking(kept, [parameter.main_grad for parameter in parameters])
+            # What is offloaded is in host memory already.
+            state = [] if options.offload_optimizer else state_tensors(self.optimizer)
+            kept = [tensor for tensor in state if tensor.untyped_storage().data_ptr() not in weights]
+            self._parked[part] = Parking(kept, [parameter.main_grad for parameter in parameters], self.device)
         else:
-            self._parked[part] = Parking([*parameters, *(self.reference.parameters() if self.reference is not None else ())])
+            reference = [] if self.reference is None or options.offload_reference else self.reference.parameters()
+            self._parked[part] = Parking([*parameters, *reference], [], self.device)
         self._parked[part].leave()
 
     def come_back(self) -> None:

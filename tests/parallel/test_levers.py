@@ -115,11 +115,11 @@ def test_offloading_takes_the_step_of_float64_pytorch(pools, cases, layout):
     assert relative_error(ours["weights"], true.weights) <= 1e-5
 
 
-@pytest.mark.parametrize("layout", [{"dtype": "bfloat16", **DISTRIBUTED}, {"tensor_parallel": 2, "offload_optimizer": True}], ids=str)
+@pytest.mark.parametrize("layout", [{"dtype": "bfloat16", **DISTRIBUTED}, {"tensor_parallel": 2, **OFFLOADED}], ids=str)
 def test_what_leaves_the_device_between_two_updates_comes_back_bit_for_bit(pools, cases, layout):
     case = cases("qwen2 tied")
     options = TrainerOptions(**{"dtype": "float32", "micro_batch_tokens": 60} | layout)
-    settings = RankSettings(case.directory, options, OPTIMIZER, AlgorithmOptions(mini_batch_prompts=2), 1.0, 0, 2, 32)
+    settings = RankSettings(case.directory, options, OPTIMIZER, AlgorithmOptions(mini_batch_prompts=2, kl_coef=KL_COEF), 1.0, 0, 2, 32)
     gone, stayed = (pools(2).run(workloads.train_and_park, settings, _rewarded(case), parked)[0] for parked in (True, False))
     assert gone.keys() == stayed.keys()
     for name, expected in stayed.items():
@@ -174,6 +174,13 @@ def test_what_is_offloaded_is_on_the_device_only_in_use(pools, cases, layout, mo
         # Two moments, with bfloat16 main weights too; each rank half of them if distributed.
         expected = elements * 4 * (3 if layout.get("dtype") == "bfloat16" else 2) // (2 if layout == DISTRIBUTED else 1)
         assert result["optimizer"]["bytes"] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("layout", [{"dtype": "bfloat16"}, {}, {"data_parallel": 2, "distributed_optimizer": True}], ids=str)
+def test_offloaded_moments_are_never_on_the_device_together(pools, cases, layout):
+    """The files are float32: with bfloat16 the main weights are filled from them, which asks for the whole state too."""
+    settings = _settings(cases("qwen2 tied"), offload_optimizer=True, **layout)
+    assert set(pools(settings.sizes.world).run(workloads.most_moments_on_the_device, settings)) == {1}
 
 
 def test_reference_logprobs_are_those_of_the_original_weights_in_float64(pools, prepared):

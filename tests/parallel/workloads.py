@@ -122,6 +122,37 @@ def offloaded(rank: int, meeting: str, settings, batch: TrainBatch) -> dict:
         }
 
 
+def most_moments_on_the_device(rank: int, meeting: str, settings) -> int:
+    """The largest number of parameters whose moments were on the device at one time while the trainer was built."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from megatron_aspo.trainer import optimizer_state
+
+    create, made, alive = optimizer_state._create_state, [], [0]
+
+    def noting(adam, group, parameter):
+        new, state = not adam.state[parameter], create(adam, group, parameter)
+        if new:
+            made.append(StorageWeakRef(state["exp_avg"].untyped_storage()))
+            alive.append(sum(not storage.expired() for storage in made))
+        return state
+
+    optimizer_state._create_state = noting
+    try:
+        with _trainer(rank, meeting, settings):
+            return max(alive)
+    finally:
+        optimizer_state._create_state = create
+
+
+def _offloaded_tensors(trainer) -> list[torch.Tensor]:
+    from megatron_aspo.trainer.optimizer_state import state_tensors
+
+    options = trainer.settings.trainer
+    state = state_tensors(trainer.optimizer) if options.offload_optimizer else ()
+    return [*state, *(trainer.reference.parameters() if options.offload_reference else ())]
+
+
 @contextmanager
 def _trainer(rank: int, meeting: str, settings):
     from megatron_aspo.trainer.rank import TrainerRank
@@ -187,11 +218,14 @@ def train_and_park(rank: int, meeting: str, settings, batch: TrainBatch, parked:
         trainer.update(batch, step=0)
         parameters = list(trainer.model.parameters())
         sizes = [parameter.untyped_storage().nbytes() for parameter in parameters]
+        offloaded = _offloaded_tensors(trainer)
+        in_host_memory = [tensor.data_ptr() for tensor in offloaded]
         if parked:
             trainer.leave("optimizer")
             gradients = sum(parameter.main_grad.untyped_storage().nbytes() for parameter in parameters)
             trainer.leave("weights")
             left = sum(parameter.untyped_storage().nbytes() for parameter in parameters)
+            assert [tensor.data_ptr() for tensor in offloaded] == in_host_memory
             trainer.come_back()
             assert (gradients, left) == (0, 0)
         assert [parameter.untyped_storage().nbytes() for parameter in parameters] == sizes

@@ -90,6 +90,9 @@ def test_memory_that_leaves_a_gpu_is_not_counted_there(place):
     )
     assert (away.optimizer, away.reference) == (0, 0) and kept.optimizer and kept.reference
     assert plan("trainer.offload_optimizer=true").ranks[0].optimizer == kept.optimizer
+    assert kept.pinned == 0 and away.total == kept.total - kept.optimizer - kept.reference
+    state = kept.optimizer + kept.reference  # each of the two in pinned blocks, whose sizes are powers of two
+    assert state <= away.pinned <= 1.1 * state + 2 * (256 << 20)
 
 
 @pytest.mark.parametrize(
