@@ -5,11 +5,12 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_aspo.errors import UserError
-from megatron_aspo.rollout.engine_settings import READABLE, EngineSpec, engine_arguments, environment
+from megatron_aspo.rollout.engine_settings import GIB, READABLE, EngineSpec, engine_arguments, environment
 from megatron_aspo.weights.hf_model import read_sizes
 from megatron_aspo.weights.holdings import CPU_HEAD_SIZES, EngineSizes, check_engine, check_engine_on
 from tests.models import save_tiny
@@ -39,6 +40,22 @@ def test_the_workers_of_an_engine_share_experts_out_when_asked():
 def test_only_an_engine_that_is_to_be_read_keeps_its_weights_readable(device):
     assert READABLE not in environment(replace(SPEC, device=device))
     assert READABLE in environment(replace(SPEC, device=device, readable=True))
+
+
+@pytest.mark.parametrize(("free", "others"), [(30, "another engine"), (6, "a training rank")])
+def test_an_engine_starts_on_a_gpu_that_it_shares(free: int, others: str):
+    """vLLM's own check, on a card of 80 GiB of which others hold most; the cache's size is given and does not hang on it."""
+    from vllm.config import CacheConfig
+    from vllm.v1.worker.utils import request_memory
+
+    arguments = engine_arguments(SPEC)
+    cache = CacheConfig(**{name: arguments[name] for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")})
+    card = SimpleNamespace(total_memory=80 * GIB, free_memory=free * GIB, device_="cuda:0")
+    assert request_memory(card, cache) <= free * GIB
+    assert cache.kv_cache_memory_bytes == GIB // 2  # of each of two workers
+    with pytest.raises(ValueError, match="less than desired GPU memory utilization"):
+        request_memory(card, CacheConfig())
+    assert "gpu_memory_utilization" not in engine_arguments(replace(SPEC, device="cpu"))
 
 
 @pytest.fixture(scope="module")
