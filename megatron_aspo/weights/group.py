@@ -151,7 +151,7 @@ def stateless_group(
             groups = (dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options),) * 2
         else:
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
+            options._timeout = _watchdog_timeout(timeout)
             # NCCL does one after the other what two ranks of a communicator do: two that send each other something, and receive first,
             # would wait for each other for ever.
             prefixes = ("weights upward", "weights downward")
@@ -161,6 +161,15 @@ def stateless_group(
             f"{who}: connecting to the peers of the group at {address} failed (timeout {timeout_s:g} s): {_first_line(error)}"
         ) from error
     return StatelessGroup(groups, store, rank, places, timeout_s, address, names, device)
+
+
+def _watchdog_timeout(timeout: timedelta) -> timedelta:
+    """After how long torch's watchdog ends the whole process for an NCCL operation that is not done.
+
+    Both count from when the operation was begun, which may be buckets before anyone waits for it. A wait has to give up first, and raise a
+    TransferError that names tensor and peer.
+    """
+    return 2 * timeout + timedelta(seconds=60)
 
 
 def machine() -> str:

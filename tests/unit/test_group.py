@@ -2,10 +2,12 @@
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_aspo.weights.group import TransferError, free_port, interface_of, machine, stateless_group
 
@@ -73,6 +75,23 @@ def test_what_nobody_sends_or_takes_ends_with_an_error_that_names_it():
         receiver.receive(torch.zeros(100), 0, "bucket 3").wait()
     with pytest.raises(TransferError, match=r"rank 0 of the group at .*: bucket 4 \(400,000,000 bytes\) to rank 1 failed"):
         sender.send(torch.zeros(10**8), 1, "bucket 4").wait()
+
+
+def test_a_wait_gives_up_before_the_watchdog_of_nccl_ends_the_process(monkeypatch):
+    given = []
+
+    class Options:
+        pass
+
+    class Group:
+        def __init__(self, store, rank, world_size, options):
+            given.append(options._timeout)
+
+    Group.Options = Options
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    group = stateless_group(HOST, free_port(HOST), 0, 1, 20.0, "nccl")
+    assert group.timeout_s == 20 and given == [timedelta(seconds=100)] * 2
 
 
 def test_what_cannot_work_is_refused():
