@@ -6,6 +6,7 @@ On a CPU an anonymous file; on a GPU an allocation opened through CUDA IPC, whic
 import json
 import mmap
 import os
+from collections.abc import Mapping
 
 import psutil
 import torch
@@ -60,6 +61,11 @@ class Segment:
         return torch.frombuffer(mmap.mmap(self._file, nbytes), dtype=torch.uint8)
 
     def _on_gpu(self, nbytes: int, what: str, device: torch.device) -> torch.Tensor:
+        if setting := unshareable_allocator(os.environ):
+            raise UserError(
+                f"{what}: with {setting} in the environment, memory of {device} cannot be opened by another process everywhere; leave that "
+                "setting out, or set placement=split"
+            )
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
@@ -67,6 +73,20 @@ class Segment:
             raise UserError(
                 f"{what}: {nbytes:,} bytes on {device} are needed, {room:,} are left; lower transfer_bucket_mib or rollout.kv_cache_gib"
             ) from error
+
+
+def unshareable_allocator(environment: Mapping[str, str]) -> str:
+    """Return the variable and setting that make torch allocate GPU memory which CUDA IPC cannot share, or "".
+
+    What cudaMallocAsync allocates has no IPC handle. Expandable segments pass file descriptors instead, through a system call that
+    containers commonly forbid.
+    """
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        for setting in environment.get(variable, "").split(","):
+            name, _, value = (part.strip().lower() for part in setting.partition(":"))
+            if (name, value) in (("backend", "cudamallocasync"), ("expandable_segments", "true")):
+                return f"{variable}={setting.strip()}"
+    return ""
 
 
 def open_segment(word: str, device: torch.device) -> torch.Tensor:
