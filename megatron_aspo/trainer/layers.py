@@ -1,8 +1,6 @@
 """The table of layer specs, and the small modules of the local spec that are ours: RMSNorm and SwiGLU."""
 
 import functools
-import importlib.metadata
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.trainer import transformer_engine
 from megatron_aspo.trainer.attention import PackedAttention
 from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.micro_batch import PackingRules
@@ -135,27 +134,34 @@ LAYER_SPECS: dict[str, Callable[..., TransformerBlockSubmodules]] = {
 """Name → the layers of this pipeline stage, or of one model chunk of it. The names are also the namings of the weight map."""
 
 
-def choose_layer_spec(wanted: str, device: Device) -> str:
-    """`auto` becomes Transformer Engine where CUDA and the package are present, else local. Raises UserError for what cannot run here."""
-    available = device.is_cuda and importlib.util.find_spec("transformer_engine") is not None
+def choose_layer_spec(options: TrainerOptions, device: Device) -> str:
+    """`auto` becomes Transformer Engine for bfloat16 where CUDA and the package are present, else local.
+
+    Transformer Engine's flash and cuDNN attention take half-precision types only. Its third one holds segments × heads × longest² scores.
+    Raises UserError for what cannot run here.
+    """
+    wanted, half = options.layer_spec, options.dtype == "bfloat16"
+    available = device.is_cuda and transformer_engine.is_installed()
     if wanted == "auto":
-        return "transformer_engine" if available else "local"
+        return "transformer_engine" if available and half else "local"
     if wanted == "transformer_engine" and not available:
         lacking = "the transformer_engine package" if device.is_cuda else "a CUDA device"
         raise UserError(f"trainer.layer_spec=transformer_engine needs {lacking}, which is not here; use auto or local")
+    if wanted == "transformer_engine" and not half:
+        raise UserError(
+            f"trainer.layer_spec=transformer_engine computes attention in half precision only, not in trainer.dtype={options.dtype}; use "
+            "auto or local, or trainer.dtype=bfloat16"
+        )
     return wanted
 
 
 def flash_attention() -> str:
     """The version of the flash_attn package, which Transformer Engine's attention may use, or `absent`: then cuDNN's kernels do it."""
-    try:
-        return importlib.metadata.version("flash_attn")
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+    return transformer_engine.installed_version("flash_attn") or "absent"
 
 
-def check_layers(options: TrainerOptions, layer_spec: str) -> None:
-    """Raise UserError where the layers, or the device that they run on, cannot do what the options ask."""
+def check_layers(options: TrainerOptions, layer_spec: str, experts: int = 0) -> None:
+    """Raise UserError where the layers, or the device that they run on, cannot do what the options, or a model with `experts`, ask."""
     if layer_spec == "local":
         if options.fp8 != "none":
             raise UserError(
@@ -178,3 +184,6 @@ def check_layers(options: TrainerOptions, layer_spec: str) -> None:
             f"trainer.shared_prompts=true needs trainer.layer_spec=local: the attention of {layer_spec} takes plain causal segments only; "
             "set it to false"
         )
+    versions = (transformer_engine.installed_version(name) for name in ("transformer_engine_cu13", "nvidia-cublas"))
+    if conflict := transformer_engine.cublas_conflict(*versions, experts=bool(experts)):
+        raise UserError(conflict)

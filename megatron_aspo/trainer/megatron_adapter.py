@@ -15,6 +15,8 @@ import types
 import torch
 from torch import Tensor
 
+from megatron_aspo.trainer.transformer_engine import check_installation
+
 _CPU = torch.device("cpu")
 
 # Imported before patching, since a module keeps the `torch` it was imported with.
@@ -31,8 +33,12 @@ _MODULES = (
 
 
 def prepare() -> None:
-    """Make Megatron-Core usable on this machine. Safe to call again, and needed again after importing further Megatron modules."""
+    """Make Megatron-Core usable on this machine. Safe to call again, and needed again after importing further Megatron modules.
+
+    Raises UserError where a Transformer Engine that is not whole would break its import.
+    """
     if torch.cuda.is_available():
+        check_installation()
         _define_router_gemm()
         return
     from megatron.core import jit

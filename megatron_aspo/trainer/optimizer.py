@@ -1,13 +1,10 @@
 """Megatron's optimizer for a wrapped model, and its learning rate."""
 
-import importlib.util
-
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import Adam, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.options import OptimizerOptions
 
 
@@ -78,10 +75,7 @@ def set_learning_rate(optimizer: MegatronOptimizer, options: OptimizerOptions, s
     return rate
 
 
-def fused_adam(device: Device) -> str:
-    """Which Adam Megatron takes here: Transformer Engine's, apex's or torch's, in that order."""
-    if device.is_cuda:
-        for package in ("transformer_engine", "apex"):
-            if importlib.util.find_spec(package) is not None:
-                return f"{package} FusedAdam"
-    return "torch fused AdamW"
+def fused_adam() -> str:
+    """Which Adam Megatron found at its import: Transformer Engine's, apex's or torch's, in that order."""
+    package = Adam.__module__.partition(".")[0]
+    return "torch fused AdamW" if package == "torch" else f"{package} FusedAdam"

@@ -42,7 +42,7 @@ class TrainerOptions:
     its own largest element. Needs Transformer Engine, a GPU of compute capability 8.9 or higher, and `dtype=bfloat16`, which parameters
     keep."""
     layer_spec: str = "auto"
-    """Implementation of the layers; `auto` is Transformer Engine where CUDA and the package are present, else `local`."""
+    """Implementation of the layers; `auto` is Transformer Engine for bfloat16 where CUDA and the package are present, else `local`."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over the data-parallel and context-parallel ranks."""
     micro_batch_tokens: int = 16384

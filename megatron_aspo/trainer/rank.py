@@ -73,8 +73,8 @@ class TrainerRank:
         self.hf: HFModel = read_model(settings.model_directory)
         settings.check_model(self.hf.dims)
         self.dtype = getattr(torch, options.dtype)
-        self.layer_spec = choose_layer_spec(options.layer_spec, self.device)
-        check_layers(options, self.layer_spec)
+        self.layer_spec = choose_layer_spec(options, self.device)
+        check_layers(options, self.layer_spec, self.hf.dims.experts)
         kernels(self.device.torch_device)  # now, if something is missing
         self.parallel = parallel_states.initialize(rank, settings.sizes, store, self.device, options.timeout_s, settings.seed)
         self.stored_layouts = replica_layouts(self.hf.architecture, self.hf.dims, settings.sizes, self.layer_spec)
@@ -106,7 +106,7 @@ class TrainerRank:
             "backend": self.device.backend,
             "layout": self.settings.layout,
             "layer_spec": self.layer_spec,
-            "optimizer": fused_adam(self.device),
+            "optimizer": fused_adam(),
             "dtype": self.settings.trainer.dtype,
         }
         if self.layer_spec == "transformer_engine":

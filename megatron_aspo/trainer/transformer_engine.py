@@ -1,0 +1,63 @@
+"""Whether Transformer Engine is installed whole, and beside libraries that it works with. Imports it only to try."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+
+from packaging.version import Version
+
+from megatron_aspo.errors import UserError
+
+_CUBLAS_WITH_GROUPED_LAYOUTS = Version("13.2.0.9")
+_NEEDS_THEM, _NEEDS_THEM_FOR_EXPERTS = Version("2.13"), Version("2.17.1")
+"""First versions of the prebuilt CUDA 13 library that want these symbols: at import, and not before a grouped product is computed.
+See TransformerEngine#2504."""
+
+
+def is_installed() -> bool:
+    """Whether there is a package of this name, whole or not."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def check_installation() -> None:
+    """Raise UserError for a Transformer Engine that is installed and cannot be imported, naming what is missing.
+
+    Megatron-Core imports it wherever it finds it: some of these faults end its own import, others leave stand-ins that fail much later.
+    """
+    if not is_installed():
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a missing module, a library that does not load, a check of its own
+        if missing := cublas_conflict(installed_version("transformer_engine_cu13"), installed_version("nvidia-cublas"), experts=False):
+            raise UserError(missing) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        extension = f"transformer-engine-torch=={installed_version('transformer_engine')}"
+        cure = f"build its torch extension (pip install --no-build-isolation {extension})"
+        if importlib.util.find_spec("transformer_engine_torch") is not None:
+            cure = "install the versions that setup.py's extra `gpu` names"
+        raise UserError(f"transformer_engine is installed but cannot be imported: {reason}; {cure}, or remove the package") from error
+
+
+def cublas_conflict(engine: str, cublas: str, *, experts: bool) -> str:
+    """Return how these versions of Transformer Engine's prebuilt CUDA 13 library and of cuBLAS disagree, with the cure, or "".
+
+    Either may be "": not installed as a package. experts: whether grouped products are computed.
+    """
+    if not engine or not cublas or Version(cublas) >= _CUBLAS_WITH_GROUPED_LAYOUTS or Version(engine) < _NEEDS_THEM:
+        return ""
+    if Version(engine) >= _NEEDS_THEM_FOR_EXPERTS and not experts:
+        return ""
+    what = "grouped products of experts in " if Version(engine) >= _NEEDS_THEM_FOR_EXPERTS else ""
+    return (
+        f"{what}transformer_engine_cu13 {engine} need nvidia-cublas {_CUBLAS_WITH_GROUPED_LAYOUTS} or later, {cublas} is installed; "
+        "upgrade nvidia-cublas, or install transformer-engine 2.12.0"
+    )
+
+
+def installed_version(distribution: str) -> str:
+    """The version of an installed distribution, or ""."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
