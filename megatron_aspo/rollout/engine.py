@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_aspo.data.records import Generation, VersionSpan
+from megatron_aspo.environment import engine_environment
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine_settings import FORKS_ENGINE_CORE, EngineSpec, engine_arguments
 from megatron_aspo.rollout.output_tail import OutputTail, second_hand
@@ -99,6 +100,13 @@ class Engine:
                 "every node of the engines can read"
             )
         self._tail = OutputTail()
+        if spec.device == "cuda":
+            import ray
+
+            from megatron_aspo.weights.group import interface_of  # imports torch
+
+            # The workers inherit it; which interface it is, only the engine's own node knows.
+            os.environ.update(engine_environment(interface_of(ray.util.get_node_ip_address()), os.environ))
         try:
             import vllm
             from vllm.engine.arg_utils import AsyncEngineArgs

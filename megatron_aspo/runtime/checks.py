@@ -80,4 +80,5 @@ def rank_settings(config: Config, model_directory: Path) -> RankSettings:
         config.seed,
         config.rollout.responses_per_prompt,
         config.rollout.max_response_tokens,
+        config.deterministic,
     )

@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from megatron_aspo.checkpoint.request import SaveRequest
 from megatron_aspo.connection import require_cluster
+from megatron_aspo.environment import rank_environment
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.pending import Pending
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
@@ -44,10 +45,8 @@ class TrainerActor:
         """
         if working_directory not in sys.path:
             sys.path.append(working_directory)
-        # Process groups listen on the interface of the cluster's own network, never on all.
-        interface = interface_of(ray.util.get_node_ip_address())
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-        os.environ["NCCL_SOCKET_IFNAME"] = interface
+        interface, sizes = interface_of(ray.util.get_node_ip_address()), settings.sizes
+        os.environ.update(rank_environment(interface, sizes.tensor, sizes.context, settings.deterministic, os.environ))
         from megatron_aspo.checkpoint.manifest import load_manifest
         from megatron_aspo.checkpoint.saver import RankSaver, restore
         from megatron_aspo.trainer.rank import TrainerRank

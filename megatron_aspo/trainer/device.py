@@ -30,6 +30,13 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize()
 
+    def use_deterministic_kernels(self) -> None:
+        """From here on torch takes deterministic kernels, and raises RuntimeError for operations that have none. The CPU's are."""
+        if self.is_cuda:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a check for mistakes, paid for with every allocation
+            torch.backends.cudnn.benchmark = False
+
     def release_cached_memory(self) -> None:
         """Return the memory that torch keeps for later to the driver, so that other processes on the device can have it. No-op on CPU."""
         if self.is_cuda:

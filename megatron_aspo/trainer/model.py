@@ -28,8 +28,9 @@ def transformer_config(
     dtype: torch.dtype,
     layer_spec: str,
     options: TrainerOptions = TrainerOptions(),  # noqa: B008 (frozen)
+    deterministic: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of this model on this layout."""
+    """Megatron's configuration of this model on this layout. deterministic: Megatron's own kernels and Transformer Engine's, on a GPU."""
     dims = model.dims
     interleaved = parallel.sizes.virtual > 1
     fused = layer_spec == "transformer_engine"
@@ -76,6 +77,7 @@ def transformer_config(
         output_layer_init_method=_leave_unfilled,
         embedding_init_method=_leave_unfilled,
         use_cpu_initialization=not device.is_cuda,
+        deterministic_mode=deterministic and device.is_cuda,
         # Gradients are sums: the denominators are ours, known before the first micro-batch (losses/objective.py).
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,

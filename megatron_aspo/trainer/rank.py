@@ -70,6 +70,8 @@ class TrainerRank:
         self.settings = settings
         options = settings.trainer
         self.device = devices.select_device(local_rank)
+        if settings.deterministic:
+            self.device.use_deterministic_kernels()
         self.hf: HFModel = read_model(settings.model_directory)
         settings.check_model(self.hf.dims)
         self.dtype = getattr(torch, options.dtype)
@@ -81,7 +83,9 @@ class TrainerRank:
         self.layout = layout(self.hf.architecture, self.hf.dims, settings.sizes, self.parallel.at, self.layer_spec)
 
         self._rules = packing_rules(options, settings.sizes, self.parallel.at)
-        self._config = transformer_config(self.hf, self.parallel, self.device, self.dtype, self.layer_spec, options)
+        self._config = transformer_config(
+            self.hf, self.parallel, self.device, self.dtype, self.layer_spec, options, deterministic=settings.deterministic
+        )
         self.model = self._build()
         self.reference = self._build() if settings.algorithm.has_kl else None
         if self.reference is not None:

@@ -24,6 +24,8 @@ class RankSettings:
     responses_per_prompt: int
     """G: with mini_batch_prompts, the responses of a full mini-batch."""
     max_response_tokens: int
+    deterministic: bool = False
+    """On a GPU: take deterministic kernels only, and refuse what has none."""
 
     @property
     def sizes(self) -> ParallelSizes:
