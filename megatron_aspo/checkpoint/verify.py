@@ -50,7 +50,7 @@ def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) 
     from megatron_aspo.checkpoint.manifest import read_manifest
     from megatron_aspo.checkpoint.megatron_files import MegatronReader
     from megatron_aspo.trainer import parallel as parallel_states
-    from megatron_aspo.trainer.attention import SharedPromptParams
+    from megatron_aspo.trainer.attention import causal_params
     from megatron_aspo.trainer.device import select_device
     from megatron_aspo.trainer.model import build_model, transformer_config
     from megatron_aspo.weights.families import layout
@@ -71,14 +71,11 @@ def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) 
         for name, values in assemble(here, MegatronReader(directory, manifest, model), dict.fromkeys(parameters, dtype)):
             parameters[name].copy_(values)
         tokens = tokens.to(device.torch_device)
-        edges = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32, device=device.torch_device)
         hidden = built(
             input_ids=tokens.reshape(1, -1),
             position_ids=torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))[None],
             attention_mask=None,
-            packed_seq_params=SharedPromptParams(
-                qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=tokens.shape[1], max_seqlen_kv=tokens.shape[1]
-            ),
+            packed_seq_params=causal_params([tokens.shape[1]] * len(tokens), tokens.device),
         )
         logits = hidden[:, 0] @ built.output_weight().T
         return logits[:, : model.dims.vocab].reshape(*tokens.shape, -1).cpu()

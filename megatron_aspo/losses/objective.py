@@ -93,7 +93,7 @@ def _policy_term(policy_tokens: PolicyTokens, tokens: ObjectiveTokens) -> Policy
 def _kl_weight(low_entropy: Tensor, like: Tensor, options: AlgorithmOptions) -> Tensor:
     """β of each token: by entropy class under `archer`, else the same for all."""
     other = options.high_entropy_kl_coef if options.policy_loss == "archer" else options.kl_coef
-    return torch.where(low_entropy, like.new_tensor(options.kl_coef), like.new_tensor(other))
+    return torch.where(low_entropy, like.new_full((), options.kl_coef), like.new_full((), other))
 
 
 def _without_uncounted(tokens: ObjectiveTokens) -> ObjectiveTokens:
@@ -152,5 +152,5 @@ def _tally(figures: Figures, shares: dict[str, Tensor], part: float) -> Tally:
     """Sums and counts. Of the shares, which add up to the mini-batch's, the count is the part of the mini-batch that this is."""
     sums = [torch.stack([torch.where(chosen, values.double(), 0.0).sum(), chosen.sum().double()]) for values, chosen in figures.values()]
     # One transfer to the host for all figures.
-    totals = torch.stack([*sums, *(torch.stack([share.double(), share.new_tensor(part).double()]) for share in shares.values())])
+    totals = torch.stack([*sums, *(torch.stack([share.double(), share.new_full((), part).double()]) for share in shares.values())])
     return {name: (total, count) for name, (total, count) in zip([*figures, *shares], totals.tolist(), strict=True)}

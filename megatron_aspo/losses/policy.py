@@ -71,7 +71,7 @@ PolicyLoss = Callable[[PolicyTokens], PolicyTerm]
 
 def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """Of two numbers per token, in the dtype of `like`: torch.where alone would round Python numbers to float32."""
-    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
 
 
 def _class_bounds(tokens: PolicyTokens) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def _class_bounds(tokens: PolicyTokens) -> tuple[Tensor, Tensor]:
 
 def _bounds(tokens: PolicyTokens) -> tuple[Tensor, Tensor]:
     """1 − ε_low and 1 + ε_high, the same for all tokens; scalars."""
-    return tokens.logprobs.new_tensor(1 - tokens.options.clip_low), tokens.logprobs.new_tensor(1 + tokens.options.clip_high)
+    return tokens.logprobs.new_full((), 1 - tokens.options.clip_low), tokens.logprobs.new_full((), 1 + tokens.options.clip_high)
 
 
 def _hard_mask(advantages: Tensor, ratio: Tensor, below: Tensor, above: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """What stands beside the policy loss, per token: KL to the reference, entropy classes, correction of engine–trainer mismatch."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_aspo.losses.policy import LOG_RATIO_BOUND
 
@@ -38,10 +40,25 @@ def low_entropy_tokens(entropy: Tensor, mask: Tensor, offsets: list[int], q: flo
     """
     if threshold is not None:
         return entropy.double() <= threshold
-    thresholds = torch.empty_like(entropy, dtype=torch.float64)
-    for start, stop in pairwise(offsets):
-        thresholds[start:stop] = quantile(entropy[start:stop][mask[start:stop]], q)
-    return entropy.double() <= thresholds
+    if not len(entropy):
+        return torch.zeros_like(mask)
+    lengths = [stop - start for start, stop in pairwise(offsets)]
+    thresholds = _quantiles(torch.where(mask, entropy.detach().double(), inf).split(lengths), mask.split(lengths), q)
+    return entropy.double() <= torch.cat([of.expand(length) for of, length in zip(thresholds, lengths, strict=True)])
+
+
+def _quantiles(values: Sequence[Tensor], masks: Sequence[Tensor], q: float) -> Tensor:
+    """`quantile` of the counted values of each response, [responses], without making the host wait for a device.
+
+    values: float64, infinite where none counts.
+    """
+    ordered = pad_sequence(values, batch_first=True, padding_value=inf).sort(1).values
+    last = pad_sequence(masks, batch_first=True).sum(1, keepdim=True) - 1
+    position = q * last.clamp(min=0).double()
+    below = position.long()
+    above = torch.minimum(below + 1, last.clamp(min=0))
+    found = torch.lerp(ordered.gather(1, below), ordered.gather(1, above), position - below)
+    return torch.where(last < 0, -inf, found)[:, 0]
 
 
 def rollout_correction(old_logprobs: Tensor, rollout_logprobs: Tensor, name: str, cap: float) -> tuple[Tensor, Tensor]:

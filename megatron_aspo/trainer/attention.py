@@ -1,8 +1,8 @@
 """Attention of packed batches for the local layers: which token sees which, and the module that Megatron calls."""
 
 import math
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
@@ -16,43 +16,61 @@ from torch.autograd.function import once_differentiable
 from megatron_aspo.trainer.micro_batch import MicroBatch
 
 _SHORT = 256
-"""Tokens of a segment up to which bfloat16 attention is multiplied out. Torch's kernel for CPU takes, forward and backward, 4 times as long
-for 64 tokens, 2.7 times for 127, 1.3 times for 256, and 0.8 times for 1,000 (2 threads; 9 heads of 64, 3 of keys and values)."""
+"""Tokens of a segment up to which bfloat16 attention is multiplied out on the CPU. Torch's kernel for it takes, forward and backward, 4
+times as long for 64 tokens, 2.7 times for 127, 1.3 times for 256, and 0.8 times for 1,000 (2 threads; 9 heads of 64, 3 of keys and
+values)."""
 
 
 @dataclass
 class SharedPromptParams(PackedSeqParams):
-    """Megatron's packed-sequence arguments, and who may look at whom inside each segment."""
+    """Megatron's packed-sequence arguments, and what the local layers' attention needs besides: who may look at whom inside each segment.
 
+    Made once for a micro-batch and read by every layer: nothing in it makes the host wait for the device.
+    """
+
+    lengths: list[int] | None = None
+    """Tokens of each segment, as in cu_seqlens."""
     masks: list[Tensor] | None = None
     """[segment tokens, segment tokens] bool per segment; None means plain causal attention. Rows of this context-parallel rank only."""
+    local: Tensor | None = None
     order: Tensor | None = None
-    """As MicroBatch.order."""
+    """Both as in MicroBatch."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines [tokens of this rank, 1, head size] for queries and keys; set by the model (megatron_adapter.py)."""
+
+
+def causal_params(lengths: list[int], device: torch.device) -> SharedPromptParams:
+    """Arguments for plain causal segments of these lengths."""
+    return _params(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device))
 
 
 def packed_params(micro: MicroBatch) -> SharedPromptParams:
     """What Megatron's attention and rotary embedding need to know of a packed micro-batch."""
+    return replace(_params(micro.lengths, micro.cu_seqlens), masks=_masks(micro), local=micro.local, order=micro.order)
+
+
+def _params(lengths: list[int], cu_seqlens: Tensor) -> SharedPromptParams:
+    longest = max(lengths)
     return SharedPromptParams(
         qkv_format="thd",
-        cu_seqlens_q=micro.cu_seqlens,
-        cu_seqlens_kv=micro.cu_seqlens,
-        max_seqlen_q=micro.max_seqlen,
-        max_seqlen_kv=micro.max_seqlen,
-        masks=_masks(micro),
-        order=micro.order,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=lengths,
     )
 
 
 def _masks(micro: MicroBatch) -> list[Tensor] | None:
     if micro.branches is None and micro.local is None:
         return None
-    edges = micro.cu_seqlens.tolist()
-    masks = []
-    for i, (start, stop) in enumerate(pairwise(edges)):
-        rows = torch.arange(stop - start, device=micro.cu_seqlens.device)
-        if micro.local is not None:
-            rows = micro.local[(micro.local >= start) & (micro.local < stop)] - start
-        masks.append(_visible(rows, stop - start, None if micro.branches is None else micro.branches[i]))
+    device, start, masks = micro.cu_seqlens.device, 0, []
+    # Every context-parallel rank holds as much of each segment.
+    shares = None if micro.local is None else micro.local.split([length * len(micro.local) // micro.tokens for length in micro.lengths])
+    for i, length in enumerate(micro.lengths):
+        rows = torch.arange(length, device=device) if shares is None else shares[i] - start
+        masks.append(_visible(rows, length, None if micro.branches is None else micro.branches[i]))
+        start += length
     return masks
 
 
@@ -64,9 +82,22 @@ def _visible(rows: Tensor, tokens: int, branches: Tensor | None) -> Tensor:
     return earlier & ((branches[None] == -1) | (branches[None] == branches[rows, None]))
 
 
-class PackedAttention(MegatronModule):
-    """Causal attention inside each segment of a packed batch, by torch's scaled-dot-product attention where that is the faster.
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [tokens, 1, head size] of Megatron's angles [tokens, 1, 1, head size], in the dtype of queries and keys."""
+    return angles[:, 0].cos().to(dtype), angles[:, 0].sin().to(dtype)
 
+
+def _rotate(tensor: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Megatron's rotary embedding, bit for bit, of [tokens, heads, head size]. Backward keeps the tables alone, which all layers share."""
+    cosines, sines = rotary
+    first, second = tensor.chunk(2, -1)
+    return tensor * cosines + torch.cat([-second, first], -1) * sines
+
+
+class PackedAttention(MegatronModule):
+    """Rotary embedding, then causal attention inside each segment of a packed batch.
+
+    Megatron's own rotary embedding of packed batches asks the device for the place of every segment, in each layer, for queries and keys.
     Under context parallelism each rank holds its tokens' queries and gathers the keys and values of all.
     Takes what Megatron hands any core attention module. Megatron's own local attention refuses packed batches; Transformer Engine's takes
     the same arguments on GPUs, but for segments that share a prompt.
@@ -87,11 +118,13 @@ class PackedAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type=None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: SharedPromptParams | None = None,
     ) -> Tensor:
         """query [tokens, heads, head size], key and value [tokens, key-value heads, head size] → [tokens, heads × head size]."""
         if packed_seq_params is None:
             raise ValueError("PackedAttention takes packed batches only")
+        if packed_seq_params.rotary is not None:
+            query, key = _rotate(query, packed_seq_params.rotary), _rotate(key, packed_seq_params.rotary)
         ranks = 1
         if self.cp_group is not None:
             ranks = self.cp_group.size()
@@ -99,8 +132,8 @@ class PackedAttention(MegatronModule):
             key, value = (gather_from_sequence_parallel_region(tensor, group=self.cp_group) for tensor in (key, value))
             key, value = key[packed_seq_params.order], value[packed_seq_params.order]
         outputs = []
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        masks = getattr(packed_seq_params, "masks", None)
+        lengths, masks = packed_seq_params.lengths, packed_seq_params.masks
+        attend = ATTENTION[query.device.type]
         # Segments that follow one another and are as long go together: (length, how many, mask).
         if masks is None:
             runs = [(length, len(list(run)), None) for length, run in groupby(lengths)]
@@ -112,17 +145,35 @@ class PackedAttention(MegatronModule):
         for (_, count, mask), q, k, v in zip(runs, queries, key.split(tokens), value.split(tokens), strict=True):
             # [segments, heads, segment, head size]
             q, k, v = (tensor.unflatten(0, (count, -1)).transpose(1, 2) for tensor in (q, k, v))
-            outputs.append(_attend(q, k, v, mask, self.softmax_scale).transpose(1, 2).flatten(2).flatten(0, 1))
+            outputs.append(attend(q, k, v, mask, self.softmax_scale).transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """[segments, heads, tokens, head size] each; mask as in SharedPromptParams, scale None for 1 / √(head size)."""
     if query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT:
         if mask is None:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         return _ShortAttention.apply(query, key, value, mask, scale or query.shape[-1] ** -0.5)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale)
+
+
+def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """The same without torch's plain kernel, which holds heads × tokens² scores.
+
+    Its flash kernel takes grouped queries, but only in half precision and without a mask; its memory-efficient one takes masks and
+    float32, but as many heads of keys and values as of queries.
+    """
+    if mask is None and query.dtype in (torch.bfloat16, torch.float16):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=scale)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
+ATTENTION = {"cpu": _attend_on_cpu, "cuda": _attend_on_cuda}
+"""By type of device."""
 
 
 class _ShortAttention(torch.autograd.Function):

@@ -249,21 +249,24 @@ def hidden_state_model() -> type:
     """Megatron's GPTModel with two changes, for which it has no public switch.
 
     The forward pass of the last pipeline stage ends at the final hidden states [tokens, 1, hidden size], the same on all tensor-parallel
-    ranks: the output projection is done in `logprobs`, a chunk at a time. And unfused rotary embeddings go by `position_ids`: for packed
-    batches Megatron counts positions within segments, or across them when the longest segment is as long as the whole batch, and neither is
-    right for segments that share a prompt.
+    ranks: the output projection is done in `logprobs`, a chunk at a time. And rotary embeddings that are not fused go by `position_ids`,
+    and are left to the attention of the local layers (attention.py): for packed batches Megatron counts positions within segments, or
+    across them when the longest segment is as long as the whole batch, and neither is right for segments that share a prompt.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    from megatron_aspo.trainer.attention import rotary_tables  # imports Megatron modules
 
     class HiddenStateModel(GPTModel):
         def _preprocess(self, *, position_ids: Tensor, packed_seq_params, **kwargs) -> tuple:
             result = super()._preprocess(position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
             if self.config.apply_rope_fusion:
                 return result
-            decoder_input, rotary, *rest = result
-            # One row per token of the batch, of which Megatron then takes those of this context-parallel rank.
-            return (decoder_input, rotary[position_ids[0]], *rest)
+            decoder_input, angles, *rest = result
+            positions = position_ids[0] if packed_seq_params.local is None else position_ids[0][packed_seq_params.local]
+            packed_seq_params.rotary = rotary_tables(angles[positions], self.config.params_dtype)
+            return (decoder_input, None, *rest)
 
         def _postprocess(self, hidden_states: Tensor, **kwargs) -> Tensor:
             if not (self.post_process and self.config.sequence_parallel):

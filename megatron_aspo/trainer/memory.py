@@ -101,8 +101,9 @@ def kept_per_token(model: HFModel, options: TrainerOptions, tensor: int, expert_
     """Elements that one layer keeps for backward of one token, on one of `tensor` ranks.
 
     Input of the layer and of its second half, each with what its norm makes of it and one scale; query, key and value as they are computed
-    and the first two once more, turned, with the cosines and sines of each; the result of attention as its kernel and as the next product
-    has it, with a logarithm for each head; gate and up; their product. Recomputed, only what stands between is kept.
+    and the first two once more, turned; for a norm of queries and keys, the queries by themselves and the scales; the result of attention
+    as its kernel and as the next product has it, with a logarithm for each head; gate and up; their product. Recomputed, only what stands
+    between is kept: before core attention that is queries, by themselves, keys and values.
     """
     dims = model.dims
     heads, keys = dims.heads / tensor, max(1.0, dims.kv_heads / tensor)
@@ -111,7 +112,7 @@ def kept_per_token(model: HFModel, options: TrainerOptions, tensor: int, expert_
         return dims.hidden / spread
     residual = 4 * dims.hidden / spread + 2
     fused, turned, result = (heads + 2 * keys) * dims.head_dim, (heads + keys) * dims.head_dim, heads * dims.head_dim
-    attention = fused + turned + 4 * dims.head_dim + result + (heads + keys if dims.qk_norm else 0)
+    attention = fused + turned + result + (heads * dims.head_dim + heads + keys if dims.qk_norm else 0)
     inside = result + heads
     if dims.experts:
         # Each copy of a token: what an expert is given, gate and up, their product, and what it gives; and the router's shares.
@@ -119,15 +120,17 @@ def kept_per_token(model: HFModel, options: TrainerOptions, tensor: int, expert_
     else:
         feed_forward = 3 * dims.ffn / tensor
     if options.recompute == "selective":
-        return residual + attention
+        return residual + attention + (0 if dims.qk_norm else heads * dims.head_dim - turned)
     return residual + attention + inside + feed_forward
 
 
 def _activations(model: HFModel, options: TrainerOptions, sizes: ParallelSizes, at: Coordinates, tokens: int, micro_batches: int) -> int:
     dims, itemsize = model.dims, ITEMSIZE[options.dtype]
     layers = dims.layers // (sizes.pipeline * sizes.virtual)
-    per_token = kept_per_token(model, options, sizes.tensor, sizes.expert_tensor_size) * layers * itemsize
-    return int(per_token * tokens * chunks_in_flight(sizes, at, micro_batches) + _at_work(model, options, sizes, tokens) * itemsize)
+    # All layers share one table of cosines and sines.
+    elements = kept_per_token(model, options, sizes.tensor, sizes.expert_tensor_size) * layers + 2 * dims.head_dim
+    in_flight = tokens * chunks_in_flight(sizes, at, micro_batches)
+    return int((elements * in_flight + _at_work(model, options, sizes, tokens)) * itemsize)
 
 
 def chunks_in_flight(sizes: ParallelSizes, at: Coordinates, micro_batches: int) -> int:

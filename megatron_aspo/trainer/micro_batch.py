@@ -73,7 +73,8 @@ class MicroBatch:
     """int64 [1, tokens]: the place of each token in its own sample; of all ranks' tokens."""
     cu_seqlens: Tensor
     """int32 [segments + 1], padding included; of all ranks' tokens."""
-    max_seqlen: int
+    lengths: list[int]
+    """Tokens of each segment, as in cu_seqlens, known to the host."""
     branches: list[Tensor] | None
     """With shared prompts, for each segment int64 [segment tokens]: −1 in the prompt, else which response a token belongs to; padding
     counts as one more."""
@@ -188,7 +189,7 @@ def cut(
         token_ids=put(flat_ids)[None],
         position_ids=put(flat(positions))[None],
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
-        max_seqlen=max(lengths),
+        lengths=lengths,
         branches=[put(flat(owners)) for owners in branches] if shared_prompts else None,
         local=put(local),
         order=put(order),

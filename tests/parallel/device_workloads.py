@@ -1,10 +1,15 @@
 """The pool's workloads as a GPU would have them: what works on the CPU by luck alone fails here."""
 
 import sys
+import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import ClassVar
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
@@ -32,3 +37,64 @@ def arrays_of_host_copies_only():
 def as_on_a_gpu(rank: int, meeting: str, workload: Callable, *arguments):
     with arrays_of_host_copies_only():
         return workload(rank, meeting, *arguments)
+
+
+def host_waits(rank: int, meeting: str, settings, batch, samples: list[int]) -> Counter:
+    """Where forward and backward of these samples, one micro-batch, would make the host wait for a GPU: `file:function` → times."""
+    from tests.parallel.workloads import _trainer
+
+    with _trainer(rank, meeting, settings) as trainer:
+        scores = trainer.prepare(batch)[0]
+        waits = _Waits()
+        with waits, waits.methods():
+            trainer.accumulate_gradients(batch, np.array(samples), scores)
+        return waits.found
+
+
+class _Waits(TorchDispatchMode):
+    """Counts operations whose result the host needs: a number, or how many elements there are."""
+
+    _OPERATORS: ClassVar = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten.equal}
+    _INDEXED: ClassVar = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
+    _METHODS = ("tolist", "cpu", "new_tensor")
+
+    def __init__(self):
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        packet = function.overloadpacket
+        by_mask = packet in self._INDEXED and any(index is not None and index.dtype == torch.bool for index in arguments[1])
+        if packet in self._OPERATORS or by_mask:
+            self._note()
+        return function(*arguments, **keywords or {})
+
+    @contextmanager
+    def methods(self):
+        """What is no operation on the CPU: reading a tensor, making one of the host's numbers, waiting for the whole device."""
+        real = {name: getattr(torch.Tensor, name) for name in self._METHODS}
+        synchronize = torch.cuda.synchronize
+        for name, method in real.items():
+            setattr(torch.Tensor, name, self._noting(method))
+        torch.cuda.synchronize = self._noting(lambda *_: None)
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize = synchronize
+            for name, method in real.items():
+                setattr(torch.Tensor, name, method)
+
+    def _noting(self, function: Callable) -> Callable:
+        def call(*arguments, **keywords):
+            self._note()
+            return function(*arguments, **keywords)
+
+        return call
+
+    def _note(self) -> None:
+        """Under the nearest function of this project or of Megatron-Core."""
+        for frame in reversed(traceback.extract_stack()):
+            for package in ("/megatron_aspo/", "/megatron/core/"):
+                if package in frame.filename:
+                    self.found[f"{frame.filename.rpartition(package)[2]}:{frame.name}"] += 1
+                    return

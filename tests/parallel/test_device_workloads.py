@@ -1,4 +1,4 @@
-"""The workloads that GPU tests share read device memory through the host."""
+"""What a GPU would make of workloads and of the training step, as far as a CPU can tell."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
 from tests.parallel import checkpoint_workloads, state_workloads, workloads
-from tests.parallel.device_workloads import as_on_a_gpu
+from tests.parallel.device_workloads import as_on_a_gpu, host_waits
 from tests.parallel.test_update import VOCAB, batch
 
 
@@ -40,3 +40,29 @@ def test_no_workload_makes_an_array_of_a_tensor_on_the_device(pools, settings, t
     }
     for workload, arguments in calls.items():
         pools(1).run(as_on_a_gpu, workload, settings, *arguments)
+
+
+WAITS = {
+    "losses/objective.py:_check_finite": 1,  # a number that is not finite is named before it spreads
+    "losses/objective.py:objective": 1,  # how many tokens count
+    "losses/objective.py:_tally": 1,  # all logged figures at once
+    "rerun_state_machine.py:validate_result": 2,  # once a mini-batch: neither NaN nor infinity in a bucket of gradients
+}
+"""Where a mini-batch of one micro-batch makes the host wait for the device."""
+
+
+@pytest.mark.parametrize(
+    "trainer", [{}, {"shared_prompts": True}, {"context_parallel": 2}, {"context_parallel": 2, "shared_prompts": True}], ids=str
+)
+def test_a_micro_batch_waits_for_the_device_as_often_whatever_its_segments_and_layers(pools, tmp_path, trainer):
+    given, found = batch(), {}
+    for layers in (1, 3):
+        save_tiny("qwen3", tmp_path / str(layers), tied=True, vocab_size=VOCAB, num_hidden_layers=layers)
+        options = TrainerOptions(dtype="bfloat16", micro_batch_tokens=10_000, **trainer)
+        algorithm = AlgorithmOptions(kl_coef=0.0, entropy_coef=0.01)
+        settings = RankSettings(tmp_path / str(layers), options, OptimizerOptions(), algorithm, 1.0, 0, 3, 12)
+        for samples in (3, given.samples):
+            results = pools(settings.sizes.world).run(host_waits, settings, given, list(range(samples)))
+            found[layers, samples] = results[0]
+    assert all(counts == found[1, 3] for counts in found.values()), found
+    assert found[1, 3] == WAITS

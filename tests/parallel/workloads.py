@@ -166,18 +166,15 @@ def _trainer(rank: int, meeting: str, settings):
 
 def logits(rank: int, meeting: str, settings, sequences: list[list[int]]) -> np.ndarray:
     """This rank's columns of the logits of packed sequences, [tokens, rows of the output matrix]; one pipeline stage."""
-    from megatron_aspo.trainer.attention import SharedPromptParams
+    from megatron_aspo.trainer.attention import causal_params
 
     with _trainer(rank, meeting, settings) as trainer, torch.no_grad():
         lengths = [len(sequence) for sequence in sequences]
-        cu_seqlens = on_device(trainer, np.array([0, *np.cumsum(lengths)], np.int32))
         hidden = trainer.model(
             input_ids=on_device(trainer, np.array([[token for sequence in sequences for token in sequence]])),
             position_ids=on_device(trainer, np.array([[i for n in lengths for i in range(n)]])),
             attention_mask=None,
-            packed_seq_params=SharedPromptParams(
-                qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
-            ),
+            packed_seq_params=causal_params(lengths, trainer.device.torch_device),
         )
         return array(hidden[:, 0] @ trainer.model.output_weight().T)
 

@@ -80,7 +80,7 @@ def test_a_micro_batch_pairs_each_target_with_the_token_before_it():
     micro = cut(batch, np.array([1, 2]), torch.device("cpu"))
     assert micro.token_ids[0].tolist() == [5, 6, 7, 9, 4, 4]
     assert micro.position_ids[0].tolist() == [0, 1, 2, 0, 1, 2]
-    assert micro.cu_seqlens.tolist() == [0, 3, 6] and micro.max_seqlen == 3
+    assert micro.cu_seqlens.tolist() == [0, 3, 6] and micro.lengths == [3, 3]
     assert micro.predictors.tolist() == [2, 3, 4, 5] and micro.targets.tolist() == [3, 4, 4, 4]
     assert micro.response_index.tolist() == [2, 3, 4, 5]
     assert micro.offsets == [0, 1, 4]

@@ -1,10 +1,12 @@
 """The modules of the local layer spec that are ours, and the memory they run in."""
 
 import resource
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_aspo.trainer import megatron_adapter
 
@@ -12,7 +14,7 @@ megatron_adapter.prepare()
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_aspo.trainer.attention import PackedAttention, SharedPromptParams  # noqa: E402
+from megatron_aspo.trainer.attention import ATTENTION, PackedAttention, causal_params  # noqa: E402
 from megatron_aspo.trainer.device import select_device  # noqa: E402
 from megatron_aspo.trainer.layers import RMSNorm, SwiGLU  # noqa: E402
 
@@ -48,13 +50,17 @@ def test_rms_norm_in_bfloat16_is_torch_s():
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["causal", "shared prompts"])
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [1, 3, 3, 6, 6, 2], [7], [300, 257, 256]], ids=str)
-def test_packed_attention_by_its_definition(lengths: list[int], shared: bool, dtype: torch.dtype, error: float):
-    """Each segment for itself, softmax written out in float64; gradients too. Segments of one length, which run together, and of several;
+def test_packed_attention_by_its_definition(monkeypatch, lengths: list[int], shared: bool, dtype: torch.dtype, error: float, device: str):
+    """As on this device, computed on the CPU.
+
+    Each segment for itself, softmax written out in float64; gradients too. Segments of one length, which run together, and of several;
     the last third of a segment's tokens may be a second response to its first third.
     """
+    monkeypatch.setitem(ATTENTION, "cpu", ATTENTION[device])
     torch.manual_seed(0)
     heads, key_heads, size, tokens = 4, 2, 8, sum(lengths)
     given = [torch.randn(tokens, n, size).to(dtype).requires_grad_() for n in (heads, key_heads, key_heads)]
@@ -75,7 +81,7 @@ def test_packed_attention_by_its_definition(lengths: list[int], shared: bool, dt
         outputs.append(weights @ value[:, head * key_heads // heads])
     expected = torch.stack(outputs, 1).flatten(1)
 
-    params = SharedPromptParams(qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, masks=masks)
+    params = replace(causal_params(lengths, torch.device("cpu")), masks=masks)
     found = PackedAttention(CONFIG, 1, None, "self")(*given, None, packed_seq_params=params)
     upstream = torch.randn(expected.shape).to(dtype)
     gradients = torch.autograd.grad(found, given, upstream)
@@ -83,6 +89,45 @@ def test_packed_attention_by_its_definition(lengths: list[int], shared: bool, dt
     for mine, true in zip((found, *gradients), (expected, *truth), strict=True):
         assert mine.dtype == dtype
         assert torch.linalg.vector_norm(mine.double() - true) <= error * torch.linalg.vector_norm(true)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_on_cuda_never_takes_the_kernel_that_holds_all_scores(monkeypatch, dtype: torch.dtype, masked: bool):
+    """Flash takes grouped queries in half precision without a mask; with one, or in float32, keys and values have as many heads."""
+    given = {}
+
+    def kernel(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, scale=None):
+        given.update(heads=key.shape[1], masked=attn_mask is not None, causal=is_causal, grouped=enable_gqa)
+        return query
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    query, key = torch.zeros(2, 6, 5, 8, dtype=dtype), torch.zeros(2, 2, 5, 8, dtype=dtype)
+    mask = torch.ones(5, 5, dtype=torch.bool) if masked else None
+    ATTENTION["cuda"](query, key, key, mask, None)
+    flash = dtype == torch.bfloat16 and not masked
+    assert given == {"heads": 2 if flash else 6, "masked": masked, "causal": not masked, "grouped": flash}
+
+
+def test_rotary_tables_turn_queries_as_megatron_does():
+    """Bit for bit, with gradients: Megatron's own function for packed batches, given one row of angles per token."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+
+    from megatron_aspo.trainer.attention import _rotate, rotary_tables
+
+    class Alone:
+        size, rank = (lambda self: 1), (lambda self: 0)
+
+    torch.manual_seed(0)
+    lengths, results = [3, 5, 2], []
+    angles = torch.randn(10, 1, 1, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        query, upstream = torch.randn(10, 4, 8).to(dtype).requires_grad_(), torch.randn(10, 4, 8).to(dtype)
+        edges = causal_params(lengths, torch.device("cpu")).cu_seqlens_q
+        for turned in (_rotate(query, rotary_tables(angles, dtype)), _apply_rotary_pos_emb_thd(query, edges, angles, cp_group=Alone())):
+            results.append((turned, *torch.autograd.grad(turned, query, upstream)))
+    for ours, theirs in (results[:2], results[2:]):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA torch keeps freed memory itself")
