@@ -1,4 +1,5 @@
 """Memory and time of the log-probabilities: .venv/bin/python tools/bench_logprobs.py [--rounds 3] [--chunks 64 128 256 512 1024]
+[--device cuda]
 
 One forward and backward of 4,096 tokens over a vocabulary of 151,936 with hidden size 1,536, in float32: log-probability of each target and
 entropy, gradients of the first to the hidden states and to the whole output matrix. The baseline is PyTorch's autograd over
@@ -11,6 +12,8 @@ its times, and the ratio of medians made of them, are lower bounds of nothing.
 Memory is the highest resident size since before the forward pass (VmHWM, after the kernel was told to start it anew), less what was
 resident then, less the two gradients, which any contestant must give out. Cut in two: two processes over gloo on loopback, one thread and
 half of the vocabulary each; the larger of the two is compared with the whole vocabulary at the same chunk size.
+
+On a GPU memory is torch's peak there, and nothing is cut in two.
 
 The last line is one JSON object, for the chunk size that is the default of `trainer.logprob_chunk_tokens`.
 """
@@ -49,11 +52,11 @@ def ours(chunk: int, vocab: int, group: dist.ProcessGroup | None) -> Callable[[T
     return lambda hidden, weight, targets: logprobs(hidden, weight, targets, 1.0, group, vocab=vocab, chunk_tokens=chunk)
 
 
-def inputs(tokens: int, rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(tokens: int, rows: int, vocab: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, HIDDEN, generator=generator).requires_grad_()
-    weight = torch.randn(rows, HIDDEN, generator=generator).mul_(HIDDEN**-0.5).requires_grad_()
-    return hidden, weight, torch.randint(vocab, (tokens,), generator=generator)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(rows, HIDDEN, generator=generator).mul_(HIDDEN**-0.5).to(device).requires_grad_()
+    return hidden, weight, torch.randint(vocab, (tokens,), generator=generator).to(device)
 
 
 def step(contestant: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], case: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -67,14 +70,18 @@ def memory(key: str) -> int:
     return int(re.search(rf"^{key}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
 
 
-def measure(chunk: int, ranks: int, tokens: int) -> dict[str, float]:
+def measure(chunk: int, ranks: int, tokens: int, device: str) -> dict[str, float]:
     """One forward and backward in this process. A chunk of 0 is the baseline."""
     group = dist.group.WORLD if ranks > 1 else None
-    small, case = inputs(8, 64, 64 * ranks), inputs(tokens, VOCAB // ranks, VOCAB)
+    small, case = inputs(8, 64, 64 * ranks, device), inputs(tokens, VOCAB // ranks, VOCAB, device)
     step(ours(4, 64 * ranks, group) if chunk else baseline, small)
     contestant = ours(chunk, VOCAB, group) if chunk else baseline
     if group is not None:
         dist.barrier(group)
+    return (measure_on_gpu if device == "cuda" else measure_on_cpu)(contestant, case)
+
+
+def measure_on_cpu(contestant: Callable[..., tuple[Tensor, Tensor]], case: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at what is resident now
     before, processor, start = memory("VmRSS"), time.process_time(), time.perf_counter()
     gradients = step(contestant, case)
@@ -83,10 +90,22 @@ def measure(chunk: int, ranks: int, tokens: int) -> dict[str, float]:
     return {"extra_bytes": extra, "seconds": seconds, "busy": processor / seconds / torch.get_num_threads()}
 
 
-def run(chunk: int, ranks: int, tokens: int) -> dict[str, float]:
+def measure_on_gpu(contestant: Callable[..., tuple[Tensor, Tensor]], case: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    step(contestant, case)  # kernels are compiled for these sizes
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    gradients = step(contestant, case)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    extra = torch.cuda.max_memory_allocated() - before - sum(gradient.nbytes for gradient in gradients)
+    return {"extra_bytes": extra, "seconds": seconds, "busy": 1.0}
+
+
+def run(chunk: int, ranks: int, tokens: int, device: str) -> dict[str, float]:
     """Measure in `ranks` new processes; the largest figure of each kind over the ranks, of `busy` the smallest."""
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, __file__, "--tokens", str(tokens), "--child", str(chunk), str(ranks)]
+        command = [sys.executable, __file__, "--tokens", str(tokens), "--device", device, "--child", str(chunk), str(ranks)]
         environment = os.environ | {"OMP_NUM_THREADS": str(THREADS // ranks), "GLOO_SOCKET_IFNAME": "lo"}
         children = [
             subprocess.Popen([*command, str(rank), f"{place}/meeting"], stdout=subprocess.PIPE, env=environment) for rank in range(ranks)
@@ -98,11 +117,11 @@ def run(chunk: int, ranks: int, tokens: int) -> dict[str, float]:
     return {key: (min if key == "busy" else max)(figure[key] for figure in figures) for key in figures[0]}
 
 
-def child(chunk: int, ranks: int, rank: int, meeting: str, tokens: int) -> None:
+def child(chunk: int, ranks: int, rank: int, meeting: str, tokens: int, device: str) -> None:
     torch.set_num_threads(THREADS // ranks)
     if ranks > 1:
         dist.init_process_group("gloo", store=dist.FileStore(meeting, ranks), rank=rank, world_size=ranks)
-    print(json.dumps(measure(chunk, ranks, tokens)))
+    print(json.dumps(measure(chunk, ranks, tokens, device)))
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -116,18 +135,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are taken (default 3)")
     parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="sizes of chunk_tokens beside the default")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"default {TOKENS}; the baseline needs 2.4 MB for each")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="default: a GPU where there is one")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
+    if parsed.device == "cuda" and not gpu:
+        parser.error("--device cuda: torch sees no GPU here")
     if parsed.child:
         chunk, ranks, rank, meeting = parsed.child
-        return child(int(chunk), int(ranks), int(rank), meeting, parsed.tokens)
+        return child(int(chunk), int(ranks), int(rank), meeting, parsed.tokens, parsed.device)
     default = TrainerOptions().logprob_chunk_tokens
     chunks = sorted({*parsed.chunks, default})
-    contestants = [(0, 1), *((chunk, 1) for chunk in chunks), *((chunk, 2) for chunk in chunks)]
+    contestants = [(0, 1), *((chunk, 1) for chunk in chunks)]
+    if parsed.device == "cpu":
+        contestants += [(chunk, 2) for chunk in chunks]
     rounds: dict[tuple[int, int], list[dict[str, float]]] = {contestant: [] for contestant in contestants}
     for number in range(parsed.rounds):
         for contestant in contestants:
-            figures = run(*contestant, parsed.tokens)
+            figures = run(*contestant, parsed.tokens, parsed.device)
             rounds[contestant].append(figures)
             disturbed = "" if figures["busy"] >= BUSY_ENOUGH else f", DISTURBED: its threads had {figures['busy']:.0%} of their time"
             seen = f"{figures['seconds']:.1f} s, {figures['extra_bytes'] / 1e6:.0f} MB{disturbed}"
@@ -140,8 +165,8 @@ def main() -> None:
         chunk: {
             "memory_ratio": median((chunk, 1), "extra_bytes") / median((0, 1), "extra_bytes"),
             "time_ratio": median((chunk, 1), "seconds") / median((0, 1), "seconds"),
-            "tp2_ratio": median((chunk, 2), "extra_bytes") / median((chunk, 1), "extra_bytes"),
         }
+        | ({"tp2_ratio": median((chunk, 2), "extra_bytes") / median((chunk, 1), "extra_bytes")} if (chunk, 2) in rounds else {})
         for chunk in chunks
     }
     for chunk in chunks:
@@ -152,6 +177,7 @@ def main() -> None:
             {name: round(value, 4) for name, value in ratios[default].items()}
             | {
                 "chunk_tokens": default,
+                "device": parsed.device,
                 "baseline_seconds": round(median((0, 1), "seconds"), 2),
                 "baseline_bytes": round(median((0, 1), "extra_bytes")),
                 "disturbed": f"{disturbed} of {sum(map(len, rounds.values()))} measurements",

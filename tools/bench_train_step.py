@@ -1,10 +1,12 @@
 """Speed of one training step against transformers: .venv/bin/python tools/bench_train_step.py [--model DIR] [--rounds 6] [--dtypes float32]
+[--device cuda]
 
 One step: zero gradients, forward, clipped policy loss, backward, clip the gradient norm, AdamW. Both sides take the same tokens in the same
 element type with as many threads, in one process, and compute logits of response tokens only. transformers attends with torch's
 scaled-dot-product attention, this project with its own layers', which take the same but for short segments in bfloat16. With bfloat16
 transformers keeps nothing in float32; this project keeps main weights, moments and gradients there. Steps alternate; a ratio is the median
-of the rounds'. Speeds are in real tokens per second: padding is work, not progress.
+of the rounds'. Speeds are in real tokens per second: padding is work, not progress. On a GPU this project takes the layers that `auto`
+takes; those of Transformer Engine cannot share prompts, and `short` is left out.
 
 - equal: samples of one length. `padded_over_transformers` is our speed over theirs; nothing is padded on either side.
 - mixed: lengths with a mean of a third of the longest. `packed_over_padded` is our speed, packed, over our own with the same samples padded
@@ -82,7 +84,8 @@ def our_step(trainer, batch) -> Callable[[], None]:
     from megatron_aspo.trainer.rank import Scores
 
     per_token = np.repeat(np.where(np.arange(batch.samples) % 2, 1.0, -1.0), np.diff(batch.response_offsets)).astype(np.float32)
-    scores = Scores(torch.from_numpy(batch.rollout_logprobs), None, torch.from_numpy(per_token))
+    old, advantages = (torch.from_numpy(values).to(trainer.device.torch_device) for values in (batch.rollout_logprobs, per_token))
+    scores = Scores(old, None, advantages)
     set_learning_rate(trainer.optimizer, trainer.settings.optimizer, step=0)
 
     def step() -> None:
@@ -106,9 +109,11 @@ def their_step(model, optimizer, made: list[tuple[list[int], list[int]]]) -> Cal
         columns += range(len(prompt) - 1, len(tokens))
         targets += response
         advantages += [1.0 if row % 2 else -1.0] * len(response)
-    targets, advantages = torch.tensor(targets), torch.tensor(advantages)
-    old = torch.full(targets.shape, -10.0)
-    mask = None if bool(attend.all()) else attend
+    mask = None if bool(attend.all()) else attend.to(model.device)
+    ids, rows, columns, targets, advantages = (
+        torch.as_tensor(values, device=model.device) for values in (ids, rows, columns, targets, advantages)
+    )
+    old = torch.full(targets.shape, -10.0, device=model.device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -123,7 +128,7 @@ def their_step(model, optimizer, made: list[tuple[list[int], list[int]]]) -> Cal
     return step
 
 
-def measure(directory: Path, dtype: str, rounds: int) -> dict[str, float]:
+def measure(directory: Path, dtype: str, rounds: int, device: str) -> dict[str, float]:
     """The ratios of one element type."""
     import torch
     import torch.distributed as dist
@@ -134,7 +139,7 @@ def measure(directory: Path, dtype: str, rounds: int) -> dict[str, float]:
     from megatron_aspo.trainer.rank import TrainerRank
     from megatron_aspo.trainer.settings import RankSettings
 
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), attn_implementation="sdpa").train()
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), attn_implementation="sdpa").to(device).train()
     adam = torch.optim.AdamW(theirs.parameters(), lr=LR)
 
     def ours(shared: bool):
@@ -143,8 +148,9 @@ def measure(directory: Path, dtype: str, rounds: int) -> dict[str, float]:
         return RankSettings(directory, TrainerOptions(dtype=dtype, shared_prompts=shared), options, algorithm, 1.0, 0, 8, 512)
 
     trainer = TrainerRank(ours(False), 0, dist.HashStore())
+    shares = trainer.layer_spec == "local"
     seconds: dict[str, list[float]] = {}
-    for name in ("equal", "mixed", "short"):
+    for name in ("equal", "mixed", *(["short"] if shares else [])):
         lengths, group = shapes(name)
         made = samples(lengths, group, trainer.hf.dims.vocab)
         steps = {"transformers": their_step(theirs, adam, made), "packed": our_step(trainer, as_batch(made, group))}
@@ -154,7 +160,7 @@ def measure(directory: Path, dtype: str, rounds: int) -> dict[str, float]:
             packed = our_step(trainer, as_batch(made, group))
             steps["shared"] = with_settings(trainer, ours(True), packed)
         tokens = sum(map(sum, lengths))
-        for key, times in alternate(steps, rounds).items():
+        for key, times in alternate(steps, rounds, trainer.device.synchronize).items():
             seconds[f"{name} {key}"] = times
             middle = statistics.median(times)
             print(f"{dtype} {name}: {key} {tokens / middle:.0f} tokens/s, {middle:.2f} s a step of {tokens} tokens", flush=True)
@@ -163,13 +169,15 @@ def measure(directory: Path, dtype: str, rounds: int) -> dict[str, float]:
     def faster(one: str, other: str) -> float:
         return statistics.median(theirs / mine for mine, theirs in zip(seconds[one], seconds[other], strict=True))
 
-    return {
-        "padded_over_transformers": faster("equal packed", "equal transformers"),
-        "packed_over_padded": faster("mixed packed", "mixed padded"),
-        "shared_over_packed": faster("short shared", "short packed"),
-        "packed_over_transformers": faster("mixed packed", "mixed transformers"),
-        "shared_over_transformers": faster("short shared", "short transformers"),
+    pairs = {
+        "padded_over_transformers": ("equal packed", "equal transformers"),
+        "packed_over_padded": ("mixed packed", "mixed padded"),
+        "packed_over_transformers": ("mixed packed", "mixed transformers"),
     }
+    if shares:
+        pairs["shared_over_packed"] = ("short shared", "short packed")
+        pairs["shared_over_transformers"] = ("short shared", "short transformers")
+    return {name: faster(*pair) for name, pair in pairs.items()}
 
 
 def with_settings(trainer, settings, step: Callable[[], None]) -> Callable[[], None]:
@@ -183,13 +191,14 @@ def with_settings(trainer, settings, step: Callable[[], None]) -> Callable[[], N
     return run
 
 
-def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in every round, after one that is not counted."""
+def alternate(steps: dict[str, Callable[[], None]], rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds of each in every round, after one that is not counted. wait: until the device has done what it was given."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
+            wait()
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -201,19 +210,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=0, help="of both sides (default: torch's)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="of both sides (default: a GPU where there is one)")
     parsed = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    if parsed.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one
 
     import torch
 
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
-    figures = {dtype: measure(parsed.model, dtype, parsed.rounds) for dtype in parsed.dtypes}
+    figures = {dtype: measure(parsed.model, dtype, parsed.rounds, device) for dtype in parsed.dtypes}
     keys = ("padded_over_transformers", "packed_over_padded", "shared_over_packed")
-    worst = {key: round(min(ratios[key] for ratios in figures.values()), 3) for key in keys}
+    worst = {key: round(min(values), 3) for key in keys if (values := [ratios[key] for ratios in figures.values() if key in ratios])}
     by_dtype = {dtype: {key: round(ratio, 3) for key, ratio in ratios.items()} for dtype, ratios in figures.items()}
-    print(json.dumps({**worst, **by_dtype, "threads": torch.get_num_threads()}))
+    print(json.dumps({**worst, **by_dtype, "threads": torch.get_num_threads(), "device": device}))
 
 
 if __name__ == "__main__":
