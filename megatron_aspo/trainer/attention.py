@@ -44,9 +44,16 @@ def causal_params(lengths: list[int], device: torch.device) -> SharedPromptParam
     return _params(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device))
 
 
-def packed_params(micro: MicroBatch) -> SharedPromptParams:
+def packed_params(micro: MicroBatch, layer_spec: str) -> SharedPromptParams:
     """What Megatron's attention and rotary embedding need to know of a packed micro-batch."""
-    return replace(_params(micro.lengths, micro.cu_seqlens), masks=_masks(micro), local=micro.local, order=micro.order)
+    params = _params(micro.lengths, micro.cu_seqlens)
+    if layer_spec == "local":
+        return replace(params, masks=_masks(micro), local=micro.local, order=micro.order)
+    if micro.local is not None:
+        # Transformer Engine cuts segments into 2 · context chunks and gives each rank the same two as PackingRules does. It then reads
+        # padded ends only; padding counts as tokens of its segment here, which those before it do not see.
+        return replace(params, cu_seqlens_q_padded=micro.cu_seqlens, cu_seqlens_kv_padded=micro.cu_seqlens)
+    return params
 
 
 def _params(lengths: list[int], cu_seqlens: Tensor) -> SharedPromptParams:

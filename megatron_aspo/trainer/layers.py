@@ -174,11 +174,6 @@ def check_layers(options: TrainerOptions, layer_spec: str, experts: int = 0) -> 
             f"trainer.fp8={options.fp8} needs a GPU of compute capability 8.9 or higher; this one has {capability[0]}.{capability[1]}: "
             "set trainer.fp8=none"
         )
-    if options.context_parallel > 1:
-        raise UserError(
-            f"trainer.context_parallel={options.context_parallel} needs trainer.layer_spec=local: with {layer_spec} it has not been held "
-            "against the reference; set it to 1"
-        )
     if options.shared_prompts:
         raise UserError(
             f"trainer.shared_prompts=true needs trainer.layer_spec=local: the attention of {layer_spec} takes plain causal segments only; "

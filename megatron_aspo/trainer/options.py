@@ -27,7 +27,7 @@ class TrainerOptions:
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage; above 1 the schedule is interleaved, which shortens the pipeline's idle time."""
     context_parallel: int = 1
-    """Ranks that share the tokens of each sequence. Needs the `local` layers (`layer_spec`)."""
+    """Ranks that share the tokens of each sequence."""
     expert_parallel: int = 1
     """Ranks of a pipeline stage that share the experts of a layer."""
     expert_tensor_parallel: int = 0

@@ -265,7 +265,10 @@ class TrainerRank:
         def forward_step(iterator: Iterator[MicroBatch], model):
             micro = next(iterator)
             hidden = model(
-                input_ids=micro.token_ids, position_ids=micro.position_ids, attention_mask=None, packed_seq_params=packed_params(micro)
+                input_ids=micro.token_ids,
+                position_ids=micro.position_ids,
+                attention_mask=None,
+                packed_seq_params=packed_params(micro, self.layer_spec),
             )
 
             def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Tally]:

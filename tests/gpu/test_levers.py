@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
@@ -58,3 +59,21 @@ def test_an_update_with_a_lever_has_the_gradient_norm_of_float32_without(pool, s
     (expected, _), (report, weights) = (pool.run(train_once, replace(settings, trainer=trainer), batch())[0] for trainer in (plain, ours))
     assert report.gradient_norms == pytest.approx(expected.gradient_norms, rel=tolerance)
     assert all(np.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("layer_spec", ["local", "transformer_engine"])
+@pytest.mark.parametrize(
+    "layout", [{"context_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True}, {"data_parallel": 2}], ids=str
+)
+def test_two_gpus_have_the_gradient_norm_of_one(settings, layer_spec, layout):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("this machine has no second GPU")
+    norms = []
+    for ranks, cut in ((1, {}), (2, layout)):
+        pool = Pool(ranks)
+        try:
+            trainer = TrainerOptions(layer_spec=layer_spec, micro_batch_tokens=64, **cut)
+            norms.append(pool.run(train_once, replace(settings, trainer=trainer), batch())[-1][0].gradient_norms)
+        finally:
+            pool.close()
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)

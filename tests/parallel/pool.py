@@ -15,7 +15,7 @@ GRACE_S = 20.0
 
 
 def _serve(pipe: Connection) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", CUDA_DEVICE_MAX_CONNECTIONS="1")
     import torch
 
     torch.set_num_threads(1)

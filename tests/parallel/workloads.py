@@ -157,7 +157,8 @@ def _offloaded_tensors(trainer) -> list[torch.Tensor]:
 def _trainer(rank: int, meeting: str, settings):
     from megatron_aspo.trainer.rank import TrainerRank
 
-    trainer = TrainerRank(settings, rank, dist.FileStore(meeting, settings.sizes.world))
+    local_rank = rank % max(1, torch.cuda.device_count())
+    trainer = TrainerRank(settings, rank, dist.FileStore(meeting, settings.sizes.world), local_rank)
     try:
         yield trainer
     finally:

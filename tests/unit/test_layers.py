@@ -4,6 +4,7 @@ import resource
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,11 @@ megatron_adapter.prepare()
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_aspo.trainer.attention import ATTENTION, PackedAttention, causal_params  # noqa: E402
+from megatron_aspo.trainer.attention import ATTENTION, PackedAttention, causal_params, packed_params  # noqa: E402
 from megatron_aspo.trainer.device import select_device  # noqa: E402
 from megatron_aspo.trainer.layers import RMSNorm, SwiGLU  # noqa: E402
+from megatron_aspo.trainer.micro_batch import PackingRules, cut  # noqa: E402
+from tests.parallel.test_update import batch  # noqa: E402
 
 CONFIG = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4)
 
@@ -128,6 +131,31 @@ def test_rotary_tables_turn_queries_as_megatron_does():
             results.append((turned, *torch.autograd.grad(turned, query, upstream)))
     for ours, theirs in (results[:2], results[2:]):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("context", [1, 2, 3])
+def test_transformer_engine_is_given_its_own_share_of_each_segment_and_no_masks(context: int):
+    """Its rule for packed batches under context parallelism: 2 · context chunks of a segment, of which rank r has the r-th and the r-th
+    from the end. It divides padded ends, and wants them.
+    """
+    given = batch(2)
+    whole = cut(given, np.arange(6), torch.device("cpu"), rules=PackingRules(context=context))
+    for rank in range(context):
+        rules = PackingRules(context=context, context_rank=rank)
+        micro = cut(given, np.arange(6), torch.device("cpu"), rules=rules)
+        params = packed_params(micro, "transformer_engine")
+        assert params.masks is None and params.max_seqlen_q == max(micro.lengths)
+        if context == 1:
+            assert params.cu_seqlens_q_padded is None
+            continue
+        assert params.cu_seqlens_q_padded is params.cu_seqlens_q and params.cu_seqlens_kv_padded is params.cu_seqlens_kv
+        edges, mine = params.cu_seqlens_q.tolist(), []
+        for start, stop in pairwise(edges):
+            chunk = (stop - start) // (2 * context)
+            for number in (rank, 2 * context - 1 - rank):
+                mine += range(start + number * chunk, start + (number + 1) * chunk)
+        assert chunk * 2 * context == stop - start and micro.local.tolist() == mine
+        assert whole.position_ids.shape == micro.position_ids.shape and len(packed_params(micro, "local").masks) == len(micro.lengths)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA torch keeps freed memory itself")
