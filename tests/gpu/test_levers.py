@@ -12,7 +12,7 @@ from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
 from tests.parallel.pool import Pool
 from tests.parallel.test_update import batch
-from tests.parallel.workloads import offloaded, train_once
+from tests.parallel.workloads import card_memory, offloaded, train_once
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +59,14 @@ def test_an_update_with_a_lever_has_the_gradient_norm_of_float32_without(pool, s
     (expected, _), (report, weights) = (pool.run(train_once, replace(settings, trainer=trainer), batch())[0] for trainer in (plain, ours))
     assert report.gradient_norms == pytest.approx(expected.gradient_norms, rel=tolerance)
     assert all(np.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_the_card_gets_back_what_is_parked(pool, settings, tmp_path):
+    """Another process on it can have the memory, not just torch in this one. 60 M parameters: 1 GB."""
+    save_tiny("qwen2", tmp_path, tied=True, vocab_size=32_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
+    (found,) = pool.run(card_memory, replace(settings, model_directory=tmp_path), batch())
+    assert found["moved"] > 8e8 and found["training"] - found["parked"] >= 0.95 * found["moved"], found
+    assert found["back"] == pytest.approx(found["training"], rel=0.1)
 
 
 @pytest.mark.parametrize("layer_spec", ["local", "transformer_engine"])

@@ -231,6 +231,26 @@ def train_and_park(rank: int, meeting: str, settings, batch: TrainBatch, parked:
         return arrays(trainer.whole_tensors(trainer.tensor_metas("float32")))
 
 
+def card_memory(rank: int, meeting: str, settings, batch: TrainBatch) -> dict[str, int]:
+    """Bytes of the whole card that are taken, whoever took them: in training, with all parked, and back; and those of what was parked."""
+
+    def taken() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    with _trainer(rank, meeting, settings) as trainer:
+        trainer.update(batch, step=0)
+        found = {"training": taken()}
+        for part in ("optimizer", "weights"):
+            trainer.leave(part)
+        found["parked"] = taken()
+        found["moved"] = sum(nbytes for parking in trainer._parked.values() for _, nbytes, _ in parking._away)
+        trainer.come_back()
+        trainer.update(batch, step=1)
+        found["back"] = taken()
+        return found
+
+
 def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) -> dict:
     """What is held fixed over the phase, with the model's weights `scale` times the reference's; the last rank's answer counts."""
     with _trainer(rank, meeting, settings) as trainer:
