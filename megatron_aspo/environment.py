@@ -20,7 +20,7 @@ _DETERMINISTIC = {
 def rank_environment(
     interface: str, tensor_parallel: int, context_parallel: int, deterministic: bool, given: Mapping[str, str]
 ) -> dict[str, str]:
-    """What a training rank adds to its environment, which is `given`, before CUDA is used.
+    """Return what a training rank adds to its environment, which is `given`, before CUDA is used.
 
     interface: of the cluster's private network. Process groups listen on it alone.
     """
@@ -36,7 +36,7 @@ def rank_environment(
 
 
 def engine_environment(interface: str, given: Mapping[str, str]) -> dict[str, str]:
-    """What an engine on a GPU adds to its environment before it imports vLLM."""
+    """Return what an engine on a GPU adds to its environment, which is `given`, before it imports vLLM."""
     return {"NCCL_SOCKET_IFNAME": interface} | _unless_given(_BOTH_SIDES, given)
 
 

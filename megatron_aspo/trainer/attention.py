@@ -45,7 +45,7 @@ def causal_params(lengths: list[int], device: torch.device) -> SharedPromptParam
 
 
 def packed_params(micro: MicroBatch, layer_spec: str) -> SharedPromptParams:
-    """What Megatron's attention and rotary embedding need to know of a packed micro-batch."""
+    """Return what the attention and rotary embedding of these layers need to know of a packed micro-batch."""
     params = _params(micro.lengths, micro.cu_seqlens)
     if layer_spec == "local":
         return replace(params, masks=_masks(micro), local=micro.local, order=micro.order)
