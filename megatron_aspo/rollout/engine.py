@@ -112,9 +112,7 @@ class Engine:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            from megatron_aspo.rollout.vllm_adapter import forked_engine_core
-
-            with forked_engine_core() if FORKS_ENGINE_CORE[spec.device] else contextlib.nullcontext():
+            with _engine_core_start(spec.device):
                 self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
         except Exception as error:
             await asyncio.sleep(_OUTPUT_LAG_S)
@@ -369,6 +367,15 @@ class Engine:
         print(self._death(), flush=True)
         await asyncio.sleep(_REPLY_GRACE_S)
         os._exit(1)
+
+
+def _engine_core_start(device: str) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which vLLM starts its engine core."""
+    if not FORKS_ENGINE_CORE[device]:
+        return contextlib.nullcontext()
+    from megatron_aspo.rollout.vllm_adapter import forked_engine_core
+
+    return forked_engine_core()
 
 
 def _version_number(label: str) -> int:

@@ -215,7 +215,8 @@ def test_a_wrong_command_in_a_page_would_be_noticed(line, monkeypatch):
 
 def check_overrides(recipe: str, words: list[str]) -> None:
     """Load the recipe, in place of a placeholder the quickstart's, with all key.path=value words."""
-    load_config(QUICKSTART if recipe in ("RECIPE", "mine.yaml") else ROOT / recipe, [word for word in words if re.match(r"[a-z_.]+=", word)])
+    path = QUICKSTART if recipe in ("RECIPE", "mine.yaml") else ROOT / recipe
+    load_config(path, [word for word in words if re.match(r"[a-z_.]+=", word)])
 
 
 def test_commands_that_are_marked_to_run_do():
