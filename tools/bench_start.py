@@ -1,8 +1,8 @@
 """Seconds from the command to the first responses and to the first update, beside a floor: python tools/bench_start.py [--rounds 3]
 
 Ours is the quickstart's recipe for one step without evaluation: SmolLM2-135M, one training rank, two engines. `first_token_s` ends when
-the step's responses of at most 12 tokens are there, so it is an upper bound; `first_update_s` ends when the step's updates are done. `stages`
-are the seconds that the run itself reports for each stage of its start.
+the step's responses of at most 12 tokens are there, so it is an upper bound; `first_update_s` ends when the step's updates are done.
+`stages` are the seconds that the run itself reports for each stage of its start.
 
 The floor is what the same libraries take by themselves: `ray.init`, then together two bare vLLM engines (AsyncLLM until it is up) and one
 process that imports Megatron-Core and reads the model's tensors. Ours and floor are taken in turns, in the element type that the processor
