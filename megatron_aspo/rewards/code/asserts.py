@@ -1,0 +1,62 @@
+"""Run test code in a sandbox of its own, with the program in another, and carry calls and results between them.
+
+The tests hold the expected values, so the program must never share a process with them; the messages are plain data, see
+`sandbox/inside/asserts.py`. Nothing that the program sends is read here.
+"""
+
+import json
+
+from megatron_aspo.rewards.code import verdict as kinds
+from megatron_aspo.rewards.code.outcomes import Failure, failure_of
+from megatron_aspo.rewards.code.schemas import AssertTest
+from megatron_aspo.rewards.sandbox.pool import SandboxPool
+from megatron_aspo.rewards.sandbox.sandbox import Execution, Sandbox, run_all
+
+_KINDS = {"failed": kinds.WRONG_ANSWER, "error": kinds.RUNTIME_ERROR, "unsupported": kinds.UNSUPPORTED}
+
+
+def run_asserts(test: AssertTest, program: Sandbox, pool: SandboxPool, wall_s: float) -> Failure | None:
+    """Return why the test code did not run to its end; None if it did. Only its own process can say that it did."""
+    testing = pool.take()
+    try:
+        testing.load({"tests": test.source, "prompt": test.prompt, "entry_point": test.entry_point})
+        called, tests = program.begin("calls"), testing.begin("asserts")
+        relay = Relay(tests, called)
+        outcome = run_all([called, tests], tests, wall_s, relay)
+    finally:
+        testing.kill()
+    if relay.verdict is not None:
+        verdict = json.loads(relay.verdict)
+        return None if verdict["verdict"] == "passed" else Failure(_KINDS[verdict["verdict"]], verdict["text"][:200])
+    return relay.program_failure or failure_of(outcome) or Failure(kinds.RUNTIME_ERROR, "the tests ended without a verdict")
+
+
+class Relay:
+    """Moves whole lines between the two processes. A verdict is the last line of the tests."""
+
+    def __init__(self, tests: Execution, called: Execution):
+        self._tests, self._called = tests, called
+        self.verdict: bytes | None = None
+        self.program_failure: Failure | None = None
+
+    def __call__(self) -> bool:
+        """Returns true when there is a verdict, or the program's process has ended."""
+        for line in _take_lines(self._tests.output):
+            if line.startswith(b'{"verdict"'):
+                self.verdict = line
+                return True
+            self._called.send(line)
+        for line in _take_lines(self._called.output):
+            self._tests.send(line)
+        if self._called.ended:
+            ended = Failure(kinds.RUNTIME_ERROR, "it ended its process while it was tested")
+            self.program_failure = failure_of(self._called.outcome()) or ended
+            return True
+        return False
+
+
+def _take_lines(buffer: bytearray) -> list[bytes]:
+    end = buffer.rfind(b"\n") + 1
+    lines = bytes(buffer[:end]).split(b"\n")[:-1]
+    del buffer[:end]
+    return [line + b"\n" for line in lines]

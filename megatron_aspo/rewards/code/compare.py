@@ -1,0 +1,75 @@
+"""Is what a program gave what a test expects? Nothing here runs code of the program, and its data have builtin types only.
+
+Standard output, as LiveCodeBench compares it: both texts stripped and split into lines, each line stripped; as many lines, and each line
+equal as text or else as numbers: the same count of decimal numbers, equal in value one by one, so that "6.0" is "6" and "1e3" is "1000".
+No tolerance: "0.30000000000000004" is not "0.3".
+
+Results of calls, against a JSON value, stricter and laxer than LiveCodeBench, which uses Python's ==:
+- an array is a list or a tuple, at any depth; an object a dict with the same string keys;
+- true and false are bools only, never 1 and 0; null is None; a string is a str;
+- an integer is an int, or a float of exactly that value; a number written with a point or exponent is an int or a float within 1e-9,
+  absolute or relative. NaN and infinities, which JSON lacks, are never right.
+"""
+
+import math
+import re
+from decimal import Decimal
+from typing import Any
+
+TOLERANCE = 1e-9
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+
+
+def outputs_match(output: str, expected: str) -> bool:
+    """Compare standard output; the rule is the module's first."""
+    lines, expected_lines = output.strip().split("\n"), expected.strip().split("\n")
+    return len(lines) == len(expected_lines) and all(map(_lines_match, lines, expected_lines))
+
+
+def _lines_match(line: str, expected: str) -> bool:
+    line, expected = line.strip(), expected.strip()
+    if line == expected:
+        return True
+    numbers, expected_numbers = line.split(), expected.split()
+    return len(numbers) == len(expected_numbers) and all(map(_numbers_match, numbers, expected_numbers))
+
+
+def _numbers_match(number: str, expected: str) -> bool:
+    return bool(_DECIMAL.fullmatch(expected) and _DECIMAL.fullmatch(number)) and Decimal(number) == Decimal(expected)
+
+
+def value_matches(value: Any, expected: Any) -> bool:
+    """Compare the result of a call, as `plain.to_json` writes it, with a JSON value; the rule is the module's second."""
+    if isinstance(value, dict):
+        value = _untagged(value)
+    if expected is None or isinstance(expected, bool | str):
+        return type(value) is type(expected) and value == expected
+    if isinstance(expected, int):
+        return type(value) in (int, float) and value == expected
+    if isinstance(expected, float):
+        return type(value) in (int, float) and math.isclose(value, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    if isinstance(expected, list):
+        return isinstance(value, list) and len(value) == len(expected) and all(map(value_matches, value, expected))
+    pairs = value.pairs if isinstance(value, _Object) else ()
+    if len(pairs) != len(expected) or not all(isinstance(key, str) for key, _ in pairs):
+        return False
+    return all(key in expected and value_matches(element, expected[key]) for key, element in pairs) and len(dict(pairs)) == len(expected)
+
+
+class _Object:
+    """A dict's items, not yet in a dict: keys are not hashed before they are known to be strings, whose hashes nobody can foresee."""
+
+    def __init__(self, pairs: list):
+        self.pairs = pairs
+
+
+def _untagged(value: dict) -> Any:
+    """A tuple's list, a large integer, or a dict's items; what no JSON value equals becomes the type `object`."""
+    tag, content = next(iter(value.items()), ("", None))
+    if tag == "t" and isinstance(content, list):
+        return content
+    if tag == "i" and isinstance(content, str):
+        return int(content, 16)
+    if tag == "d" and isinstance(content, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in content):
+        return _Object(content)
+    return object

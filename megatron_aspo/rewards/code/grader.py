@@ -1,0 +1,98 @@
+"""Grade programs: run each test of a problem in a sandbox and compare outside of it."""
+
+import json
+import time
+from typing import Any
+
+from megatron_aspo.rewards.code import verdict as kinds
+from megatron_aspo.rewards.code.asserts import run_asserts
+from megatron_aspo.rewards.code.compare import outputs_match, value_matches
+from megatron_aspo.rewards.code.options import CodeOptions
+from megatron_aspo.rewards.code.outcomes import Failure, failure_of
+from megatron_aspo.rewards.code.schemas import AssertTest, CallTest, StdinTest, Test, choose_tests
+from megatron_aspo.rewards.code.verdict import Verdict
+from megatron_aspo.rewards.sandbox.inside.plain import to_json
+from megatron_aspo.rewards.sandbox.pool import SandboxPool
+from megatron_aspo.rewards.sandbox.sandbox import Sandbox
+
+_RESULT_BYTES = 4 << 20
+"""A call's result is read only up to this size of its JSON: parsed, it takes up to 20 times as much memory here."""
+
+
+class Grader:
+    """A pool of sandboxes and what runs in them. For one thread; `close` it, or use it as a context manager."""
+
+    def __init__(self, options: CodeOptions):
+        """Raises UserError for options that cannot be, and for what this machine lacks."""
+        self._options = options
+        self._pool = SandboxPool(options.sandbox, options.limits)
+
+    def grade(self, program: str, tests: list[Test]) -> Verdict:
+        """Run the tests in order up to the first that fails, each in a process of its own. Raises SandboxError if no sandbox starts."""
+        started = time.monotonic()
+        if len(program.encode("utf-8", "surrogatepass")) > self._options.max_program_kb << 10:
+            return Verdict(kinds.RUNTIME_ERROR, f"a program of more than {self._options.max_program_kb} KiB", None, 0.0)
+        deadline = started + self._options.total_s
+        failure, position, tests_run = None, None, 0
+        sandbox = self._pool.take()
+        try:
+            sandbox.load({"program": program})
+            for position in choose_tests(len(tests), self._options.max_tests):
+                wall_s = min(self._options.limits.wall_s, deadline - time.monotonic())
+                if wall_s <= 0:
+                    failure = Failure(kinds.TIME_LIMIT, f"all tests together took more than {self._options.total_s:g} s")
+                    break
+                failure = self._run(tests[position], sandbox, wall_s)
+                tests_run += 1
+                if failure:
+                    break
+        finally:
+            sandbox.kill()
+        seconds = time.monotonic() - started
+        if failure:
+            return Verdict(failure.kind, failure.reason, position, seconds, tests_run)
+        return Verdict(kinds.PASSED, f"{tests_run} tests passed", None, seconds, tests_run)
+
+    def _run(self, test: Test, sandbox: Sandbox, wall_s: float) -> Failure | None:
+        """Run one test. Returns why it failed; None if it passed."""
+        if isinstance(test, StdinTest):
+            return _run_stdin(test, sandbox, wall_s)
+        if isinstance(test, CallTest):
+            return _run_call(test, sandbox, wall_s)
+        assert isinstance(test, AssertTest)
+        return run_asserts(test, sandbox, self._pool, wall_s)
+
+    def close(self) -> None:
+        """Kill the waiting sandboxes. Idempotent."""
+        self._pool.close()
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _run_stdin(test: StdinTest, sandbox: Sandbox, wall_s: float) -> Failure | None:
+    outcome = sandbox.run("stdin", test.input.encode("utf-8", "surrogatepass"), wall_s)
+    if failure := failure_of(outcome):
+        return failure
+    if outputs_match(outcome.output.decode("utf-8", "replace"), test.output):
+        return None
+    return Failure(kinds.WRONG_ANSWER, "standard output differs")
+
+
+def _run_call(test: CallTest, sandbox: Sandbox, wall_s: float) -> Failure | None:
+    arguments = [to_json(value) for value in test.arguments]
+    request = {"target": None, "attribute": test.function, "call": True, "args": arguments, "kwargs": {}}
+    outcome = sandbox.run("calls", json.dumps(request).encode() + b"\n", wall_s)
+    if failure := failure_of(outcome):
+        return failure
+    try:
+        reply = json.loads(outcome.output) if len(outcome.output) <= _RESULT_BYTES else None
+        if "raised" in reply:
+            return Failure(kinds.RUNTIME_ERROR, f"{reply['raised'][0]}: {reply['text']}"[:200])
+        matches = "value" in reply and value_matches(reply["value"], test.expected)
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
+        return Failure(kinds.WRONG_ANSWER, "the result is not plain data")
+    return None if matches else Failure(kinds.WRONG_ANSWER, f"{test.function} returned another value")

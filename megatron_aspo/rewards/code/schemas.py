@@ -1,0 +1,156 @@
+"""Problems: the tests of a program, read from the ground truth of a row.
+
+| ground truth | tests |
+|---|---|
+| list of `{input, output, testtype, metadata: {func_name}}` (LiveCodeBench) | stdin/stdout, or calls with one JSON value a line |
+| `{"inputs": […], "outputs": […]}` (Archer), with `fn_name` for calls (TACO, APPS) | stdin/stdout, or calls with lists of arguments |
+| `{"functional": "…"}` (Archer) | test code with assertions |
+| `{"test": "…", "entry_point": "…", "prompt": "…"}` (HumanEval) | test code that defines check(candidate), beside the prompt |
+
+Each may be JSON text, and LiveCodeBench's list also its packed form: base64 of zlib of a pickled string of JSON.
+"""
+
+import base64
+import binascii
+import io
+import json
+import pickle
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_aspo.errors import UserError
+
+MAX_UNPACKED_BYTES = 1 << 30
+"""The largest packed tests that are unpacked. LiveCodeBench's largest problem has about 0.3 GB."""
+
+
+@dataclass(frozen=True)
+class StdinTest:
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class CallTest:
+    function: str
+    arguments: list[Any]
+    expected: Any
+
+
+@dataclass(frozen=True)
+class AssertTest:
+    source: str
+    prompt: str = ""
+    """Code whose definitions the tests may use; empty if there is none."""
+    entry_point: str = ""
+    """The function that is the program's even where the prompt defines it."""
+
+
+Test = StdinTest | CallTest | AssertTest
+
+
+def read_tests(ground_truth: Any, prompt: str = "") -> list[Test]:
+    """The tests of a row's ground truth, in order. `prompt`: the row's, whose code assertion tests may use.
+
+    Raises UserError naming what is wrong; it has no file and line, which the caller knows.
+    """
+    truth = _parse(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    if isinstance(truth, list):
+        tests = [_livecodebench(test, number) for number, test in enumerate(truth)]
+    elif isinstance(truth, dict) and "functional" in truth:
+        entry_point = str(truth.get("entry_point", ""))
+        # Without a name to test, what the prompt defines may be the very stub that the program completes.
+        tests = [AssertTest(_text(truth, "functional"), prompt if entry_point else "", entry_point)]
+    elif isinstance(truth, dict) and "test" in truth:
+        entry_point = _text(truth, "entry_point")
+        tests = [AssertTest(f"{_text(truth, 'test')}\ncheck({entry_point})\n", truth.get("prompt", prompt), entry_point)]
+    elif isinstance(truth, dict) and "inputs" in truth:
+        tests = _archer(truth)
+    else:
+        raise UserError(
+            "ground_truth is no known form of tests; expected a list of {input, output, testtype}, or an object with inputs and outputs, "
+            "functional, or test and entry_point"
+        )
+    if not tests:
+        raise UserError("ground_truth has no tests; every program would pass: add some")
+    return tests
+
+
+def choose_tests(count: int, limit: int) -> list[int]:
+    """Positions of the tests to run: all, or `limit` of them from the first to the last, evenly spread. The same at every call."""
+    if not 0 < limit < count:
+        return list(range(count))
+    return [0] if limit == 1 else [number * (count - 1) // (limit - 1) for number in range(limit)]
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return json.loads(_unpack(text))
+    except (ValueError, zlib.error, pickle.UnpicklingError, EOFError, RecursionError, binascii.Error) as error:
+        raise UserError("ground_truth is a string that is neither JSON nor LiveCodeBench's packed tests; correct the row") from error
+
+
+class _StringsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} in packed tests, which are a string")
+
+
+def _unpack(text: str) -> str:
+    inflater = zlib.decompressobj()
+    data = inflater.decompress(base64.b64decode(text, validate=True), MAX_UNPACKED_BYTES)
+    if inflater.unconsumed_tail:
+        raise ValueError(f"packed tests of more than {MAX_UNPACKED_BYTES >> 20} MiB")
+    unpacked = _StringsOnly(io.BytesIO(data)).load()
+    if not isinstance(unpacked, str):
+        raise ValueError(f"packed tests are a {type(unpacked).__name__}, expected a string")
+    return unpacked
+
+
+def _text(row: dict, name: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise UserError(f"ground_truth has no text {name}; add it")
+    return row[name]
+
+
+def _livecodebench(test: Any, number: int) -> Test:
+    if not isinstance(test, dict) or not isinstance(test.get("input"), str) or not isinstance(test.get("output"), str):
+        raise UserError(f"test {number} of ground_truth has no texts input and output; add them")
+    kind = test.get("testtype", "stdin")
+    if kind == "stdin":
+        return StdinTest(test["input"], test["output"])
+    if kind != "functional":
+        raise UserError(f"test {number} of ground_truth has testtype={kind!r}; expected stdin or functional")
+    metadata = test.get("metadata", {})
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("func_name"), str):
+        raise UserError(f"test {number} of ground_truth is functional and has no metadata.func_name; add it")
+    try:
+        arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
+        return CallTest(metadata["func_name"], arguments, json.loads(test["output"]))
+    except ValueError as error:
+        raise UserError(f"test {number} of ground_truth: input is not one JSON value a line, or output is not JSON ({error})") from error
+
+
+def _archer(truth: dict) -> list[Test]:
+    inputs, outputs = truth.get("inputs"), truth.get("outputs")
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
+        raise UserError("ground_truth needs lists inputs and outputs of the same length; correct the row")
+    function = truth.get("fn_name")
+    if function is None:
+        return [StdinTest(_joined(given), _joined(expected)) for given, expected in zip(inputs, outputs, strict=True)]
+    tests: list[Test] = []
+    for given, expected in zip(inputs, outputs, strict=True):
+        if not isinstance(given, list):
+            raise UserError("ground_truth has fn_name, so that each of inputs must be a list of arguments; correct the row")
+        tests.append(CallTest(str(function), given, expected))
+    return tests
+
+
+def _joined(text: Any) -> str:
+    """Some rows have the lines of a text as a list."""
+    return "\n".join(map(str, text)) if isinstance(text, list) else str(text)

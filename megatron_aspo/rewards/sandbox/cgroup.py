@@ -1,0 +1,106 @@
+"""Limits on all processes of a sandbox together, where this process may make control groups; version 1 and 2."""
+
+import contextlib
+import itertools
+import os
+import time
+from pathlib import Path
+
+_NAME = "megatron_aspo-"
+_REMOVE_S = 2.0
+"""How long the kernel may take to empty a group whose processes were killed."""
+_numbers = itertools.count()
+
+
+class Cgroup:
+    """A new control group in each of `parents`. Raises OSError if it cannot be made."""
+
+    def __init__(self, parents: list[Path], memory_bytes: int, processes: int):
+        name = f"{_NAME}{os.getpid()}-{next(_numbers)}"
+        self.paths: list[Path] = []
+        try:
+            for parent in parents:
+                (parent / name).mkdir()
+                self.paths.append(parent / name)
+            self._set({"memory.limit_in_bytes": memory_bytes, "memory.max": memory_bytes, "pids.max": processes})
+            # Version 1 counts swap apart, where it does at all.
+            with contextlib.suppress(OSError):
+                self._set({"memory.memsw.limit_in_bytes": memory_bytes, "memory.swap.max": 0})
+        except BaseException:
+            self.remove()
+            raise
+
+    def _set(self, values: dict[str, int]) -> None:
+        for path in self.paths:
+            for name, value in values.items():
+                if (path / name).exists():
+                    (path / name).write_text(str(value))
+
+    def prefix(self) -> list[str]:
+        """The beginning of a command line that then runs in the group."""
+        files = [str(path / "cgroup.procs") for path in self.paths]
+        return ["sh", "-ec", f'for i in {" ".join(files)}; do echo $$ > $i; done; exec "$@"', "sh"]
+
+    def out_of_memory(self) -> bool:
+        """Whether the kernel killed a process of the group for want of memory."""
+        for path in self.paths:
+            for name in ("memory.oom_control", "memory.events"):
+                with contextlib.suppress(OSError):
+                    words = (path / name).read_text().split()
+                    counts = dict(zip(words[::2], words[1::2], strict=False))
+                    return counts.get("oom_kill", "0") != "0"
+        return False
+
+    def remove(self) -> None:
+        """Remove the group, whose processes must have been killed."""
+        deadline = time.monotonic() + _REMOVE_S
+        for path in self.paths:
+            while True:
+                try:
+                    path.rmdir()
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.002)
+
+
+def find_parents() -> list[Path]:
+    """Directories in which this process can make groups that limit memory and processes; empty if there are none. Tried, not guessed."""
+    for parents in _candidates():
+        try:
+            group = Cgroup(parents, 64 << 20, 64)
+        except OSError:
+            continue
+        limited = {name for path in group.paths for name in ("memory.limit_in_bytes", "memory.max", "pids.max") if (path / name).exists()}
+        group.remove()
+        if len(limited) == 2:
+            _remove_stale(parents)
+            return parents
+    return []
+
+
+def _candidates(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[list[Path]]:
+    lines = [line.split(":", 2) for line in own.read_text().splitlines()] if own.exists() else []
+    version1 = {controller: path for _, controllers, path in lines for controller in controllers.split(",") if controller}
+    found = []
+    if "memory" in version1 and "pids" in version1:
+        found.append([root / name / version1[name].lstrip("/") for name in ("memory", "pids")])
+    for _, controllers, path in lines:
+        if not controllers:
+            # Version 2 lets no group have both processes and limited children: our own group's, or, in a delegated tree, its parent's.
+            group = root / path.lstrip("/")
+            found += [[group], [group.parent]] if path != "/" else [[group]]
+    return found
+
+
+def _remove_stale(parents: list[Path]) -> None:
+    """Groups of workers that were killed: nothing runs in them any more."""
+    for parent in parents:
+        for path in parent.glob(f"{_NAME}*"):
+            owner = path.name.removeprefix(_NAME).partition("-")[0]
+            if owner.isdigit() and not Path("/proc", owner).exists():
+                with contextlib.suppress(OSError):
+                    path.rmdir()

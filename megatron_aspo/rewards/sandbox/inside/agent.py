@@ -1,0 +1,150 @@
+"""The process that waits in a sandbox and forks one child for each execution. Standard library only; the host's side is `sandbox.py`.
+
+The host sends lines of JSON over a socket, which is standard input at the start: first `{"sources": {…}}`, then for each execution
+`{"mode": …, "limits": {…}}` with three pipes attached, the child's standard streams. When the child has ended, everything that it left
+running is killed and `{"status": …, "cpu_s": …}` is sent back. Modes:
+
+- `stdin`: the program runs as `__main__` on its streams, in all respects a plain Python process.
+- `calls`: the program is a module whose functions the host calls, see `calls.py`.
+- `asserts`: test code runs, and the functions it tests are proxies of those in another sandbox, see `asserts.py`.
+"""
+
+import _socket  # without the 6 ms that socket takes to import
+import builtins
+import contextlib
+import gc
+import importlib
+import json
+import os
+import re
+import resource
+import signal
+import sys
+
+PROGRAM = "/tmp/program.py"
+DESCRIPTOR_BYTES = 4
+IMPORTED_AHEAD = (
+    *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq", "io", "itertools"),
+    *("json", "math", "numpy", "operator", "os", "queue", "random", "re", "statistics", "string", "threading", "time", "typing"),
+)
+"""Modules that a program's tests share if it names them: they do nothing when imported that a program could see."""
+
+
+def wait_for_program():
+    """Answer the host until it closes the control socket. Returns in a child alone: the code to execute as `__main__`."""
+    _prepare_interpreter()
+    control = _socket.socket(fileno=os.dup(0))
+    control.sendall(b'{"ready": true}\n')
+    sources, received, descriptors = {}, b"", []
+    while True:
+        data, attached, _, _ = control.recvmsg(1 << 16, _socket.CMSG_SPACE(3 * DESCRIPTOR_BYTES))
+        if not data:
+            os._exit(0)
+        received += data
+        descriptors += [number for _, _, content in attached for number in memoryview(content).cast("i")]
+        while b"\n" in received:
+            line, _, received = received.partition(b"\n")
+            command = json.loads(line)
+            if "sources" in command:
+                sources = command["sources"]
+                _import_ahead(sources)
+                continue
+            child = os.fork()
+            if child == 0:
+                return _begin(command, sources, descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            descriptors = []
+            control.sendall(json.dumps(_wait(child)).encode() + b"\n")
+
+
+def _prepare_interpreter() -> None:
+    import _sitebuiltins  # what the module site, left out for its cost, would add
+
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")
+    # Imported here, so that each child has them and no file of ours is needed any more.
+    import asserts  # noqa: F401
+    import calls  # noqa: F401
+    import prelude  # noqa: F401
+
+    sys.path.remove(os.environ.pop("PYTHONPATH"))
+    sys.path += [path for path in os.environ.pop("SANDBOX_MODULES", "").split(":") if path]
+    sys.argv = [PROGRAM]
+
+
+def _import_ahead(sources: dict) -> None:
+    text = "\n".join(sources.values())
+    for name in sorted(set(re.findall(r"^[ \t]*(?:import|from)[ \t]+(\w+)", text, re.MULTILINE)).intersection(IMPORTED_AHEAD)):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue  # the program will see it
+    if "program" in sources:
+        with open(PROGRAM, "w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(sources["program"])
+    gc.collect()
+    gc.freeze()
+
+
+def _wait(child: int) -> dict:
+    _, status, usage = os.wait4(child, 0)
+    # In a PID namespace of its own this process is number 2, which elsewhere is the kernel's.
+    if os.getpid() == 2 and os.getppid() == 1:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)  # all that is left in the namespace: the first process is exempt, and so is this one
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    return {"status": os.waitstatus_to_exitcode(status), "cpu_s": usage.ru_utime + usage.ru_stime}
+
+
+def _begin(command: dict, sources: dict, descriptors: list[int]):
+    """Turn this child into the process of the program. Returns the code to execute as `__main__`, for mode `stdin` alone."""
+    os.setsid()
+    for target, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, target)
+    os.closerange(3, 3 + 64)
+    for name, value in command["limits"].items():
+        kind = getattr(resource, name)
+        _, hard = resource.getrlimit(kind)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    mode = command["mode"]
+    if mode != "stdin":
+        requests, results = os.dup(0), os.dup(1)
+        for target, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY)):
+            null = os.open("/dev/null", flags)
+            os.dup2(null, target)
+            os.close(null)
+    _open_streams()
+    if mode == "stdin":
+        return _main_code(sources["program"])
+    import asserts
+    import calls
+
+    with open(requests, "rb") as lines:
+        if mode == "calls":
+            calls.serve(sources["program"], lines, results)
+        else:
+            asserts.run(sources, lines, results)
+    os._exit(0)
+
+
+def _open_streams() -> None:
+    """The standard streams again, on what the descriptors are now."""
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115
+
+
+def _main_code(source: str):
+    import prelude
+
+    code = compile(source, PROGRAM, "exec", dont_inherit=True)
+    namespace = sys.modules["__main__"].__dict__
+    namespace["__file__"] = PROGRAM
+    prelude.add_missing_names(namespace, code)
+    for name in ("agent", "asserts", "calls", "plain", "prelude"):
+        sys.modules.pop(name, None)
+    return code

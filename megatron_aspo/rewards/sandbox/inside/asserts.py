@@ -1,0 +1,189 @@
+"""Test code that calls functions of a program in another sandbox. Only plain data and references come from there, so that no object of the
+program can make a comparison true, and nothing it does can end this process.
+"""
+
+import builtins
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+from plain import NotPlainError, from_json, to_json
+from prelude import add_missing_names, collect_names
+
+
+def run(sources: dict[str, str], replies: Iterator[bytes], requests: int) -> None:
+    """Run `sources["tests"]`, and write the verdict after the requests, `{"verdict": …, "text": …}`: passed, failed, error or unsupported.
+
+    The names that the prompt defines are there too; the function `entry_point`, and names that nobody defines, are the program's.
+    """
+    peer = Peer(replies, requests)
+    try:
+        _run(sources, peer)
+        verdict, text = "passed", ""
+    except NotPlainError as error:
+        verdict, text = "unsupported", f"{error}; tests may pass only plain data to the program"
+    except SystemExit as end:  # of the tests themselves, as unittest.main does
+        verdict, text = ("passed", "") if not end.code else ("failed", f"the tests exited with status {end.code}")
+    except BaseException as error:
+        verdict, text = "failed" if isinstance(error, AssertionError) else "error", _describe(error)
+    peer.write({"verdict": verdict, "text": text[:500]})
+
+
+def _run(sources: dict[str, str], peer: "Peer") -> None:
+    namespace = sys.modules["__main__"].__dict__
+    peer.namespace = namespace
+    try:
+        prompt = compile(sources["prompt"], "<prompt>", "exec", dont_inherit=True)
+    except SyntaxError:  # words, or the beginning of a function without a body: no helpers
+        prompt = None
+    if prompt:
+        add_missing_names(namespace, prompt)
+        exec(prompt, namespace)
+    if sources["entry_point"].isidentifier():
+        namespace[sources["entry_point"]] = Proxy(peer, sources["entry_point"])
+    tests = compile(sources["tests"], "<tests>", "exec", dont_inherit=True)
+    add_missing_names(namespace, tests)
+    loaded, stored = set(), set()
+    collect_names(tests, loaded, stored)
+    for name in loaded - stored - namespace.keys() - set(dir(builtins)):
+        namespace[name] = Proxy(peer, name)
+    exec(tests, namespace)
+
+
+def _describe(error: BaseException) -> str:
+    line, trace = 0, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == "<tests>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{type(error).__name__} at line {line} of the tests" + (f": {error}" if str(error) else "")
+
+
+class Peer:
+    """The program's side of the pipes."""
+
+    def __init__(self, replies: Iterable[bytes], requests: int):
+        self._replies = iter(replies)
+        self._requests = requests
+        self.namespace: dict[str, object] = {}
+
+    def write(self, message: dict) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        while data:
+            data = data[os.write(self._requests, data) :]
+
+    def ask(self, target: str | int, attribute: str, call: bool, args: tuple = (), kwargs: dict | None = None) -> object:
+        """Return what the program's side answers: plain data or a Proxy. Raises what it raised, as a class known here."""
+        kwargs = {name: to_json(value, _reference) for name, value in (kwargs or {}).items()}
+        request = {"target": target, "attribute": attribute, "call": call, "kwargs": kwargs}
+        self.write(request | {"args": [to_json(value, _reference) for value in args]})
+        reply = json.loads(next(self._replies, b"null"))
+        if reply is None:
+            os._exit(1)  # the host closed the pipes: the program has ended, and it has its verdict
+        if "raised" in reply:
+            raise self._exception(reply["raised"], str(reply["text"]), attribute)
+        for position, value in reply.get("changed", ()):
+            self._change(args[position], from_json(value, self._proxy))
+        return from_json(reply["value"], self._proxy)
+
+    def _proxy(self, number: int) -> "Proxy":
+        return Proxy(self, int(number))
+
+    @staticmethod
+    def _change(old: object, new: object) -> None:
+        """Give `old` the content of `new`. Only for functions that return None: others could make the tests' data fit what they return."""
+        if type(old) is not type(new):
+            return
+        if isinstance(old, list | bytearray):
+            old[:] = new
+        elif isinstance(old, dict | set):
+            old.clear()
+            old.update(new)
+
+    def _exception(self, names: list[str], text: str, attribute: str) -> Exception:
+        for name in names:
+            kind = self.namespace.get(name, getattr(builtins, str(name), None))
+            if not isinstance(kind, type) or not issubclass(kind, Exception):
+                continue
+            # Inside a test's own loop it would end the loop as if all were done.
+            if issubclass(kind, StopIteration | StopAsyncIteration) and attribute != "__next__":
+                break
+            try:
+                return kind(text)
+            except Exception:  # a class whose constructor wants something else
+                continue
+        return RuntimeError(f"the program raised {names[0]}: {text}")
+
+
+def _reference(value: object) -> dict:
+    if not isinstance(value, Proxy):
+        raise NotPlainError(f"the tests pass a {type(value).__name__}")
+    target = object.__getattribute__(value, "_target")
+    if not isinstance(target, int):
+        raise NotPlainError(f"the tests pass the program's own {target}")
+    return {"r": target}
+
+
+def _ask(proxy: "Proxy", attribute: str, call: bool, args: tuple = (), kwargs: dict | None = None) -> object:
+    return object.__getattribute__(proxy, "_peer").ask(object.__getattribute__(proxy, "_target"), attribute, call, args, kwargs)
+
+
+class Proxy:
+    """A function, class or object of the program. It is equal to nothing, not even to itself, and has no truth value."""
+
+    __slots__ = ("_peer", "_target")
+
+    def __init__(self, peer: Peer, target: str | int):
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_target", target)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return _ask(self, "", True, args, kwargs)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _ask(self, name, False)
+
+    def __iter__(self) -> Iterator:
+        iterator = _ask(self, "__iter__", True)
+        return iterator if isinstance(iterator, Proxy) else iter(iterator)
+
+    def __next__(self) -> object:
+        return _ask(self, "__next__", True)
+
+    def __len__(self) -> int:
+        return _ask(self, "__len__", True)
+
+    def __getitem__(self, key: object) -> object:
+        return _ask(self, "__getitem__", True, (key,))
+
+    def __setitem__(self, key: object, value: object) -> None:
+        _ask(self, "__setitem__", True, (key, value))
+
+    def __delitem__(self, key: object) -> None:
+        _ask(self, "__delitem__", True, (key,))
+
+    def __str__(self) -> str:
+        return _ask(self, "__str__", True)
+
+    def __repr__(self) -> str:
+        return _ask(self, "__repr__", True)
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        raise NotComparableError("an object of the program cannot be compared")
+
+    def __bool__(self) -> bool:
+        raise NotComparableError("an object of the program has no truth value here")
+
+    __hash__ = None
+    __contains__ = None
+
+
+class NotComparableError(TypeError):
+    """A comparison that the program would decide."""
+

@@ -1,0 +1,47 @@
+"""Names that programs use without importing them: LeetCode and LiveCodeBench put these imports before every program."""
+
+import builtins
+import importlib
+import opcode
+import sys
+from types import CodeType
+
+MODULES = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools", "functools"),
+    *("operator", "io", "sys", "json", "typing"),
+)
+"""First all their public names, a later module's over an earlier one's, then the modules themselves; never over a builtin."""
+
+
+def add_missing_names(namespace: dict[str, object], code: CodeType) -> None:
+    """Put the names of MODULES that `code` uses and nobody defines into `namespace`. Imports nothing if there are none."""
+    loaded, stored = set(), set()
+    collect_names(code, loaded, stored)
+    missing = loaded - stored - namespace.keys() - set(dir(builtins))
+    if missing:
+        namespace.update((name, value) for name, value in _prelude().items() if name in missing)
+
+
+def _prelude() -> dict[str, object]:
+    modules = {name: importlib.import_module(name) for name in MODULES}
+    names = {}
+    for module in modules.values():
+        public = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+        names.update((name, getattr(module, name)) for name in public)
+    return names | modules
+
+
+def collect_names(code: CodeType, loaded: set[str], stored: set[str]) -> None:
+    """Global names that the code object and those inside it read and assign."""
+    names = {opcode.opmap[name]: name for name in ("LOAD_NAME", "LOAD_GLOBAL", "STORE_NAME", "STORE_GLOBAL")}
+    extension, instructions = 0, code.co_code
+    for offset in range(0, len(instructions), 2):
+        operation, argument = instructions[offset], instructions[offset + 1] | extension << 8
+        extension = argument if operation == opcode.EXTENDED_ARG else 0
+        if operation in names:
+            # The lowest bit of LOAD_GLOBAL is a flag from Python 3.11 on.
+            position = argument >> 1 if names[operation] == "LOAD_GLOBAL" and sys.version_info >= (3, 11) else argument
+            (loaded if names[operation].startswith("LOAD") else stored).add(code.co_names[position])
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            collect_names(constant, loaded, stored)

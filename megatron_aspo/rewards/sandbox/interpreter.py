@@ -1,0 +1,64 @@
+"""The files of this machine that a sandbox sees: the interpreter, its standard library, their shared libraries, and promised packages."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_aspo.errors import UserError
+
+AGENT = Path(__file__).parent / "inside"
+AGENT_INSIDE = "/agent"
+MODULES_INSIDE = "/modules"
+_UNUSED_EXTENSIONS = ("_tkinter", "readline", "_curses", "_curses_panel", "nis", "_dbm", "_gdbm", "_crypt", "spwd", "ossaudiodev")
+"""Extension modules whose libraries are left out, 28 on Debian: each file costs a mount in every sandbox."""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """The interpreter of a sandbox and the files that it may read."""
+
+    executable: str
+    """Its path, inside as outside."""
+    files: tuple[tuple[str, str], ...]
+    """(path outside, path inside) of files and directories, all bound read-only."""
+
+
+def find_interpreter(modules: tuple[str, ...]) -> Interpreter:
+    """The interpreter below this one's virtual environment. Raises UserError for a module that is not installed here."""
+    executable = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}").resolve()
+    if not executable.exists():
+        raise UserError(f"the code sandbox finds no interpreter at {executable}; install Python with its executable there")
+    library = Path(sysconfig.get_path("stdlib"))
+    binaries = [executable, *(library / "lib-dynload").glob("*.so")]
+    binaries = [path for path in binaries if path.name.partition(".")[0] not in _UNUSED_EXTENSIONS]
+    files = [(str(executable), str(executable)), (str(library), str(library)), (str(AGENT), AGENT_INSIDE)]
+    for module in modules:
+        for path in _package_paths(module):
+            files.append((str(path), f"{MODULES_INSIDE}/{path.name}"))
+            binaries += path.rglob("*.so*") if path.is_dir() else ()
+    return Interpreter(str(executable), (*files, *((path, path) for path in _shared_libraries(binaries))))
+
+
+def _package_paths(module: str) -> list[Path]:
+    """The module's file or package directory, and the libraries that its wheel brought along."""
+    try:
+        spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or spec.origin == "built-in":
+        raise UserError(f"the module {module}, promised to programs, is not installed here; install it, or take it off modules")
+    origin = Path(spec.origin)
+    package = origin.parent if spec.submodule_search_locations else origin
+    return [path for path in (package, package.with_name(f"{module}.libs")) if path.exists()]
+
+
+def _shared_libraries(binaries: list[Path]) -> list[str]:
+    """Paths of the libraries that the binaries load, the dynamic loader among them, without those in directories that are bound anyway."""
+    result = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, check=False)
+    found = set(re.findall(r"^\s+(?:\S+ => )?(/\S+) \(0x", result.stdout, re.MULTILINE))
+    inside = {str(path.parent) for path in binaries[1:]}
+    return sorted(path for path in found if str(Path(path).parent) not in inside)

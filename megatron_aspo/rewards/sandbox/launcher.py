@@ -1,0 +1,124 @@
+"""The command that starts a sandbox, and the check that this machine can."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.sandbox import cgroup, syscalls
+from megatron_aspo.rewards.sandbox.interpreter import AGENT, AGENT_INSIDE, MODULES_INSIDE, find_interpreter
+from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
+from megatron_aspo.rewards.sandbox.staging import Staging
+
+INSTALL_BUBBLEWRAP = "install bubblewrap 0.8 or newer (Debian, Ubuntu: apt install bubblewrap; Fedora, RHEL: dnf install bubblewrap)"
+AGENT_MEMORY_BYTES = 64 << 20
+"""Memory of a sandbox beside its program's: the waiting interpreter, and bubblewrap."""
+OWN_PROCESSES = 4
+"""Processes of a sandbox beside its program's: bubblewrap twice, the agent, and the shell that enters the control group."""
+_PYTHON = ("-S", "-s", "-P", "-B", "-X", "utf8", "-c", "exec(__import__('agent').wait_for_program())")
+_ENVIRONMENT = {
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PATH": "/usr/bin:/bin",
+    # A verdict must not depend on the order of a set of strings.
+    "PYTHONHASHSEED": "0",
+    "TMPDIR": "/tmp",
+}
+
+
+class Launcher:
+    """Starts sandboxes, all with the same options and limits. Raises UserError, when made, for what this machine lacks."""
+
+    def __init__(self, options: SandboxOptions, limits: Limits):
+        if options.kind not in ("bubblewrap", "none"):
+            raise UserError(f"sandbox kind={options.kind} is unknown; choose bubblewrap or none")
+        if options.kind == "none" and not options.accept_risk:
+            raise UserError(
+                "sandbox kind=none runs programs of the model with all that this user may do; set accept_risk: true beside it, or "
+                "kind: bubblewrap"
+            )
+        self.contained = options.kind == "bubblewrap"
+        self._limits = limits
+        self._modules = options.modules
+        self._interpreter = find_interpreter(options.modules)
+        self._staging: Staging | None = None
+        self._filter = -1
+        self._cgroup_parents: list[Path] = []
+        if self.contained:
+            self._bubblewrap = find_bubblewrap()
+            self._filter = syscalls.make_filter()
+            if os.geteuid() == 0:
+                self._staging = Staging([outside for outside, _ in self._interpreter.files])
+            self._cgroup_parents = cgroup.find_parents()
+
+    def make_cgroup(self) -> cgroup.Cgroup | None:
+        """A control group for one sandbox; None where there are none."""
+        if not self._cgroup_parents:
+            return None
+        limits = self._limits
+        return cgroup.Cgroup(self._cgroup_parents, (limits.memory_mb << 20) + AGENT_MEMORY_BYTES, limits.processes + OWN_PROCESSES)
+
+    def start(self, control: int, info: int, group: cgroup.Cgroup | None) -> subprocess.Popen:
+        """Start a sandbox whose agent has the socket `control` as its standard input; bubblewrap writes to the pipe `info`."""
+        if not self.contained:
+            return self._start_uncontained(control)
+        # A descriptor with an offset of its own: bubblewrap reads the filter to its end.
+        seccomp = os.open(f"/proc/self/fd/{self._filter}", os.O_RDONLY)
+        command = [*(group.prefix() if group else ()), *(self._staging.prefix() if self._staging else ()), self._bubblewrap]
+        command += [*self._arguments(), "--seccomp", str(seccomp), "--info-fd", str(info), "--"]
+        command += [self._interpreter.executable, *_PYTHON]
+        descriptors = [info, seccomp, *(self._staging.descriptors if self._staging else ())]
+        try:
+            return subprocess.Popen(command, stdin=control, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=descriptors)
+        finally:
+            os.close(seccomp)
+
+    def _arguments(self) -> list[str]:
+        arguments = ["--unshare-user", "--disable-userns", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
+        arguments += ["--unshare-cgroup", "--hostname", "sandbox", "--new-session", "--die-with-parent", "--cap-drop", "ALL", "--clearenv"]
+        modules = MODULES_INSIDE if self._modules else ""
+        for name, value in (_ENVIRONMENT | {"PYTHONPATH": AGENT_INSIDE, "SANDBOX_MODULES": modules}).items():
+            arguments += ["--setenv", name, value]
+        for outside, inside in self._interpreter.files:
+            arguments += ["--ro-bind", self._staging.staged[outside] if self._staging else outside, inside]
+        size = str(self._limits.file_mb << 20)
+        arguments += ["--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp"]
+        for path in ("/proc", "/dev", "/"):
+            arguments += ["--remount-ro", path]
+        return [*arguments, "--chdir", "/tmp"]
+
+    def _start_uncontained(self, control: int) -> subprocess.Popen:
+        paths = [path for path in sys.path if path.endswith("site-packages")] if self._modules else []
+        environment = _ENVIRONMENT | {"PYTHONPATH": str(AGENT), "SANDBOX_MODULES": ":".join(paths)}
+        return subprocess.Popen(
+            [self._interpreter.executable, *_PYTHON],
+            stdin=control,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd="/tmp",
+            start_new_session=True,
+        )
+
+    def close(self) -> None:
+        if self._filter >= 0:
+            os.close(self._filter)
+        if self._staging:
+            self._staging.close()
+
+
+def find_bubblewrap() -> str:
+    """Path of a bubblewrap that can do what is needed here. Raises UserError with what to install or to allow."""
+    path = shutil.which("bwrap")
+    if path is None:
+        raise UserError(f"the code sandbox needs bubblewrap, and there is no bwrap on PATH; {INSTALL_BUBBLEWRAP}")
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if numbers < (0, 8):
+        raise UserError(f"{path} is {version.strip() or 'of an unknown version'}, which cannot close user namespaces; {INSTALL_BUBBLEWRAP}")
+    return path

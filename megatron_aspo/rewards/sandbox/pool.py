@@ -1,0 +1,84 @@
+"""Clean sandboxes that wait, so that a program need not wait for an interpreter to start."""
+
+import threading
+from collections import deque
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.sandbox.launcher import Launcher
+from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
+from megatron_aspo.rewards.sandbox.sandbox import Sandbox, SandboxError
+
+_TRIES = 3
+
+
+class SandboxPool:
+    """`options.pool` sandboxes that wait. `take` one for each program, and `kill` it afterwards. Threads may share the pool, but the kernel
+    kills a sandbox when the thread that started it ends.
+    """
+
+    def __init__(self, options: SandboxOptions, limits: Limits):
+        """Starts the sandboxes, and runs one to its end. Raises UserError, with the cure, for what this machine lacks."""
+        self._limits = limits
+        self._size = max(1, options.pool)
+        self._launcher = Launcher(options, limits)
+        self._waiting: deque[Sandbox] = deque()
+        self._lock = threading.Lock()
+        try:
+            check_modules(self.take(), options.modules)
+        except SandboxError as error:
+            self.close()
+            raise UserError(f"the code sandbox does not start here ({error}){_cure(error)}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self) -> Sandbox:
+        """Return a clean sandbox, and start another in its place. Raises SandboxError if none starts in three tries."""
+        with self._lock:
+            while len(self._waiting) < self._size:
+                self._waiting.append(Sandbox(self._launcher, self._limits))
+        for tries in range(1, _TRIES + 1):
+            with self._lock:
+                sandbox = self._waiting.popleft() if self._waiting else Sandbox(self._launcher, self._limits)
+            try:
+                sandbox.wait_until_ready()
+                break
+            except SandboxError:
+                sandbox.kill()
+                if tries == _TRIES:
+                    raise
+        with self._lock:
+            self._waiting.append(Sandbox(self._launcher, self._limits))
+        return sandbox
+
+    def close(self) -> None:
+        """Kill the sandboxes that wait. Idempotent."""
+        with self._lock:
+            while self._waiting:
+                self._waiting.popleft().kill()
+            self._launcher.close()
+
+
+def _cure(error: SandboxError) -> str:
+    if not str(error).startswith("bwrap:"):
+        return ""
+    return (
+        "; bubblewrap needs user namespaces, allow them: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
+        "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), --security-opt seccomp=unconfined (containers)"
+    )
+
+
+def check_modules(sandbox: Sandbox, modules: tuple[str, ...]) -> None:
+    """Import the promised modules in the sandbox, and throw it away. Raises UserError naming one that cannot be imported there."""
+    try:
+        for module in modules or ("sys",):
+            sandbox.load({"program": f"import {module}"})
+            outcome = sandbox.run("stdin", b"", 60.0)
+            if outcome.ended != "exit" or outcome.status != 0:
+                why = outcome.error.strip().splitlines()[-1:] or [outcome.ended]
+                raise UserError(
+                    f"the module {module} cannot be imported in the code sandbox ({why[0]}); add what it needs to modules, or raise "
+                    "memory_mb"
+                )
+    finally:
+        sandbox.kill()
