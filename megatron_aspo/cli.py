@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan RECIPE`, `check-loss LOSS`, `convert SOURCE TARGET`."""
+"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan`, `check-loss`, `grade` and `convert`."""
 
 import argparse
 import json
@@ -38,17 +38,31 @@ def main(arguments: list[str] | None = None) -> None:
     check = commands.add_parser("check-loss", help="try a policy loss of your own", description="Try a policy loss before a run does.")
     check.add_argument("loss", help="package.module:function, or the name of one of ours")
     check.add_argument("options", nargs="*", metavar="option=value", help="its options (algorithm.policy_loss_options in a recipe)")
+    _add_grade(commands)
     _add_convert(commands)
     parsed, rest = parser.parse_known_args(arguments)
     # Overrides may also stand behind an option.
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    command = {"train": _train, "plan": _plan, "check-loss": _check_loss, "convert": _convert}[parsed.command]
+    command = {"train": _train, "plan": _plan, "check-loss": _check_loss, "grade": _grade, "convert": _convert}[parsed.command]
     if rest:
         if not hasattr(parsed, "overrides"):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         parsed.overrides += rest
     sys.exit(_guarded(command, parsed))
+
+
+def _add_grade(commands) -> None:
+    grade = commands.add_parser(
+        "grade",
+        help="try a reward on responses from a file",
+        description="Score responses as a run would. Each line of the file is a JSON object with response, ground_truth, data_source and "
+        "optionally prompt and extra; each line printed one with score, verdict, reason and seconds, the last a summary.",
+    )
+    grade.add_argument("file", type=Path, metavar="FILE.jsonl", help="the responses")
+    grade.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
+    grade.add_argument("--recipe", type=Path, help="YAML recipe whose reward is tried")
+    grade.add_argument("--reward", default="", metavar="NAME", help="code, a task, or package.module:function")
 
 
 def _add_convert(commands) -> None:
@@ -82,6 +96,12 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return int(text)
+
+
+def _grade(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.rewards.grade import run_grade
+
+    run_grade(parsed)
 
 
 def _convert(parsed: argparse.Namespace) -> None:

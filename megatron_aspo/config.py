@@ -21,7 +21,14 @@ from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 
-_TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", dict: "a mapping of names to values"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping of names to values",
+    list: "a list of texts",
+}
 
 
 @dataclass(frozen=True)
@@ -348,7 +355,8 @@ def _build(kind: type, given: dict, prefix: str):
         if wanted is dict and type(value) is dict:
             _require(all(isinstance(name, str) for name in value), f"{prefix}{key}={value!r} has a name that is not text")
             value = {name: number_if_one(entry) for name, entry in value.items()}
-        if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
+        wrong_entries = type(value) is list and not all(isinstance(entry, str) for entry in value)
+        if type(value) is not wanted or wrong_entries or (wanted is float and not math.isfinite(value)):
             raise UserError(f"{prefix}{key}={value!r} is not {_TYPE_NAMES[wanted]}")
         values[key] = value
     return kind(**values)

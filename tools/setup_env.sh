@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes or repairs .venv, the CPU environment of tools/locks/cpu-py311.txt with this package installed in place.
+# Makes or repairs .venv, the CPU environment of tools/locks/cpu-py311.txt with this package installed in place. Installs bubblewrap, which
+# the code reward needs, where it may: as root on Debian or Ubuntu. Elsewhere it says how.
 # Returns at once when .venv is up to date. PYTHON=/path/to/python3.11 chooses the interpreter of a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,6 +9,7 @@ lock=tools/locks/cpu-py311.txt
 stamp=$venv/setup.stamp         # what the finished environment was made from; written last
 unfinished=$venv/setup.unfinished
 log=$venv/setup.log
+bubblewrap_log=${TMPDIR:-/tmp}/setup_env.bubblewrap.log
 torch_index=https://download.pytorch.org/whl/cpu
 
 fail() {
@@ -59,10 +61,27 @@ fail_with_log() {
     fail "$1; the whole output is in $log"
 }
 
-if is_current; then exit 0; fi
+# Not an error: all but the code reward works without it.
+need_bubblewrap() {
+    if [[ -n $(command -v bwrap) ]]; then return; fi
+    if ((EUID == 0)) && [[ -n $(command -v apt-get) ]]; then
+        echo "setup_env.sh: installing bubblewrap"
+        local install="apt-get install -y bubblewrap libseccomp2"
+        if { $install || { apt-get update && $install; }; } >"$bubblewrap_log" 2>&1; then return; fi
+        echo "setup_env.sh: bubblewrap could not be installed; the output is in $bubblewrap_log" >&2
+    fi
+    echo "setup_env.sh: the code reward needs bubblewrap 0.8 or newer and libseccomp 2: as root, apt install bubblewrap libseccomp2 (Debian," \
+        "Ubuntu) or dnf install bubblewrap libseccomp (Fedora, RHEL)" >&2
+}
+
+if is_current; then
+    need_bubblewrap
+    exit 0
+fi
 
 exec 9>.venv.lock
 flock 9 # a second set-up waits for the first
+need_bubblewrap
 if is_current; then exit 0; fi
 
 [[ $(uname -sm) == "Linux x86_64" ]] || fail "the locked environment is for Linux x86_64, this is $(uname -sm)"

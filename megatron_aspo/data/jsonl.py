@@ -23,6 +23,7 @@ from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.code.reward import CodeReward
 from megatron_aspo.rewards.result import Reward
 from megatron_aspo.rewards.user import load_reward
 
@@ -59,7 +60,7 @@ class JsonlTask:
     def build_reward(cls, options: DataOptions) -> Reward:
         """Raises UserError if `data.reward` is missing or cannot be loaded."""
         _require_reward(options)
-        return load_reward(options.reward)
+        return CodeReward(options.code) if options.reward == "code" else load_reward(options.reward)
 
     def prompt(self, index: int) -> Prompt:
         return self._training[shuffled_position(self._seed, index, len(self._training))]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_aspo.rewards.code.options import CodeOptions
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -11,7 +13,9 @@ class DataOptions:
     eval_path: str = ""
     """JSONL file of held-out prompts; needed by `task: jsonl` when `evaluation.draws` is above 0."""
     reward: str = ""
-    """`package.module:function` that scores a response; needed by `task: jsonl`."""
+    """What scores a response, needed by `task: jsonl`: `package.module:function`, or `code` for programs graded by tests."""
+    code: CodeOptions = field(default_factory=CodeOptions)
+    """Options of `reward: code`."""
     reward_workers: int = 1
     """Processes that score responses."""
     reward_timeout_s: float = 60.0

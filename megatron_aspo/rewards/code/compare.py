@@ -50,10 +50,11 @@ def value_matches(value: Any, expected: Any) -> bool:
         return type(value) in (int, float) and math.isclose(value, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     if isinstance(expected, list):
         return isinstance(value, list) and len(value) == len(expected) and all(map(value_matches, value, expected))
-    pairs = value.pairs if isinstance(value, _Object) else ()
-    if len(pairs) != len(expected) or not all(isinstance(key, str) for key, _ in pairs):
+    if not isinstance(value, _Object) or not all(isinstance(key, str) for key, _ in value.pairs):
         return False
-    return all(key in expected and value_matches(element, expected[key]) for key, element in pairs) and len(dict(pairs)) == len(expected)
+    if not len(dict(value.pairs)) == len(value.pairs) == len(expected):
+        return False
+    return all(key in expected and value_matches(element, expected[key]) for key, element in value.pairs)
 
 
 class _Object:

@@ -24,6 +24,7 @@ class Grader:
 
     def __init__(self, options: CodeOptions):
         """Raises UserError for options that cannot be, and for what this machine lacks."""
+        options.check()
         self._options = options
         self._pool = SandboxPool(options.sandbox, options.limits)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 
 
@@ -16,3 +17,15 @@ class CodeOptions:
     """Run at most this many tests of a problem, spread evenly over their order, always the same; 0: all."""
     max_program_kb: int = 256
     """A longer program, in KiB, fails unrun."""
+
+    def check(self, prefix: str = "code.") -> None:
+        """Raises UserError naming the first option that is out of its bounds."""
+        values = {f"limits.{name}": value for name, value in vars(self.limits).items()}
+        values |= {"total_s": self.total_s, "max_program_kb": self.max_program_kb, "sandbox.pool": self.sandbox.pool}
+        for name, value in values.items():
+            if value <= 0:
+                raise UserError(f"{prefix}{name}={value} must be above 0; raise it")
+        if self.max_tests < 0:
+            raise UserError(f"{prefix}max_tests={self.max_tests} must be 0, for all tests, or more; raise it")
+        if self.limits.wall_s < self.limits.cpu_s:
+            raise UserError(f"{prefix}limits.wall_s={self.limits.wall_s:g} is below cpu_s={self.limits.cpu_s:g}; raise it")

@@ -27,7 +27,7 @@ class Interpreter:
     """(path outside, path inside) of files and directories, all bound read-only."""
 
 
-def find_interpreter(modules: tuple[str, ...]) -> Interpreter:
+def find_interpreter(modules: list[str]) -> Interpreter:
     """The interpreter below this one's virtual environment. Raises UserError for a module that is not installed here."""
     executable = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}").resolve()
     if not executable.exists():

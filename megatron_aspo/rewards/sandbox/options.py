@@ -1,6 +1,6 @@
 """Options of the sandbox and limits of what runs in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -9,7 +9,7 @@ class SandboxOptions:
     """`bubblewrap`, or `none`: programs run as plain processes of the reward worker's user, who must then accept the risk below."""
     accept_risk: bool = False
     """Needed by `kind: none`: programs that a model wrote may then read, change and send away whatever the worker's user may."""
-    modules: tuple[str, ...] = ()
+    modules: list[str] = field(default_factory=list)
     """Packages that programs may import beside Python's own, such as `numpy`; each must be installed where the reward runs."""
     pool: int = 2
     """Clean sandboxes that wait, started before they are needed."""

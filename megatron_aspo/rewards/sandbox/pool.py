@@ -68,10 +68,10 @@ def _cure(error: SandboxError) -> str:
     )
 
 
-def check_modules(sandbox: Sandbox, modules: tuple[str, ...]) -> None:
+def check_modules(sandbox: Sandbox, modules: list[str]) -> None:
     """Import the promised modules in the sandbox, and throw it away. Raises UserError naming one that cannot be imported there."""
     try:
-        for module in modules or ("sys",):
+        for module in modules or ["sys"]:
             sandbox.load({"program": f"import {module}"})
             outcome = sandbox.run("stdin", b"", 60.0)
             if outcome.ended != "exit" or outcome.status != 0:

@@ -19,6 +19,8 @@ _START_S = 60.0
 """How long a sandbox may take to start: 0.03 s on an idle machine."""
 _WATCH_S = 0.1
 """How often memory is counted where no control group counts it."""
+_MAX_FILES = 100_000
+"""Files in /tmp where no control group counts the kernel's memory for them, about 1 KiB each."""
 _ERROR_BYTES = 4096
 _MAIN_STACK_BYTES = 100 << 20
 """Room for deep recursion through C code; the kernel keeps at least 128 MiB free below a main thread's stack."""
@@ -49,10 +51,13 @@ class Sandbox:
         """Return at once; `wait_until_ready` waits. Raises OSError if no process can be started."""
         self._limits = limits
         self._contained = launcher.contained
+        self.user = launcher.user
+        """The user id that its processes have on this machine; None for our own."""
         self._group = launcher.make_cgroup()
         self._control, theirs = socket.socketpair()
         self._info, info = os.pipe()
         self._first_process = -1
+        self._root = ""
         self._received = b""
         try:
             self._process = launcher.start(theirs.fileno(), info, self._group)
@@ -79,13 +84,25 @@ class Sandbox:
             error = self._process.stderr.read().decode(errors="replace").strip().splitlines()
             raise SandboxError(error[-1] if error else f"no answer within {_START_S:g} s")
         if self._contained:
+            number = json.loads(os.read(self._info, 4096))["child-pid"]
             # A handle, not a number that another process may have by the time it is used.
-            self._first_process = os.pidfd_open(json.loads(os.read(self._info, 4096))["child-pid"])
+            self._first_process = os.pidfd_open(number)
+            self._root = f"/proc/{number}/root"
 
     def load(self, sources: dict[str, str]) -> None:
         """Hand over the texts that its executions need: `program`, or `prompt`, `tests` and `entry_point`."""
+        limits = self._limits
+        values = {
+            "RLIMIT_AS": limits.memory_mb << 20,
+            "RLIMIT_FSIZE": limits.file_mb << 20,
+            "RLIMIT_NOFILE": 256,
+            "RLIMIT_CORE": 0,
+            "RLIMIT_STACK": _MAIN_STACK_BYTES,
+        }
+        if self._contained:  # outside, it would count all processes of the user
+            values["RLIMIT_NPROC"] = limits.processes + OWN_PROCESSES
         with contextlib.suppress(OSError):  # it has died: the execution will say so
-            self._control.sendall(json.dumps({"sources": sources}).encode() + b"\n")
+            self._control.sendall(json.dumps({"sources": sources, "limits": values}).encode() + b"\n")
 
     def begin(self, mode: str) -> "Execution":
         """Start an execution; `inside/agent.py` lists the modes."""
@@ -99,18 +116,7 @@ class Sandbox:
         return run_all([execution], execution, wall_s)
 
     def send_command(self, mode: str, descriptors: list[int]) -> None:
-        limits = self._limits
-        values = {
-            "RLIMIT_CPU": math.ceil(limits.cpu_s),
-            "RLIMIT_AS": limits.memory_mb << 20,
-            "RLIMIT_FSIZE": limits.file_mb << 20,
-            "RLIMIT_NOFILE": 256,
-            "RLIMIT_CORE": 0,
-            "RLIMIT_STACK": _MAIN_STACK_BYTES,
-        }
-        if self._contained:  # outside, it would count all processes of the user
-            values["RLIMIT_NPROC"] = limits.processes + OWN_PROCESSES
-        command = json.dumps({"mode": mode, "limits": values}).encode() + b"\n"
+        command = json.dumps({"mode": mode, "cpu_s": math.ceil(self._limits.cpu_s)}).encode() + b"\n"
         self._control.sendmsg([command], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
 
     def read_report(self) -> dict | None:
@@ -140,7 +146,13 @@ class Sandbox:
 
     def exceeds_memory(self) -> bool:
         """Whether the processes have more memory than they may; never where a control group keeps the limit."""
-        return self._group is None and resident_bytes(self._process.pid) > self._limits.memory_mb << 20
+        if self._group is not None:
+            return False
+        files = 0
+        with contextlib.suppress(OSError):
+            usage = os.statvfs(f"{self._root}/tmp")
+            files = usage.f_files - usage.f_ffree if self._contained else 0
+        return files > _MAX_FILES or resident_bytes(self._process.pid) > self._limits.memory_mb << 20
 
     def kill(self) -> None:
         """End every process of the sandbox and wait until the kernel has done so. Idempotent."""
@@ -179,6 +191,9 @@ class Execution:
         pipes = [os.pipe() for _ in range(3)]
         self._input, self._output, self._error = pipes[0][1], pipes[1][0], pipes[2][0]
         theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
+        if sandbox.user is not None:
+            for descriptor in theirs:  # so that the program may open /dev/stdin, which is this pipe
+                os.fchown(descriptor, sandbox.user, -1)
         try:
             sandbox.send_command(mode, theirs)
         except OSError:
@@ -232,7 +247,7 @@ class Execution:
         if ended == "exit":
             if self.sandbox.out_of_memory():
                 ended = "memory"
-            elif report["cpu_s"] > self.sandbox.limits.cpu_s:
+            elif report["status"] == -signal.SIGXCPU or report["cpu_s"] > self.sandbox.limits.cpu_s:
                 ended = "cpu"
             elif self.lost:
                 ended = "lost"

@@ -1,8 +1,9 @@
 """The process that waits in a sandbox and forks one child for each execution. Standard library only; the host's side is `sandbox.py`.
 
-The host sends lines of JSON over a socket, which is standard input at the start: first `{"sources": {…}}`, then for each execution
-`{"mode": …, "limits": {…}}` with three pipes attached, the child's standard streams. When the child has ended, everything that it left
-running is killed and `{"status": …, "cpu_s": …}` is sent back. Modes:
+The host sends lines of JSON over a socket, which is standard input at the start: first `{"sources": {…}, "limits": {…}}`, then for each
+execution `{"mode": …, "cpu_s": …}` with three pipes attached, the child's standard streams. When the child has ended, everything that it
+left running is killed and `{"status": …, "cpu_s": …}` is sent back. A program can take this process over and gains little by it: the limits
+of memory, processes and time on the clock hold here too, and no verdict is read from what is sent. Modes:
 
 - `stdin`: the program runs as `__main__` on its streams, in all respects a plain Python process.
 - `calls`: the program is a module whose functions the host calls, see `calls.py`.
@@ -48,6 +49,7 @@ def wait_for_program():
             if "sources" in command:
                 sources = command["sources"]
                 _import_ahead(sources)
+                _set_limits(command["limits"])
                 continue
             child = os.fork()
             if child == 0:
@@ -84,7 +86,14 @@ def _import_ahead(sources: dict) -> None:
         with open(PROGRAM, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(sources["program"])
     gc.collect()
-    gc.freeze()
+
+
+def _set_limits(limits: dict[str, int]) -> None:
+    for name, value in limits.items():
+        kind = getattr(resource, name)
+        _, hard = resource.getrlimit(kind)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
 
 
 def _wait(child: int) -> dict:
@@ -105,11 +114,8 @@ def _begin(command: dict, sources: dict, descriptors: list[int]):
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
     os.closerange(3, 3 + 64)
-    for name, value in command["limits"].items():
-        kind = getattr(resource, name)
-        _, hard = resource.getrlimit(kind)
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+    # First SIGXCPU, which says what happened; a second later SIGKILL, for a program that ignores it.
+    resource.setrlimit(resource.RLIMIT_CPU, (command["cpu_s"], command["cpu_s"] + 1))
     mode = command["mode"]
     if mode != "stdin":
         requests, results = os.dup(0), os.dup(1)

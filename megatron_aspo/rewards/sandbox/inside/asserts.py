@@ -154,7 +154,10 @@ class Proxy:
         return _ask(self, "__next__", True)
 
     def __len__(self) -> int:
-        return _ask(self, "__len__", True)
+        try:
+            return _ask(self, "__len__", True)
+        except AttributeError:  # list() asks for a length first, and goes on after a TypeError alone
+            raise TypeError("an object of the program has no len()") from None
 
     def __getitem__(self, key: object) -> object:
         return _ask(self, "__getitem__", True, (key,))

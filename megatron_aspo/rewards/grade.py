@@ -1,0 +1,124 @@
+"""megatron-aspo grade: the reward that a recipe would give, tried alone on responses from a file."""
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_aspo.config import load_config
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.records import Prompt
+from megatron_aspo.data.tasks import TASKS, build_reward
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.result import Reward, RewardResult
+from megatron_aspo.rewards.sandbox.sandbox import SandboxError
+
+CODE_SOURCES = ("code", "livecodebench", "humaneval")
+"""How the names of data sources begin whose ground truth is tests."""
+
+
+def run_grade(parsed: argparse.Namespace) -> None:
+    """Grade `parsed.file` and print one JSON object a line, the summary last. Raises UserError, with file and line for a faulty row."""
+    choose = choose_reward(parsed)
+    results, started = [], time.monotonic()
+    for where, row in read_responses(parsed.file):
+        reward = choose(row.data_source, where)
+        try:
+            begun = time.monotonic()
+            result = reward(row.prompt, row.response)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        except SandboxError as error:
+            raise UserError(f"{where}: no code sandbox starts ({error}); free memory or processes") from error
+        verdict = result.details.get("verdict", result.reason)
+        line = {"score": result.score, "verdict": verdict, "reason": result.reason, "seconds": round(time.monotonic() - begun, 3)}
+        print(json.dumps(line), flush=True)
+        results.append((result, verdict))
+    print(json.dumps({"summary": summarize(results, time.monotonic() - started)}), flush=True)
+
+
+def summarize(results: list[tuple[RewardResult, str]], seconds: float) -> dict[str, Any]:
+    """Count, mean score, number of each verdict, and time on the clock in seconds."""
+    mean = round(statistics.fmean(result.score for result, _ in results), 6) if results else None
+    verdicts = Counter(verdict for _, verdict in results)
+    return {"responses": len(results), "mean_score": mean, "verdicts": verdicts, "seconds": round(seconds, 3)}
+
+
+def choose_reward(parsed: argparse.Namespace) -> Callable[[str, str], Reward]:
+    """Returns (data_source, place in the file) → reward: the recipe's, that of --reward, or that of the row's data source."""
+    if parsed.recipe:
+        if parsed.reward:
+            raise UserError(f"--reward {parsed.reward} and --recipe {parsed.recipe} both name a reward; give one of the two")
+        config = load_config(parsed.recipe, parsed.overrides)
+        reward = build_reward(config.task, config.data)
+        return lambda data_source, where: reward
+    if parsed.overrides:
+        raise UserError(f"{parsed.overrides[0]} changes a recipe, and there is none; name it with --recipe")
+    if parsed.reward:
+        reward = _named(parsed.reward)
+        return lambda data_source, where: reward
+    made: dict[str, Reward] = {}
+
+    def of_source(data_source: str, where: str) -> Reward:
+        name = "code" if data_source.lower().startswith(CODE_SOURCES) else data_source
+        if name not in made:
+            if name != "code" and (name not in TASKS or name == "jsonl"):
+                raise UserError(f"{where}: data_source={data_source!r} names no reward; choose one with --reward or --recipe")
+            made[name] = _named(name)
+        return made[name]
+
+    return of_source
+
+
+def _named(name: str) -> Reward:
+    if name in TASKS and name != "jsonl":
+        return build_reward(name, DataOptions())
+    if name != "code" and ":" not in name:
+        raise UserError(f"--reward {name} is unknown; choose code, {', '.join(set(TASKS) - {'jsonl'})}, or package.module:function")
+    return build_reward("jsonl", DataOptions(reward=name))
+
+
+class Row:
+    """One line of the file."""
+
+    def __init__(self, fields: dict[str, Any], number: int):
+        """Raises ValueError naming the field that is missing or of the wrong type."""
+        for name, kinds in (("response", str), ("data_source", str), ("extra", dict), ("prompt", str | list)):
+            if name in fields and not isinstance(fields[name], kinds):
+                raise ValueError(f"{name} is a {type(fields[name]).__name__}, expected {'text' if kinds is str else name}")
+        for name in ("response", "ground_truth", "data_source"):
+            if name not in fields:
+                raise ValueError(f"the field {name} is missing; add it")
+        prompt = fields.get("prompt", "")
+        if isinstance(prompt, list):
+            prompt = prompt[-1].get("content", "") if prompt and isinstance(prompt[-1], dict) else ""
+        self.response: str = fields["response"]
+        self.data_source: str = fields["data_source"]
+        self.prompt = Prompt(str(number), (), prompt, fields["ground_truth"], self.data_source, fields.get("extra", {}), number)
+
+
+def read_responses(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (FILE:LINE, row) for each line that is not blank. Raises UserError for the first that is wrong."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not valid JSON ({error}); expected one JSON object on each line") from error
+            if not isinstance(fields, dict):
+                raise UserError(f"{where}: a JSON {type(fields).__name__}, expected an object with response, ground_truth and data_source")
+            try:
+                yield where, Row(fields, number)
+            except ValueError as error:
+                raise UserError(f"{where}: {error}") from error

@@ -1,0 +1,45 @@
+"""A grader for the tests of this folder. Without bubblewrap they are skipped, or errors where REQUIRE_SANDBOX is set, as .ci/run does."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.code.grader import Grader
+from megatron_aspo.rewards.code.options import CodeOptions
+from megatron_aspo.rewards.code.schemas import StdinTest
+from megatron_aspo.rewards.code.verdict import Verdict
+from megatron_aspo.rewards.sandbox.launcher import find_bubblewrap
+from megatron_aspo.rewards.sandbox.options import Limits
+
+
+@pytest.fixture(scope="session")
+def sandboxed() -> None:
+    """Skips the test where there is no bubblewrap."""
+    try:
+        find_bubblewrap()
+    except UserError as error:
+        if os.environ.get("REQUIRE_SANDBOX"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def grader(sandboxed) -> Iterator[Grader]:
+    with Grader(CodeOptions(limits=Limits(cpu_s=5, wall_s=20))) as grader:
+        yield grader
+
+
+@pytest.fixture(scope="module")
+def strict_grader(sandboxed) -> Iterator[Grader]:
+    """Limits that a hostile program reaches soon, and that a harmless one does not on a loaded machine."""
+    limits = Limits(cpu_s=1, wall_s=2.5, memory_mb=256, processes=16, file_mb=4, output_mb=1)
+    with Grader(CodeOptions(limits=limits)) as grader:
+        yield grader
+
+
+@pytest.fixture
+def run(grader) -> Callable[[str, str, str], Verdict]:
+    """Grade a program by one test: (program, input, expected output) → verdict."""
+    return lambda program, given, expected: grader.grade(program, [StdinTest(given, expected)])

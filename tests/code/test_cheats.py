@@ -1,0 +1,64 @@
+"""Programs that solve nothing fail, whatever they try."""
+
+import pytest
+
+from megatron_aspo.rewards.code.schemas import AssertTest, CallTest, StdinTest
+from tests.code.cheats import ASSERT_TESTS, ASSERTS, CALLS, OTHER_ASSERTS, SECRET, STDIN
+
+
+@pytest.mark.parametrize("name", STDIN)
+def test_it_cannot_print_what_it_does_not_know(grader, name):
+    tests = [StdinTest("", SECRET), StdinTest("", SECRET + "-later")]
+    verdict = grader.grade(STDIN[name], tests)
+    assert not verdict.passed and verdict.test == 0, verdict
+    assert SECRET not in verdict.reason
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_cannot_return_what_it_does_not_know(grader, name):
+    verdict = grader.grade(CALLS[name], [CallTest("f", [1], 42)])
+    assert not verdict.passed, verdict
+    assert "42" not in verdict.reason
+
+
+@pytest.mark.parametrize("name", ASSERTS)
+def test_it_cannot_pass_assertions(grader, name):
+    verdict = grader.grade(ASSERTS[name], [AssertTest(ASSERT_TESTS)])
+    assert not verdict.passed and verdict.kind != "unsupported test", verdict
+
+
+@pytest.mark.parametrize("name", OTHER_ASSERTS)
+def test_it_cannot_pass_other_assertions(grader, name):
+    program, tests = OTHER_ASSERTS[name]
+    verdict = grader.grade(program, [AssertTest(tests)])
+    assert not verdict.passed, verdict
+
+
+def test_a_solution_passes_the_same_tests(grader):
+    program = "def f(x):\n    return x + 41\n"
+    assert grader.grade(program, [CallTest("f", [1], 42)]).passed
+    assert grader.grade(program, [AssertTest(ASSERT_TESTS)]).passed
+    assert grader.grade(f"print('{SECRET}')", [StdinTest("", SECRET)]).passed
+
+
+def test_a_later_tests_input_is_not_there_while_an_earlier_one_runs(grader):
+    program = "import gc, os\nseen = ' '.join(repr(o)[:1000] for o in gc.get_objects()) + ' '.join(os.environ) + open(__file__).read()\n"
+    program += "print(input() if 'tupni-dnoces'[::-1] not in seen else 'seen')\n"
+    assert grader.grade(program, [StdinTest("first", "first"), StdinTest("second-input", "second-input")]).passed
+
+
+def test_a_process_left_by_an_earlier_test_does_not_see_the_next(grader):
+    program = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(5)
+    os._exit(0)
+processes = [pid for pid in os.listdir("/proc") if pid.isdigit()]
+print(input(), len(processes))
+sys.stdout.flush()
+os._exit(0)
+"""
+    # bubblewrap, the agent, the program and its child
+    verdict = grader.grade(program, [StdinTest(str(number), f"{number} 4") for number in range(3)])
+    assert verdict.passed and verdict.seconds < 5, verdict

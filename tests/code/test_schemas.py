@@ -1,0 +1,84 @@
+"""Tests of problems, read from the forms that data sets have."""
+
+import base64
+import json
+import pickle
+import zlib
+
+import pytest
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.code import schemas
+from megatron_aspo.rewards.code.schemas import AssertTest, CallTest, StdinTest, choose_tests, read_tests
+
+LCB = [
+    {"input": "1\n", "output": "2\n", "testtype": "stdin", "metadata": {}},
+    {"input": '[1, 2]\n"a"', "output": "true", "testtype": "functional", "metadata": {"func_name": "f"}},
+]
+LCB_TESTS = [StdinTest("1\n", "2\n"), CallTest("f", [[1, 2], "a"], True)]
+
+
+def packed(value):
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+@pytest.mark.parametrize(
+    ("truth", "tests"),
+    [
+        (LCB, LCB_TESTS),
+        (json.dumps(LCB), LCB_TESTS),
+        (packed(json.dumps(LCB)), LCB_TESTS),
+        ('{"inputs": ["1", ["a", "b"]], "outputs": ["2", "3"]}', [StdinTest("1", "2"), StdinTest("a\nb", "3")]),
+        ({"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}, [CallTest("add", [1, 2], 3)]),
+        ('{"functional": "assert f(1)"}', [AssertTest("assert f(1)")]),
+        (
+            {"test": "def check(c): ...", "entry_point": "f", "prompt": "def f(): ..."},
+            [AssertTest("def check(c): ...\ncheck(f)\n", "def f(): ...", "f")],
+        ),
+    ],
+)
+def test_each_form_is_read(truth, tests):
+    assert read_tests(truth) == tests
+
+
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [
+        (7, "no known form"),
+        ({}, "no known form"),
+        ([], "no tests"),
+        ({"inputs": [], "outputs": []}, "no tests"),
+        ({"inputs": ["1"], "outputs": []}, "same length"),
+        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}, "list of arguments"),
+        ("words", "neither JSON nor"),
+        (packed(["a list"]), "neither JSON nor"),
+        (packed(print), "neither JSON nor"),
+        ([{"input": 1, "output": "2"}], "test 0 of ground_truth has no texts"),
+        ([{"input": "1", "output": "2", "testtype": "other"}], "testtype='other'"),
+        ([{"input": "1", "output": "2", "testtype": "functional"}], "func_name"),
+        ([{"input": "x", "output": "2", "testtype": "functional", "metadata": {"func_name": "f"}}], "not one JSON value a line"),
+        ({"functional": 3}, "no text functional"),
+    ],
+)
+def test_what_is_wrong_is_named(truth, message):
+    with pytest.raises(UserError, match=message):
+        read_tests(truth)
+
+
+def test_packed_tests_run_no_code_and_have_a_limit(monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return exec, ("raise SystemExit('executed')",)
+
+    with pytest.raises(UserError, match="neither JSON nor"):
+        read_tests(packed(Evil()))
+    monkeypatch.setattr(schemas, "MAX_UNPACKED_BYTES", 1 << 20)
+    with pytest.raises(UserError, match="neither JSON nor"):
+        read_tests(packed("x" * (2 << 20)))
+
+
+def test_the_choice_of_tests_is_even_and_always_the_same():
+    assert choose_tests(5, 0) == choose_tests(5, 9) == [0, 1, 2, 3, 4]
+    assert choose_tests(10, 4) == [0, 3, 6, 9]
+    assert choose_tests(10, 1) == [0]
+    assert all(len(set(choose_tests(count, limit))) == limit for count in range(2, 40) for limit in range(1, count))
