@@ -10,8 +10,11 @@ from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.schemas import StdinTest
 from megatron_aspo.rewards.code.verdict import Verdict
+from megatron_aspo.rewards.sandbox import cgroup
 from megatron_aspo.rewards.sandbox.launcher import find_bubblewrap
 from megatron_aspo.rewards.sandbox.options import Limits
+
+STRICT = Limits(cpu_s=1, wall_s=1.5, memory_mb=256, processes=16, file_mb=4, output_mb=1)
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +36,18 @@ def grader(sandboxed) -> Iterator[Grader]:
 
 @pytest.fixture(scope="module")
 def strict_grader(sandboxed) -> Iterator[Grader]:
-    """Limits that a hostile program reaches soon, and that a harmless one does not on a loaded machine."""
-    limits = Limits(cpu_s=1, wall_s=2.5, memory_mb=256, processes=16, file_mb=4, output_mb=1)
-    with Grader(CodeOptions(limits=limits)) as grader:
+    """Limits that a hostile program reaches soon."""
+    with Grader(CodeOptions(limits=STRICT)) as grader:
         yield grader
+
+
+@pytest.fixture(scope="module")
+def groupless_grader(sandboxed) -> Iterator[Grader]:
+    """As `strict_grader`, on a machine where no control groups can be made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cgroup, "find_parents", lambda: [])
+        with Grader(CodeOptions(limits=STRICT)) as grader:
+            yield grader
 
 
 @pytest.fixture

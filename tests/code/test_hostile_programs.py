@@ -1,22 +1,22 @@
 """Hostile programs: contained, with the right verdict, the service goes on, and nothing is left behind."""
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_aspo.rewards.code.grader import Grader
-from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.schemas import AssertTest, CallTest, StdinTest
-from megatron_aspo.rewards.sandbox import cgroup
-from megatron_aspo.rewards.sandbox.options import Limits
 from tests.code.hostile_programs import CALLED, CONTAINED, STOPPED
 
 MARK = f"maspo-mark-{os.getpid()}"
-WAITING = 2
-"""Clean sandboxes that a grader keeps."""
+WAITING = 2 * 3
+"""Clean sandboxes that the graders of this file keep."""
+GROUPLESS = ["a fork bomb", "a thread bomb", "a memory bomb", "a memory bomb of many processes", "shared anonymous memory", "all inodes"]
 
 
 def traces() -> dict[str, object]:
@@ -35,52 +35,66 @@ def traces() -> dict[str, object]:
     }
 
 
-@pytest.fixture
-def nothing_left(strict_grader):
-    assert strict_grader.grade("print(1)", [StdinTest("", "1")]).passed
+@contextlib.contextmanager
+def nothing_left(grader: Grader) -> Iterator[None]:
+    """The service goes on after what is done inside, and nothing is left of it."""
+    assert grader.grade("print(1)", [StdinTest("", "1")]).passed
     before = traces()
-    yield
-    assert strict_grader.grade("print(1)", [StdinTest("", "1")]).passed, "the service goes on"
-    assert traces() == before
     assert before["processes"] and before["cgroups"] and not before["marked"]
+    yield
+    assert grader.grade("print(1)", [StdinTest("", "1")]).passed
+    assert traces() == before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def secret() -> Iterator[None]:
+    """A key in the worker's environment, from before the first sandbox starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SECRET_OF_THE_WORKER", "api-key")
+        yield
 
 
 @pytest.mark.parametrize("name", CONTAINED)
-def test_it_is_contained(strict_grader, nothing_left, monkeypatch, name):
-    monkeypatch.setenv("SECRET_OF_THE_WORKER", "api-key")
-    with socket.socket(socket.AF_UNIX) as listener:
+def test_it_is_contained(grader, name):
+    program = CONTAINED[name].replace("MARK", MARK)
+    with nothing_left(grader), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0{MARK}")  # the machine's abstract sockets belong to its network namespace
         listener.listen()
-        verdict = strict_grader.grade(CONTAINED[name].replace("MARK", MARK), [StdinTest("", "contained")])
-    if not verdict.passed:
-        probe = strict_grader._pool.take()
-        probe.load({"program": CONTAINED[name].replace("MARK", MARK)})
-        outcome = probe.run("stdin", b"", 5.0)
-        probe.kill()
-        pytest.fail(f"{verdict}: {outcome.output.decode()} {outcome.error}")
+        verdict = grader.grade(program, [StdinTest("", "contained")])
+        listener.close()
+    assert verdict.passed, f"{verdict}: {what_it_prints(grader, program)}"
+
+
+def what_it_prints(grader: Grader, program: str) -> str:
+    sandbox = grader._pool.take()
+    sandbox.load({"program": program})
+    outcome = sandbox.run("stdin", b"", 5.0)
+    sandbox.kill()
+    return f"{outcome.output.decode()} {outcome.error}"
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_it_is_stopped(strict_grader, nothing_left, name):
+def test_it_is_stopped(strict_grader, name):
+    check_that_it_is_stopped(strict_grader, name)
+
+
+@pytest.mark.parametrize("name", GROUPLESS)
+def test_it_is_stopped_where_there_are_no_control_groups(groupless_grader, name):
+    check_that_it_is_stopped(groupless_grader, name)
+
+
+def check_that_it_is_stopped(grader: Grader, name: str) -> None:
     program, kinds = STOPPED[name]
-    verdict = strict_grader.grade(program, [StdinTest("some input\n", "unreachable")])
+    with nothing_left(grader):
+        verdict = grader.grade(program, [StdinTest("some input\n", "unreachable")])
     assert verdict.kind in kinds and verdict.test == 0, verdict
     assert verdict.seconds < 8
 
 
-@pytest.mark.parametrize("name", ["a fork bomb", "a thread bomb", "a memory bomb", "a memory bomb of many processes", "shared anonymous memory", "all inodes"])
-def test_it_is_stopped_where_there_are_no_control_groups(sandboxed, monkeypatch, name):
-    monkeypatch.setattr(cgroup, "find_parents", lambda: [])
-    program, kinds = STOPPED[name]
-    with Grader(CodeOptions(limits=Limits(cpu_s=1, wall_s=2.5, memory_mb=256, processes=16))) as grader:
-        verdict = grader.grade(program, [StdinTest("", "unreachable")])
-        assert verdict.kind in kinds and verdict.seconds < 8, verdict
-        assert grader.grade("print(1)", [StdinTest("", "1")]).passed
-
-
 @pytest.mark.parametrize("name", CALLED)
-def test_its_result_does_no_harm(strict_grader, nothing_left, name):
+def test_its_result_does_no_harm(strict_grader, name):
     program, kinds = CALLED[name]
-    verdict = strict_grader.grade(program, [CallTest("f", [], [1])])
+    with nothing_left(strict_grader):
+        verdict = strict_grader.grade(program, [CallTest("f", [], [1])])
+        assert not strict_grader.grade(program, [AssertTest("assert f() == [1]\n")]).passed
     assert verdict.kind in kinds, verdict
-    assert not strict_grader.grade(program, [AssertTest("assert f() == [1]\n")]).passed

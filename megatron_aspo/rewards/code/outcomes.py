@@ -12,6 +12,8 @@ class Failure:
     kind: str
     """As `Verdict.kind`."""
     reason: str
+    lost: bool = False
+    """Its sandbox ended: by an act of the program, or of the machine, which a second try tells apart."""
 
 
 _LIMITS = {
@@ -19,7 +21,7 @@ _LIMITS = {
     "wall": Failure(kinds.TIME_LIMIT, "it took more time than it may"),
     "memory": Failure(kinds.MEMORY_LIMIT, "it took more memory than it may"),
     "output": Failure(kinds.OUTPUT_LIMIT, "it wrote more output than it may"),
-    "lost": Failure(kinds.RUNTIME_ERROR, "it ended its sandbox"),
+    "lost": Failure(kinds.RUNTIME_ERROR, "it ended its sandbox", lost=True),
 }
 
 

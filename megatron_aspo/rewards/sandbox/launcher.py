@@ -47,13 +47,13 @@ class Launcher:
         self.contained = options.kind == "bubblewrap"
         self._limits = limits
         self._modules = options.modules
+        self._bubblewrap = find_bubblewrap() if self.contained else ""
         self._interpreter = find_interpreter(options.modules)
         _compile_agent()
         self._staging: Staging | None = None
         self._filter = -1
         self._cgroup_parents: list[Path] = []
         if self.contained:
-            self._bubblewrap = find_bubblewrap()
             self._filter = syscalls.make_filter()
             if os.geteuid() == 0:
                 self._staging = Staging([outside for outside, _ in self._interpreter.files])
@@ -82,7 +82,15 @@ class Launcher:
         command += [self._interpreter.executable, *_PYTHON]
         descriptors = [info, seccomp, *(self._staging.descriptors if self._staging else ())]
         try:
-            return subprocess.Popen(command, stdin=control, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=descriptors)
+            return subprocess.Popen(
+                command,
+                stdin=control,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=descriptors,
+                # Not the worker's, which may hold keys: the sandbox's first process is bubblewrap, whose environment can be read inside.
+                env={"PATH": os.defpath},
+            )
         finally:
             os.close(seccomp)
 

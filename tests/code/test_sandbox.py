@@ -1,0 +1,166 @@
+"""The sandbox itself: options, what is refused, modules, no leaks."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.code.grader import Grader
+from megatron_aspo.rewards.code.options import CodeOptions
+from megatron_aspo.rewards.code.schemas import CallTest, StdinTest
+from megatron_aspo.rewards.sandbox import cgroup, launcher, syscalls
+from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
+from megatron_aspo.rewards.sandbox.pool import SandboxPool
+
+ONE = [StdinTest("", "1")]
+
+
+def refused(options: SandboxOptions) -> str:
+    with pytest.raises(UserError) as error:
+        SandboxPool(options, Limits())
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that every user can read; pytest's own are closed."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def test_no_sandbox_needs_the_risk_to_be_accepted():
+    assert "accept_risk: true" in refused(SandboxOptions(kind="none"))
+    assert "kind=docker is unknown" in refused(SandboxOptions(kind="docker"))
+
+
+def test_without_a_sandbox_programs_are_graded_and_killed_all_the_same():
+    options = CodeOptions(SandboxOptions(kind="none", accept_risk=True), Limits(cpu_s=1, wall_s=3))
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    with Grader(options) as grader:
+        assert grader.grade("print(1)", ONE).passed
+        assert grader.grade("while True:\n    pass\n", ONE).kind == "time limit"
+        assert grader.grade("def f(x):\n    return x\n", [CallTest("f", [1], 1)]).passed
+    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+
+
+def test_what_is_missing_is_named_with_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "apt install bubblewrap" in refused(SandboxOptions())
+    old = tmp_path / "bwrap"
+    old.write_text("#!/bin/sh\necho bubblewrap 0.4.1\n")
+    old.chmod(0o755)
+    assert "0.4.1" in refused(SandboxOptions())
+
+
+def test_a_missing_binding_is_named(monkeypatch, sandboxed):
+    monkeypatch.setitem(sys.modules, "pyseccomp", None)
+    syscalls.load_pyseccomp.cache_clear()
+    assert "pip install pyseccomp" in refused(SandboxOptions())
+
+
+def test_a_machine_without_user_namespaces_is_named(monkeypatch, sandboxed, open_directory):
+    fake = open_directory / "bwrap"
+    fake.write_text("#!/bin/sh\ncase $1 in --version) echo bubblewrap 0.8.0 ;; *) echo 'bwrap: No permissions to create new namespace' >&2; exit 1 ;; esac\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(launcher, "find_bubblewrap", lambda: str(fake))
+    message = refused(SandboxOptions())
+    assert "No permissions" in message and "kernel.unprivileged_userns_clone" in message
+
+
+def test_promised_modules_are_there_and_are_checked(sandboxed):
+    with Grader(CodeOptions(SandboxOptions(modules=["numpy"]))) as grader:
+        assert grader.grade("import numpy as np\nprint(np.arange(4).sum())\n", [StdinTest("", "6")]).passed
+        assert grader.grade("def f(x):\n    import numpy\n    return numpy.array(x) * 2\n", [CallTest("f", [[1, 2]], [2, 4])]).passed
+        assert grader.grade("import torch\n", ONE).reason.startswith("ModuleNotFoundError")
+    assert "nowhere_at_all" in refused(SandboxOptions(modules=["nowhere_at_all"]))
+    assert "pandas_like" in refused(SandboxOptions(modules=["numpy", "pandas_like"]))
+
+
+def test_a_module_that_cannot_be_imported_inside_is_refused(sandboxed, tmp_path, monkeypatch):
+    package = tmp_path / "needs_more"
+    package.mkdir()
+    (package / "__init__.py").write_text("import psutil\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "needs_more cannot be imported" in refused(SandboxOptions(modules=["needs_more"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"total_s": 0}, {"max_tests": -1}, {"max_program_kb": 0}, {"limits": Limits(cpu_s=9, wall_s=3)}, {"limits": Limits(memory_mb=0)}],
+)
+def test_options_out_of_bounds_are_refused(change):
+    with pytest.raises(UserError, match="raise it"):
+        Grader(dataclasses.replace(CodeOptions(), **change))
+
+
+def test_a_long_program_fails_unrun_and_all_tests_share_a_time(sandboxed):
+    with Grader(CodeOptions(limits=Limits(cpu_s=2, wall_s=5), total_s=2.0, max_program_kb=1)) as grader:
+        assert grader.grade("#" * 2000 + "\nprint(1)", ONE).tests_run == 0
+        verdict = grader.grade("import time\ntime.sleep(0.4)\nprint(1)\n", ONE * 50)
+        assert verdict.kind == "time limit" and 1 < verdict.tests_run < 8, verdict
+
+
+def test_a_sandbox_that_dies_while_it_waits_is_replaced(sandboxed):
+    with Grader(CodeOptions()) as grader:
+        for sandbox in grader._pool._waiting:
+            sandbox._process.kill()
+        assert grader.grade("print(1)", ONE).passed
+
+
+def test_hundreds_of_verdicts_leave_nothing(sandboxed):
+    process = psutil.Process()
+    with Grader(CodeOptions(SandboxOptions(pool=1))) as grader:
+        grader.grade("print(1)", ONE)
+        descriptors, memory = process.num_fds(), process.memory_info().rss
+        assert all(grader.grade("print(1)", ONE * 3).passed for _ in range(100))
+        assert process.num_fds() == descriptors
+        assert process.memory_info().rss - memory < 20 << 20
+    assert [child for child in process.children(recursive=True) if child.name() in ("bwrap", "sh", "nsenter")] == []
+
+
+def test_sandboxes_die_with_their_worker(sandboxed):
+    code = (
+        "import sys, time\nfrom megatron_aspo.rewards.code.grader import Grader\nfrom megatron_aspo.rewards.code.options import CodeOptions\n"
+        "from megatron_aspo.rewards.code.schemas import StdinTest\ngrader = Grader(CodeOptions())\nprint('ready', flush=True)\n"
+        "grader.grade('while True: pass', [StdinTest('', '')])\n"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert worker.stdout.readline() == b"ready\n"
+    time.sleep(0.5)
+    family = psutil.Process(worker.pid).children(recursive=True)
+    assert family
+    worker.kill()
+    worker.wait()
+    worker.stdout.close()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    if parents := cgroup.find_parents():  # the next worker removes what is left of control groups
+        assert not [path for parent in parents for path in parent.glob(f"megatron_aspo-{worker.pid}-*")]
+
+
+def test_control_groups_of_version_2_are_looked_for_in_ones_own_group_and_its_parent(tmp_path):
+    own = tmp_path / "cgroup"
+    own.write_text("0::/user.slice/app.slice/worker.scope\n")
+    root = Path("/sys/fs/cgroup")
+    group = root / "user.slice/app.slice/worker.scope"
+    assert cgroup._candidates(own, root) == [[group], [group.parent]]
+    own.write_text("4:memory:/a\n8:pids:/\n0::/\n")
+    assert cgroup._candidates(own, root)[0] == [root / "memory/a", root / "pids"]
+
+
+def test_the_user_id_is_not_roots(sandboxed):
+    with Grader(CodeOptions()) as grader:
+        sandbox = grader._pool.take()
+        processes = psutil.Process(sandbox._process.pid).children(recursive=True)
+        users = {process.uids().effective for process in processes}
+        sandbox.kill()
+    assert processes and 0 not in users and (os.geteuid() == 0 or users == {os.geteuid()})
