@@ -300,6 +300,50 @@ out = os.fdopen(os.dup(1), "w", buffering=1)
 for _ in range(int(input())):
     print(sum(map(int, input().split())), file=out)
 """,
+    "a destructor prints": """
+class Out(list):
+    def __del__(self):
+        print(*self, sep="\\n")
+out = Out(sum(map(int, input().split())) for _ in range(int(input())))
+""",
+    "a writer that nobody flushes": """
+out = open("/dev/stdout", "w")
+for _ in range(int(input())):
+    print(sum(map(int, input().split())), file=out)
+""",
+    "a writer that nobody flushes before exit": """
+import sys
+out = open(1, "w", closefd=False)
+for _ in range(int(input())):
+    print(sum(map(int, input().split())), file=out)
+sys.exit(0)
+""",
+    "standard output replaced at the end": """
+import io, sys
+for _ in range(int(input())):
+    print(sum(map(int, input().split())))
+sys.stdout = io.StringIO()
+""",
+    "standard output closed at the end": """
+import sys
+for _ in range(int(input())):
+    print(sum(map(int, input().split())))
+sys.stdout.close()
+""",
+    "fast output of its own": """
+import io, os, sys
+class FastIO(io.IOBase):
+    def __init__(self, fd):
+        self.fd, self.buffer = fd, io.BytesIO()
+    def write(self, text):
+        return self.buffer.write(text.encode())
+    def flush(self):
+        os.write(self.fd, self.buffer.getvalue())
+        self.buffer = io.BytesIO()
+sys.stdout = FastIO(1)
+for _ in range(int(input())):
+    print(sum(map(int, input().split())))
+""",
     "a signal handler of its own": """
 import signal
 signal.signal(signal.SIGALRM, lambda *a: None)

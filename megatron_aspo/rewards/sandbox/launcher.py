@@ -20,7 +20,8 @@ AGENT_MEMORY_BYTES = 64 << 20
 """Memory of a sandbox beside its program's: the waiting interpreter, and bubblewrap."""
 OWN_PROCESSES = 4
 """Processes of a sandbox beside its program's: bubblewrap twice, the agent, and the shell that enters the control group."""
-_PYTHON = ("-S", "-s", "-P", "-B", "-X", "utf8", "-c", "exec(__import__('agent').wait_for_program())")
+PYTHON_FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")
+_PROGRAM = ("-c", "__import__('agent').main()")
 _ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
@@ -79,7 +80,7 @@ class Launcher:
         seccomp = os.open(f"/proc/self/fd/{self._filter}", os.O_RDONLY)
         command = [*(group.prefix() if group else ()), *(self._staging.prefix() if self._staging else ()), self._bubblewrap]
         command += [*self._arguments(), "--seccomp", str(seccomp), "--info-fd", str(info), "--"]
-        command += [self._interpreter.executable, *_PYTHON]
+        command += [self._interpreter.executable, *PYTHON_FLAGS, *_PROGRAM]
         descriptors = [info, seccomp, *(self._staging.descriptors if self._staging else ())]
         try:
             return subprocess.Popen(
@@ -112,7 +113,7 @@ class Launcher:
         paths = [path for path in sys.path if path.endswith("site-packages")] if self._modules else []
         environment = _ENVIRONMENT | {"PYTHONPATH": str(AGENT), "SANDBOX_MODULES": ":".join(paths)}
         return subprocess.Popen(
-            [self._interpreter.executable, *_PYTHON],
+            [self._interpreter.executable, *PYTHON_FLAGS, *_PROGRAM],
             stdin=control,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

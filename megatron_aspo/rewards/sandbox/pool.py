@@ -34,22 +34,26 @@ class SandboxPool:
 
     def take(self) -> Sandbox:
         """Return a clean sandbox, and start another in its place. Raises SandboxError if none starts in three tries."""
-        with self._lock:
-            while len(self._waiting) < self._size:
-                self._waiting.append(Sandbox(self._launcher, self._limits))
         for tries in range(1, _TRIES + 1):
             with self._lock:
-                sandbox = self._waiting.popleft() if self._waiting else Sandbox(self._launcher, self._limits)
+                # One more than wait afterwards: the one to take.
+                while len(self._waiting) <= self._size:
+                    self._waiting.append(self._start())
+                sandbox = self._waiting.popleft()
             try:
                 sandbox.wait_until_ready()
-                break
+                return sandbox
             except SandboxError:
                 sandbox.kill()
                 if tries == _TRIES:
                     raise
-        with self._lock:
-            self._waiting.append(Sandbox(self._launcher, self._limits))
-        return sandbox
+        raise AssertionError("unreachable")
+
+    def _start(self) -> Sandbox:
+        try:
+            return Sandbox(self._launcher, self._limits)
+        except OSError as error:
+            raise SandboxError(f"no process or control group can be made: {error}") from error
 
     def close(self) -> None:
         """Kill the sandboxes that wait. Idempotent."""
