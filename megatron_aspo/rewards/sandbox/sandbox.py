@@ -83,6 +83,8 @@ class Sandbox:
             self._process.kill()
             error = self._process.stderr.read().decode(errors="replace").strip().splitlines()
             raise SandboxError(error[-1] if error else f"no answer within {_START_S:g} s")
+        if self._process.poll() is not None:
+            raise SandboxError("it ended while it waited")
         if self._contained:
             number = json.loads(os.read(self._info, 4096))["child-pid"]
             # A handle, not a number that another process may have by the time it is used.
