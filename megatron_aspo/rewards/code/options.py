@@ -17,6 +17,9 @@ class CodeOptions:
     """Run at most this many tests of a problem, spread evenly over their order, always the same; 0: all."""
     max_program_kb: int = 256
     """A longer program, in KiB, fails unrun."""
+    lcb_reference: str = ""
+    """Directory of a LiveCodeBench checkout whose own grader gives the verdicts, for comparison with published numbers. Not for training:
+    it calls many correct programs wrong, and cheats pass."""
 
     def check(self, prefix: str = "code.") -> None:
         """Raises UserError naming the first option that is out of its bounds."""

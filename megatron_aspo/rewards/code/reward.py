@@ -4,6 +4,7 @@ from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.code import verdict as kinds
 from megatron_aspo.rewards.code.extract import extract_code
 from megatron_aspo.rewards.code.grader import Grader
+from megatron_aspo.rewards.code.lcb_reference import ReferenceGrader
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.schemas import read_tests
 from megatron_aspo.rewards.code.verdict import Verdict
@@ -15,7 +16,7 @@ class CodeReward:
 
     def __init__(self, options: CodeOptions):
         """Raises UserError as `Grader` does."""
-        self._grader = Grader(options)
+        self._grader = ReferenceGrader(options) if options.lcb_reference else Grader(options)
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
         """Raises UserError for a ground truth that has no tests, and SandboxError if no sandbox starts."""

@@ -27,8 +27,11 @@ class Interpreter:
     """(path outside, path inside) of files and directories, all bound read-only."""
 
 
-def find_interpreter(modules: list[str]) -> Interpreter:
-    """The interpreter below this one's virtual environment. Raises UserError for a module that is not installed here."""
+def find_interpreter(modules: list[str], paths: list[str] | None = None) -> Interpreter:
+    """The interpreter below this one's virtual environment, with packages and further paths that programs may read.
+
+    Raises UserError for a module that is not installed here, and a path that does not exist or is not absolute.
+    """
     executable = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}").resolve()
     if not executable.exists():
         raise UserError(f"the code sandbox finds no interpreter at {executable}; install Python with its executable there")
@@ -40,6 +43,10 @@ def find_interpreter(modules: list[str]) -> Interpreter:
         for path in _package_paths(module):
             files.append((str(path), f"{MODULES_INSIDE}/{path.name}"))
             binaries += path.rglob("*.so*") if path.is_dir() else ()
+    for name in paths or ():
+        if not Path(name).is_absolute() or not Path(name).exists():
+            raise UserError(f"the sandbox's path {name} is not an existing absolute path; correct it")
+        files.append((name, name))
     return Interpreter(str(executable), (*files, *((path, path) for path in _shared_libraries(binaries))))
 
 

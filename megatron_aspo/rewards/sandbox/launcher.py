@@ -49,7 +49,7 @@ class Launcher:
         self._limits = limits
         self._modules = options.modules
         self._bubblewrap = find_bubblewrap() if self.contained else ""
-        self._interpreter = find_interpreter(options.modules)
+        self._interpreter = find_interpreter(options.modules, options.paths)
         _compile_agent()
         self._staging: Staging | None = None
         self._filter = -1
@@ -101,10 +101,11 @@ class Launcher:
         modules = MODULES_INSIDE if self._modules else ""
         for name, value in (_ENVIRONMENT | {"PYTHONPATH": AGENT_INSIDE, "SANDBOX_MODULES": modules}).items():
             arguments += ["--setenv", name, value]
-        for outside, inside in self._interpreter.files:
-            arguments += ["--ro-bind", self._staging.staged[outside] if self._staging else outside, inside]
         size = str(self._limits.file_mb << 20)
         arguments += ["--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp"]
+        # After /tmp: a path that programs may read may lie there.
+        for outside, inside in self._interpreter.files:
+            arguments += ["--ro-bind", self._staging.staged[outside] if self._staging else outside, inside]
         for path in ("/proc", "/dev", "/"):
             arguments += ["--remount-ro", path]
         return [*arguments, "--chdir", "/tmp"]

@@ -11,6 +11,8 @@ class SandboxOptions:
     """Needed by `kind: none`: programs that a model wrote may then read, change and send away whatever the worker's user may."""
     modules: list[str] = field(default_factory=list)
     """Packages that programs may import beside Python's own, such as `numpy`; each must be installed where the reward runs."""
+    paths: list[str] = field(default_factory=list)
+    """Files and directories of this machine that programs may read, at the same paths."""
     pool: int = 2
     """Clean sandboxes that wait, started before they are needed."""
 
