@@ -303,6 +303,16 @@ CALLED = {
         "    os._exit(0)\n",
         ("wrong answer", "runtime error"),
     ),
+    "replies without end": (
+        "import os\ndef f():\n    while True:\n        for fd in range(3, 10):\n            try:\n                os.write(fd, b'{\"value\": 0}\\n' * 5000)\n"
+        "            except OSError:\n                pass\n",
+        ("output limit", "time limit"),
+    ),
+    "a reply without end": (
+        "import os\ndef f():\n    while True:\n        for fd in range(3, 10):\n            try:\n                os.write(fd, b'[' * 60000)\n"
+        "            except OSError:\n                pass\n",
+        ("output limit", "time limit"),
+    ),
     "digits of its own": (
         "import os\ndef f():\n    for fd in range(3, 64):\n        try:\n            os.write(fd, b'{\"value\": ' + b'9' * 900_000 + b'}\\n')\n"
         "        except OSError:\n            pass\n    os._exit(0)\n",

@@ -19,6 +19,7 @@ from megatron_aspo.rewards.code.schemas import CallTest, StdinTest
 from megatron_aspo.rewards.sandbox import cgroup, launcher, syscalls
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
+from megatron_aspo.rewards.sandbox.sandbox import parse_report
 
 ONE = [StdinTest("", "1")]
 
@@ -145,6 +146,17 @@ def test_sandboxes_die_with_their_worker(sandboxed):
     assert psutil.wait_procs(family, timeout=10)[1] == []
     if parents := cgroup.find_parents():  # the next worker removes what is left of control groups
         assert not [path for parent in parents for path in parent.glob(f"megatron_aspo-{worker.pid}-*")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{", b"[" * 4000, b"1", b"null", b"{}", b'{"status": 0}', b'{"status": "0", "cpu_s": 0.1}', b'{"status": 0, "cpu_s": NaN}', b"\xff"]
+    + [b'{"status": -99, "cpu_s": 0.1}', b'{"status": 0, "cpu_s": true}', b'{"status": true, "cpu_s": 0.1}', b"9" * 4000],
+)
+def test_an_agent_that_was_taken_over_is_not_believed(line):
+    assert parse_report(b'{"status": -9, "cpu_s": 0.5}') == {"status": -9, "cpu_s": 0.5}
+    with pytest.raises(EOFError):
+        parse_report(line)
 
 
 def test_control_groups_of_version_2_are_looked_for_in_ones_own_group_and_its_parent(tmp_path):

@@ -9,8 +9,9 @@ import json
 from megatron_aspo.rewards.code import verdict as kinds
 from megatron_aspo.rewards.code.outcomes import Failure, failure_of
 from megatron_aspo.rewards.code.schemas import AssertTest
+from megatron_aspo.rewards.sandbox.execution import Execution, run_all
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
-from megatron_aspo.rewards.sandbox.sandbox import Execution, Sandbox, run_all
+from megatron_aspo.rewards.sandbox.sandbox import Sandbox
 
 _KINDS = {"failed": kinds.WRONG_ANSWER, "error": kinds.RUNTIME_ERROR, "unsupported": kinds.UNSUPPORTED}
 
@@ -38,6 +39,7 @@ class Relay:
         self._tests, self._called = tests, called
         self.verdict: bytes | None = None
         self.program_failure: Failure | None = None
+        self._unanswered = 0
 
     def __call__(self) -> bool:
         """Returns true when there is a verdict, or the program's process has ended."""
@@ -46,7 +48,12 @@ class Relay:
                 self.verdict = line
                 return True
             self._called.send(line)
+            self._unanswered += 1
         for line in _take_lines(self._called.output):
+            self._unanswered -= 1
+            if self._unanswered < 0:
+                self.program_failure = Failure(kinds.RUNTIME_ERROR, "it wrote to the pipe of its results itself")
+                return True
             self._tests.send(line)
         if self._called.ended:
             ended = Failure(kinds.RUNTIME_ERROR, "it ended its process while it was tested")

@@ -4,7 +4,7 @@ import signal
 from dataclasses import dataclass
 
 from megatron_aspo.rewards.code import verdict as kinds
-from megatron_aspo.rewards.sandbox.sandbox import Outcome
+from megatron_aspo.rewards.sandbox.execution import Outcome
 
 
 @dataclass(frozen=True)

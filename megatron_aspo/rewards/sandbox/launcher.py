@@ -72,10 +72,13 @@ class Launcher:
         limits = self._limits
         return cgroup.Cgroup(self._cgroup_parents, (limits.memory_mb << 20) + AGENT_MEMORY_BYTES, limits.processes + OWN_PROCESSES)
 
-    def start(self, control: int, info: int, group: cgroup.Cgroup | None) -> subprocess.Popen:
-        """Start a sandbox whose agent has the socket `control` as its standard input; bubblewrap writes to the pipe `info`."""
+    def start(self, control: int, info: int, group: cgroup.Cgroup | None, directory: str) -> subprocess.Popen:
+        """Start a sandbox whose agent has the socket `control` as its standard input; bubblewrap writes to the pipe `info`.
+
+        directory: the working directory where there is no sandbox.
+        """
         if not self.contained:
-            return self._start_uncontained(control)
+            return self._start_uncontained(control, directory)
         # A descriptor with an offset of its own: bubblewrap reads the filter to its end.
         seccomp = os.open(f"/proc/self/fd/{self._filter}", os.O_RDONLY)
         command = [*(group.prefix() if group else ()), *(self._staging.prefix() if self._staging else ()), self._bubblewrap]
@@ -110,16 +113,17 @@ class Launcher:
             arguments += ["--remount-ro", path]
         return [*arguments, "--chdir", "/tmp"]
 
-    def _start_uncontained(self, control: int) -> subprocess.Popen:
+    def _start_uncontained(self, control: int, directory: str) -> subprocess.Popen:
         paths = [path for path in sys.path if path.endswith("site-packages")] if self._modules else []
-        environment = _ENVIRONMENT | {"PYTHONPATH": str(AGENT), "SANDBOX_MODULES": ":".join(paths)}
+        environment = _ENVIRONMENT | {"HOME": directory, "TMPDIR": directory}
+        environment |= {"PYTHONPATH": str(AGENT), "SANDBOX_MODULES": ":".join(paths)}
         return subprocess.Popen(
             [self._interpreter.executable, *PYTHON_FLAGS, *_PROGRAM],
             stdin=control,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=environment,
-            cwd="/tmp",
+            cwd=directory,
             start_new_session=True,
         )
 

@@ -5,43 +5,26 @@ import contextlib
 import json
 import math
 import os
-import select
+import shutil
 import signal
 import socket
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
 
+from megatron_aspo.rewards.sandbox.execution import Execution, Outcome, run_all
 from megatron_aspo.rewards.sandbox.launcher import OWN_PROCESSES, Launcher
 from megatron_aspo.rewards.sandbox.options import Limits
 
 _START_S = 60.0
 """How long a sandbox may take to start: 0.03 s on an idle machine."""
-_WATCH_S = 0.1
-"""How often memory is counted where no control group counts it."""
+_REPORT_BYTES = 4096
 _MAX_FILES = 100_000
 """Files in /tmp where no control group counts the kernel's memory for them, about 1 KiB each."""
-_ERROR_BYTES = 4096
 _MAIN_STACK_BYTES = 100 << 20
 """Room for deep recursion through C code; the kernel keeps at least 128 MiB free below a main thread's stack."""
 
 
 class SandboxError(Exception):
     """A sandbox that did not start or was lost through no act of a program: worth a second try."""
-
-
-@dataclass
-class Outcome:
-    """How an execution ended."""
-
-    ended: str
-    """`exit`; `cpu`, `wall`, `memory` or `output` for the limit that ended it; `lost` if the program ended the sandbox."""
-    status: int | None
-    """Exit status, minus the signal's number if a signal killed it; None if it had to be stopped with its sandbox."""
-    output: bytes
-    error: str
-    """The end of its standard error, at most 4 KiB."""
-    cpu_s: float
 
 
 class Sandbox:
@@ -58,14 +41,14 @@ class Sandbox:
         self._info, info = os.pipe()
         self._first_process = -1
         self._root = ""
+        self._directory = "" if self._contained else tempfile.mkdtemp(prefix="megatron_aspo-")
         self._received = b""
         try:
-            self._process = launcher.start(theirs.fileno(), info, self._group)
+            self._process = launcher.start(theirs.fileno(), info, self._group, self._directory)
         except BaseException:
             self._control.close()
             os.close(self._info)
-            if self._group:
-                self._group.remove()
+            self._remove_traces()
             raise
         finally:
             theirs.close()
@@ -106,7 +89,7 @@ class Sandbox:
         with contextlib.suppress(OSError):  # it has died: the execution will say so
             self._control.sendall(json.dumps({"sources": sources, "limits": values}).encode() + b"\n")
 
-    def begin(self, mode: str) -> "Execution":
+    def begin(self, mode: str) -> Execution:
         """Start an execution; `inside/agent.py` lists the modes."""
         return Execution(self, mode)
 
@@ -122,19 +105,22 @@ class Sandbox:
         self._control.sendmsg([command], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
 
     def read_report(self) -> dict | None:
-        """Return what the agent says of the execution that has ended; None if there is nothing whole yet. Raises EOFError if it is dead."""
+        """Return what the agent says of the execution that has ended; None if there is nothing whole yet.
+
+        Raises EOFError if the agent is dead or taken over: it sends one short line, and nothing else.
+        """
         try:
-            data = self._control.recv(4096)
+            data = self._control.recv(_REPORT_BYTES)
         except OSError:
             data = b""
-        if not data:
-            raise EOFError
         self._received += data
-        line, newline, rest = self._received.partition(b"\n")
+        if not data or len(self._received) > _REPORT_BYTES:
+            raise EOFError
+        line, newline, self._received = self._received.partition(b"\n")
         if not newline:
+            self._received = line
             return None
-        self._received = rest
-        return json.loads(line)
+        return parse_report(line)
 
     def fileno(self) -> int:
         return self._control.fileno()
@@ -175,153 +161,25 @@ class Sandbox:
         self._control.close()
         os.close(self._info)
         self._info = -1
+        self._remove_traces()
+
+    def _remove_traces(self) -> None:
         if self._group:
             self._group.remove()
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
-class Execution:
-    """One running process of a sandbox, with its three pipes, read and written without blocking."""
-
-    def __init__(self, sandbox: Sandbox, mode: str):
-        self.sandbox = sandbox
-        self.output = bytearray()
-        self.error = bytearray()
-        self.report: dict | None = None
-        self.lost = False
-        self._pending = memoryview(b"")
-        self._ends_input = False
-        pipes = [os.pipe() for _ in range(3)]
-        self._input, self._output, self._error = pipes[0][1], pipes[1][0], pipes[2][0]
-        theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
-        if sandbox.user is not None:
-            for descriptor in theirs:  # so that the program may open /dev/stdin, which is this pipe
-                os.fchown(descriptor, sandbox.user, -1)
-        try:
-            sandbox.send_command(mode, theirs)
-        except OSError:
-            self.lost = True
-        for descriptor in theirs:
-            os.close(descriptor)
-        for descriptor in (self._input, self._output, self._error):
-            os.set_blocking(descriptor, False)
-
-    @property
-    def ended(self) -> bool:
-        return self.lost or (self.report is not None and self._output < 0)
-
-    def send(self, data: bytes) -> None:
-        """Add to what is to be written to the process."""
-        self._pending = memoryview(bytes(self._pending) + data)
-
-    def end_input(self) -> None:
-        """Close its input once everything is written."""
-        self._ends_input = True
-
-    def interests(self) -> dict[int, int]:
-        """Descriptors to poll, and for what."""
-        wanted = {descriptor: select.POLLIN for descriptor in (self._output, self._error) if descriptor >= 0}
-        if self.report is None and not self.lost:
-            wanted[self.sandbox.fileno()] = select.POLLIN
-        if self._input >= 0 and self._pending:
-            wanted[self._input] = select.POLLOUT
-        return wanted
-
-    def advance(self, ready: set[int]) -> None:
-        """Read and write what can be without waiting."""
-        if self._input >= 0 and (self._input in ready or not self._pending):
-            self._write()
-        if self._output in ready:
-            self._output = self._read(self._output, self.output)
-        if self._error in ready:
-            self._error = self._read(self._error, self.error)
-            del self.error[:-_ERROR_BYTES]
-        if self.report is None and self.sandbox.fileno() in ready:
-            try:
-                self.report = self.sandbox.read_report()
-            except EOFError:
-                self.lost = True
-
-    def outcome(self, ended: str = "exit") -> Outcome:
-        """How it ended; of an `exit`, say which limit was exceeded where the kernel kept it."""
-        report = self.report or {"status": None, "cpu_s": 0.0}
-        if self._error in self.interests():
-            self._error = self._read(self._error, self.error)
-        if ended == "exit":
-            if self.sandbox.out_of_memory():
-                ended = "memory"
-            elif report["status"] == -signal.SIGXCPU or report["cpu_s"] > self.sandbox.limits.cpu_s:
-                ended = "cpu"
-            elif self.lost:
-                ended = "lost"
-        error = self.error[-_ERROR_BYTES:].decode(errors="replace")
-        return Outcome(ended, report["status"], bytes(self.output), error, report["cpu_s"])
-
-    def close(self) -> None:
-        for descriptor in (self._input, self._output, self._error):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._input = self._output = self._error = -1
-
-    def _write(self) -> None:
-        try:
-            while self._pending:
-                self._pending = self._pending[os.write(self._input, self._pending) :]
-        except BlockingIOError:
-            return
-        except BrokenPipeError:  # the program does not read its input: its own affair
-            self._pending = memoryview(b"")
-        if self._ends_input:
-            os.close(self._input)
-            self._input = -1
-
-    @staticmethod
-    def _read(descriptor: int, buffer: bytearray) -> int:
-        """Read once; returns the descriptor, or −1 once it is at its end and closed."""
-        try:
-            data = os.read(descriptor, 1 << 16)
-        except BlockingIOError:
-            return descriptor
-        if not data:
-            os.close(descriptor)
-            return -1
-        buffer += data
-        return descriptor
-
-
-def run_all(executions: list[Execution], last: Execution, wall_s: float, react: Callable[[], bool] = lambda: False) -> Outcome:
-    """Run executions side by side until `last` has ended, one exceeds a limit, or `react` returns true. Returns the outcome of `last`.
-
-    `react` is called after each piece of input or output; it may move data from one to another.
-    """
-    deadline = time.monotonic() + wall_s
-    watch_at = time.monotonic() + _WATCH_S
-    ended = ""
-    while not ended:
-        poll, owners = select.poll(), {}
-        for execution in executions:
-            for descriptor, events in execution.interests().items():
-                poll.register(descriptor, events)
-                owners[descriptor] = execution
-        now = time.monotonic()
-        ready = {descriptor for descriptor, _ in poll.poll(max(0.0, min(deadline, watch_at) - now) * 1000)}
-        for execution in executions:
-            execution.advance(ready)
-        if react():
-            ended = "stopped"
-        elif any(len(execution.output) > execution.sandbox.limits.output_mb << 20 for execution in executions):
-            ended = "output"
-        elif last.ended:
-            ended = "exit"
-        elif time.monotonic() > deadline:
-            ended = "wall"
-        elif time.monotonic() > watch_at:
-            watch_at = time.monotonic() + _WATCH_S
-            if any(execution.sandbox.exceeds_memory() for execution in executions):
-                ended = "memory"
-    outcome = last.outcome(ended)
-    for execution in executions:
-        execution.close()
-    return outcome
+def parse_report(line: bytes) -> dict:
+    """Return `{"status": …, "cpu_s": …}`. Raises EOFError for anything else: a program may have taken the agent over."""
+    try:
+        report = json.loads(line)
+        status, cpu_s = report["status"], report["cpu_s"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise EOFError from error
+    if type(status) is int and -64 <= status <= 255 and type(cpu_s) is float and 0 <= cpu_s < math.inf:
+        return {"status": status, "cpu_s": cpu_s}
+    raise EOFError
 
 
 def resident_bytes(root: int) -> int:

@@ -23,7 +23,7 @@ import resource
 import signal
 import sys
 
-PROGRAM = "/tmp/program.py"
+PROGRAM = os.environ["TMPDIR"] + "/program.py"
 DESCRIPTOR_BYTES = 4
 IMPORTED_AHEAD = (
     *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq", "io", "itertools"),

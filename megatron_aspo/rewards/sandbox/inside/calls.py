@@ -27,7 +27,7 @@ def serve(source: str, requests: Iterable[bytes], results: int) -> None:
 
 def _load(source: str) -> ModuleType:
     module = ModuleType("solution")
-    module.__file__ = "/tmp/program.py"
+    module.__file__ = sys.argv[0]
     sys.modules["solution"] = module
     code = compile(source, module.__file__, "exec", dont_inherit=True)
     add_missing_names(module.__dict__, code)
