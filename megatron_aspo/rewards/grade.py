@@ -5,7 +5,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.tasks import TASKS, build_reward
 from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.code.reward import CodeReward
 from megatron_aspo.rewards.result import Reward, RewardResult
 from megatron_aspo.rewards.sandbox.sandbox import SandboxError
 
@@ -23,21 +24,21 @@ CODE_SOURCES = ("code", "livecodebench", "humaneval")
 
 def run_grade(parsed: argparse.Namespace) -> None:
     """Grade `parsed.file` and print one JSON object a line, the summary last. Raises UserError, with file and line for a faulty row."""
-    choose = choose_reward(parsed)
     results, started = [], time.monotonic()
-    for where, row in read_responses(parsed.file):
-        reward = choose(row.data_source, where)
-        try:
-            begun = time.monotonic()
-            result = reward(row.prompt, row.response)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        except SandboxError as error:
-            raise UserError(f"{where}: no code sandbox starts ({error}); free memory or processes") from error
-        verdict = result.details.get("verdict", result.reason)
-        line = {"score": result.score, "verdict": verdict, "reason": result.reason, "seconds": round(time.monotonic() - begun, 3)}
-        print(json.dumps(line), flush=True)
-        results.append((result, verdict))
+    with Rewards(parsed) as rewards:
+        for where, row in read_responses(parsed.file):
+            reward = rewards.of(row.data_source, where)
+            try:
+                begun = time.monotonic()
+                result = reward(row.prompt, row.response)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            except SandboxError as error:
+                raise UserError(f"{where}: no code sandbox starts ({error}); free memory or processes") from error
+            verdict = result.details.get("verdict", result.reason)
+            line = {"score": result.score, "verdict": verdict, "reason": result.reason, "seconds": round(time.monotonic() - begun, 3)}
+            print(json.dumps(line), flush=True)
+            results.append((result, verdict))
     print(json.dumps({"summary": summarize(results, time.monotonic() - started)}), flush=True)
 
 
@@ -48,30 +49,41 @@ def summarize(results: list[tuple[RewardResult, str]], seconds: float) -> dict[s
     return {"responses": len(results), "mean_score": mean, "verdicts": verdicts, "seconds": round(seconds, 3)}
 
 
-def choose_reward(parsed: argparse.Namespace) -> Callable[[str, str], Reward]:
-    """Returns (data_source, place in the file) → reward: the recipe's, that of --reward, or that of the row's data source."""
-    if parsed.recipe:
-        if parsed.reward:
-            raise UserError(f"--reward {parsed.reward} and --recipe {parsed.recipe} both name a reward; give one of the two")
-        config = load_config(parsed.recipe, parsed.overrides)
-        reward = build_reward(config.task, config.data)
-        return lambda data_source, where: reward
-    if parsed.overrides:
-        raise UserError(f"{parsed.overrides[0]} changes a recipe, and there is none; name it with --recipe")
-    if parsed.reward:
-        reward = _named(parsed.reward)
-        return lambda data_source, where: reward
-    made: dict[str, Reward] = {}
+class Rewards:
+    """The reward of each row: the recipe's, that of --reward, or that of the row's data source. A context manager: it closes them."""
 
-    def of_source(data_source: str, where: str) -> Reward:
+    def __init__(self, parsed: argparse.Namespace):
+        """Raises UserError for options that name no reward, or two."""
+        self._only: Reward | None = None
+        self._by_name: dict[str, Reward] = {}
+        if parsed.recipe and parsed.reward:
+            raise UserError(f"--reward {parsed.reward} and --recipe {parsed.recipe} both name a reward; give one of the two")
+        if parsed.overrides and not parsed.recipe:
+            raise UserError(f"{parsed.overrides[0]} changes a recipe, and there is none; name it with --recipe")
+        if parsed.recipe:
+            config = load_config(parsed.recipe, parsed.overrides)
+            self._only = build_reward(config.task, config.data)
+        elif parsed.reward:
+            self._only = _named(parsed.reward)
+
+    def of(self, data_source: str, where: str) -> Reward:
+        """Raises UserError, with the place in the file, for a data source that has no reward."""
+        if self._only:
+            return self._only
         name = "code" if data_source.lower().startswith(CODE_SOURCES) else data_source
-        if name not in made:
+        if name not in self._by_name:
             if name != "code" and (name not in TASKS or name == "jsonl"):
                 raise UserError(f"{where}: data_source={data_source!r} names no reward; choose one with --reward or --recipe")
-            made[name] = _named(name)
-        return made[name]
+            self._by_name[name] = _named(name)
+        return self._by_name[name]
 
-    return of_source
+    def __enter__(self) -> "Rewards":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for reward in (self._only, *self._by_name.values()):
+            if isinstance(reward, CodeReward):
+                reward.close()
 
 
 def _named(name: str) -> Reward:
@@ -96,9 +108,10 @@ class Row:
         prompt = fields.get("prompt", "")
         if isinstance(prompt, list):
             prompt = prompt[-1].get("content", "") if prompt and isinstance(prompt[-1], dict) else ""
+        extra = {"data_source": fields["data_source"]} | fields.get("extra", {})  # as a row of a run has it
         self.response: str = fields["response"]
         self.data_source: str = fields["data_source"]
-        self.prompt = Prompt(str(number), (), prompt, fields["ground_truth"], self.data_source, fields.get("extra", {}), number)
+        self.prompt = Prompt(str(number), (), prompt, fields["ground_truth"], self.data_source, extra, number)
 
 
 def read_responses(path: Path) -> Iterator[tuple[str, Row]]:

@@ -150,8 +150,8 @@ def test_sandboxes_die_with_their_worker(sandboxed):
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[" * 4000, b"1", b"null", b"{}", b'{"status": 0}', b'{"status": "0", "cpu_s": 0.1}', b'{"status": 0, "cpu_s": NaN}', b"\xff"]
-    + [b'{"status": -99, "cpu_s": 0.1}', b'{"status": 0, "cpu_s": true}', b'{"status": true, "cpu_s": 0.1}', b"9" * 4000],
+    [b"", b"{", b"[" * 4000, b"1", b"null", b"{}", b'{"status": 0}', b'{"status": "0", "cpu_s": 0.1}', b'{"status": 0, "cpu_s": NaN}', b"\xff",
+     b'{"status": -99, "cpu_s": 0.1}', b'{"status": 0, "cpu_s": true}', b'{"status": true, "cpu_s": 0.1}', b"9" * 4000],
 )
 def test_an_agent_that_was_taken_over_is_not_believed(line):
     assert parse_report(b'{"status": -9, "cpu_s": 0.5}') == {"status": -9, "cpu_s": 0.5}

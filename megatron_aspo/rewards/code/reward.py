@@ -1,5 +1,7 @@
 """The reward of programming tasks: 1.0 if the program in the response passes all tests of its row, else 0.0."""
 
+import weakref
+
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.code import verdict as kinds
 from megatron_aspo.rewards.code.extract import extract_code
@@ -12,11 +14,15 @@ from megatron_aspo.rewards.result import RewardResult
 
 
 class CodeReward:
-    """A `Reward` that owns a grader: make one per process, call it for one response at a time, and `close` it."""
+    """A `Reward` that owns a grader: make one per process, and call it for one response at a time.
+
+    `close` it; else its waiting sandboxes end with it, or with the process.
+    """
 
     def __init__(self, options: CodeOptions):
         """Raises UserError as `Grader` does."""
         self._grader = ReferenceGrader(options) if options.lcb_reference else Grader(options)
+        self._finalizer = weakref.finalize(self, self._grader.close)
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
         """Raises UserError for a ground truth that has no tests, and SandboxError if no sandbox starts."""
@@ -27,4 +33,5 @@ class CodeReward:
         return RewardResult(float(verdict.passed), verdict.reason, details)
 
     def close(self) -> None:
-        self._grader.close()
+        """Kill the waiting sandboxes. Idempotent."""
+        self._finalizer()

@@ -128,10 +128,12 @@ class Launcher:
         )
 
     def close(self) -> None:
+        """No sandbox can be started any more. Idempotent."""
         if self._filter >= 0:
             os.close(self._filter)
         if self._staging:
             self._staging.close()
+        self._filter, self._staging = -1, None
 
 
 def _compile_agent() -> None:
