@@ -19,7 +19,7 @@ from megatron_aspo.rewards.code.schemas import CallTest, StdinTest
 from megatron_aspo.rewards.sandbox import cgroup, launcher, syscalls
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
-from megatron_aspo.rewards.sandbox.sandbox import parse_report
+from megatron_aspo.rewards.sandbox.sandbox import Sandbox, parse_report
 
 ONE = [StdinTest("", "1")]
 
@@ -127,6 +127,18 @@ def test_hundreds_of_verdicts_leave_nothing(sandboxed):
         assert process.num_fds() == descriptors
         assert process.memory_info().rss - memory < 20 << 20
     assert [child for child in process.children(recursive=True) if child.name() in ("bwrap", "sh", "nsenter")] == []
+
+
+def test_a_sandbox_that_is_killed_while_it_starts_leaves_nothing(sandboxed):
+    started = time.time()
+    made = launcher.Launcher(SandboxOptions(), Limits())
+    for number in range(60):
+        sandbox = Sandbox(made, Limits())
+        time.sleep(number * 0.0005)
+        sandbox.kill()
+    made.close()
+    left = [process for process in psutil.process_iter(["name", "create_time", "ppid"]) if process.info["name"] == "bwrap"]
+    assert [process for process in left if process.info["ppid"] == 1 and process.info["create_time"] >= started - 1] == []
 
 
 def test_sandboxes_die_with_their_worker(sandboxed):

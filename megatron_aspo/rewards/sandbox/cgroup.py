@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -53,18 +54,20 @@ class Cgroup:
 
     def remove(self) -> None:
         """Remove the group, whose processes must have been killed."""
-        deadline = time.monotonic() + _REMOVE_S
         for path in self.paths:
-            while True:
-                try:
-                    path.rmdir()
-                    break
-                except FileNotFoundError:
-                    break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        break
-                    time.sleep(0.002)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    deadline = time.monotonic() + _REMOVE_S
+    while time.monotonic() < deadline:
+        try:
+            path.rmdir()
+            return
+        except FileNotFoundError:
+            return
+        except OSError:  # not yet empty
+            time.sleep(0.002)
 
 
 def find_parents() -> list[Path]:
@@ -97,10 +100,12 @@ def _candidates(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
 
 
 def _remove_stale(parents: list[Path]) -> None:
-    """Groups of workers that were killed: nothing runs in them any more."""
+    """Groups of workers that were killed, and what is left in them: a sandbox whose worker is killed while it starts may stay."""
     for parent in parents:
         for path in parent.glob(f"{_NAME}*"):
             owner = path.name.removeprefix(_NAME).partition("-")[0]
             if owner.isdigit() and not Path("/proc", owner).exists():
                 with contextlib.suppress(OSError):
-                    path.rmdir()
+                    for process in map(int, (path / "cgroup.procs").read_text().split()):
+                        os.kill(process, signal.SIGKILL)
+                _remove(path)

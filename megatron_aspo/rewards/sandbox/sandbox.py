@@ -5,9 +5,12 @@ import contextlib
 import json
 import math
 import os
+import re
+import select
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 
 from megatron_aspo.rewards.sandbox.execution import Execution, Outcome, run_all
@@ -16,6 +19,8 @@ from megatron_aspo.rewards.sandbox.options import Limits
 
 _START_S = 60.0
 """How long a sandbox may take to start: 0.03 s on an idle machine."""
+_END_S = 10.0
+"""How long a sandbox's first process may take to begin, and to end after it was killed: milliseconds on an idle machine."""
 _REPORT_BYTES = 4096
 _MAX_FILES = 100_000
 """Files in /tmp where no control group counts the kernel's memory for them, about 1 KiB each."""
@@ -68,11 +73,20 @@ class Sandbox:
             raise SandboxError(error[-1] if error else f"no answer within {_START_S:g} s")
         if self._process.poll() is not None:
             raise SandboxError("it ended while it waited")
-        if self._contained:
-            number = json.loads(os.read(self._info, 4096))["child-pid"]
-            # A handle, not a number that another process may have by the time it is used.
-            self._first_process = os.pidfd_open(number)
-            self._root = f"/proc/{number}/root"
+        self._find_first_process()
+
+    def _find_first_process(self) -> None:
+        """Wait until bubblewrap says which process is the first of the sandbox, or has failed."""
+        if not self._contained or self._first_process >= 0:
+            return
+        poll = select.poll()
+        poll.register(self._info, select.POLLIN)
+        if poll.poll(_END_S * 1000) and (found := re.search(rb'"child-pid": (\d+)', os.read(self._info, 4096))):
+            number = int(found[1])
+            with contextlib.suppress(ProcessLookupError):
+                # A handle, not a number that another process may have by the time it is used.
+                self._first_process = os.pidfd_open(number)
+                self._root = f"/proc/{number}/root"
 
     def load(self, sources: dict[str, str]) -> None:
         """Hand over the texts that its executions need: `program`, or `prompt`, `tests` and `entry_point`."""
@@ -146,16 +160,20 @@ class Sandbox:
         """End every process of the sandbox and wait until the kernel has done so. Idempotent."""
         if self._info < 0:
             return
+        # Not bubblewrap's outer process first: killed while it starts, it would leave the inner one waiting for ever.
+        self._find_first_process()
         if self._first_process >= 0:
             # The first process of a PID namespace takes all others with it, and is gone only after them.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._first_process, signal.SIGKILL)
             os.close(self._first_process)
+            # The outer one reaps the inner and ends. Killed before, it would leave a zombie to a process 1 that may not care.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
         elif not self._contained:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        else:
-            self._process.kill()
+        self._process.kill()
         self._process.wait()
         self._process.stderr.close()
         self._control.close()
