@@ -18,6 +18,7 @@ from megatron_aspo.evaluation.options import EvaluationOptions
 from megatron_aspo.losses.check import check_algorithm, nearest, reads_entropy_classes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
+from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 
@@ -245,6 +246,7 @@ def check(config: Config, implied: Values | None = None) -> None:
         f"evaluation.every={config.evaluation.every} evaluates while training, but evaluation.draws=0 draws nothing; set both or neither",
     )
     _check_checkpoints(config)
+    _check_code(config.data)
     _require(
         not config.optimizer.warmup_from_zero or config.optimizer.warmup_steps > 0,
         "optimizer.warmup_from_zero=true has no effect but a first step without learning when optimizer.warmup_steps=0; set one of them",
@@ -301,6 +303,19 @@ def _check_checkpoints(config: Config) -> None:
         not options.keep_best or (config.evaluation.every > 0 and options.every % config.evaluation.every == 0),
         f"checkpoint.keep_best={options.keep_best} needs an accuracy at each checkpoint: set evaluation.every so that it divides "
         f"checkpoint.every={options.every}",
+    )
+
+
+def _check_code(data: DataOptions) -> None:
+    if data.reward != "code":
+        changed = next((f.name for f in fields(data.code) if getattr(data.code, f.name) != getattr(CodeOptions(), f.name)), "")
+        _require(not changed, f"data.code.{changed} has no effect with data.reward={data.reward or 'empty'}; set data.reward=code")
+        return
+    data.code.check("data.code.")
+    _require(
+        data.reward_timeout_s > data.code.total_s,
+        f"data.reward_timeout_s={data.reward_timeout_s:g} must be above data.code.total_s={data.code.total_s:g}, the time after which the "
+        "tests of a response end by themselves; raise it",
     )
 
 

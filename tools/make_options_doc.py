@@ -47,11 +47,22 @@ PROBES: dict[type, tuple] = {int: (-1, 0, 3), float: (-1.0, 0.0, 0.001, 2.0), st
 
 def options() -> Iterator[tuple[str, type, list[tuple[Field, Any]]]]:
     """Yield (section, its dataclass, [(field, default)]) for the top level, whose section is empty, and for each section in order."""
-    top = Config()
-    yield "", Config, [(field, getattr(top, field.name)) for field in fields(Config) if not is_dataclass(getattr(top, field.name))]
-    for section in fields(Config):
-        if is_dataclass(options := getattr(top, section.name)):
-            yield section.name, type(options), [(field, getattr(options, field.name)) for field in fields(options)]
+    yield from _options("", Config())
+
+
+def _options(section: str, options: Any) -> Iterator[tuple[str, type, list[tuple[Field, Any]]]]:
+    values = [(field, getattr(options, field.name)) for field in fields(options)]
+    yield section, type(options), [(field, value) for field, value in values if not is_dataclass(value)]
+    for field, value in values:
+        if is_dataclass(value):
+            yield from _options(f"{section}.{field.name}" if section else field.name, value)
+
+
+def with_value(options: Any, path: list[str], value: Any) -> Any:
+    """Return the options with another value at the path of keys."""
+    if not path:
+        return value
+    return replace(options, **{path[0]: with_value(getattr(options, path[0]), path[1:], value)})
 
 
 @cache
@@ -69,8 +80,7 @@ def refusal(section: str, name: str, value: Any) -> str:
     """Return what the configuration says of this value alone, empty when it accepts it."""
     config = Config(model="model", task="jsonl")
     try:
-        part = replace(getattr(config, section), **{name: value}) if section else None
-        check(replace(config, **({section: part} if section else {name: value})))
+        check(with_value(config, [*filter(None, section.split(".")), name], value))
     except UserError as error:
         return str(error)
     return ""
@@ -113,7 +123,7 @@ def meaning_with_rule(meaning: str, rule: str) -> str:
 def page() -> str:
     """Return the whole page."""
     titles = {section: f"`{section}`" if section else "Top level" for section, _, _ in options()}
-    contents = [f"- [{title}](#{section or 'top-level'})\n" for section, title in titles.items()]
+    contents = [f"- [{title}](#{section.replace('.', '') or 'top-level'})\n" for section, title in titles.items()]
     parts = [HEADER, "\n", *contents]
     for section, kind, found in options():
         parts.append(f"\n## {titles[section]}\n\n{COLUMNS}")

@@ -15,7 +15,6 @@ class DataOptions:
     reward: str = ""
     """What scores a response, needed by `task: jsonl`: `package.module:function`, or `code` for programs graded by tests."""
     code: CodeOptions = field(default_factory=CodeOptions)
-    """Options of `reward: code`."""
     reward_workers: int = 1
     """Processes that score responses."""
     reward_timeout_s: float = 60.0

@@ -1,5 +1,6 @@
 """Rewards on the cluster, in processes of their own."""
 
+import json
 import os
 import threading
 import time
@@ -11,6 +12,8 @@ from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards import worker
+from megatron_aspo.rewards.code.options import CodeOptions
+from megatron_aspo.rewards.sandbox.options import Limits
 from megatron_aspo.rewards.worker import RewardPool
 from tests.unit.test_reward_process import BACKTRACKING, alive
 
@@ -109,3 +112,32 @@ def test_a_worker_that_is_killed_takes_its_child_process_with_it(ray_cluster):
         assert not psutil.wait_procs([child], timeout=10)[1]
         with pytest.raises(UserError, match=r"a worker process of data\.reward=.*does was killed, or its machine was lost"):
             rewards.score(batch_of("1"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_programs_are_graded_in_the_workers_sandboxes():
+    truth = json.dumps({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]})
+    programs = {
+        "print(sum(map(int, input().split())))": 1.0,
+        "print(3)": 0.0,
+        "import os; os.kill(os.getppid(), 9)": 0.0,
+        "while True: pass": 0.0,
+    }
+    options = DataOptions(reward="code", code=CodeOptions(limits=Limits(cpu_s=1.0, wall_s=3.0)))
+    with RewardPool("jsonl", options, workers=2) as rewards:
+        before = set(psutil.pids())
+        results = rewards.score([(make_prompt(truth), f"```python\n{code}\n```") for code in [*programs] * 2])
+        assert [result.score for result in results] == [*programs.values()] * 2
+        assert not any(result.failure for result in results)
+        assert {result.details["verdict"] for result in results[:4]} >= {"passed", "wrong answer"}
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in set(psutil.pids()) - before if "bwrap" in _name(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _name(pid: int) -> str:
+    try:
+        return psutil.Process(pid).name()
+    except psutil.NoSuchProcess:
+        return ""

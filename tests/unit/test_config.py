@@ -166,3 +166,17 @@ def test_every_recipe_of_the_examples_is_valid(path):
 def test_the_default_run_directory_is_named_after_the_run():
     assert Config(name="abc").directory == Path("runs/abc").absolute()
     assert Config(name="abc", run_dir="/elsewhere/x").directory == Path("/elsewhere/x")
+
+
+def test_options_of_the_code_reward_are_checked_and_have_no_effect_elsewhere(recipe):
+    code = ["task=jsonl", "data.path=x.jsonl", "data.reward=code"]
+    assert load_config(recipe, [*code, "data.code.sandbox.modules=[numpy]"]).data.code.sandbox.modules == ["numpy"]
+    for overrides, message in (
+        (["data.code.max_tests=3"], r"data\.code\.max_tests has no effect with data\.reward=empty; set data\.reward=code"),
+        ([*code, "data.code.total_s=60"], r"data\.reward_timeout_s=60 must be above data\.code\.total_s=60"),
+        ([*code, "data.code.limits.memory_mb=0"], r"data\.code\.limits\.memory_mb=0 must be above 0"),
+        ([*code, "data.code.sandbox.modules=[1]"], r"data\.code\.sandbox\.modules=\[1\] is not a list of texts"),
+        ([*code, "data.code.limits.memory=1"], r"unknown key data\.code\.limits\.memory; did you mean data\.code\.limits\.memory_mb"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(recipe, overrides)

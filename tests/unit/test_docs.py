@@ -85,9 +85,16 @@ def anchors(page: Path) -> set[str]:
 
 
 def option_keys() -> set[str]:
-    values = yaml.safe_load(to_yaml(Config()))
-    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
-    return {f"{section}.{key}" for section, keys in sections.items() for key in keys} | (values.keys() - sections.keys())
+    return set(flat(yaml.safe_load(to_yaml(Config())), ""))
+
+
+def flat(values: dict, prefix: str) -> Iterator[str]:
+    """Yield the key path of each option; an option that is an empty mapping is one itself."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
 
 
 @cache
@@ -118,7 +125,8 @@ def test_every_link_resolves(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_option_and_metric_that_a_page_names_exists(page):
-    options, sections = option_keys(), {key.partition(".")[0] for key in option_keys() if "." in key}
+    options = option_keys() | {key.rpartition(".")[0] for key in option_keys()}
+    sections = {key.partition(".")[0] for key in options if "." in key}
     metrics = metric_names()
     stems = {name.rpartition("/")[0] for name in metrics}
     wrong = []
