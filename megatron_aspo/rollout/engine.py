@@ -370,7 +370,10 @@ class Engine:
 
 
 def _engine_core_start(device: str) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which vLLM starts its engine core."""
+    """Return the context in which vLLM starts its engine core.
+
+    On a CPU the core is forked, so this process must not have computed with OpenMP threads: the core would wait for them for ever.
+    """
     if not FORKS_ENGINE_CORE[device]:
         return contextlib.nullcontext()
     from megatron_aspo.rollout.vllm_adapter import forked_engine_core

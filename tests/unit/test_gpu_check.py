@@ -1,0 +1,91 @@
+"""The prepared check of a GPU: rehearsed here, and what it does with cases that fail, crash or take too long."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tools"))
+check = importlib.import_module("gpu_check")
+SECTION = """
+import os, subprocess, sys, time
+
+def cases(small):
+    yield "good", lambda: {"figure": 1}
+    yield "wrong", lambda: {"passed": False}
+    yield "raises", lambda: 1 / 0
+    yield "crashes", lambda: os.abort()
+    yield "skips", lambda: {"passed": None, "skipped": "no card"}
+    yield "hangs", hangs
+    yield "never", lambda: {}
+
+def hangs():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # child of a hanging case"])
+    time.sleep(600)
+"""
+
+
+def test_every_section_passes_small_on_this_machine():
+    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--small"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    *cases, counts = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert result.returncode == 0 and counts["failed"] == 0, (cases, result.stderr[-2000:])
+    assert {case["section"] for case in cases} == set(check.BUDGETS)
+    assert all(case["passed"] is not None or case["skipped"] for case in cases)
+    assert counts["passed"] >= 14
+
+
+def test_a_case_that_fails_crashes_or_hangs_does_not_keep_the_others_from_running(tmp_path, monkeypatch, capfd):
+    (tmp_path / "made_up").mkdir()
+    (tmp_path / "made_up" / "section.py").write_text(SECTION)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    found = {entry["case"]: entry for entry in check.watch_section("made_up.section", True, 12.0)}
+    assert {case: entry["passed"] for case, entry in found.items()} == {
+        "good": True,
+        "wrong": False,
+        "raises": False,
+        "crashes": False,
+        "skips": None,
+        "hangs": False,
+    }
+    assert found["good"]["figure"] == 1 and "ZeroDivisionError" in found["raises"]["error"]
+    assert "ended with status -6" in found["crashes"]["error"] and "budget of 12 s is spent" in found["hangs"]["error"]
+    assert not [
+        process for process in psutil.process_iter(["cmdline"]) if "# child of a hanging case" in " ".join(process.info["cmdline"] or [])
+    ]
+    capfd.readouterr()
+
+
+def test_results_are_kept_by_section_and_shown_with_their_versions(tmp_path, monkeypatch):
+    page = tmp_path / "gpu.md"
+    page.write_text(f"before\n{check.MARK}None yet.\n{check.MARK}after\n")
+    monkeypatch.setattr(check, "PAGE", page)
+    monkeypatch.setattr(check, "RESULTS", tmp_path / "results.json")
+    for section, figure in (("speed", 1), ("parking", 2), ("speed", 3)):
+        check.write_results([{"section": section, "case": "a", "passed": True, "seconds": 1.0, "figure": figure}], small=True)
+    entries = json.loads((tmp_path / "results.json").read_text())
+    assert [(entry["section"], entry["figure"]) for entry in entries] == [("parking", 2), ("speed", 3)]
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "figure 3" in text and "figure 1" not in text and "torch 2." in text
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    _, shown, _ = check.PAGE.read_text(encoding="utf-8").split(check.MARK)
+    assert shown == check.results_table(json.loads(check.RESULTS.read_text()))
+
+
+def test_the_readme_claims_no_gpu_before_there_are_results():
+    passed = [entry for entry in json.loads(check.RESULTS.read_text()) if entry["passed"] and not entry["small"] and entry["card"] != "cpu"]
+    assert passed or "Nothing has run on a GPU yet" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", [["nothing"], ["speed", "sped"]])
+def test_an_unknown_section_is_refused(words):
+    result = subprocess.run([sys.executable, str(ROOT / "tools" / "gpu_check.py"), *words], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "no section" in result.stderr and "parking" in result.stderr

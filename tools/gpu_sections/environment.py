@@ -1,0 +1,31 @@
+"""What this machine has: the card, and the packages that must agree."""
+
+from collections.abc import Callable, Iterator
+
+
+def cases(small: bool) -> Iterator[tuple[str, Callable[[], dict]]]:
+    yield "card", lambda: card(small)
+    yield "Transformer Engine", transformer_engine
+
+
+def card(small: bool) -> dict:
+    import torch
+    from gpu_check import versions
+
+    found = torch.cuda.is_available()
+    figures = {"passed": found or small, "versions": versions(), "cudnn": torch.backends.cudnn.version() if found else None}
+    if found:
+        free, total = torch.cuda.mem_get_info()
+        figures |= {"card": torch.cuda.get_device_name(), "free_gb": round(free / 1e9, 1), "total_gb": round(total / 1e9, 1)}
+    return figures
+
+
+def transformer_engine() -> dict:
+    """Import it with its torch extension; refused as a run would refuse it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"passed": None, "skipped": "no GPU"}
+    import transformer_engine.pytorch
+
+    return {"transformer_engine": transformer_engine.__version__}
