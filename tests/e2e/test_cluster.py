@@ -122,4 +122,5 @@ def test_ray_is_started_in_one_place():
         for file in (ROOT / room).rglob("*.py")
         if re.search(r"\bray\.init\(", file.read_text())
     ]
-    assert [str(file.relative_to(ROOT)) for file in calls] == ["megatron_aspo/runtime/cluster.py"]
+    # The benchmark of the start measures a bare Ray, on loopback too, beside ours.
+    assert [str(file.relative_to(ROOT)) for file in calls] == ["megatron_aspo/runtime/cluster.py", "tools/bench_start.py"]
