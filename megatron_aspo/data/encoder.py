@@ -98,6 +98,11 @@ class PromptEncoder:
                 raise UserError(f"data.chat_template_kwargs.{name}: {self._template_name} does not read it; remove or correct it")
         return template
 
+    @property
+    def given_template(self) -> str:
+        """The chat template that `data.chat_template` named, as it was read at the start; empty if it names none."""
+        return self.chat_template if self._options.chat_template else ""
+
     def check_options_used(self) -> None:
         """Raise UserError for an option of chat prompts that changed none of the prompts encoded so far."""
         options = self._options

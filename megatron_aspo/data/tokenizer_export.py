@@ -6,8 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_aspo.data.encoder import read_chat_template
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.tokenizer import TOKENIZER_FILES, load_tokenizer, probe_texts, reading
 from megatron_aspo.data.tokenizer_probes import first_difference
 from megatron_aspo.dotted import one_line
@@ -19,15 +17,14 @@ if TYPE_CHECKING:
 _CONFIG = "tokenizer_config.json"
 
 
-def tokenizer_files(model_directory: Path, options: DataOptions) -> tuple[dict[str, str], str]:
+def tokenizer_files(model_directory: Path, tokenizer: "PreTrainedTokenizerBase", chat_template: str) -> tuple[dict[str, str], str]:
     """Return name → content of the files that an export of this model needs in place of the model's own, and a warning or "".
 
-    A chat template set by `data.chat_template` goes along. Where `AutoTokenizer` would not read the model's files as training did,
-    `tokenizer.json` is written out and `tokenizer_class` becomes the class-less wrapper's. For some model types (Qwen's) AutoTokenizer
-    takes a class of its own all the same: the warning says so.
+    tokenizer: the one that training used. chat_template: the one that `data.chat_template` named, else empty. Where `AutoTokenizer` would
+    not read the model's files as training did, `tokenizer.json` is written out and `tokenizer_class` becomes the class-less wrapper's. For
+    some model types (Qwen's) AutoTokenizer takes a class of its own all the same: the warning says so.
     """
-    files = {"chat_template.jinja": read_chat_template(options.chat_template)} if options.chat_template else {}
-    tokenizer = load_tokenizer(model_directory)
+    files = {"chat_template.jinja": chat_template} if chat_template else {}
     if not _auto_difference(model_directory, tokenizer):
         return files, ""
     config = model_directory / _CONFIG
@@ -71,4 +68,6 @@ def _auto_difference(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> s
         auto = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         return f"it fails ({one_line(error)})"
-    return first_difference(reading(tokenizer, special=True), reading(auto, special=True), probe_texts(tokenizer.backend_tokenizer))
+    # Only tokenizers of the Rust library have tokens to list and a tokenizer.json to write.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return first_difference(reading(tokenizer, special=True), reading(auto, special=True), probe_texts(backend)) if backend else ""

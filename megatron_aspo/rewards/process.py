@@ -155,12 +155,12 @@ class RewardProcess:
                 return None
             if child.returncode is None:  # else its number may be another process's by now
                 family = []
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.Error):
                     family = psutil.Process(child.pid).children(recursive=True)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 for process in family:  # those in sessions of their own
-                    with contextlib.suppress(psutil.NoSuchProcess):
+                    with contextlib.suppress(psutil.Error):  # gone, or another user's (sudo)
                         process.kill()
             return child.wait()
 

@@ -19,8 +19,8 @@ _REPORT_S = 1.0
 _CLOSE_S = 5.0
 """How long a worker may take to kill its child process."""
 _MAX_FAILURES_IN_A_ROW = 20
-"""Timeouts and crashes with no score between them that end the run. More than a group of 16 responses, since one bad prompt can make every
-response to it hang; at the default limit and with one worker it takes 20 minutes."""
+"""Timeouts and crashes with no score between them that end the run, or the responses of two groups if these are more: one bad prompt can
+make every response to it hang. At the default limit and with one worker 20 take 20 minutes."""
 
 
 class RewardWorker:
@@ -54,14 +54,14 @@ class RewardWorker:
 class RewardPool:
     """`workers` reward workers that share each batch evenly. Needs an initialised Ray. Use it as a context manager, or call `close`."""
 
-    def __init__(self, task: str, options: DataOptions, workers: int = 1):
-        """Start the workers and load the reward in each. Raises UserError as `build_reward` does."""
+    def __init__(self, task: str, options: DataOptions, workers: int = 1, group_size: int = 1):
+        """Start the workers and load the reward in each. group_size: responses to a prompt. Raises UserError as `build_reward` does."""
         require_cluster()
         # No CPU is reserved: scoring runs in the gaps between generation and training, and must never wait for a place.
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         actor = ray.remote(num_cpus=0, runtime_env=environment, concurrency_groups={"control": 1})(RewardWorker)
         self._workers = [actor.remote() for _ in range(workers)]
-        self._failures_in_a_row = 0
+        self._failures_in_a_row, self._most_in_a_row = 0, max(_MAX_FAILURES_IN_A_ROW, 2 * group_size)
         self.name = reward_name(task, options)
         """How messages name the reward."""
         try:
@@ -76,7 +76,7 @@ class RewardPool:
         """Return the results of (prompt, response) pairs, in their order; each worker scores one contiguous share of them.
 
         on_failure: called with position and result, as soon as it is known, for a response on which the reward timed out or crashed.
-        Raises UserError if the reward raises an exception or returns no score, and after 20 failures without a score between them.
+        Raises UserError if the reward raises an exception or returns no score, and after too many failures without a score between them.
         """
         results: list[RewardResult | None] = [None] * len(batch)
         # Fixed shares: which process scores a response does not depend on how long others took.
@@ -114,9 +114,9 @@ class RewardPool:
 
     def _stop_if_broken(self, result: RewardResult) -> None:
         self._failures_in_a_row = self._failures_in_a_row + 1 if result.failure else 0
-        if self._failures_in_a_row == _MAX_FAILURES_IN_A_ROW:
+        if self._failures_in_a_row == self._most_in_a_row:
             raise UserError(
-                f"{self.name} failed on {_MAX_FAILURES_IN_A_ROW} responses in a row: on the last it {result.reason}; correct it, or raise "
+                f"{self.name} failed on {self._most_in_a_row} responses in a row: on the last it {result.reason}; correct it, or raise "
                 "data.reward_timeout_s"
             )
 

@@ -209,7 +209,8 @@ def forked_engine_core() -> Iterator[None]:
 
     own = engine_utils.get_mp_context
     engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
-    _not_inherited[:] = [number for number in map(int, os.listdir("/proc/self/fd")) if number > 2]
+    # Without the descriptor of the listing itself, which is closed again.
+    _not_inherited[:] = [n for n in map(int, os.listdir("/proc/self/fd")) if n > 2 and os.path.lexists(f"/proc/self/fd/{n}")]
     try:
         yield
     finally:
@@ -221,8 +222,9 @@ def _become_engine_core() -> None:
     if not _not_inherited:  # another fork
         return
     for number in _not_inherited:
-        with contextlib.suppress(OSError):  # the listing's own descriptor
+        with contextlib.suppress(OSError):
             os.close(number)
+    _not_inherited.clear()
     # For ps and top. vLLM's own way of naming it fails in a fork of a Ray actor, whose command line Ray has overwritten.
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"EngineCore")
 

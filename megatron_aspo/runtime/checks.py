@@ -4,6 +4,7 @@
 `read_model` and `TensorReader.checked`. Not in the list, as only `train` reads them: tokenizer, prompts and the checkpoint to resume from.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def expected_device(config: Config) -> str:
     """`cpu | cuda`: what a Ray of our own on this machine will compute on; empty for a cluster to be joined, which is not known yet."""
     if config.ray_address:
         return ""
-    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    return "cuda" if not hidden and any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
 
 
 def rank_settings(config: Config, model_directory: Path) -> RankSettings:

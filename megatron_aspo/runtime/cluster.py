@@ -13,6 +13,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 
+from megatron_aspo.dotted import one_line
 from megatron_aspo.errors import UserError
 from megatron_aspo.runtime.guard import Guard, environment_set
 from megatron_aspo.runtime.machine import check_machine
@@ -66,10 +67,10 @@ def open_cluster(address: str, logical_cpus: int, engines: EngineSizes | None = 
         ray.shutdown()
         if guard:
             guard.close()
-        if not isinstance(error, (OSError, RuntimeError, ValueError)):
+        if not isinstance(error, (OSError, RuntimeError, ValueError, ray.exceptions.RayError)):
             raise
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray did not start on this machine"
-        raise UserError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{where}: {one_line(error)}") from error
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
     return Cluster(ours=not address, cores=max(1, cores), device="cuda" if gpus else "cpu", slots=gpus or cpus, guard=guard)
 
@@ -101,6 +102,7 @@ def _start(logical_cpus: int, guard: Guard) -> int:
             log_to_driver=False,
             logging_level="error",
         )
+    guard.require_watching()
     if not ip_address(address := ray.util.get_node_ip_address()).is_loopback:
         raise RuntimeError(f"Ray {ray.__version__} listens on {address}, which others can reach, although it was to use loopback only")
     return cores

@@ -41,11 +41,16 @@ class Guard:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_aspo.runtime.guard", self._mark, str(os.getpid())],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,
         )
+
+    def require_watching(self) -> None:
+        """Return when the guard watches. Raises RuntimeError if it did not start."""
+        if not self._process.stdout.readline():
+            raise RuntimeError(f"the process that ends the cluster after its driver ended itself (status {self._process.wait()})")
 
     @contextmanager
     def marking(self) -> Iterator[None]:
@@ -106,7 +111,7 @@ def end_cluster(mark: str) -> None:
 
 def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):  # gone, or another user's (sudo)
             process.send_signal(number)
 
 
@@ -119,6 +124,7 @@ def main() -> None:
     # A process that the driver forked may hold the pipe open after it.
     with contextlib.suppress(OSError):
         watched.append(os.pidfd_open(driver))
+    print("watching", flush=True)
     select.select(watched, [], [])
     end_cluster(mark)
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
 from megatron_aspo.checkpoint.request import ATTEMPT
@@ -37,13 +37,16 @@ from megatron_aspo.runtime.ledger import Ledger
 from megatron_aspo.runtime.machine import check_can_be_made
 from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_places
 from megatron_aspo.runtime.plan import Plan, check_room
-from megatron_aspo.runtime.start import Ownership, Start, find_start
+from megatron_aspo.runtime.start import Ownership, Start, directory_exists, find_start
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.hf_files import TensorReader
 from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.publish import Publisher
 from megatron_aspo.weights.schedule import TransferSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LAST_CHECKPOINT_S = 60.0
 """How long a run that ends waits for the checkpoint that is being written."""
@@ -58,6 +61,9 @@ class Run:
     config: Config
     directory: Path
     model_directory: Path
+    tokenizer: "PreTrainedTokenizerBase"
+    chat_template: str
+    """The one that `data.chat_template` named, as it was at the start; empty if it names none."""
     start: Start
     identity: dict[str, Any]
     """What a resumed run must have in common with the one that it goes on with."""
@@ -103,7 +109,7 @@ class Run:
 
     def export(self, card: str) -> None:
         """Write the final model; card: its README.md, with `{hashes}` where the tensors' hashes go."""
-        files, warning = tokenizer_files(self.model_directory, self.config.data)
+        files, warning = tokenizer_files(self.model_directory, self.tokenizer, self.chat_template)
         if warning:
             self.progress.say(warning)
             card += f"\n## Tokenizer\n\n{warning}.\n"
@@ -125,7 +131,7 @@ def open_run(config: Config) -> Iterator[Run]:
     """
     with ExitStack() as stack:
         owner = None
-        if config.resume != "never" and (config.directory / ATTEMPT).is_file():
+        if config.resume != "never" and directory_exists(config) and (config.directory / ATTEMPT).is_file():
             owner = stack.enter_context(contextlib.closing(Ownership(config.directory)))
             sweep_unfinished(config.directory)
         start = find_start(config)
@@ -152,7 +158,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         tokenizer = load_tokenizer(model_directory)
         encoder = PromptEncoder(tokenizer, model.dims.vocab, config.data)
         task = build_task(config.task, config.data, encoder, config.seed)
-        if config.data.reward:
+        if config.data.reward and not config.ray_address:  # the workers of a cluster to join may live elsewhere, and load it first thing
             check_reward(config.task, config.data)
         identity = _identity(config, task, checked.reader)
         if start.checkpoint is not None:
@@ -171,7 +177,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
     _check_resources(config, cluster, settings.sizes.world)
     check_recipe(config, model, settings, cluster.device)  # what a joined cluster computes on is known now
     with progress.waiting("starting reward workers"):
-        rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers))
+        group = config.rollout.responses_per_prompt
+        rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers, group))
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     engines = EnginePool(str(model_directory), config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, eos)
     stack.callback(_undisturbed, engines.shutdown)
@@ -228,6 +235,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
             config,
             directory,
             model_directory,
+            tokenizer,
+            encoder.given_template,
             start,
             identity,
             threads,

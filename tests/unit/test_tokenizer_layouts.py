@@ -241,7 +241,7 @@ def test_special_tokens_that_transformers_cannot_read_are_refused_by_name(write)
 @pytest.mark.parametrize(("kind", "model_type", "tokenizer_class"), LAYOUTS)
 def test_who_loads_an_export_with_autotokenizer_gets_the_same_tokens_or_the_run_says_so(write, tmp_path, kind, model_type, tokenizer_class):
     directory = write(kind, model_type, tokenizer_class)
-    files, warning = tokenizer_files(directory, DataOptions())
+    files, warning = tokenizer_files(directory, load_tokenizer(directory), "")
     export = tmp_path / "export"
     shutil.copytree(directory, export)
     for name, text in files.items():
@@ -260,7 +260,7 @@ def test_an_export_of_a_sentencepiece_model_has_a_tokenizer_json_that_splits_as_
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     shutil.copy(SENTENCEPIECE_MODEL, tmp_path / "tokenizer.model")
-    files, warning = tokenizer_files(tmp_path, DataOptions())
+    files, warning = tokenizer_files(tmp_path, load_tokenizer(tmp_path), "")
     assert not warning
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
