@@ -157,7 +157,7 @@ def test_sandboxes_die_with_their_worker(sandboxed):
     worker.stdout.close()
     assert psutil.wait_procs(family, timeout=10)[1] == []
     if parents := cgroup.find_parents():  # the next worker removes what is left of control groups
-        assert not [path for parent in parents for path in parent.glob(f"megatron_aspo-{worker.pid}-*")]
+        assert not [path for parent in parents for path in parent.glob(f"megatron_aspo-*-{worker.pid}-*")]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,18 @@ def test_control_groups_of_version_2_are_looked_for_in_ones_own_group_and_its_pa
     assert cgroup._candidates(own, root) == [[group], [group.parent]]
     own.write_text("4:memory:/a\n8:pids:/\n0::/\n")
     assert cgroup._candidates(own, root)[0] == [root / "memory/a", root / "pids"]
+
+
+def test_only_groups_of_ones_own_pid_namespace_are_swept_and_no_process_0_is_killed(tmp_path, monkeypatch):
+    namespace, dead, killed = os.stat("/proc/self/ns/pid").st_ino, 2**22 + 1, []
+    names = [f"megatron_aspo-{namespace}-{dead}-0", f"megatron_aspo-{namespace}-{os.getpid()}-0", f"megatron_aspo-{namespace + 1}-{dead}-0"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cgroup.procs").write_text("0\n77\n")
+    monkeypatch.setattr(cgroup.os, "kill", lambda process, number: killed.append(process))
+    monkeypatch.setattr(cgroup, "_remove", lambda path: killed.append(path.name))
+    cgroup._remove_stale([tmp_path])
+    assert killed == [77, names[0]]
 
 
 def test_the_user_id_is_not_roots(sandboxed):

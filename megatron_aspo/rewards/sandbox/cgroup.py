@@ -17,7 +17,7 @@ class Cgroup:
     """A new control group in each of `parents`. Raises OSError if it cannot be made."""
 
     def __init__(self, parents: list[Path], memory_bytes: int, processes: int):
-        name = f"{_NAME}{os.getpid()}-{next(_numbers)}"
+        name = f"{_own_prefix()}{os.getpid()}-{next(_numbers)}"
         self.paths: list[Path] = []
         try:
             for parent in parents:
@@ -56,6 +56,11 @@ class Cgroup:
         """Remove the group, whose processes must have been killed."""
         for path in self.paths:
             _remove(path)
+
+
+def _own_prefix() -> str:
+    """The beginning of the names of groups made in this PID namespace; a process id in a name means nothing in another one."""
+    return f"{_NAME}{os.stat('/proc/self/ns/pid').st_ino}-"
 
 
 def _remove(path: Path) -> None:
@@ -100,12 +105,17 @@ def _candidates(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
 
 
 def _remove_stale(parents: list[Path]) -> None:
-    """Groups of workers that were killed, and what is left in them: a sandbox whose worker is killed while it starts may stay."""
+    """Remove the groups of killed workers, and kill what is left in them: a sandbox whose worker is killed while it starts may stay.
+
+    Only groups of this PID namespace: a container and its host may share a parent, and neither sees the other's workers.
+    """
+    prefix = _own_prefix()
     for parent in parents:
-        for path in parent.glob(f"{_NAME}*"):
-            owner = path.name.removeprefix(_NAME).partition("-")[0]
+        for path in parent.glob(f"{prefix}*"):
+            owner = path.name.removeprefix(prefix).partition("-")[0]
             if owner.isdigit() and not Path("/proc", owner).exists():
                 with contextlib.suppress(OSError):
                     for process in map(int, (path / "cgroup.procs").read_text().split()):
-                        os.kill(process, signal.SIGKILL)
+                        if process > 0:  # 0 is a process that is not visible here, and to os.kill our own process group
+                            os.kill(process, signal.SIGKILL)
                 _remove(path)
