@@ -1,5 +1,7 @@
 """The rules by which outputs and results are compared."""
 
+import time
+
 import pytest
 
 from megatron_aspo.rewards.code.compare import outputs_match, value_matches
@@ -34,6 +36,13 @@ from megatron_aspo.rewards.sandbox.inside.plain import to_json
 )
 def test_outputs_are_lines_of_text_or_of_decimals(output, expected, same):
     assert outputs_match(output, expected) is same
+
+
+@pytest.mark.parametrize("output", ["1" * 100_000 + "x", "1." + "1" * 100_000 + "x", "1" * 100_000 + "e" + "1" * 100_000, "1x " * 50_000])
+def test_hostile_output_is_refused_in_linear_time(output):
+    started = time.monotonic()
+    assert not outputs_match(output, "1 " * len(output.split()))
+    assert time.monotonic() - started < 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The program in a response."""
 
+import time
+
 import pytest
 
 from megatron_aspo.rewards.code.extract import extract_code
@@ -27,7 +29,16 @@ from megatron_aspo.rewards.code.extract import extract_code
         ("```cpp\nint x;\n```", None),
         ("Use ```inline``` code", None),
         ("```python\nx = 1\n```\r\n", "x = 1\n"),
+        ("```  \tpython\r\nx\n``` \t", "x\n"),
+        ("~~~~python\nx\n~~~\n~~~~", "x\n~~~\n"),
     ],
 )
 def test_the_last_complete_block_counts(response, code):
     assert extract_code(response) == code
+
+
+@pytest.mark.parametrize("line", ["```" + "a" * 100_000 + "`", "```" + " " * 100_000 + "`", "~" * 100_000 + "`", "`" * 100_000 + "x`", " " * 100_000])
+def test_a_hostile_response_is_read_in_linear_time(line):
+    started = time.monotonic()
+    assert extract_code(line) is None
+    assert time.monotonic() - started < 0.5

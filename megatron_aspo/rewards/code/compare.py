@@ -17,7 +17,8 @@ from decimal import Decimal
 from typing import Any
 
 TOLERANCE = 1e-9
-_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+"""No two repetitions may share digits: a long line of them, which a program may print, would take quadratic time to refuse."""
 
 
 def outputs_match(output: str, expected: str) -> bool:
