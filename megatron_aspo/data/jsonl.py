@@ -14,7 +14,7 @@ Blank lines are skipped.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.reward import CodeReward
+from megatron_aspo.rewards.code.schemas import check_ground_truth
 from megatron_aspo.rewards.result import Reward
 from megatron_aspo.rewards.user import load_reward
 
@@ -52,8 +53,10 @@ class JsonlTask:
             raise UserError("task=jsonl needs data.path, the JSONL file of training prompts; set it")
         _require_reward(options)
         self._seed = seed
-        self._training = read_prompts(Path(options.path), "train", encoder, options.max_prompt_tokens)
-        self._held_out = read_prompts(Path(options.eval_path), "eval", encoder, options.max_prompt_tokens) if options.eval_path else None
+        check = check_ground_truth if options.reward == "code" else None
+        tokens = options.max_prompt_tokens
+        self._training = read_prompts(Path(options.path), "train", encoder, tokens, check)
+        self._held_out = read_prompts(Path(options.eval_path), "eval", encoder, tokens, check) if options.eval_path else None
         encoder.check_options_used()
 
     @classmethod
@@ -77,8 +80,13 @@ def _require_reward(options: DataOptions) -> None:
         raise UserError("task=jsonl needs data.reward, the function that scores a response, as package.module:function; set it")
 
 
-def read_prompts(path: Path, split: str, encoder: PromptEncoder, max_prompt_tokens: int) -> list[Prompt]:
-    """All prompts of the file, ids `SPLIT/ID`. Raises UserError naming file and line for the first thing that is wrong."""
+def read_prompts(
+    path: Path, split: str, encoder: PromptEncoder, max_prompt_tokens: int, check: Callable[[Any, str], None] | None = None
+) -> list[Prompt]:
+    """Return all prompts of the file, with ids `SPLIT/ID`. Raises UserError naming file and line for the first thing that is wrong.
+
+    check: called with ground truth and text of each row; raises UserError for a ground truth that the reward cannot use.
+    """
     prompts: list[Prompt] = []
     line_of_id: dict[str, int] = {}
     for number, row in _read_rows(path):
@@ -91,6 +99,11 @@ def read_prompts(path: Path, split: str, encoder: PromptEncoder, max_prompt_toke
                 f"{where}: the prompt has {len(prompt.token_ids)} tokens, expected 1 to data.max_prompt_tokens={max_prompt_tokens}; "
                 "shorten it, or raise that"
             )
+        if check:
+            try:
+                check(prompt.ground_truth, prompt.text)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
         line_of_id[prompt.id] = number
         prompts.append(prompt)
     if not prompts:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code import schemas
-from megatron_aspo.rewards.code.schemas import AssertTest, CallTest, StdinTest, choose_tests, read_tests
+from megatron_aspo.rewards.code.schemas import AssertTest, CallTest, StdinTest, check_ground_truth, choose_tests, read_tests
 
 LCB = [
     {"input": "1\n", "output": "2\n", "testtype": "stdin", "metadata": {}},
@@ -58,11 +58,31 @@ def test_each_form_is_read(truth, tests):
         ([{"input": "1", "output": "2", "testtype": "functional"}], "func_name"),
         ([{"input": "x", "output": "2", "testtype": "functional", "metadata": {"func_name": "f"}}], "not one JSON value a line"),
         ({"functional": 3}, "no text functional"),
+        ({"functional": "assert f()", "entry_point": None}, "no text entry_point"),
+        ({"test": "def check(c): ...", "entry_point": "f", "prompt": None}, "no text prompt"),
+        ([{"input": "1", "output": "2", "testtype": "functional", "metadata": ""}], "test 0 of ground_truth has metadata that is not JSON"),
+        ([{"input": "[" * 9000, "output": "2", "testtype": "functional", "metadata": {"func_name": "f"}}], "not one JSON value a line"),
+        ("[" * 9000, "nested too deeply"),
+        ({"inputs": [[1]], "outputs": [1], "fn_name": 3}, "fn_name=3"),
+        ({"inputs": [None], "outputs": ["1"]}, "null among inputs"),
     ],
 )
 def test_what_is_wrong_is_named(truth, message):
-    with pytest.raises(UserError, match=message):
-        read_tests(truth)
+    for read in (read_tests, check_ground_truth):
+        with pytest.raises(UserError, match=message):
+            read(truth)
+
+
+def test_large_packed_tests_are_checked_by_their_beginning(monkeypatch):
+    tests = [{**LCB[0], "input": str(number**3)} for number in range(99)]
+    large = packed(json.dumps(tests))
+    monkeypatch.setattr(schemas, "_LARGE_PACKED", 256)
+    monkeypatch.setattr(schemas, "read_tests", lambda *_: pytest.fail("unpacked as a whole"))
+    assert len(large) > 256
+    check_ground_truth(large)
+    for bad in ("words " * 100, "QUJD" * 100, packed(" ".join(str(number**3) for number in range(99))), packed(7) + " " * 500):
+        with pytest.raises(UserError, match="neither JSON nor"):
+            check_ground_truth(bad)
 
 
 def test_packed_tests_run_no_code_and_have_a_limit(monkeypatch):

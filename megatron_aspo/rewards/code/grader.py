@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code import verdict as kinds
 from megatron_aspo.rewards.code.asserts import run_asserts
 from megatron_aspo.rewards.code.compare import outputs_match, value_matches
@@ -100,7 +101,10 @@ def _run_stdin(test: StdinTest, sandbox: Sandbox, wall_s: float) -> Failure | No
 
 
 def _run_call(test: CallTest, sandbox: Sandbox, wall_s: float) -> Failure | None:
-    arguments = [to_json(value) for value in test.arguments]
+    try:
+        arguments = [to_json(value) for value in test.arguments]
+    except RecursionError as error:
+        raise UserError(f"ground_truth has arguments of {test.function} that are nested too deeply; correct the row") from error
     request = {"target": None, "attribute": test.function, "call": True, "args": arguments, "kwargs": {}}
     outcome = sandbox.run("calls", json.dumps(request).encode() + b"\n", wall_s)
     if failure := failure_of(outcome):

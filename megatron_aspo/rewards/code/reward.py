@@ -3,14 +3,16 @@
 import weakref
 
 from megatron_aspo.data.records import Prompt
+from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code import verdict as kinds
 from megatron_aspo.rewards.code.extract import extract_code
 from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.lcb_reference import ReferenceGrader
 from megatron_aspo.rewards.code.options import CodeOptions
-from megatron_aspo.rewards.code.schemas import read_tests
+from megatron_aspo.rewards.code.schemas import Test, read_tests
 from megatron_aspo.rewards.code.verdict import Verdict
 from megatron_aspo.rewards.result import RewardResult
+from megatron_aspo.rewards.sandbox.sandbox import SandboxError
 
 
 class CodeReward:
@@ -25,12 +27,25 @@ class CodeReward:
         self._finalizer = weakref.finalize(self, self._grader.close)
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
-        """Raises UserError for a ground truth that has no tests, and SandboxError if no sandbox starts."""
-        tests = read_tests(prompt.ground_truth, prompt.text)
-        code = extract_code(response)
-        verdict = self._grader.grade(code, tests) if code is not None else Verdict(kinds.NO_CODE, "no complete code block", None, 0.0)
+        """Raises UserError, naming the prompt, for a ground truth without tests that can run here, and if no sandbox starts."""
+        what = f"data.reward=code on prompt {prompt.id}"
+        try:
+            tests = read_tests(prompt.ground_truth, prompt.text)
+            verdict = self._grade(response, tests)
+        except UserError as error:
+            raise UserError(f"{what}: {error}") from error
+        except SandboxError as error:
+            raise UserError(
+                f"{what}: no code sandbox starts ({error}); free memory or processes, or lower data.reward_workers or data.code.limits"
+            ) from error
+        if verdict.kind == kinds.UNSUPPORTED:  # not the response's fault: it must not be punished
+            raise UserError(f"{what}: test {verdict.test or 0} cannot run here: {verdict.reason}; remove the row, or correct its test")
         details = {"verdict": verdict.kind, "test": verdict.test, "tests_run": verdict.tests_run, "seconds": round(verdict.seconds, 4)}
         return RewardResult(float(verdict.passed), verdict.reason, details)
+
+    def _grade(self, response: str, tests: list[Test]) -> Verdict:
+        code = extract_code(response)
+        return Verdict(kinds.NO_CODE, "no complete code block", None, 0.0) if code is None else self._grader.grade(code, tests)
 
     def close(self) -> None:
         """Kill the waiting sandboxes. Idempotent."""

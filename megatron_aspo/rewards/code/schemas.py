@@ -23,6 +23,12 @@ from megatron_aspo.errors import UserError
 
 MAX_UNPACKED_BYTES = 1 << 30
 """The largest packed tests that are unpacked. LiveCodeBench's largest problem has about 0.3 GB."""
+_LARGE_PACKED = 1 << 20
+"""Characters of packed tests, a multiple of 4, beyond which the check at the start does not unpack them."""
+_PICKLE_HEAD = 64
+"""Bytes within which a pickled JSON list begins."""
+_JSON_STARTS = tuple('[{" \t\r\n')
+_NOT_READABLE = "ground_truth is a string that is neither JSON nor LiveCodeBench's packed tests; correct the row"
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,13 @@ def read_tests(ground_truth: Any, prompt: str = "") -> list[Test]:
     if isinstance(truth, list):
         tests = [_livecodebench(test, number) for number, test in enumerate(truth)]
     elif isinstance(truth, dict) and "functional" in truth:
-        entry_point = str(truth.get("entry_point", ""))
+        entry_point = _text(truth, "entry_point") if "entry_point" in truth else ""
         # Without a name to test, what the prompt defines may be the very stub that the program completes.
         tests = [AssertTest(_text(truth, "functional"), prompt if entry_point else "", entry_point)]
     elif isinstance(truth, dict) and "test" in truth:
         entry_point = _text(truth, "entry_point")
-        tests = [AssertTest(f"{_text(truth, 'test')}\ncheck({entry_point})\n", truth.get("prompt", prompt), entry_point)]
+        prompt = _text(truth, "prompt") if "prompt" in truth else prompt
+        tests = [AssertTest(f"{_text(truth, 'test')}\ncheck({entry_point})\n", prompt, entry_point)]
     elif isinstance(truth, dict) and "inputs" in truth:
         tests = _archer(truth)
     else:
@@ -77,6 +84,19 @@ def read_tests(ground_truth: Any, prompt: str = "") -> list[Test]:
     return tests
 
 
+def check_ground_truth(ground_truth: Any, prompt: str = "") -> None:
+    """Raise UserError as `read_tests` does. Only the beginning of large packed tests is read: to unpack LiveCodeBench takes minutes."""
+    if isinstance(ground_truth, str) and len(ground_truth) > _LARGE_PACKED and ground_truth[:1] not in _JSON_STARTS:
+        try:
+            data = zlib.decompressobj().decompress(base64.b64decode(ground_truth[:_LARGE_PACKED], validate=True), _PICKLE_HEAD)
+        except (ValueError, zlib.error) as error:
+            raise UserError(_NOT_READABLE) from error
+        if not data.startswith(b"\x80") or b"[" not in data:
+            raise UserError(_NOT_READABLE)
+        return
+    read_tests(ground_truth, prompt)
+
+
 def choose_tests(count: int, limit: int) -> list[int]:
     """Positions of the tests to run: all, or `limit` of them from the first to the last, evenly spread. The same at every call."""
     if not 0 < limit < count:
@@ -87,12 +107,14 @@ def choose_tests(count: int, limit: int) -> list[int]:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise UserError("ground_truth is JSON that is nested too deeply; correct the row") from error
     except ValueError:
         pass
     try:
         return json.loads(_unpack(text))
     except (ValueError, zlib.error, pickle.UnpicklingError, EOFError, RecursionError, binascii.Error) as error:
-        raise UserError("ground_truth is a string that is neither JSON nor LiveCodeBench's packed tests; correct the row") from error
+        raise UserError(_NOT_READABLE) from error
 
 
 class _StringsOnly(pickle.Unpickler):
@@ -126,13 +148,16 @@ def _livecodebench(test: Any, number: int) -> Test:
     if kind != "functional":
         raise UserError(f"test {number} of ground_truth has testtype={kind!r}; expected stdin or functional")
     metadata = test.get("metadata", {})
-    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    try:
+        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"test {number} of ground_truth has metadata that is not JSON; expected {{\"func_name\": …}}") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("func_name"), str):
         raise UserError(f"test {number} of ground_truth is functional and has no metadata.func_name; add it")
     try:
         arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
         return CallTest(metadata["func_name"], arguments, json.loads(test["output"]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"test {number} of ground_truth: input is not one JSON value a line, or output is not JSON ({error})") from error
 
 
@@ -141,16 +166,20 @@ def _archer(truth: dict) -> list[Test]:
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
         raise UserError("ground_truth needs lists inputs and outputs of the same length; correct the row")
     function = truth.get("fn_name")
+    if function is not None and not isinstance(function, str):
+        raise UserError(f"ground_truth has fn_name={function!r}; expected the name of a function")
     if function is None:
         return [StdinTest(_joined(given), _joined(expected)) for given, expected in zip(inputs, outputs, strict=True)]
     tests: list[Test] = []
     for given, expected in zip(inputs, outputs, strict=True):
         if not isinstance(given, list):
             raise UserError("ground_truth has fn_name, so that each of inputs must be a list of arguments; correct the row")
-        tests.append(CallTest(str(function), given, expected))
+        tests.append(CallTest(function, given, expected))
     return tests
 
 
 def _joined(text: Any) -> str:
-    """Some rows have the lines of a text as a list."""
+    """Return the text of an input or output; some rows have its lines as a list, or a number."""
+    if text is None or isinstance(text, dict):
+        raise UserError(f"ground_truth has {'null' if text is None else 'an object'} among inputs or outputs; expected texts")
     return "\n".join(map(str, text)) if isinstance(text, list) else str(text)

@@ -35,16 +35,18 @@ class SandboxPool:
     def take(self) -> Sandbox:
         """Return a clean sandbox, and start another in its place. Raises SandboxError if none starts in three tries."""
         for tries in range(1, _TRIES + 1):
-            with self._lock:
-                # One more than wait afterwards: the one to take.
-                while len(self._waiting) <= self._size:
-                    self._waiting.append(self._start())
-                sandbox = self._waiting.popleft()
+            sandbox = None
             try:
+                with self._lock:
+                    # One more than wait afterwards: the one to take.
+                    while len(self._waiting) <= self._size:
+                        self._waiting.append(self._start())
+                    sandbox = self._waiting.popleft()
                 sandbox.wait_until_ready()
                 return sandbox
             except SandboxError:
-                sandbox.kill()
+                if sandbox:
+                    sandbox.kill()
                 if tries == _TRIES:
                     raise
         raise AssertionError("unreachable")
