@@ -84,8 +84,15 @@ class Peer:
         if "raised" in reply:
             raise self._exception(reply["raised"], str(reply["text"]), attribute)
         for position, value in reply.get("changed", ()):
-            self._change(args[position], from_json(value, self._proxy))
-        return from_json(reply["value"], self._proxy)
+            self._change(args[position], self._received(value))
+        return self._received(reply["value"])
+
+    def _received(self, value: object) -> object:
+        """Return a reply's value. Raises ValueError if it is malformed: a program must not feign the tests' own fault, `unsupported`."""
+        try:
+            return from_json(value, self._proxy)
+        except NotPlainError as error:
+            raise ValueError("the program sent what is not plain data") from error
 
     def _proxy(self, number: int) -> "Proxy":
         return Proxy(self, int(number))
