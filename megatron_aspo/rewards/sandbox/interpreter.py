@@ -65,7 +65,10 @@ def _package_paths(module: str) -> list[Path]:
 
 def _shared_libraries(binaries: list[Path]) -> list[str]:
     """Paths of the libraries that the binaries load, the dynamic loader among them, without those in directories that are bound anyway."""
-    result = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError("the code sandbox needs ldd; install it (apt install libc-bin, dnf install glibc-common)") from error
     found = set(re.findall(r"^\s+(?:\S+ => )?(/\S+) \(0x", result.stdout, re.MULTILINE))
     inside = {str(path.parent) for path in binaries[1:]}
     return sorted(path for path in found if str(Path(path).parent) not in inside)

@@ -55,15 +55,26 @@ class Launcher:
         self._filter = -1
         self._cgroup_parents: list[Path] = []
         if self.contained:
+            self._cgroup_parents = cgroup.find_parents()
+            if not self._cgroup_parents and not self.counts_processes:
+                raise UserError(
+                    f"the code sandbox cannot limit processes here: Linux {os.uname().release} counts them for a user, not for a sandbox, "
+                    "and no control groups can be made; use Linux 5.14 or newer, or delegate a control group to this user (systemd: "
+                    "Delegate=yes)"
+                )
             self._filter = syscalls.make_filter()
             if os.geteuid() == 0:
-                self._staging = Staging([outside for outside, _ in self._interpreter.files])
-            self._cgroup_parents = cgroup.find_parents()
+                self._staging = Staging([outside for outside, _ in self._interpreter.files], self._bubblewrap)
 
     @property
     def user(self) -> int | None:
         """The user id of a sandbox's processes on this machine; None for our own."""
         return NOBODY if self._staging else None
+
+    @property
+    def counts_processes(self) -> bool:
+        """Whether RLIMIT_NPROC counts the processes of a sandbox alone, and not all of its user's on this machine."""
+        return self.contained and kernel_version(os.uname().release) >= (5, 14)
 
     def make_cgroup(self) -> cgroup.Cgroup | None:
         """A control group for one sandbox; None where there are none."""
@@ -84,14 +95,13 @@ class Launcher:
         command = [*(group.prefix() if group else ()), *(self._staging.prefix() if self._staging else ()), self._bubblewrap]
         command += [*self._arguments(), "--seccomp", str(seccomp), "--info-fd", str(info), "--"]
         command += [self._interpreter.executable, *PYTHON_FLAGS, *_PROGRAM]
-        descriptors = [info, seccomp, *(self._staging.descriptors if self._staging else ())]
         try:
             return subprocess.Popen(
                 command,
                 stdin=control,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                pass_fds=descriptors,
+                pass_fds=[info, seccomp],
                 # Not the worker's, which may hold keys: the sandbox's first process is bubblewrap, whose environment can be read inside.
                 env={"PATH": os.defpath},
             )
@@ -134,6 +144,12 @@ class Launcher:
         if self._staging:
             self._staging.close()
         self._filter, self._staging = -1, None
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """Return the first two numbers of what `uname -r` prints, such as `5.14.0-362.el9.x86_64`; zeros if there are none."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _compile_agent() -> None:

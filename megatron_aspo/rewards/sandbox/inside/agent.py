@@ -34,6 +34,7 @@ IMPORTED_AHEAD = (
 
 def main() -> None:
     """Answer the host until it closes the socket. In a child of mode `stdin`, run the program."""
+    os.closerange(3, 3 + 64)  # what bubblewrap or a worker may have left open
     code = _wait_for_program()
     try:
         exec(code, sys.modules["__main__"].__dict__)
