@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,10 +17,10 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.schemas import CallTest, StdinTest
-from megatron_aspo.rewards.sandbox import cgroup, launcher, syscalls
+from megatron_aspo.rewards.sandbox import cgroup, launcher, sandbox as sandbox_module, syscalls
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
-from megatron_aspo.rewards.sandbox.sandbox import Sandbox, parse_report
+from megatron_aspo.rewards.sandbox.sandbox import Sandbox, SandboxError, parse_report
 
 ONE = [StdinTest("", "1")]
 
@@ -200,3 +201,101 @@ def test_the_user_id_is_not_roots(sandboxed):
         users = {process.uids().effective for process in processes}
         sandbox.kill()
     assert processes and 0 not in users and (os.geteuid() == 0 or users == {os.geteuid()})
+
+
+def test_no_descriptor_of_the_machine_is_open_in_a_sandbox(sandboxed):
+    look = (
+        "import os, sys\nfor p in filter(str.isdigit, os.listdir('/proc')):\n    try:\n        names = os.listdir(f'/proc/{p}/fd')\n"
+        "    except OSError:\n        continue\n    for n in names:\n        try:\n            print(p, n, os.readlink(f'/proc/{p}/fd/{n}'))\n"
+        "        except OSError:\n            pass\n"
+    )
+    pool = SandboxPool(SandboxOptions(), Limits())
+    try:
+        sandbox = pool.take()
+        sandbox.load({"program": look})
+        lines = sandbox.run("stdin", b"", 10.0).output.decode().splitlines()
+        outside = psutil.Process(sandbox._process.pid).children(recursive=True)
+        lines += [f"{process.pid} {path.name} {os.readlink(path)}" for process in outside for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+        sandbox.kill()
+    finally:
+        pool.close()
+    assert len(lines) > 6 and not [line for line in lines if ":" in line and not line.split(" ")[2].startswith(("pipe:", "socket:", "anon_inode:"))]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root stages files")
+def test_files_below_mnt_are_seen_by_a_sandbox_that_root_starts(sandboxed, tmp_path):
+    directory = Path(tempfile.mkdtemp(dir="/mnt"))
+    try:
+        directory.chmod(0o755)
+        (directory / "data").write_text("1")
+        with Grader(CodeOptions(SandboxOptions(paths=[str(directory)]))) as grader:
+            assert grader.grade(f"print(open('{directory}/data').read())", ONE).passed
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_a_sandbox_that_does_not_start_is_ended_with_its_inner_process(monkeypatch, sandboxed):
+    monkeypatch.setattr(sandbox_module, "_START_S", 0.2)
+    made = launcher.Launcher(SandboxOptions(), Limits())
+    monkeypatch.setattr(launcher, "_PROGRAM", ("-c", "import time; time.sleep(600)"))
+    sandbox = Sandbox(made, Limits())
+    started = time.monotonic()
+    with pytest.raises(SandboxError, match="no answer within"):
+        sandbox.wait_until_ready()
+    assert time.monotonic() - started < 5 and sandbox._process.returncode is not None
+    sandbox.kill()
+    made.close()
+
+
+def test_a_pipe_that_another_process_holds_does_not_stop_the_end(monkeypatch, sandboxed, open_directory):
+    fake = open_directory / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: broken' >&2\nsleep 20 <&- >/dev/null &\nexec <&-\nexec sleep 20\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(launcher, "find_bubblewrap", lambda: str(fake))
+    monkeypatch.setattr(sandbox_module, "_START_S", 0.5)
+    monkeypatch.setattr(sandbox_module, "_END_S", 0.2)
+    made = launcher.Launcher(SandboxOptions(), Limits())
+    sandbox = Sandbox(made, Limits())
+    started = time.monotonic()
+    with pytest.raises(SandboxError, match="bwrap: broken"):
+        sandbox.wait_until_ready()
+    assert time.monotonic() - started < 5
+    sandbox.kill()
+    made.close()
+
+
+def test_without_a_sandbox_a_session_of_its_own_does_not_save_a_program(tmp_path):
+    child = "import os, time; os.setsid(); open({0!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    note = str(tmp_path / "pid")
+    code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child.format(note)!r}])\ntime.sleep(600)\n"
+    with Grader(CodeOptions(SandboxOptions(kind="none", accept_risk=True), Limits(cpu_s=1, wall_s=2))) as grader:
+        assert grader.grade(code, ONE).kind == "time limit"
+    number = int(Path(note).read_text())
+    assert not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("release", "version"), [("5.14.0-362.el9.x86_64", (5, 14)), ("6.1-rc3", (6, 1)), ("4.18.0", (4, 18)), ("5.4.0-1-azure", (5, 4)), ("odd", (0, 0))]
+)
+def test_the_kernels_version_is_read(release, version):
+    assert launcher.kernel_version(release) == version
+
+
+def test_an_old_kernel_without_control_groups_is_named(monkeypatch, sandboxed):
+    monkeypatch.setattr(launcher, "kernel_version", lambda release: (5, 10))
+    monkeypatch.setattr(cgroup, "find_parents", lambda: [])
+    message = refused(SandboxOptions())
+    assert os.uname().release in message and "5.14" in message
+
+
+@pytest.mark.parametrize(("program", "package"), [("unshare", "util-linux"), ("ldd", "libc-bin")])
+def test_a_missing_program_is_named_with_its_package(monkeypatch, sandboxed, tmp_path, program, package):
+    if program == "unshare" and os.geteuid() != 0:
+        pytest.skip("only root needs it")
+    for directory in os.defpath.split(":"):
+        for path in Path(directory).iterdir():
+            if path.name != program and not (tmp_path / path.name).exists():
+                (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = refused(SandboxOptions())
+    assert program in message and package in message

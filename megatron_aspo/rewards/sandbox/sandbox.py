@@ -13,6 +13,8 @@ import socket
 import subprocess
 import tempfile
 
+import psutil
+
 from megatron_aspo.rewards.sandbox.execution import Execution, Outcome, run_all
 from megatron_aspo.rewards.sandbox.launcher import OWN_PROCESSES, Launcher
 from megatron_aspo.rewards.sandbox.options import Limits
@@ -21,6 +23,8 @@ _START_S = 60.0
 """How long a sandbox may take to start: 0.03 s on an idle machine."""
 _END_S = 10.0
 """How long a sandbox's first process may take to begin, and to end after it was killed: milliseconds on an idle machine."""
+_KILL_ROUNDS = 10
+"""How often the descendants of a program without a sandbox are looked for: it may start more while they are killed."""
 _REPORT_BYTES = 4096
 _MAX_FILES = 100_000
 """Files in /tmp where no control group counts the kernel's memory for them, about 1 KiB each."""
@@ -39,11 +43,13 @@ class Sandbox:
         """Return at once; `wait_until_ready` waits. Raises OSError if no process can be started."""
         self._limits = limits
         self._contained = launcher.contained
+        self._counts_processes = launcher.counts_processes
         self.user = launcher.user
         """The user id that its processes have on this machine; None for our own."""
         self._group = launcher.make_cgroup()
         self._control, theirs = socket.socketpair()
         self._info, info = os.pipe()
+        self._ended = False
         self._first_process = -1
         self._root = ""
         self._directory = "" if self._contained else tempfile.mkdtemp(prefix="megatron_aspo-")
@@ -68,8 +74,10 @@ class Sandbox:
             data = b""
         self._control.settimeout(None)
         if data != b'{"ready": true}\n':
-            self._process.kill()
-            error = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            self._end_processes()
+            # Not to its end: a process that was not ended may hold the pipe for ever.
+            os.set_blocking(self._process.stderr.fileno(), False)
+            error = (self._process.stderr.read() or b"").decode(errors="replace").strip().splitlines()
             raise SandboxError(error[-1] if error else f"no answer within {_START_S:g} s")
         if self._process.poll() is not None:
             raise SandboxError("it ended while it waited")
@@ -98,7 +106,7 @@ class Sandbox:
             "RLIMIT_CORE": 0,
             "RLIMIT_STACK": _MAIN_STACK_BYTES,
         }
-        if self._contained:  # outside, it would count all processes of the user
+        if self._counts_processes:
             values["RLIMIT_NPROC"] = limits.processes + OWN_PROCESSES
         with contextlib.suppress(OSError):  # it has died: the execution will say so
             self._control.sendall(json.dumps({"sources": sources, "limits": values}).encode() + b"\n")
@@ -160,6 +168,18 @@ class Sandbox:
         """End every process of the sandbox and wait until the kernel has done so. Idempotent."""
         if self._info < 0:
             return
+        self._end_processes()
+        self._process.stderr.close()
+        self._control.close()
+        os.close(self._info)
+        self._info = -1
+        self._remove_traces()
+
+    def _end_processes(self) -> None:
+        """Kill every process and wait for its end. Idempotent."""
+        if self._ended:
+            return
+        self._ended = True
         # Not bubblewrap's outer process first: killed while it starts, it would leave the inner one waiting for ever.
         self._find_first_process()
         if self._first_process >= 0:
@@ -167,19 +187,16 @@ class Sandbox:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._first_process, signal.SIGKILL)
             os.close(self._first_process)
+            self._first_process = -1
             # The outer one reaps the inner and ends. Killed before, it would leave a zombie to a process 1 that may not care.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
         elif not self._contained:
+            kill_descendants(self._process.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
-        self._process.stderr.close()
-        self._control.close()
-        os.close(self._info)
-        self._info = -1
-        self._remove_traces()
 
     def _remove_traces(self) -> None:
         if self._group:
@@ -198,6 +215,20 @@ def parse_report(line: bytes) -> dict:
     if type(status) is int and -64 <= status <= 255 and type(cpu_s) is float and 0 <= cpu_s < math.inf:
         return {"status": status, "cpu_s": cpu_s}
     raise EOFError
+
+
+def kill_descendants(root: int) -> None:
+    """Kill the descendants of the process `root`, which is this one's unreaped child; those in sessions of their own too."""
+    for _ in range(_KILL_ROUNDS):
+        try:
+            family = [process for process in psutil.Process(root).children(recursive=True) if process.status() != psutil.STATUS_ZOMBIE]
+        except psutil.NoSuchProcess:
+            continue
+        if not family:
+            return
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def resident_bytes(root: int) -> int:
