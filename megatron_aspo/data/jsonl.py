@@ -89,7 +89,7 @@ def read_prompts(
     """
     prompts: list[Prompt] = []
     line_of_id: dict[str, int] = {}
-    for number, row in _read_rows(path):
+    for number, row in read_rows(path, "prompt and ground_truth"):
         where = f"{path}:{number}"
         prompt = _make_prompt(row, where, f"{split}/{row.get('id', number)}", number, encoder)
         if prompt.id in line_of_id:
@@ -111,7 +111,11 @@ def read_prompts(
     return prompts
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, fields: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row) for each line that is not blank. Raises UserError naming file and line for the first that is wrong.
+
+    fields: what messages say that a row must have.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -129,7 +133,7 @@ def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not valid JSON ({error}); expected one JSON object on each line{_hint(line)}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: a JSON {_json_type(row)}, expected an object with prompt and ground_truth{_hint(line)}")
+            raise UserError(f"{path}:{number}: a JSON {_json_type(row)}, expected an object with {fields}{_hint(line)}")
         _check_surrogates(row, line, f"{path}:{number}")
         yield number, row
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections import Counter
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_aspo.config import load_config
+from megatron_aspo.data.jsonl import read_rows
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.data.tasks import TASKS, build_reward
+from megatron_aspo.data.tasks import TASKS
 from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.code.reward import CodeReward
-from megatron_aspo.rewards.result import Reward, RewardResult
-from megatron_aspo.rewards.sandbox.sandbox import SandboxError
+from megatron_aspo.rewards.process import RewardProcess
+from megatron_aspo.rewards.result import RewardResult
 
 CODE_SOURCES = ("code", "livecodebench", "humaneval")
 """How the names of data sources begin whose ground truth is tests."""
@@ -28,14 +29,13 @@ def run_grade(parsed: argparse.Namespace) -> None:
     with Rewards(parsed) as rewards:
         for where, row in read_responses(parsed.file):
             reward = rewards.of(row.data_source, where)
+            begun = time.monotonic()
             try:
-                begun = time.monotonic()
-                result = reward(row.prompt, row.response)
+                (result,) = reward.score([(row.prompt, row.response)])
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
-            except SandboxError as error:
-                raise UserError(f"{where}: no code sandbox starts ({error}); free memory or processes") from error
-            verdict = result.details.get("verdict", result.reason)
+            verdict = result.failure or result.details.get("verdict", result.reason)
+            verdict = verdict if isinstance(verdict, str) else json.dumps(verdict)
             line = {"score": result.score, "verdict": verdict, "reason": result.reason, "seconds": round(time.monotonic() - begun, 3)}
             print(json.dumps(line), flush=True)
             results.append((result, verdict))
@@ -50,23 +50,26 @@ def summarize(results: list[tuple[RewardResult, str]], seconds: float) -> dict[s
 
 
 class Rewards:
-    """The reward of each row: the recipe's, that of --reward, or that of the row's data source. A context manager: it closes them."""
+    """The reward of each row: the recipe's, that of --reward, or that of the row's data source. A context manager: it closes them.
+
+    Each runs in a process of its own, as in a run: one that hangs or crashes fails one response.
+    """
 
     def __init__(self, parsed: argparse.Namespace):
         """Raises UserError for options that name no reward, or two."""
-        self._only: Reward | None = None
-        self._by_name: dict[str, Reward] = {}
+        self._only: RewardProcess | None = None
+        self._by_name: dict[str, RewardProcess] = {}
         if parsed.recipe and parsed.reward:
             raise UserError(f"--reward {parsed.reward} and --recipe {parsed.recipe} both name a reward; give one of the two")
         if parsed.overrides and not parsed.recipe:
             raise UserError(f"{parsed.overrides[0]} changes a recipe, and there is none; name it with --recipe")
         if parsed.recipe:
             config = load_config(parsed.recipe, parsed.overrides)
-            self._only = build_reward(config.task, config.data)
+            self._only = _start(config.task, config.data)
         elif parsed.reward:
             self._only = _named(parsed.reward)
 
-    def of(self, data_source: str, where: str) -> Reward:
+    def of(self, data_source: str, where: str) -> RewardProcess:
         """Raises UserError, with the place in the file, for a data source that has no reward."""
         if self._only:
             return self._only
@@ -82,16 +85,26 @@ class Rewards:
 
     def __exit__(self, *_: Any) -> None:
         for reward in (self._only, *self._by_name.values()):
-            if isinstance(reward, CodeReward):
+            if reward:
                 reward.close()
 
 
-def _named(name: str) -> Reward:
+def _start(task: str, options: DataOptions) -> RewardProcess:
+    process = RewardProcess(task, options, os.getcwd())
+    try:
+        process.start()
+    except BaseException:
+        process.close()
+        raise
+    return process
+
+
+def _named(name: str) -> RewardProcess:
     if name in TASKS and name != "jsonl":
-        return build_reward(name, DataOptions())
+        return _start(name, DataOptions())
     if name != "code" and ":" not in name:
         raise UserError(f"--reward {name} is unknown; choose code, {', '.join(set(TASKS) - {'jsonl'})}, or package.module:function")
-    return build_reward("jsonl", DataOptions(reward=name))
+    return _start("jsonl", DataOptions(reward=name))
 
 
 class Row:
@@ -108,6 +121,8 @@ class Row:
         prompt = fields.get("prompt", "")
         if isinstance(prompt, list):
             prompt = prompt[-1].get("content", "") if prompt and isinstance(prompt[-1], dict) else ""
+            if not isinstance(prompt, str):
+                raise ValueError(f"the content of the last message is a {type(prompt).__name__}, expected text")
         extra = {"data_source": fields["data_source"]} | fields.get("extra", {})  # as a row of a run has it
         self.response: str = fields["response"]
         self.data_source: str = fields["data_source"]
@@ -116,22 +131,10 @@ class Row:
 
 def read_responses(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (FILE:LINE, row) for each line that is not blank. Raises UserError for the first that is wrong."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from error
-    with file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not valid JSON ({error}); expected one JSON object on each line") from error
-            if not isinstance(fields, dict):
-                raise UserError(f"{where}: a JSON {type(fields).__name__}, expected an object with response, ground_truth and data_source")
-            try:
-                yield where, Row(fields, number)
-            except ValueError as error:
-                raise UserError(f"{where}: {error}") from error
+    for number, fields in read_rows(path, "response, ground_truth and data_source"):
+        where = f"{path}:{number}"
+        try:
+            row = Row(fields, number)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        yield where, row

@@ -1,11 +1,14 @@
 """megatron-aspo grade: rows in, scores out, errors with file and line."""
 
+import gzip
 import json
 import signal
 
 import pytest
 
 from megatron_aspo.cli import main
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.grade import read_responses
 
 PROGRAM = "Here:\n```python\nprint(int(input()) + 1)\n```"
 TESTS = [{"input": "1\n", "output": "2\n", "testtype": "stdin", "metadata": {}}]
@@ -65,16 +68,52 @@ def test_a_users_reward(grade, tmp_path):
     assert (lines[0]["score"], lines[0]["reason"]) == (0.25, "p")
 
 
+def test_a_reward_that_hangs_or_crashes_fails_one_response(grade, tmp_path):
+    (tmp_path / "my_stuck_reward.py").write_text(
+        "import os, time\ndef f(prompt, response, truth, extra):\n    if response == 'hang':\n        time.sleep(600)\n"
+        "    if response == 'crash':\n        os._exit(3)\n    return {'score': 1, 'verdict': ['odd', {}]}\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        "task: jsonl\nmodel: nowhere\ndata: {path: train.jsonl, reward: 'my_stuck_reward:f', reward_timeout_s: 1, reward_failure_score: -1}\n"
+    )
+    rows = [{"response": text, "ground_truth": None, "data_source": "mine"} for text in ("a", "hang", "crash", "b")]
+    status, lines, error = grade(rows, "--recipe", "recipe.yaml")
+    assert (status, error) == (0, "")
+    assert [(line["score"], line["verdict"]) for line in lines[:-1]] == [
+        (1.0, '["odd", {}]'),
+        (-1.0, "timeout"),
+        (-1.0, "crash"),
+        (1.0, '["odd", {}]'),
+    ]
+    assert lines[-1]["summary"]["verdicts"] == {'["odd", {}]': 2, "timeout": 1, "crash": 1}
+
+
+def test_files_are_read_as_those_of_a_run(tmp_path):
+    path = tmp_path / "in.jsonl"
+    row = json.dumps({"response": "It is 7.", "ground_truth": 7, "data_source": "single_digit_addition"}).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + row)
+    assert [row.response for _, row in read_responses(path)] == ["It is 7."]
+    for content, message in ((gzip.compress(row), "gunzip"), (row[:14] + b"\xff" + row[14:], "in.jsonl:1: byte 15 of the line is not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            list(read_responses(path))
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
         ("not JSON\n", (), "in.jsonl:1: not valid JSON"),
-        ("\n[1]\n", (), "in.jsonl:2: a JSON list"),
+        ("\n[1]\n", (), "in.jsonl:2: a JSON array"),
         ('{"response": "x", "ground_truth": 1}\n', (), "in.jsonl:1: the field data_source is missing"),
         ('{"response": 1, "ground_truth": 1, "data_source": "code"}\n', (), "in.jsonl:1: response is a int"),
         ('{"response": "x", "ground_truth": 1, "data_source": "other"}\n', (), "in.jsonl:1: data_source='other' names no reward"),
         ('{"response": "x", "ground_truth": 1, "data_source": "other"}\n', ("--reward", "nothing"), "--reward nothing is unknown"),
         ('{"response": "x", "ground_truth": 1, "data_source": "other"}\n', ("a=b",), "a=b changes a recipe"),
+        (
+            '{"response": "x", "ground_truth": 1, "data_source": "code", "prompt": [{"role": "user", "content": null}]}\n',
+            (),
+            "in.jsonl:1: the content of the last message is a NoneType",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_with_file_and_line(grade, text, arguments, message):
@@ -86,4 +125,4 @@ def test_what_is_wrong_is_one_line_with_file_and_line(grade, text, arguments, me
 def test_a_faulty_ground_truth_is_named_with_file_and_line(grade, sandboxed):
     status, lines, error = grade([{"response": PROGRAM, "ground_truth": [], "data_source": "code"}])
     assert (status, lines) == (2, [])
-    assert "in.jsonl:1: ground_truth has no tests" in error
+    assert "in.jsonl:1: data.reward=code on prompt 1: ground_truth has no tests" in error
