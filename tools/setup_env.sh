@@ -9,7 +9,8 @@ lock=tools/locks/cpu-py311.txt
 stamp=$venv/setup.stamp         # what the finished environment was made from; written last
 unfinished=$venv/setup.unfinished
 log=$venv/setup.log
-bubblewrap_log=${TMPDIR:-/tmp}/setup_env.bubblewrap.log
+bubblewrap_log=$venv/bubblewrap.log
+bubblewrap_failed=$venv/bubblewrap.failed   # its installation was tried in vain: not tried again until this file is removed
 torch_index=https://download.pytorch.org/whl/cpu
 
 fail() {
@@ -64,11 +65,12 @@ fail_with_log() {
 # Not an error: all but the code reward works without it.
 need_bubblewrap() {
     if [[ -n $(command -v bwrap) ]]; then return; fi
-    if ((EUID == 0)) && [[ -n $(command -v apt-get) ]]; then
+    if ((EUID == 0)) && [[ -n $(command -v apt-get) && ! -e $bubblewrap_failed ]]; then
         echo "setup_env.sh: installing bubblewrap"
         local install="apt-get install -y bubblewrap libseccomp2"
         if { $install || { apt-get update && $install; }; } >"$bubblewrap_log" 2>&1; then return; fi
-        echo "setup_env.sh: bubblewrap could not be installed; the output is in $bubblewrap_log" >&2
+        touch "$bubblewrap_failed"
+        echo "setup_env.sh: bubblewrap could not be installed; the output is in $bubblewrap_log. To try again: rm $bubblewrap_failed" >&2
     fi
     echo "setup_env.sh: the code reward needs bubblewrap 0.8 or newer and libseccomp 2: as root, apt install bubblewrap libseccomp2 (Debian," \
         "Ubuntu) or dnf install bubblewrap libseccomp (Fedora, RHEL)" >&2
@@ -81,8 +83,10 @@ fi
 
 exec 9>.venv.lock
 flock 9 # a second set-up waits for the first
-need_bubblewrap
-if is_current; then exit 0; fi
+if is_current; then
+    need_bubblewrap
+    exit 0
+fi
 
 [[ $(uname -sm) == "Linux x86_64" ]] || fail "the locked environment is for Linux x86_64, this is $(uname -sm)"
 if [[ -e $venv ]] && { [[ -e $unfinished ]] || ! is_python311 "$venv/bin/python"; }; then
@@ -126,4 +130,5 @@ pip_install --no-deps --no-build-isolation --use-pep517 --editable . || fail_wit
 fingerprint >"$stamp.tmp"
 mv "$stamp.tmp" "$stamp"
 rm "$unfinished"
+need_bubblewrap # after .venv, which holds its log
 echo "setup_env.sh: .venv is ready after $((SECONDS - started)) s"
