@@ -22,7 +22,7 @@ GROUPLESS = ["a fork bomb", "a thread bomb", "a memory bomb", "a memory bomb of 
 def traces() -> dict[str, object]:
     """What a program might leave on the machine."""
     own = psutil.Process()
-    groups = [path for parent in Path("/sys/fs/cgroup").glob("*") for path in parent.glob(f"**/megatron_aspo-{os.getpid()}-*")]
+    groups = [path for parent in Path("/sys/fs/cgroup").glob("*") for path in parent.glob(f"**/megatron_aspo-*-{os.getpid()}-*")]
     segments = Path("/proc/sysvipc/shm").read_text() if Path("/proc/sysvipc/shm").exists() else ""
     marked = [path for folder in ("/tmp", "/dev/shm", "/var/tmp", "/root", "/etc", "/", ".") for path in Path(folder).glob(f"*{MARK}*")]
     # A sandbox that waits has bubblewrap twice and its agent.

@@ -151,7 +151,7 @@ def _livecodebench(test: Any, number: int) -> Test:
     try:
         metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
     except (ValueError, RecursionError) as error:
-        raise UserError(f"test {number} of ground_truth has metadata that is not JSON; expected {{\"func_name\": …}}") from error
+        raise UserError(f'test {number} of ground_truth has metadata that is not JSON; expected {{"func_name": …}}') from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("func_name"), str):
         raise UserError(f"test {number} of ground_truth is functional and has no metadata.func_name; add it")
     try:

@@ -126,7 +126,7 @@ class Launcher:
     def _start_uncontained(self, control: int, directory: str) -> subprocess.Popen:
         paths = [path for path in sys.path if path.endswith("site-packages")] if self._modules else []
         environment = _ENVIRONMENT | {"HOME": directory, "TMPDIR": directory}
-        environment |= {"PYTHONPATH": str(AGENT), "SANDBOX_MODULES": ":".join(paths)}
+        environment |= {"PYTHONPATH": str(AGENT), "SANDBOX_MODULES": ":".join(paths), "SANDBOX_ADOPTS_ORPHANS": "1"}
         return subprocess.Popen(
             [self._interpreter.executable, *PYTHON_FLAGS, *_PROGRAM],
             stdin=control,

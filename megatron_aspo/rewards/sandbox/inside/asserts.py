@@ -196,4 +196,3 @@ class Proxy:
 
 class NotComparableError(TypeError):
     """A comparison that the program would decide."""
-
