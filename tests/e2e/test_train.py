@@ -186,7 +186,6 @@ def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
     assert len(family) > 4
     assert_only_loopback([psutil.Process(process.pid), *family])
     segments = mapped_segments(family)
-    assert segments  # vLLM's semaphores
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == status, error
