@@ -268,3 +268,19 @@ def test_a_room_imports_only_what_the_architecture_page_says():
                 if room in rooms - allowed[path.parent.name] - {path.parent.name}:
                     wrong.append(f"{path.relative_to(package)} imports {room}/")
     assert not wrong
+
+
+def test_every_claim_names_tests_and_tools_that_exist_and_run_or_says_why_not():
+    rows = re.findall(r"^\| (?!claim|---)(.+?) \| (.+?) \| ?(.*?) ?\|$", (ROOT / "docs" / "claims.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for claim, holders, reason in rows:
+        named = re.findall(r"`([^`]+)`", holders)
+        assert named, claim
+        for holder in named + [name for name in re.findall(r"`([^`]+)`", reason) if "::" in name]:
+            path, _, test = holder.partition("::")
+            if not test:
+                assert (ROOT / path).is_file() and reason, claim  # a tool is not in .ci/run
+                continue
+            source = (ROOT / "tests" / path).read_text(encoding="utf-8")
+            assert f"def {test}(" in source, holder
+            assert not path.startswith("gpu/") and "pytestmark = pytest.mark.gpu" not in source, holder
