@@ -47,7 +47,7 @@ class Config:
     model: str = ""
     """A local Hugging Face model directory, or a hub name."""
     task: str = ""
-    """Where prompts and rewards come from: `single_digit_addition | largest_of_three | jsonl`."""
+    """The source of prompts and rewards: `single_digit_addition | largest_of_three | jsonl`."""
     steps: int = 100
     """Rollout steps of the run."""
     seed: int = 0

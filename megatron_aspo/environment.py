@@ -41,5 +41,5 @@ def engine_environment(interface: str, given: Mapping[str, str]) -> dict[str, st
 
 
 def _unless_given(usual: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
-    """Those that whoever started the processes has not set otherwise."""
+    """Return the usual values of the variables that are not given."""
     return {name: value for name, value in usual.items() if name not in given}

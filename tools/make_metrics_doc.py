@@ -1,13 +1,12 @@
 #!/usr/bin/env python
 """Write docs/metrics.md: every name in metrics.jsonl with its unit and its meaning, in sections that say when their names are present.
 
-    python tools/make_metrics_doc.py [--check]
+    python tools/make_metrics_doc.py
 
-The names come from the code (metric_names.py), the words from the table below. A name without words stops the tool; words for a name that
-the code does not produce stay unused. With --check nothing is written; the exit status is 1 when the page is not current.
+The names come from the code (metric_names.py), the words from the table below. A name without words stops the tool, and
+so do words for a name that the code does not produce. A test holds the page current.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -140,21 +139,13 @@ def page() -> str:
     for prefix, (title, text) in SECTIONS.items():
         rows = [f"| `{name}` | {' | '.join(words(name))} |\n" for name in names if name.partition("/")[0] == prefix]
         parts.append(f"\n## {title}\n\n{text}\n\n| name | unit | meaning |\n|---|---|---|\n{''.join(rows)}")
+    if unused := sorted((WORDS.keys() | BY_SIGN.keys()) - {*names, *(name.rpartition("/")[0] for name in names)}):
+        raise LookupError(f"no metric has the names {unused}: remove their words from tools/make_metrics_doc.py")
     # The page's introduction has `step`.
     if unplaced := [name for name in names if name.partition("/")[0] not in {*SECTIONS, "step"}]:
         raise LookupError(f"no section of docs/metrics.md takes {unplaced}: add one to SECTIONS of tools/make_metrics_doc.py")
     return "".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 when the page is not current")
-    parsed = parser.parse_args()
-    if not parsed.check:
-        PAGE.write_text(page(), encoding="utf-8")
-    elif PAGE.read_text(encoding="utf-8") != page():
-        sys.exit("docs/metrics.md is not current: run python tools/make_metrics_doc.py")
-
-
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(), encoding="utf-8")

@@ -114,7 +114,7 @@ class PromptEncoder:
 
     @property
     def remark(self) -> str:
-        """What was put before plain-text prompts, on one line; empty if there was none."""
+        """Say on one line what was put before plain-text prompts; empty if there were none."""
         if not self._texts:
             return ""
         first = "".join(self._tokenizer.convert_ids_to_tokens(list(self._prefix)))

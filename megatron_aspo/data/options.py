@@ -13,7 +13,7 @@ class DataOptions:
     eval_path: str = ""
     """JSONL file of held-out prompts; needed by `task: jsonl` when `evaluation.draws` is above 0."""
     reward: str = ""
-    """What scores a response, needed by `task: jsonl`: `package.module:function`, or `code` for programs graded by tests."""
+    """The reward, needed by `task: jsonl`: `package.module:function`, or `code` for programs graded by tests."""
     code: CodeOptions = field(default_factory=CodeOptions)
     reward_workers: int = 1
     """Processes that score responses."""

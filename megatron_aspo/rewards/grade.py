@@ -20,7 +20,7 @@ from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.result import RewardResult
 
 CODE_SOURCES = ("code", "livecodebench", "humaneval")
-"""How the names of data sources begin whose ground truth is tests."""
+"""Beginnings of the names of data sources whose ground truth is tests."""
 
 
 def run_grade(parsed: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What this machine has to offer before a run starts processes on it: places for sockets, a token, shared memory and the run directory.
+"""Checks of this machine before a run starts processes on it: room for sockets, a token, shared memory and the run directory.
 
 Ray and vLLM would fail for lack of them too, but later, and without a cure. The limits are those of Ray 2.60 and vLLM 0.32.
 """
@@ -17,7 +17,7 @@ _RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store
 _VLLM_SOCKET = "00000000-0000-0000-0000-000000000000"
 _SHARED = Path("/dev/shm")
 _SHARED_BYTES = 160 << 20
-"""Of an engine of several workers: the messages between them."""
+"""Shared memory that an engine of several workers takes for the messages between them."""
 
 
 def check_machine(engines: EngineSizes) -> None:

@@ -38,7 +38,7 @@ class Plan:
     settings: RankSettings
     device: str
     notes: tuple[str, ...] = ()
-    """What to know besides: what `train` would do about a run directory that exists, and what could not be checked."""
+    """Remarks: what `train` would do about a run directory that exists, and what could not be checked."""
 
     @property
     def groups(self) -> dict[str, list[list[int]]]:
@@ -119,7 +119,7 @@ def make_plan(config: Config, device: str = "") -> Plan:
 
 
 def _directory_note(config: Config) -> str:
-    """What `train` would do about the run directory, if it exists. Raises UserError when there is nothing to resume from."""
+    """Say what `train` would do about the run directory, if it exists. Raises UserError when there is nothing to resume from."""
     exists = directory_exists(config)
     if config.resume == "never":
         refused = (

@@ -180,7 +180,7 @@ def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 
 
 ATTENTION = {"cpu": _attend_on_cpu, "cuda": _attend_on_cuda}
-"""By type of device."""
+"""Attention of packed segments, by type of device."""
 
 
 class _ShortAttention(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Where tensors lie in pinned host memory. No torch: a plan counts with the same function.
+"""The layout of tensors in blocks of pinned host memory. No torch: a plan counts with the same function.
 
 torch rounds every pinned allocation up to a power of two, so that tensor by tensor up to half of the memory would be lost (19 % for Adam's
 state of Qwen2.5-1.5B). Sharing large blocks they lose 7 %.

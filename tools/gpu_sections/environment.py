@@ -1,4 +1,4 @@
-"""What this machine has: the card, and the packages that must agree."""
+"""The machine: its card, and the packages that must agree."""
 
 from collections.abc import Callable, Iterator
 

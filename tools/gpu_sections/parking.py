@@ -1,4 +1,4 @@
-"""What leaves a training rank's device for engines: seconds, bandwidth, bytes that the card gets back; and weights by CUDA IPC."""
+"""A training rank that leaves its device for engines: seconds, bandwidth, bytes that the card gets back; and weights by CUDA IPC."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ import torch
 from gpu_sections.workload import DEVICE, new_directory, random_qwen, samples, synchronize, training_rank
 
 PEAK_FLOPS = 989e12
-"""Of an H100 or H200 in bfloat16, by its data sheet."""
+"""bfloat16 arithmetic of an H100 or H200, by its data sheet."""
 STEPS = 3
 
 

@@ -17,21 +17,15 @@ BIG = {
     "num_attention_heads": 12,
     "num_key_value_heads": 2,
 }
-TINY = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def random_qwen(directory: Path, small: bool):
     """Save the model to `directory` in bfloat16 and return transformers' model of it, on the device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = TINY if small else BIG
+    from tests.models import SIZES
+
+    sizes = {name: SIZES[name] for name in BIG} if small else BIG
     config = AutoConfig.for_model("qwen2", **sizes, max_position_embeddings=32_768, tie_word_embeddings=True, rope_theta=1e6)
     torch.manual_seed(0)
     with torch.device(DEVICE):

@@ -23,7 +23,7 @@ _RESULT_BYTES = 4 << 20
 
 @dataclass
 class _Run:
-    """How far the tests of a program went."""
+    """Progress of a program through its tests."""
 
     failure: Failure | None = None
     position: int | None = None

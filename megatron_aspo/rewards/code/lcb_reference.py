@@ -34,7 +34,7 @@ os._exit(0)
 
 
 class ReferenceGrader:
-    """As `Grader`, with the checkout's verdicts."""
+    """Grades like `Grader`, with the verdicts of the checkout."""
 
     def __init__(self, options: CodeOptions):
         """Raises UserError if there is no grader at `options.lcb_reference`, and as `Grader` does."""

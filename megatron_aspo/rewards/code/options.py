@@ -12,7 +12,7 @@ class CodeOptions:
 
     sandbox: SandboxOptions = field(default_factory=SandboxOptions)
     limits: Limits = field(default_factory=Limits)
-    """Of each test."""
+    """Limits that hold for each test by itself."""
     total_s: float = 45.0
     """Time on the clock for all tests of one response together, in seconds. Below `data.reward_timeout_s`."""
     max_tests: int = 0

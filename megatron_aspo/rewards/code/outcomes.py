@@ -10,7 +10,7 @@ from megatron_aspo.rewards.sandbox.execution import Outcome
 @dataclass(frozen=True)
 class Failure:
     kind: str
-    """As `Verdict.kind`."""
+    """One of the kinds of a `Verdict`."""
     reason: str
     lost: bool = False
     """Its sandbox ended: by an act of the program, or of the machine, which a second try tells apart."""

@@ -1,4 +1,4 @@
-"""What grading a program gives."""
+"""The verdict on a program."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Where the worker is root: sandboxes start as the user `nobody`, and see the interpreter even where that user may not read root's home.
+"""Sandboxes of a worker that is root: they start as `nobody`, and see the interpreter even where that user may not read root's home.
 
 With root's user id, even without any privilege, a program would own all files of root that it sees, and have no limit on processes.
 """
