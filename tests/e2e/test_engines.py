@@ -202,9 +202,10 @@ def test_after_an_update_a_cached_prompt_is_answered_by_the_new_weights(tied):
 
 def test_a_response_under_way_goes_on_under_the_new_weights_and_says_from_where(tied):
     old_state, old_version = tied.state, tied.version
-    asked = requests("across", 8, max_tokens=300)
+    # More than run at once, so that some are under way whenever the update comes, however fast the machine is.
+    asked = requests("across", 48, max_tokens=300)
     running = tied.in_background(tied.pool.generate, asked)
-    assert wait_until(lambda: sum(state["unfinished"] for state in tied.pool.health()) == len(asked), 20)
+    assert wait_until(lambda: sum(state["unfinished"] for state in tied.pool.health()) >= 8, 20)
     time.sleep(0.5)
     tied.update(perturbed(tied.model, seed=11))
     crossing = 0
