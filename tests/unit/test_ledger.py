@@ -1,5 +1,7 @@
 """The ledger: only ever longer, whole lines, and what they say once a run was resumed."""
 
+import os
+
 import pytest
 
 from megatron_aspo.runtime.ledger import Ledger, history, read_ledger
@@ -52,3 +54,14 @@ def test_steps_that_are_done_again_count_once():
     ]
     assert {step: event["mark"] for step, event in history(events).items()} == {0: "a", 1: "a", 2: "b", 3: "c"}
     assert history([*events, {"event": "start", "step": 0}]) == {}
+
+
+def test_a_line_is_on_the_disk_when_it_is_appended(path, monkeypatch):
+    ledger = Ledger(path)
+    on_disk = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (fsync(number), on_disk.append(os.fstat(number).st_size)))
+    for step in range(2):
+        ledger.append("drawn", step=step)
+        assert on_disk and on_disk[-1] == path.stat().st_size
+    ledger.close()
