@@ -214,3 +214,30 @@ def test_when_one_rank_leaves_all_others_fail_long_before_the_timeout(places):
     results = together(PAIR, places, work, timeout_s=40.0)
     assert all(result is not None and result[1] < 10.0 for result in results), results
     assert "this rank has left the group" in results[3][0]
+
+
+def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before_the_timeout():
+    state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
+
+    def read(name: str, box: Box) -> torch.Tensor:
+        if name.startswith("model.layers.1."):
+            raise MemoryError("no room")
+        return view(state)(name, box)
+
+    def work(rank, group, schedule):
+        started = time.monotonic()
+        try:
+            if rank < 2:
+                WeightSender(schedule, group, CPU).send(read, 3, False)
+            else:
+                receive_all(WeightReceiver(schedule, group, CPU), 3, False, len(schedule.buckets))
+        except MemoryError as error:
+            return str(error), time.monotonic() - started
+        except TransferError:
+            group.close()
+            return "failed with it", time.monotonic() - started
+        return None
+
+    results = together(PAIR, ["here"] * 4, work, timeout_s=40.0)
+    assert all(result is not None and result[1] < 10.0 for result in results), results
+    assert [said for said, _ in results] == ["failed with it", "no room", "failed with it", "failed with it"]

@@ -94,6 +94,16 @@ def test_what_a_restart_cannot_cure_is_raised(failures, dead):
     assert publisher.version == 0
 
 
+def test_an_engine_that_reports_another_version_is_an_error():
+    ends = Ends()
+    publisher = ends.publisher()
+    publisher.publish(1)
+    ends.versions = lambda: [2, 1]
+    with pytest.raises(RuntimeError, match=r"published as version 2, but the engines report \[2, 1\]"):
+        publisher.publish(2)
+    assert publisher.version == 1
+
+
 def test_of_many_failures_the_first_are_told():
     publisher = Ends({f"training rank {rank}": RuntimeError("gone") for rank in range(9)}).publisher()
     with pytest.raises(PublishError, match=r"training rank 0: gone; .*training rank 3: gone; and 5 more$"):

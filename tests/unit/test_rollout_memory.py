@@ -1,0 +1,43 @@
+"""The key-value cache of an engine, by hand: how many tokens it holds, and the size that is proposed where these are too few."""
+
+import re
+
+import pytest
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.engine_settings import GIB
+from megatron_aspo.rollout.memory import cached_tokens, check_cache
+from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.weights.hf_model import HFModel, read_model
+from tests.models import save_tiny
+
+LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 32
+
+
+@pytest.fixture
+def model(tmp_path) -> HFModel:
+    save_tiny("qwen3", tmp_path, num_hidden_layers=LAYERS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM)
+    return read_model(tmp_path)
+
+
+@pytest.mark.parametrize(("workers", "copies"), [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+def test_a_cache_holds_keys_and_values_of_each_layer_and_head(model, workers, copies, dtype, itemsize):
+    """However many workers share it; of more workers than key-value heads, several keep the same head."""
+    options = RolloutOptions(tensor_parallel=workers, dtype=dtype, kv_cache_gib=0.5)
+    a_token = 2 * LAYERS * KV_HEADS * HEAD_DIM * itemsize
+    assert cached_tokens(model, options) == GIB // 2 // (copies * a_token)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_request_that_does_not_fit_is_refused_with_a_size_that_is_enough_and_not_twice_too_much(model, workers):
+    options = RolloutOptions(tensor_parallel=workers, dtype="float32", kv_cache_gib=0.1)
+    longest = 2_000_000
+    with pytest.raises(
+        UserError, match=r"kv_cache_gib=0\.1 holds the keys and values of [\d,]+ tokens, fewer than the 2,000,000"
+    ) as refused:
+        check_cache(model, options, longest)
+    enough = float(re.search(r"raise it to ([\d.]+)", str(refused.value))[1])
+    check_cache(model, RolloutOptions(tensor_parallel=workers, dtype="float32", kv_cache_gib=enough), longest)
+    with pytest.raises(UserError):
+        check_cache(model, RolloutOptions(tensor_parallel=workers, dtype="float32", kv_cache_gib=enough / 2), longest)
