@@ -167,7 +167,7 @@ def test_two_live_processes_never_own_one_run(tmp_path):
     answers = []
     for _ in range(2):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_own, args=(tmp_path, theirs))
+        process = context.Process(target=_own, args=(tmp_path, theirs), daemon=True)
         process.start()
         answers.append(ours.recv())
         pipes.append(ours)

@@ -1,0 +1,39 @@
+"""Calls under way on several actors: how long the others are waited for once one has failed. With plain Ray tasks in place of actors."""
+
+import time
+
+import ray
+
+from megatron_aspo.rollout.pending import Pending
+
+LATE_S = 8.0
+
+
+@ray.remote(num_cpus=0)
+def fail() -> None:
+    raise ValueError("out of memory")
+
+
+@ray.remote(num_cpus=0)
+def answer(after_s: float) -> str:
+    time.sleep(after_s)
+    return "done"
+
+
+def pending(**refs: ray.ObjectRef) -> Pending:
+    explains = tuple((lambda error, name=name: RuntimeError(f"{name}: {error.cause}")) for name in refs)
+    return Pending(tuple(refs), tuple(refs.values()), explains)
+
+
+def test_after_the_first_failure_the_others_have_the_grace_alone(ray_cluster):
+    """However long the timeout is. The failure has its actor's words, and one that stays silent is named."""
+    late = answer.remote(LATE_S)
+    answers, failures = pending(one=answer.remote(0.0), two=fail.remote(), three=late).outcomes(60.0, 2.0)
+    assert answers == {"one": "done"} and list(failures) == ["two", "three"]
+    assert str(failures["two"]) == "two: out of memory"
+    assert isinstance(failures["three"], TimeoutError) and "three did not answer in" in str(failures["three"])
+    ray.cancel(late)
+
+
+def test_without_a_failure_all_are_waited_for(ray_cluster):
+    assert pending(one=answer.remote(0.0), two=answer.remote(1.0)).result() == ["done", "done"]
