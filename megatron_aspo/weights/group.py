@@ -7,7 +7,7 @@ Every socket is bound to the address that leads to the other ranks, never to all
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class StatelessGroup:
         address: str,
         names: Names,
         device: torch.device,
+        connects_lazily: bool,
     ):
         self._groups = groups  # for what goes to higher ranks, and to lower ones
         self._store = store  # rank 0's store serves the others: it must live as long as the group
@@ -63,6 +64,25 @@ class StatelessGroup:
         self.address = address
         self.device = device
         """Where tensors that it moves lie."""
+        self.connects_lazily = connects_lazily
+        """Whether two ranks connect at their first transfer, in a call that returns only when both have made it."""
+
+    def connect(self, routes: Iterable[tuple[int, int]]) -> None:
+        """Connect the (source, target) pairs of `routes`, in each of which this rank is one. All ranks must call it before any transfer.
+
+        At a pair's first transfer NCCL makes a communicator, for which either rank waits for the other (pytorch#108378). Engines that pass
+        weights on to one another begin to receive before they send, so each would wait for the other to send. Here every rank takes its
+        routes in the same order: both ranks of the first route that is left are at it, and no circle of waiting ranks can form.
+        Raises TransferError when a peer does not come.
+        """
+        if not self.connects_lazily:
+            return
+        for source, target in sorted(routes):
+            byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+            if source == self.rank:
+                self.send(byte, target, "the first connection").wait()
+            else:
+                self.receive(byte, source, "the first connection").wait()
 
     def send(self, tensor: torch.Tensor, target: int, what: str, lane: int = 0) -> Transfer:
         """Start sending a contiguous `tensor`; `what` names it in errors. Between two ranks, those of one lane arrive as they were sent.
@@ -160,7 +180,7 @@ def stateless_group(
         raise TransferError(
             f"{who}: connecting to the peers of the group at {address} failed (timeout {timeout_s:g} s): {_first_line(error)}"
         ) from error
-    return StatelessGroup(groups, store, rank, places, timeout_s, address, names, device)
+    return StatelessGroup(groups, store, rank, places, timeout_s, address, names, device, connects_lazily=backend == "nccl")
 
 
 def _watchdog_timeout(timeout: timedelta) -> timedelta:

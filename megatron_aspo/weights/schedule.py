@@ -107,6 +107,11 @@ class Schedule:
             for number, tensors in enumerate(runs, start=1)
         )
 
+    @property
+    def routes(self) -> set[tuple[int, int]]:
+        """(source, target) of every message that this rank sends or receives."""
+        return {(message.source, message.target) for bucket in self.buckets for message in (*bucket.sends, *bucket.receives)}
+
     def _in_buckets(self, order: Sequence[str], target: EngineHoldings) -> list[list[str]]:
         from megatron_aspo.weights.buckets import torch_dtype  # torch stays out of the driver, which knows the spec
 

@@ -2,8 +2,10 @@
 
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
 
 import numpy as np
 import pytest
@@ -135,6 +137,49 @@ def test_elements_are_cast_before_they_travel_and_pass_nodes_once(places):
     assert not [r for r in results if isinstance(r, TransferError)], results
     copies = 2 if places[0] == places[2] else 1
     assert sum(results[:2]) == copies * 2 * sum(tensor.numel() for tensor in state.values())
+
+
+class LazyConnections:
+    """Lets two ranks of a gloo group connect as NCCL's do: the first transfer from one to the other begins when both are at it."""
+
+    def __init__(self, timeout_s: float):
+        self._meetings: defaultdict[tuple[int, int], Barrier] = defaultdict(lambda: Barrier(2, timeout=timeout_s))
+        self._lock = Lock()
+
+    def install(self, group: StatelessGroup) -> None:
+        start, met = group._start, set()
+
+        def meet_and_start(operation, upward, tensor, peer, lane, description):
+            route = (group.rank, peer) if operation == "send" else (peer, group.rank)
+            if route not in met:
+                met.add(route)
+                with self._lock:
+                    meeting = self._meetings[route]
+                with group.explained(description):
+                    meeting.wait()
+            return start(operation, upward, tensor, peer, lane, description)
+
+        group._start, group.connects_lazily = meet_and_start, True
+
+
+def test_ranks_that_connect_at_their_first_transfer_do_not_wait_in_a_circle():
+    state, connections = values(tensor_shapes("Qwen2ForCausalLM", QWEN2)), LazyConnections(5.0)
+
+    def work(rank, group, _):
+        connections.install(group)
+        # Both engines on one node of which no training rank is: each passes on to the other, as on GPUs through the group.
+        schedule = Schedule(PAIR, rank, where_of(["a", "a", "b", "b"]))
+        if rank < 2:
+            return WeightSender(schedule, group, CPU).send(view(state), 1, True)
+        receiver = WeightReceiver(schedule, group, CPU)
+        assert {(2, 3), (3, 2)} <= schedule.routes
+        received = receive_all(receiver, 1, True, len(schedule.buckets))
+        assert all(torch.equal(received[name], tensor.bfloat16()) for name, tensor in state.items())
+        return None
+
+    # Places that differ: nothing goes through shared memory.
+    results = together(PAIR, ["1", "2", "3", "4"], work)
+    assert not [result for result in results if isinstance(result, TransferError)], results
 
 
 @pytest.mark.parametrize("places", [["here"] * 4, ["a", "a", "b", "c"]], ids=["shared memory", "network"])
