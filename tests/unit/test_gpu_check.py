@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,27 +63,28 @@ def test_a_case_that_fails_crashes_or_hangs_does_not_keep_the_others_from_runnin
     capfd.readouterr()
 
 
-def test_results_are_kept_by_section_and_shown_with_their_versions(tmp_path, monkeypatch):
-    page = tmp_path / "gpu.md"
-    page.write_text(f"before\n{check.MARK}None yet.\n{check.MARK}after\n")
-    monkeypatch.setattr(check, "PAGE", page)
-    monkeypatch.setattr(check, "RESULTS", tmp_path / "results.json")
+def test_results_are_kept_by_section_and_shown_with_their_versions(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for page in ("docs/gpu.md", "docs/README.md", "README.md", "docs/gpu_results.json"):
+        shutil.copyfile(ROOT / page, tmp_path / page)
+    (tmp_path / "docs" / "gpu_results.json").write_text("[]")
     for section, figure in (("speed", 1), ("parking", 2), ("speed", 3)):
-        check.write_results([{"section": section, "case": "a", "passed": True, "seconds": 1.0, "figure": figure}], small=True)
-    entries = json.loads((tmp_path / "results.json").read_text())
+        check.write_results([{"section": section, "case": "a", "passed": True, "seconds": 1.0, "figure": figure}], True, "abc", tmp_path)
+    entries = json.loads((tmp_path / "docs" / "gpu_results.json").read_text())
     assert [(entry["section"], entry["figure"]) for entry in entries] == [("parking", 2), ("speed", 3)]
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "figure 3" in text and "figure 1" not in text and "torch 2." in text
+    text = (tmp_path / "docs" / "gpu.md").read_text()
+    assert "figure 3" in text and "figure 1" not in text and "commit abc" in text and "torch 2." in text
+    # A rehearsal is not a card.
+    assert "No CUDA code has run on a GPU yet." in text and "Nothing has run on a GPU yet" in (tmp_path / "README.md").read_text()
 
 
-def test_the_page_shows_the_results_that_are_kept():
-    _, shown, _ = check.PAGE.read_text(encoding="utf-8").split(check.MARK)
-    assert shown == check.results_table(json.loads(check.RESULTS.read_text()))
-
-
-def test_the_readme_claims_no_gpu_before_there_are_results():
-    passed = [entry for entry in json.loads(check.RESULTS.read_text()) if entry["passed"] and not entry["small"] and entry["card"] != "cpu"]
-    assert passed or "Nothing has run on a GPU yet" in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("words", [["--small"], []], ids=["small", "no card"])
+def test_what_no_card_showed_is_not_written(words):
+    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "environment", "--write", *words]
+    before = (ROOT / "docs" / "gpu_results.json").read_text()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2 and "what a card shows at full size" in result.stderr and not result.stdout
+    assert (ROOT / "docs" / "gpu_results.json").read_text() == before
 
 
 @pytest.mark.parametrize("words", [["nothing"], ["speed", "sped"]])
