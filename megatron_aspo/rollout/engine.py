@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,8 +144,8 @@ class Engine:
         """
         return await self._collect(request, await self._submit(request))
 
-    async def generate_many(self, requests: Sequence[Request], together: bool = False) -> list[Generation]:
-        """The responses in the order of the requests; the first failure ends them all.
+    async def generate_many(self, requests: Sequence[Request], together: bool = False) -> AsyncIterator[tuple[int, Generation]]:
+        """Yield (position in `requests`, response) for each response as soon as it is finished; the first failure ends them all.
 
         With `together` the requests reach a halted engine with an empty prefix cache, in their order, and start in the same step: then what
         is computed in one batch, and so the last bits of the logprobs, depends on the requests alone.
@@ -155,13 +155,14 @@ class Engine:
             if together:
                 await self._hold("submit", clear_cache=True)
                 try:
-                    for request in requests:
-                        tasks.append(asyncio.create_task(self._collect(request, await self._submit(request))))
+                    for position, request in enumerate(requests):
+                        tasks.append(asyncio.create_task(_numbered(position, self._collect(request, await self._submit(request)))))
                 finally:
                     await self._release("submit")
             else:
-                tasks += [asyncio.create_task(self.generate(request)) for request in requests]
-            return list(await asyncio.gather(*tasks))
+                tasks += [asyncio.create_task(_numbered(position, self.generate(request))) for position, request in enumerate(requests)]
+            for finished in asyncio.as_completed(tasks):
+                yield await finished
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -379,6 +380,10 @@ def _engine_core_start(device: str) -> contextlib.AbstractContextManager[None]:
     from megatron_aspo.rollout.vllm_adapter import forked_engine_core
 
     return forked_engine_core()
+
+
+async def _numbered(position: int, response: Awaitable[Generation]) -> tuple[int, Generation]:
+    return position, await response
 
 
 def _version_number(label: str) -> int:

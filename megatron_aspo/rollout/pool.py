@@ -1,15 +1,18 @@
 """The engines of a run, as the driver sees them: one object that starts them, feeds them, brings them new weights and ends them."""
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray import ObjectRefGenerator
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -48,6 +51,10 @@ class _Member:
     @property
     def name(self) -> str:
         return f"engine {self.spec.index}"
+
+
+_Streams = dict[ObjectRefGenerator, tuple[_Member, Sequence[int]]]
+"""Calls of `Engine.generate_many` under way, with the engine and the positions of the requests that it was given."""
 
 
 class EnginePool:
@@ -162,17 +169,27 @@ class EnginePool:
         for member, info in zip(members, infos, strict=True):
             member.info = info
 
-    def generate(self, requests: Sequence[Request], group_size: int = 1) -> list[Generation]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        group_size: int = 1,
+        on_response: Callable[[int, Generation], None] = lambda position, generation: None,
+    ) -> list[Generation]:
         """One response per request, in their order. Every `group_size` consecutive requests share a prompt and stay on one engine.
 
         Deterministic: each engine gets its fixed share in one piece and starts it in one step. Otherwise each group goes to the engine with
-        the fewest requests under way, at the moment that engine has room for it. Raises EngineError when an engine fails; the requests that
-        are still under way are then withdrawn.
+        the fewest requests under way, at the moment that engine has room for it. on_response: called in this thread with the position and
+        the response of each request as soon as it is finished. Raises EngineError when an engine fails, and what on_response raises; the
+        requests that are still under way are then withdrawn.
         """
         placement = share(len(requests), len(self._members), group_size)
-        if self.deterministic:
-            return self._generate_fixed(requests, placement)
-        return self._generate_least_loaded(requests, group_size)
+        responses = self._generate_fixed(requests, placement) if self.deterministic else self._generate_least_loaded(requests, group_size)
+        generations: dict[int, Generation] = {}
+        with contextlib.closing(responses):
+            for position, generation in responses:
+                generations[position] = generation
+                on_response(position, generation)
+        return [generations[position] for position in range(len(requests))]
 
     def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float, apart: bool = False) -> Pending:
         """Let every engine's workers join the group of the spec, which training rank 0 opens at `host:port`.
@@ -242,49 +259,54 @@ class EnginePool:
             member.info = None
         ray.get(sweeps, timeout=_SHUTDOWN_TIMEOUT_S)
 
-    def _generate_fixed(self, requests: Sequence[Request], placement: list[int]) -> list[Generation]:
-        shares = [[position for position, engine in enumerate(placement) if engine == member.spec.index] for member in self._members]
-        busy = [(member, positions) for member, positions in zip(self._members, shares, strict=True) if positions]
-        members = [member for member, _ in busy]
-        refs = [member.actor.generate_many.remote([requests[p] for p in positions], True) for member, positions in busy]
+    def _generate_fixed(self, requests: Sequence[Request], placement: list[int]) -> Iterator[tuple[int, Generation]]:
+        under_way: _Streams = {}
+        for member in self._members:
+            if positions := [position for position, engine in enumerate(placement) if engine == member.spec.index]:
+                stream = member.actor.generate_many.remote([requests[position] for position in positions], True)
+                under_way[stream] = (member, positions)
         try:
-            answers = self._pending(members, refs).result()
-        except BaseException:
-            _withdraw(refs)
-            raise
-        generations: dict[int, Generation] = {}
-        for (_, positions), answer in zip(busy, answers, strict=True):
-            generations |= zip(positions, answer, strict=True)
-        return [generations[position] for position in range(len(requests))]
+            while under_way:
+                (stream,), _ = ray.wait(list(under_way), num_returns=1)
+                yield from self._next_response(stream, under_way)
+        finally:
+            _withdraw(under_way)
 
-    def _generate_least_loaded(self, requests: Sequence[Request], group_size: int) -> list[Generation]:
-        waiting = list(range(0, len(requests), group_size))
-        under_way: dict[ray.ObjectRef, tuple[_Member, int]] = {}
-        generations: dict[int, Generation] = {}
+    def _generate_least_loaded(self, requests: Sequence[Request], group_size: int) -> Iterator[tuple[int, Generation]]:
+        waiting = deque(range(0, len(requests), group_size))
+        under_way: _Streams = {}
         try:
             while waiting or under_way:
                 while waiting and (member := self._claim(group_size)) is not None:
-                    first = waiting.pop(0)
-                    ref = member.actor.generate_many.remote(list(requests[first : first + group_size]))
-                    under_way[ref] = (member, first)
+                    positions = range(first := waiting.popleft(), first + group_size)
+                    stream = member.actor.generate_many.remote([requests[position] for position in positions])
+                    under_way[stream] = (member, positions)
                 if not under_way:  # other callers fill every engine: look again soon
                     time.sleep(0.05)
                     continue
                 # Woken now and then, as another caller's requests may have made room meanwhile.
                 done, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
-                for ref in done:
-                    member, first = under_way.pop(ref)
-                    self._give_back(member, group_size)
-                    try:
-                        answer = ray.get(ref)
-                    except (RayActorError, RayTaskError) as error:
-                        raise self._explain(member, error) from error
-                    generations |= zip(range(first, first + group_size), answer, strict=True)
+                for stream in done:
+                    member, _ = under_way[stream]
+                    yield from self._next_response(stream, under_way)
+                    if stream not in under_way:
+                        self._give_back(member, group_size)
         finally:
             _withdraw(under_way)
             for member, _ in under_way.values():
                 self._give_back(member, group_size)
-        return [generations[position] for position in range(len(requests))]
+
+    def _next_response(self, stream: ObjectRefGenerator, under_way: _Streams) -> Iterator[tuple[int, Generation]]:
+        """Yield position and response that the stream has ready, or nothing at its end; then it is under way no more."""
+        member, positions = under_way[stream]
+        try:
+            number, generation = ray.get(next(stream))
+        except StopIteration:
+            del under_way[stream]
+            return
+        except (RayActorError, RayTaskError) as error:
+            raise self._explain(member, error) from error
+        yield positions[number], generation
 
     def _claim(self, count: int) -> _Member | None:
         """Count `count` requests on the least loaded engine, or None when even that one has all it can run and a group in reserve."""
@@ -356,7 +378,7 @@ def _sweep_on(node_id: str, remains: Remains) -> ray.ObjectRef:
     return ray.remote(sweep).options(num_cpus=0, scheduling_strategy=strategy).remote(remains)
 
 
-def _withdraw(refs: Any) -> None:
+def _withdraw(streams: Iterable[ObjectRefGenerator]) -> None:
     """Cancel calls under way; one that is done already, or whose engine is dead, is left as it is."""
-    for ref in refs:
-        ray.cancel(ref)
+    for stream in streams:
+        ray.cancel(stream)
