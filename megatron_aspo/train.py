@@ -85,6 +85,7 @@ def train_step(run: Run, step: int) -> dict:
     return {
         "step": step,
         **rollout_health(collected.groups),
+        "reward/worker_restarts": collected.worker_restarts,
         "groups/dropped": len(collected.groups) - len(collected.kept),
         "groups/resampled": collected.resampled,
         "groups/missing": collected.missing,

@@ -5,8 +5,10 @@ stand-ins. What a training rank adds to its report by itself is read off the sou
 """
 
 import ast
+import itertools
 import sys
 import tempfile
+from concurrent.futures import Future
 from pathlib import Path
 from unittest.mock import MagicMock, patch
 
@@ -84,15 +86,25 @@ def stand_in(config: Config, directory: Path) -> MagicMock:
     """Return a `Run` whose collector is real and whose processes are not."""
     prompt = Prompt("p", (1, 2), "question", 1, "stand-in")
 
-    def generate(requests, group_size):
+    def generate(requests, group_size, on_response):
         one = np.zeros(2, np.float32)
-        return [Generation(one.astype(np.int32), one, (VersionSpan(0, 0, 2),), "stop") for _ in requests]
+        generations = [Generation(one.astype(np.int32), one, (VersionSpan(0, 0, 2),), "stop") for _ in requests]
+        for position, generation in enumerate(generations):
+            on_response(position, generation)
+        return generations
 
+    def submit(prompt, response):
+        future = Future()
+        future.set_result(RewardResult(float(next(scored) % 2), "stand-in"))
+        return future
+
+    scored = itertools.count()
     task, engines, rewards, tokenizer = MagicMock(), MagicMock(), MagicMock(), MagicMock()
     task.prompt.return_value, task.held_out.return_value = prompt, [prompt, prompt]
     engines.generate.side_effect = generate
-    tokenizer.batch_decode.side_effect = lambda ids, **_: ["text"] * len(ids)
-    rewards.score.side_effect = lambda pairs, on_failure: [RewardResult(float(i % 2), "stand-in") for i, _ in enumerate(pairs)]
+    tokenizer.decode.return_value = "text"
+    rewards.submit.side_effect = submit
+    rewards.take_losses.return_value = []
     run = MagicMock(config=config, directory=directory, memory=None)
     run.start.step = 0
     run.publisher.version = 0

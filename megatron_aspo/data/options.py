@@ -17,6 +17,8 @@ class DataOptions:
     code: CodeOptions = field(default_factory=CodeOptions)
     reward_workers: int = 1
     """Processes that score responses."""
+    reward_resource: str = ""
+    """Custom Ray resource of which each reward worker takes 1: workers run only on nodes that were started with it."""
     reward_timeout_s: float = 60.0
     """Longest time to score one response, in seconds. A reward that takes longer is killed and the response gets `reward_failure_score`."""
     reward_failure_score: float = 0.0

@@ -25,10 +25,12 @@ from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.result import RewardResult
 
-_LOAD_TIMEOUT_S = 300.0
+LOAD_TIMEOUT_S = 300.0
 """For importing the reward's module: enough for torch and a dictionary on a cold network disk."""
 _TICK_S = 0.1
 """How often the time limit is checked; a child is killed at most this much later."""
+_MAX_ANSWER_BYTES = 16 << 20
+"""Longest answer that is read. Every rollout dump keeps it; without a limit it could use up the memory of this process."""
 _BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from megatron_aspo.rewards.child import serve; serve(int(sys.argv[1]))"
 """The child finds the modules that its parent finds. Not through PYTHONPATH: programs that a reward starts would inherit it."""
 
@@ -45,6 +47,14 @@ def check_reward(task: str, options: DataOptions) -> None:
         process.start()
     finally:
         process.close()
+
+
+def longest_score_s(options: DataOptions) -> float:
+    """Upper bound of the seconds in which `RewardProcess.score` scores one response.
+
+    It tries two child processes: each loads the reward, and has the time limit for taking the response and for answering.
+    """
+    return 2 * (LOAD_TIMEOUT_S + 2 * options.reward_timeout_s)
 
 
 class RewardProcess:
@@ -75,8 +85,8 @@ class RewardProcess:
                 start_new_session=True,
             )
         try:
-            self._send((self._task, self._options), _LOAD_TIMEOUT_S)
-            self._receive(_LOAD_TIMEOUT_S)
+            self._send((self._task, self._options), LOAD_TIMEOUT_S)
+            self._receive(LOAD_TIMEOUT_S)
         except _ChildEnded as end:
             raise UserError(f"{self._name} cannot be loaded: importing it {end.reason}; correct its module") from end
 
@@ -126,7 +136,10 @@ class RewardProcess:
 
     def _receive(self, limit_s: float) -> Any:
         """Return the child's next answer. Raises UserError with the child's message if that is an error."""
-        answer = json.loads(self._within(limit_s, self._answers.readline))
+        line = self._within(limit_s, lambda: self._answers.readline(_MAX_ANSWER_BYTES))
+        if not line.endswith(b"\n"):  # too long, or the child died in the middle of it
+            raise _ChildEnded(None, self._kill(), too_long=len(line) == _MAX_ANSWER_BYTES)
+        answer = json.loads(line)
         if isinstance(answer, dict) and "error" in answer:
             raise UserError(answer["error"])
         return answer
@@ -168,11 +181,13 @@ class RewardProcess:
 class _ChildEnded(Exception):
     """The child hung and was killed, or it died."""
 
-    def __init__(self, limit_s: float | None, status: int | None):
-        """limit_s: the limit it exceeded, None if it died by itself; status: its exit status."""
+    def __init__(self, limit_s: float | None, status: int | None, too_long: bool = False):
+        """limit_s: the limit it exceeded, None if it died by itself; status: its exit status; too_long: its answer was."""
         self.failure = "crash" if limit_s is None else "timeout"
         if limit_s is not None:
             self.reason = f"timed out after {limit_s:g} s"
+        elif too_long:
+            self.reason = f"returned details of over {_MAX_ANSWER_BYTES >> 20} MiB"
         elif status is not None and status < 0:
             self.reason = f"crashed its process ({signal.strsignal(-status)})"
         else:

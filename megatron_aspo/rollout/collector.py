@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megatron_aspo.data.tasks import Task
+    from megatron_aspo.rewards.pool import RewardPool
     from megatron_aspo.rewards.result import RewardResult
-    from megatron_aspo.rewards.worker import RewardPool
     from megatron_aspo.rollout.pool import EnginePool
 
 _MAX_NAMED = 3
-"""Responses on which the reward failed that are named; the rest are counted."""
+"""Responses on which the reward failed, and lost reward workers, that are reported one by one; the rest are counted."""
 
 
 def request_seed(*parts: object) -> int:
@@ -44,12 +45,15 @@ class Collected:
     missing: int = 0
     """Groups still wanted when the bound on extra generations was reached."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """`generate`: until the last response was there. `reward`: from then until the last score was there."""
     tokens: int = 0
     """Response tokens generated."""
+    worker_restarts: int = 0
+    """Reward workers that were lost and replaced."""
 
 
 class Rollouts:
-    """Draws prompts of the task, has the engines respond and the reward workers score.
+    """Draws prompts of the task, has the engines respond and the reward workers score each response as soon as it is finished.
 
     say: prints a line; used for responses on which the reward fails. drawn: how many training prompts were taken so far; a resumed run goes
     on from there.
@@ -97,6 +101,7 @@ class Rollouts:
                 resampled=collected.resampled + missing,
                 seconds={phase: value + more.seconds[phase] for phase, value in collected.seconds.items()},
                 tokens=collected.tokens + more.tokens,
+                worker_restarts=collected.worker_restarts + more.worker_restarts,
             )
         collected.missing = wanted - len(collected.kept)
         return collected
@@ -132,14 +137,8 @@ class Rollouts:
             for position, prompt in enumerate(prompts)
             for i in range(responses)
         ]
-        phase("generating")
-        start = time.perf_counter()
-        generations = self._engines.generate(requests, group_size=responses)
-        generated = time.perf_counter()
-        phase("scoring")
-        texts = self._tokenizer.batch_decode([g.token_ids for g in generations], skip_special_tokens=True)
         owners = [prompt for prompt in prompts for _ in range(responses)]
-        results = self._score(owners, texts, responses)
+        generations, texts, results, seconds = self._generate_and_score(requests, owners, responses, phase)
         samples = [
             Sample(
                 prompt=owner,
@@ -156,24 +155,65 @@ class Rollouts:
             for i, (owner, request, generation, text, result) in enumerate(zip(owners, requests, generations, texts, results, strict=True))
         ]
         groups = [Group(prompt, tuple(samples[n * responses : (n + 1) * responses])) for n, prompt in enumerate(prompts)]
-        seconds = {"generate": generated - start, "reward": time.perf_counter() - generated}
-        return Collected(groups, groups, seconds=seconds, tokens=_total_tokens(generations))
+        return Collected(
+            groups,
+            groups,
+            seconds=seconds,
+            tokens=_total_tokens(generations),
+            worker_restarts=self._report_losses(),
+        )
 
-    def _score(self, owners: Sequence[Prompt], texts: Sequence[str], responses: int) -> list["RewardResult"]:
-        """Score each text as a response to its owner, `responses` to each; print which ones the reward failed on."""
+    def _generate_and_score(
+        self, requests: Sequence[Request], owners: Sequence[Prompt], responses: int, phase: Callable[[str], None]
+    ) -> tuple[list[Generation], list[str], list["RewardResult"], dict[str, float]]:
+        """Return of each request the response, its text and its result, and the seconds of `Collected`.
+
+        Each response is scored while others are generated. If either fails, what has not begun is not scored any more.
+        """
+        texts = [""] * len(requests)
+        scores: dict[int, Future[RewardResult]] = {}
+
+        def score(position: int, generation: Generation) -> None:
+            texts[position] = self._tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+            scores[position] = self._rewards.submit(owners[position], texts[position])
+
+        phase("generating")
+        start = time.perf_counter()
+        try:
+            generations = self._engines.generate(requests, responses, score)
+            generated = time.perf_counter()
+            phase("scoring")
+            results = self._results([scores[position] for position in range(len(requests))], owners, responses)
+        except BaseException:
+            for future in scores.values():
+                future.cancel()
+            raise
+        return generations, texts, results, {"generate": generated - start, "reward": time.perf_counter() - generated}
+
+    def _results(self, scores: Sequence["Future[RewardResult]"], owners: Sequence[Prompt], responses: int) -> list["RewardResult"]:
+        """Wait for all scores, `responses` to each owner; report which ones the reward failed on."""
         failed: list[int] = []
-
-        def name(position: int, result: "RewardResult") -> None:
-            failed.append(position)
-            if len(failed) <= _MAX_NAMED:
-                where = f"prompt {owners[position].id}, response {position % responses}"
-                self._say(f"{where}: {self._rewards.name} {result.reason}; its reward is {result.score:g} (data.reward_failure_score)")
-
-        results = self._rewards.score(list(zip(owners, texts, strict=True)), name)
+        results = []
+        for position, future in enumerate(scores):
+            results.append(result := future.result())
+            if result.failure:
+                failed.append(position)
+                if len(failed) <= _MAX_NAMED:
+                    where = f"prompt {owners[position].id}, response {position % responses}"
+                    self._say(f"{where}: {self._rewards.name} {result.reason}; its reward is {result.score:g} (data.reward_failure_score)")
         if len(failed) > _MAX_NAMED:
             score = results[failed[0]].score
             self._say(f"{self._rewards.name} failed on {len(failed)} of {len(results)} responses; their reward is {score:g}")
         return results
+
+    def _report_losses(self) -> int:
+        """Report the reward workers that were lost and replaced; return how many."""
+        losses = self._rewards.take_losses()
+        for line in losses[:_MAX_NAMED]:
+            self._say(line)
+        if len(losses) > _MAX_NAMED:
+            self._say(f"{len(losses)} reward workers were lost and replaced")
+        return len(losses)
 
     def _require_scores(self, groups: Sequence[Group]) -> None:
         """Raise UserError if the reward failed on every response."""

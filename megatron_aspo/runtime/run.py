@@ -27,8 +27,8 @@ from megatron_aspo.evaluation.accuracy import Evaluation
 from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.metrics import MetricsFile
 from megatron_aspo.observe.progress import Progress
+from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rewards.process import check_reward
-from megatron_aspo.rewards.worker import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.checks import check_recipe, check_run, expected_device
@@ -176,16 +176,18 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         stack.callback(_undisturbed, cluster.close)
     _check_resources(config, cluster, settings.sizes.world)
     check_recipe(config, model, settings, cluster.device)  # what a joined cluster computes on is known now
-    with progress.waiting("starting reward workers"):
-        group = config.rollout.responses_per_prompt
-        rewards = stack.enter_context(RewardPool(config.task, config.data, config.data.reward_workers, group))
+    rewards = RewardPool(config.task, config.data, config.data.reward_workers, config.rollout.responses_per_prompt)
+    stack.callback(_undisturbed, rewards.close)
+    if config.ray_address:  # whether its nodes can load the reward is not known yet: refuse before the long part of the start
+        with progress.waiting("starting reward workers"):
+            rewards.ready()
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     engines = EnginePool(str(model_directory), config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, eos)
     stack.callback(_undisturbed, engines.shutdown)
     threads = {"trainer": config.trainer.threads or max(1, cluster.cores // settings.sizes.world), "rollout": engines.threads}
     _say_what_differs(start, config, settings, threads, progress)
     colocated = config.placement == "colocated"
-    with progress.waiting("starting engines and training ranks"), ThreadPoolExecutor(1) as pool:
+    with progress.waiting("starting engines, training ranks and reward workers"), ThreadPoolExecutor(1) as pool:
         # On devices of their own the engines start in the background: both take long, and neither needs the other.
         starting = None if colocated else pool.submit(engines.start)
         try:
@@ -196,6 +198,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
                 trainers.leave("optimizer")
                 trainers.leave("weights")
             started = engines.start(shared_places(trainers.places(), config.rollout.sizes)) if colocated else starting.result()
+            if not config.ray_address:
+                rewards.ready()
         except BaseException:
             engines.shutdown()  # else leaving the thread pool would wait for them to come up
             raise

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.worker import RewardPool
+from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.machine import _RAY_SOCKET, _SOCKET_PATH_BYTES
 from tests.e2e.loopback import assert_only_loopback
 
@@ -21,13 +21,14 @@ DRIVER = """
 import subprocess, sys, time
 import ray  # before ours: what Ray reads when it is imported was read without us
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.rewards.worker import RewardPool
+from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.cluster import open_cluster
 
 other = subprocess.Popen(["sleep", "600"])  # the driver's own business
 for once_more in (True, False):
     cluster = open_cluster("", 2)
     rewards = RewardPool("single_digit_addition", DataOptions(), workers=2)
+    rewards.ready()
     if once_more:
         rewards.close()
         cluster.close()

@@ -16,8 +16,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from megatron_aspo.data.records import Generation
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.records import Generation, Prompt
 from megatron_aspo.errors import UserError
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.rewards.pool import RewardPool
+from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.engine import EngineError, EngineInfo, Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
@@ -274,6 +278,62 @@ def test_nothing_is_generated_between_halting_and_going_on(tied, halt, go, fixed
         assert not running.done()
         getattr(tied.pool, go)()
         assert [len(generation.token_ids) for generation in running.result(30)] == [2] * 4
+
+
+class HaltedAtTheFirst:
+    """A reward pool that has the first response scored while the engines are halted in the middle of others."""
+
+    def __init__(self, rewards: RewardPool, engines: EnginePool):
+        self.rewards, self.engines = rewards, engines
+        self.unfinished = None
+        self.take_losses = rewards.take_losses
+
+    def submit(self, prompt: Prompt, response: str) -> Future:
+        if self.unfinished is not None:
+            return self.rewards.submit(prompt, response)
+        self.engines.pause()
+        self.unfinished = sum(state["unfinished"] for state in self.engines.health())
+        future = self.rewards.submit(prompt, response)
+        self.first = future.result(60)
+        self.engines.resume()
+        return future
+
+
+class Prompts:
+    def prompt(self, number: int) -> Prompt:
+        return Prompt(f"train/{number}", PROMPT, "words", 0, "jsonl")
+
+
+class Tokens:
+    def decode(self, token_ids, skip_special_tokens):
+        return " ".join(map(str, token_ids))
+
+
+@pytest.mark.parametrize("fixed_share", [False, True])
+def test_a_response_is_scored_while_others_are_generated(tied, fixed_share):
+    """More than run at once: when the first are finished, others wait. The rewards are real workers, the engines real engines."""
+    rollout = RolloutOptions(prompts_per_step=6, responses_per_prompt=4, max_response_tokens=48)
+    reward = DataOptions(reward="tests.unit.user_rewards:length")
+    with RewardPool("jsonl", reward, workers=2) as rewards, deterministic(tied.pool) if fixed_share else nullcontext():
+        watched = HaltedAtTheFirst(rewards, tied.pool)
+        rollouts = Rollouts(Prompts(), tied.pool, watched, Tokens(), rollout, AlgorithmOptions(group_filter="none"), fixed_share, print)
+        groups = rollouts.collect(0, lambda phase: None).groups
+    assert watched.unfinished > 0 and watched.first.score > 0
+    for number, group in enumerate(groups):
+        assert group.prompt.id == f"train/{number}"
+        for sample in group.samples:
+            assert sample.text == " ".join(map(str, sample.generation.token_ids)) and sample.reward == len(sample.text)
+
+
+def test_what_a_callback_raises_withdraws_what_is_still_generated(tied):
+    def refuse(position: int, generation: Generation) -> None:
+        raise UserError("the reward is broken")
+
+    for fixed_share in (False, True):
+        with deterministic(tied.pool) if fixed_share else nullcontext(), pytest.raises(UserError, match="the reward is broken"):
+            short_and_long = [*requests(f"short-{fixed_share}", 1, max_tokens=2), *requests(f"long-{fixed_share}", 7, max_tokens=800)]
+            tied.pool.generate(short_and_long, 1, refuse)
+        assert wait_until(lambda: not any(state["unfinished"] for state in tied.pool.health()), 20)
 
 
 def test_an_update_does_not_end_a_pause(tied):

@@ -1,4 +1,6 @@
-"""Which phase is shown while groups are collected, and which responses are named when the reward fails on them."""
+"""How generation and scoring overlap, which phase is shown meanwhile, and which responses are named when the reward fails on them."""
+
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -14,17 +16,32 @@ from megatron_aspo.rollout.options import RolloutOptions
 RESPONSES = 4
 
 
+class Score(Future):
+    """Refuses to be waited for while responses are still generated."""
+
+    def __init__(self, stub):
+        super().__init__()
+        self.stub = stub
+
+    def result(self, timeout=None):
+        assert self.stub.phases[-1] == "scoring" and self.done()
+        return super().result(timeout)
+
+
 class Stub:
     """Engines, rewards, task and tokenizer in one.
 
-    `failures` names the positions of a batch on which the reward fails, and how; `size` is how many training prompts there are.
+    `failures` names the positions of a batch on which the reward fails, and how; `size` is how many training prompts there are. Responses
+    finish in the order `order` of their positions, by default backwards; each is scored at once, or never with `unscored`. `losses` are
+    what happened to reward workers.
     """
 
     name = "data.reward=m:f"
 
-    def __init__(self, failures=(), size=1000):
+    def __init__(self, failures=(), size=1000, order=reversed, unscored=False, losses=()):
         self.failures, self.phases, self.lines = dict(failures), [], []
-        self.calls, self.size, self.requests = [], size, []
+        self.size, self.order, self.unscored, self.losses = size, order, unscored, list(losses)
+        self.calls, self.requests = [], []
 
     def prompt(self, index):
         return Prompt(f"train/{index % self.size}", (1,), "words", 0, "jsonl")
@@ -32,37 +49,84 @@ class Stub:
     def held_out(self):
         return [self.prompt(index) for index in (100, 101)]
 
-    def generate(self, requests, group_size):
-        self.calls.append(("generate", self.phases[-1]))
+    def generate(self, requests, group_size, on_response):
+        assert group_size == RESPONSES
         self.requests += requests
-        return [Generation(np.array([1], np.int32), np.zeros(1, np.float32), (VersionSpan(0, 0, 1),), "stop") for _ in requests]
+        self.scores, self.handed_on = [], []
+        one = np.zeros(1, np.float32)
+        generations = [Generation(np.array([i], np.int32), one, (VersionSpan(0, 0, 1),), "stop") for i in range(len(requests))]
+        for position in self.order(range(len(requests))):
+            self.calls.append((position, self.phases[-1]))
+            on_response(position, generations[position])
+            self.handed_on.append(len(self.scores))
+        return generations
 
-    def batch_decode(self, ids, skip_special_tokens):
-        return ["x"] * len(ids)
+    def decode(self, ids, skip_special_tokens):
+        return f"response {ids[0]}"
 
-    def score(self, batch, on_failure):
-        self.calls.append(("score", self.phases[-1]))
-        results = []
-        for position in range(len(batch)):
+    def submit(self, prompt, response):
+        score, position = Score(self), int(response.split()[1])
+        self.scores.append(score)
+        if not self.unscored:
             failure = self.failures.get(position, "")
-            reason = {"": "right", "timeout": "timed out after 60 s", "crash": "ended its process (exit status 1) twice"}[failure]
-            results.append(RewardResult(-0.5 if failure else 1.0, reason, {"failed": True} if failure else {}, failure))
-            if failure:
-                on_failure(position, results[-1])
-        return results
+            reason = {"": response, "timeout": "timed out after 60 s", "crash": "ended its process (exit status 1) twice"}[failure]
+            result = RewardResult(-0.5 if failure else 1.0, reason, {"failed": True} if failure else {"for": prompt.id}, failure)
+            score.set_result(result)
+        return score
+
+    def take_losses(self):
+        losses, self.losses = self.losses, []
+        return losses
 
     def rollouts(self, seed=0, **algorithm):
         options = RolloutOptions(prompts_per_step=2, responses_per_prompt=RESPONSES)
         return Rollouts(self, self, self, self, options, AlgorithmOptions(**algorithm), seed, self.lines.append)
 
 
-def test_the_phase_is_scoring_while_the_rewards_run():
-    """Every group has equal rewards, so that other prompts are drawn for them: generation and scoring alternate."""
+def test_every_response_is_handed_to_the_reward_while_others_are_generated():
+    """Scores are waited for when generation is over: until then `Score` refuses it. The order of arrival changes nothing."""
+    collected = []
+    for order in (list, reversed, lambda positions: sorted(positions, key=lambda i: (i % 3, i))):
+        stub = Stub(order=order)
+        collected.append(stub.rollouts(group_filter="none").collect(0, stub.phases.append))
+        assert stub.calls == [(position, "generating") for position in order(range(8))]
+        assert stub.handed_on == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert stub.phases == ["generating", "scoring"]
+    for one in collected:
+        assert [group.prompt.id for group in one.groups] == ["train/0", "train/1"]
+        samples = [sample for group in one.groups for sample in group.samples]
+        assert [sample.text for sample in samples] == [f"response {i}" for i in range(8)]
+        assert [sample.reward_details for sample in samples] == [{"reason": f"response {i}", "for": f"train/{i // 4}"} for i in range(8)]
+        assert [int(sample.generation.token_ids[0]) for sample in samples] == list(range(8))
+        assert one.tokens == 8 and set(one.seconds) == {"generate", "reward"} and one.worker_restarts == 0
+
+
+def test_generation_and_scoring_alternate_when_prompts_are_drawn_again():
+    """Every group has equal rewards, so that other prompts are drawn for them."""
     stub = Stub()
     stub.rollouts(group_filter="resample", resample_rounds=2).collect(0, stub.phases.append)
-    assert stub.calls == [("generate", "generating"), ("score", "scoring")] * 3
-    stub.rollouts().evaluate(1, 1.0, stub.phases.append)
-    assert stub.calls[-2:] == [("generate", "generating"), ("score", "scoring")] and not stub.lines
+    assert stub.phases == ["generating", "scoring"] * 3
+    stub.rollouts().evaluate(RESPONSES, 1.0, stub.phases.append)
+    assert stub.phases[6:] == ["generating", "scoring"] and not stub.lines
+
+
+def test_what_waits_for_a_score_is_given_up_when_an_engine_fails():
+    stub = Stub(unscored=True)
+
+    def two_then_death(positions):
+        yield from (0, 5)
+        raise RuntimeError("engine 1 died")
+
+    stub.order = two_then_death
+    with pytest.raises(RuntimeError, match="engine 1 died"):
+        stub.rollouts().collect(0, stub.phases.append)
+    assert [score.cancelled() for score in stub.scores] == [True, True]
+
+
+def test_lost_workers_are_counted_and_the_first_reported_one_by_one():
+    stub = Stub(losses=["first", "second", "third", "fourth"])
+    assert stub.rollouts().collect(0, stub.phases.append).worker_restarts == 4
+    assert stub.lines == ["first", "second", "third", "4 reward workers were lost and replaced"]
 
 
 def test_a_failure_is_counted_named_and_in_the_details():

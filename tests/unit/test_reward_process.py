@@ -78,6 +78,22 @@ def test_a_reward_that_ends_its_process_is_tried_once_more_and_then_fails(crash,
     assert (results[1].reason, results[1].failure) == (reason, "crash")
 
 
+def test_a_reward_that_floods_its_worker_with_details_fails_on_that_response(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_ANSWER_BYTES", 1 << 20)
+    with reward_process("tests.unit.user_rewards:details") as process:
+        results = score(process, "x" * 10_000, "x" * 2_000_000, "333")
+    assert [(result.score, result.failure) for result in results] == [(0.5, ""), (-2.5, "crash"), (0.5, "")]
+    assert results[1].reason == "returned details of over 1 MiB twice" and results[1].details == {"failed": True}
+
+
+def test_an_answer_of_which_half_arrives_is_none():
+    """The reward itself writes to the connection, as far as a process gets that is killed in the middle."""
+    half = "[os.write(n, b'[1.0, ') for n in range(3, 64) if 'socket' in os.path.realpath(f'/proc/self/fd/{n}')]; os._exit(1)"
+    with reward_process() as process:
+        results = score(process, "1", half, "333")
+    assert [(result.score, result.failure) for result in results] == [(1.0, ""), (-2.5, "crash"), (3.0, "")]
+
+
 def test_one_crash_of_a_response_costs_nothing(tmp_path):
     """The first time a directory is made, the second time it is there."""
     first, second = (f"os.path.isdir('{tmp_path}/{n}') or (os.mkdir('{tmp_path}/{n}'), os._exit(1))" for n in ("a", "b"))
@@ -139,7 +155,7 @@ def test_a_batch_that_was_given_up_does_not_answer_for_the_next():
     ],
 )
 def test_a_module_that_cannot_be_loaded_is_refused_before_a_run_starts(tmp_path, monkeypatch, code, message):
-    monkeypatch.setattr(module, "_LOAD_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(module, "LOAD_TIMEOUT_S", 1.0)
     (tmp_path / "bad_reward.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"data.reward=bad_reward:f.*{message}"):
