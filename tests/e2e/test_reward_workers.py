@@ -131,7 +131,7 @@ def test_closing_ends_a_worker_that_hangs_and_all_that_it_started(ray_cluster):
     for future in futures:
         with pytest.raises(UserError, match="user_rewards:does was stopped"):
             future.result(20)
-    assert not alive(marker)
+    wait_until_gone(lambda: alive(marker))
 
 
 def test_a_worker_that_is_killed_between_responses_takes_its_child_along_and_is_replaced(ray_cluster):
@@ -165,11 +165,8 @@ def test_a_response_whose_worker_dies_or_freezes_is_scored_once_more_and_then_fa
     assert results[2].reason == f"lost two workers: one {reason} and one {reason}" and results[2].details == {"failed": True}
     assert [line.split("; ")[0] for line in losses] == [f"a reward worker {reason} on a response to prompt train/{i}" for i in (0, 2, 2)]
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    deadline = time.monotonic() + 20  # Ray takes some seconds to kill a process that is stopped
-    while left := [pid for pid in pids if psutil.pid_exists(pid)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
     assert len(pids) == 6
+    wait_until_gone(lambda: [pid for pid in pids if psutil.pid_exists(pid)])  # Ray takes some seconds to kill a process that is stopped
 
 
 def test_every_worker_takes_one_of_the_resource_that_pins_it_to_nodes(ray_cluster):
@@ -202,9 +199,14 @@ def test_programs_are_graded_in_the_workers_sandboxes():
         assert [result.score for result in results] == [*programs.values()] * 2
         assert not any(result.failure for result in results)
         assert {result.details["verdict"] for result in results[:4]} >= {"passed", "wrong answer"}
-    deadline = time.monotonic() + 10
-    while left := [pid for pid in set(psutil.pids()) - before if "bwrap" in _name(pid)]:
-        assert time.monotonic() < deadline, left
+    wait_until_gone(lambda: [pid for pid in set(psutil.pids()) - before if "bwrap" in _name(pid)])
+
+
+def wait_until_gone(left):
+    """A process that was sent SIGKILL is gone when the kernel comes to it."""
+    deadline = time.monotonic() + 20
+    while pids := left():
+        assert time.monotonic() < deadline, pids
         time.sleep(0.1)
 
 
