@@ -311,18 +311,16 @@ class Tokens:
 
 @pytest.mark.parametrize("fixed_share", [False, True])
 def test_a_response_is_scored_while_others_are_generated(tied, fixed_share):
-    """More than run at once: when the first are finished, others wait. The rewards are real workers, the engines real engines."""
-    rollout = RolloutOptions(prompts_per_step=6, responses_per_prompt=4, max_response_tokens=48)
+    """One group on one engine, larger than what runs at once there: when the first are finished, others wait. The workers are real too."""
+    rollout = RolloutOptions(prompts_per_step=1, responses_per_prompt=12, max_response_tokens=48)
     reward = DataOptions(reward="tests.unit.user_rewards:length")
     with RewardPool("jsonl", reward, workers=2) as rewards, deterministic(tied.pool) if fixed_share else nullcontext():
         watched = HaltedAtTheFirst(rewards, tied.pool)
         rollouts = Rollouts(Prompts(), tied.pool, watched, Tokens(), rollout, AlgorithmOptions(group_filter="none"), fixed_share, print)
-        groups = rollouts.collect(0, lambda phase: None).groups
-    assert watched.unfinished > 0 and watched.first.score > 0
-    for number, group in enumerate(groups):
-        assert group.prompt.id == f"train/{number}"
-        for sample in group.samples:
-            assert sample.text == " ".join(map(str, sample.generation.token_ids)) and sample.reward == len(sample.text)
+        (group,) = rollouts.collect(0, lambda phase: None).groups
+    assert watched.unfinished >= 4 and watched.first.score > 0
+    for sample in group.samples:
+        assert sample.text == " ".join(map(str, sample.generation.token_ids)) and sample.reward == len(sample.text)
 
 
 def test_what_a_callback_raises_withdraws_what_is_still_generated(tied):
