@@ -6,13 +6,12 @@ Pure data: nothing here imports vLLM, torch or Ray, so the driver can set an eng
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_aspo.host_memory import KEEP_FREED_MEMORY
+
 GIB = 1 << 30
 TRANSFER_BACKEND = "megatron_aspo"
 READABLE = "MEGATRON_ASPO_READABLE_WEIGHTS"
 """Environment variable that `EngineSpec.readable` sets."""
-KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
-"""As in the trainer (trainer/device.py): memory that glibc gives back comes back page by page, zeroed, in every step. This is some tenth
-of a training step where memory is slow to map."""
 FORKS_ENGINE_CORE = {"cpu": True, "cuda": False}
 """Whether an engine's process forks vLLM's engine core, by device; else vLLM spawns it. A process that uses CUDA cannot be forked."""
 _START_SHARE = 0.01

@@ -37,6 +37,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.v1.engine import utils as engine_utils
 
+from megatron_aspo.host_memory import release_freed_memory
 from megatron_aspo.rollout.engine_settings import READABLE, TRANSFER_BACKEND
 from megatron_aspo.weights.engine_memory import EngineMemory
 from megatron_aspo.weights.exchange import WeightReceiver
@@ -128,6 +129,7 @@ class PieceTransferEngine(WeightTransferEngine[JoinInfo, VersionInfo]):
         if self.device.type == "cpu":
             _pack_experts_again(self.model)
             _pack_heads_again(self.model)
+            release_freed_memory()  # tensors of whole layers, which generating has no use for
         for tensor, box, received in self._receiver.digests:
             kept = self._stored(tensor, box)
             if kept is not None and digest(kept) != received:

@@ -1,12 +1,10 @@
 """Where the training ranks compute: the one place that tells CPU from CUDA."""
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt (malloc.h)."""
+from megatron_aspo.host_memory import keep_freed_memory, release_freed_memory
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,11 @@ class Device:
             torch.backends.cudnn.benchmark = False
 
     def release_cached_memory(self) -> None:
-        """Return the memory that torch keeps for later to the driver, so that other processes on the device can have it. No-op on CPU."""
+        """Return freed memory, which is kept for later, to the CUDA driver or the system: other processes can have it."""
         if self.is_cuda:
             torch.cuda.empty_cache()
+        else:
+            release_freed_memory()
 
 
 def select_device(local_rank: int = 0) -> Device:
@@ -48,16 +48,5 @@ def select_device(local_rank: int = 0) -> Device:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return Device(torch.device("cuda", local_rank), "nccl")
-    _keep_freed_memory()
+    keep_freed_memory()
     return Device(torch.device("cpu"), "gloo")
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what is freed for what comes next, as torch's own allocator does on CUDA.
-
-    glibc gives large blocks back at once, and the next layer's activations come as new pages, each of which costs the kernel more than
-    the arithmetic on it: elementwise operations took up to ten times as long. Nothing happens under another C library.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 
 from megatron_aspo.data.batch import TrainBatch, mini_batches
 from megatron_aspo.data.packing import PackingFigures, measure, pack
+from megatron_aspo.host_memory import release_freed_memory
 from megatron_aspo.losses.advantages import advantages
 from megatron_aspo.losses.aggregation import Totals
 from megatron_aspo.losses.check import reads_entropy_classes
@@ -98,6 +99,7 @@ class TrainerRank:
         # Before anything else asks for the state, and so makes all of it on the device.
         self._optimizer_memory = HostMemory(state_tensors(self.optimizer) if options.offload_optimizer else (), self.device)
         self._fill_main_weights()
+        release_freed_memory()  # copies of the files
         self._forward_backward: Callable = get_forward_backward_func()
         self._sender = None
         self._packing = PackingFigures()
@@ -162,6 +164,7 @@ class TrainerRank:
                 report.skipped_updates += not applied
                 report.tokens += int(batch.lengths[samples].sum())
         report.packing = self._packing
+        release_freed_memory()  # on the CPU, activations: engines generate next
         if self.parallel.is_last_stage:
             report.tally = self._sum_over_replicas(report.tally)
         return report
