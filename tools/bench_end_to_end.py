@@ -10,9 +10,9 @@ A machine that others share is disturbed now and then, and nothing else makes a 
 its two fastest runs with a seed agree to 10 % in seconds a step, --tries times at the most; the fastest counts, the others are thrown away.
 
 The last line is one JSON object, of medians over seeds: `seconds_over_trl` (training seconds to --target, ours over TRL's; null unless both
-sides came there with every seed), `total_over_trl` (the same from the command on), `step_over_trl`, `startup_seconds` (ours, launch to
-first prompt), `peak_over_trl` (all processes of a run, pages that they share counted once), and what was measured. Takes about half an hour on 2
-cores.
+sides came there with every seed), `total_over_trl` (the same from the command on), `step_over_trl`, `startup_seconds` (ours, launch to the
+first prompt), `peak_over_trl` (all processes of a run, pages that they share counted once), and what was measured. Takes about half an
+hour on 2 cores.
 """
 
 import argparse
