@@ -67,11 +67,13 @@ def rank_memory(
     owned = others // shards + experts // expert_shards
     state = owned * (_ADAM_BYTES + (4 if itemsize < 4 else 0))
     weights = count * itemsize
+    # Transformer Engine keeps FP8 copies of the factors of matrix products: as they are, and for backward transposed.
+    factors = sum(math.prod(shape) for name, shape in layout.parameter_shapes.items() if _is_factor(name)) if options.fp8 != "none" else 0
     away = on_gpu and options.offload_optimizer
     tokens = -(-load.tokens // sizes.context)
     return RankMemory(
-        weights=weights,
-        reference=weights if settings.algorithm.has_kl and not (on_gpu and options.offload_reference) else 0,
+        weights=weights + 2 * factors,
+        reference=weights + factors if settings.algorithm.has_kl and not (on_gpu and options.offload_reference) else 0,
         gradients=count * ITEMSIZE[options.gradient_dtype],
         # In host memory it comes to the device for the optimizer step, when there are no activations.
         optimizer=0 if away else state,
@@ -80,6 +82,11 @@ def rank_memory(
         checkpoint=(weights + state) if asynchronous else 0,
         pinned=_pinned(layout, settings, shards, expert_shards) if on_gpu else 0,
     )
+
+
+def _is_factor(name: str) -> bool:
+    """Whether Transformer Engine multiplies by this parameter of a layer in FP8."""
+    return ".linear_" in name and "weight" in name.rpartition(".")[2] and "layer_norm" not in name
 
 
 def _pinned(layout: Layout, settings: RankSettings, shards: int, expert_shards: int) -> int:

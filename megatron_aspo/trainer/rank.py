@@ -40,6 +40,7 @@ from megatron_aspo.trainer.offload import HostMemory, Parking
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
 from megatron_aspo.trainer.optimizer_state import optimizer_slabs, state_tensors
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
+from megatron_aspo.trainer.transformer_engine import free_fp8_weights
 from megatron_aspo.weights.buckets import TensorMeta
 from megatron_aspo.weights.exchange import LocalTensors, WeightSender
 from megatron_aspo.weights.families import layout, replica_layouts
@@ -180,6 +181,8 @@ class TrainerRank:
         if self.reference is not None:
             with self._reference_memory:
                 reference, _ = self.score(self.reference, batch, samples)
+            if self.settings.trainer.offload_reference:
+                free_fp8_weights(self.reference)
         mismatch = _mismatch(current, batch) if self.parallel.is_last_stage else {}
         old = current if algorithm.old_logprobs == "recompute" else torch.from_numpy(batch.rollout_logprobs).to(current)
         rewards, tally = batch.rewards, {}
@@ -351,6 +354,9 @@ class TrainerRank:
             kept = [tensor for tensor in state if tensor.untyped_storage().data_ptr() not in weights]
             self._parked[part] = Parking(kept, [parameter.main_grad for parameter in parameters], self.device)
         else:
+            for model in (self.model, self.reference):
+                if model is not None:
+                    free_fp8_weights(model)
             reference = [] if self.reference is None or options.offload_reference else self.reference.parameters()
             self._parked[part] = Parking([*parameters, *reference], [], self.device)
         self._parked[part].leave()

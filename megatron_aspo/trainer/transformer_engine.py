@@ -1,9 +1,10 @@
-"""Whether Transformer Engine is installed whole, and beside libraries that it works with. Imports it only to try."""
+"""Transformer Engine, imported only to try it: whether it is whole and beside libraries that it works with, and what it keeps."""
 
 import importlib
 import importlib.metadata
 import importlib.util
 
+import torch
 from packaging.version import Version
 
 from megatron_aspo.errors import UserError
@@ -61,3 +62,12 @@ def installed_version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def free_fp8_weights(model: torch.nn.Module) -> None:
+    """Free the FP8 copies of weights that Transformer Engine's modules keep from one micro-batch to the next. No-op for other modules.
+
+    The first micro-batch of a pass makes them again in any case. The attribute is private; it is that of Transformer Engine 2.11 and 2.12.
+    """
+    for module in model.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()

@@ -51,6 +51,37 @@ def host_waits(rank: int, meeting: str, settings, batch, samples: list[int]) -> 
         return waits.found
 
 
+def fp8_copies(rank: int, meeting: str, settings, batch) -> dict[str, tuple[int, int]]:
+    """How many modules of (the model, the reference) keep a copy of their weights in a step's passes and when the weights have left.
+
+    Transformer Engine needs a GPU: here each module that holds a matrix makes such a copy at its forward pass.
+    """
+    from tests.parallel.workloads import _trainer
+
+    def keep_copy(module, inputs) -> None:
+        module._fp8_workspaces["weight"] = module.weight.detach().to(torch.float8_e4m3fn)
+
+    with _trainer(rank, meeting, settings) as trainer:
+        models = trainer.model, trainer.reference
+        multiplying = [[module for name, module in model.named_modules() if ".linear_" in name] for model in models]
+        for module in (*multiplying[0], *multiplying[1]):
+            module._fp8_workspaces = {}
+            module.register_forward_pre_hook(keep_copy)
+
+        def copies() -> tuple[int, int]:
+            return tuple(sum(len(module._fp8_workspaces) for module in modules) for modules in multiplying)
+
+        found = {"modules": tuple(map(len, multiplying))}
+        trainer.update(batch, 0)
+        found["after a step"] = copies()
+        trainer.leave("weights")
+        found["parked"] = copies()
+        trainer.come_back()
+        trainer.update(batch, 1)
+        found["after another"] = copies()
+        return found
+
+
 class _Waits(TorchDispatchMode):
     """Counts operations whose result the host needs: a number, or how many elements there are."""
 

@@ -1,5 +1,7 @@
 """What a GPU would make of workloads and of the training step, as far as a CPU can tell."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
 from tests.parallel import checkpoint_workloads, state_workloads, workloads
-from tests.parallel.device_workloads import as_on_a_gpu, host_waits
+from tests.parallel.device_workloads import as_on_a_gpu, fp8_copies, host_waits
 from tests.parallel.test_update import VOCAB, batch
 
 
@@ -40,6 +42,16 @@ def test_no_workload_makes_an_array_of_a_tensor_on_the_device(pools, settings, t
     }
     for workload, arguments in calls.items():
         pools(1).run(as_on_a_gpu, workload, settings, *arguments)
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["reference on the device", "reference in host memory"])
+def test_fp8_copies_of_weights_leave_the_device_with_the_weights(pools, settings, offloaded):
+    moved = replace(settings, trainer=replace(settings.trainer, offload_reference=offloaded))
+    [found] = pools(1).run(fp8_copies, moved, batch())
+    model, reference = found["modules"]
+    assert model == reference == 4  # of one layer: queries, keys and values; what attention gives; and two of feed-forward
+    assert found["after a step"] == found["after another"] == (model, 0 if offloaded else reference)
+    assert found["parked"] == (0, 0)
 
 
 WAITS = {

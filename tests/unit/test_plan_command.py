@@ -95,6 +95,14 @@ def test_memory_that_leaves_a_gpu_is_not_counted_there(place):
     assert state <= away.pinned <= 1.1 * state + 2 * (256 << 20)
 
 
+def test_fp8_copies_of_the_factors_of_matrix_products_are_counted(place):
+    tensors = load_file(place / "model" / "model.safetensors")
+    factors = sum(tensor.numel() for name, tensor in tensors.items() if "_proj.weight" in name)
+    plain, fp8 = (plan(f"trainer.fp8={name}", device="cuda").ranks[0] for name in ("none", "hybrid"))
+    # A byte each, in training also for the transposed copy that backward multiplies by.
+    assert (fp8.weights - plain.weights, fp8.reference - plain.reference) == (2 * factors, factors)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
