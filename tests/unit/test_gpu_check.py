@@ -63,6 +63,38 @@ def test_a_case_that_fails_crashes_or_hangs_does_not_keep_the_others_from_runnin
     capfd.readouterr()
 
 
+RANKS = """
+from gpu_sections.workload import new_directory, random_qwen, training_rank
+
+def cases(small):
+    directory = new_directory()
+    random_qwen(directory, small)
+
+    def rank(fails):
+        from megatron_aspo.trainer import rank as module
+
+        build = module.build_optimizer
+        module.build_optimizer = (lambda *arguments: 1 / 0) if fails else build
+        try:
+            with training_rank(directory, small):
+                return {}
+        finally:
+            module.build_optimizer = build
+
+    yield "half built", lambda: rank(True)
+    yield "whole", lambda: rank(False)
+"""
+
+
+def test_a_rank_that_fails_half_built_leaves_no_group_to_the_next(tmp_path, monkeypatch, capfd):
+    (tmp_path / "made_up").mkdir()
+    (tmp_path / "made_up" / "ranks.py").write_text(RANKS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    found = {entry["case"]: entry for entry in check.watch_section("made_up.ranks", True, 200.0)}
+    assert "ZeroDivisionError" in found["half built"]["error"] and found["whole"]["passed"], found
+    capfd.readouterr()
+
+
 def test_results_are_kept_by_section_and_shown_with_their_versions(tmp_path):
     (tmp_path / "docs").mkdir()
     for page in ("docs/gpu.md", "docs/README.md", "README.md", "docs/gpu_results.json"):

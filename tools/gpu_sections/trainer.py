@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gpu_sections.workload import nothing_left_behind
+
 BOUNDS = {"float32": (1e-3, 1e-3, 1e-2), "bfloat16": (0.15, 0.05, 0.2), "fp8": (1.0, 0.3, 1.0)}
 """Largest error of a log-probability in nats; of the gradient norm, relative; of any gradient over the tensor's largest."""
 PLAIN = [{"dtype": "float32"}, {}]
@@ -38,7 +40,7 @@ def one_step(spec: str, options: dict) -> dict:
     case = small_case()
     trainer = TrainerOptions(**{"layer_spec": spec, "micro_batch_tokens": 64, "logprob_chunk_tokens": 16} | options)
     settings = RankSettings(case.directory, trainer, OPTIMIZER, AlgorithmOptions(policy_loss="aspo", kl_coef=KL_COEF), 1.0, 0, 2, 32)
-    with tempfile.TemporaryDirectory() as meeting:
+    with tempfile.TemporaryDirectory() as meeting, nothing_left_behind():
         ours = workloads.one_step(0, f"{meeting}/store", settings, case.batch(), case.old, case.reference, case.advantages)
     true = truth(case, "aspo")
     errors = {

@@ -1,5 +1,6 @@
 """A random Qwen2.5-1.5B, packed samples for it, and a training rank in this process."""
 
+import gc
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,11 +68,27 @@ def training_rank(directory: Path, small: bool, **trainer):
     options = TrainerOptions(**{"micro_batch_tokens": 64 if small else 16_384} | trainer)
     algorithm = AlgorithmOptions(epochs=1, mini_batch_prompts=8, kl_coef=0.0)
     settings = RankSettings(directory, options, OptimizerOptions(lr=1e-5, warmup_steps=1), algorithm, 1.0, 0, 8, 1_920)
-    rank = TrainerRank(settings, 0, dist.HashStore())
+    with nothing_left_behind():
+        rank = TrainerRank(settings, 0, dist.HashStore())
+        try:
+            yield rank
+        finally:
+            rank.close()
+
+
+@contextmanager
+def nothing_left_behind():
+    """Destroy the process groups of a rank that failed inside, and free its memory: the next case makes its own."""
+    from megatron_aspo.trainer import parallel
+
     try:
-        yield rank
+        yield
     finally:
-        rank.close()
+        if dist.is_initialized():
+            parallel.destroy()
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
 
 
 def synchronize() -> None:
