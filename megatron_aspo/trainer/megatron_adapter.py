@@ -41,6 +41,8 @@ def prepare() -> None:
         check_installation()
         _define_router_gemm()
         return
+    # Megatron takes Transformer Engine's optimizer wherever it finds the package, and that needs a GPU. Imports fail as if it were absent.
+    sys.modules.setdefault("transformer_engine", None)
     from megatron.core import jit
 
     # Megatron compiles small functions with torch.compile at import; on a CPU each compilation costs seconds and a C++ compiler.

@@ -27,8 +27,7 @@ def on_device(trainer, values: np.ndarray) -> torch.Tensor:
 
 def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None, advantages: np.ndarray):
     """Gradients and weights (Hugging Face names) and the tally of one optimizer step over the whole batch; rank 0's answer counts."""
-    from megatron_aspo.trainer.optimizer import set_learning_rate
-    from megatron_aspo.trainer.rank import Scores
+    from megatron_aspo.trainer.rank import Scores, set_learning_rate  # rank.py before what imports Megatron-Core
 
     with _trainer(rank, meeting, settings) as trainer:
         scored, _ = trainer.score(trainer.model, batch, np.arange(batch.samples))

@@ -1,5 +1,7 @@
 """Which layers are taken where Transformer Engine is absent, whole, broken, or beside a library that it does not work with."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -45,6 +47,8 @@ def test_layers_are_those_that_run_here_in_this_dtype(monkeypatch, wanted, dtype
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Makes a package transformer_engine whose torch part is this code."""
+    # Where there is no GPU it is kept from being imported.
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
 
     def put(code: str, *distributions: str) -> None:
         package = tmp_path / "transformer_engine"
@@ -66,6 +70,24 @@ def test_an_engine_that_is_absent_or_whole_passes(install):
     transformer_engine.check_installation()
     install("")
     transformer_engine.check_installation()
+
+
+def test_on_a_cpu_megatron_does_not_find_an_engine_whose_optimizer_needs_a_gpu(tmp_path):
+    package = tmp_path / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "pytorch" / "__init__.py").touch()
+    (package / "pytorch" / "optimizers.py").write_text(
+        "class FusedAdam: pass\nmulti_tensor_applier = multi_tensor_l2norm = multi_tensor_scale = None"
+    )
+    about = tmp_path / "transformer_engine-2.12.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformer_engine\nVersion: 2.12.0\n")
+    code = "from megatron_aspo.trainer import rank, transformer_engine as te; print(rank.fused_adam(), te.is_installed())"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "torch fused AdamW False\n", done.stderr[-1000:]
 
 
 def test_an_engine_without_its_torch_extension_is_refused_with_what_is_missing(install):

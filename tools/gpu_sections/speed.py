@@ -51,8 +51,7 @@ def figures(seconds: float, small: bool) -> dict:
 
 def our_step(small: bool, **options) -> dict:
     """Gradients of all samples and the optimizer's step; old log-probabilities are given."""
-    from megatron_aspo.trainer.optimizer import set_learning_rate
-    from megatron_aspo.trainer.rank import Scores
+    from megatron_aspo.trainer.rank import Scores, set_learning_rate  # rank.py before what imports Megatron-Core
 
     directory, model, (batch, *_), *_ = model_and_samples(small)
     model.cpu()
