@@ -45,7 +45,7 @@ def batch(groups: int = 5) -> TrainBatch:
     )
 
 
-def update(pools, directory, given: TrainBatch, dtype="float32", algorithm=None, **trainer):
+def update(pools, directory, given: TrainBatch, dtype="float32", algorithm=None, step=0, **trainer):
     settings = RankSettings(
         directory,
         TrainerOptions(dtype=dtype, **trainer),
@@ -56,7 +56,7 @@ def update(pools, directory, given: TrainBatch, dtype="float32", algorithm=None,
         responses_per_prompt=3,
         max_response_tokens=12,
     )
-    results = pools(settings.sizes.world).run(workloads.train_once, settings, given)
+    results = pools(settings.sizes.world).run(workloads.train_once, settings, given, step)
     return results[-1][0], results[0][1]
 
 
@@ -93,6 +93,12 @@ def test_six_off_policy_updates_do_not_depend_on_layout_or_packing(pools, direct
         assert report.packing.room == 2 * given.samples, "a micro-batch for each sample, in each of two epochs"
     if "data_parallel" not in trainer:
         assert report.packing.imbalance == report.packing.lockstep_imbalance == 1
+
+
+def test_every_step_has_an_order_of_mini_batches_of_its_own_and_the_same_when_it_is_done_again(pools, directory):
+    first, second, again = (update(pools, directory, batch(), step=step)[0].gradient_norms for step in (0, 1, 1))
+    assert len(first) == len(second) == 6
+    assert not np.allclose(first, second, rtol=1e-2) and np.allclose(second, again, rtol=1e-5)
 
 
 def test_bfloat16_follows_float32(pools, directory):

@@ -201,10 +201,10 @@ def vocab_parallel_logprobs(rank: int, meeting: str, world: int, hidden, weight,
     return values[0].detach().numpy(), values[1].detach().numpy(), hidden.grad.numpy(), mine.grad.numpy()
 
 
-def train_once(rank: int, meeting: str, settings, batch: TrainBatch) -> tuple:
+def train_once(rank: int, meeting: str, settings, batch: TrainBatch, step: int = 0) -> tuple:
     """One whole `update`: scores, epochs × mini-batches; the report of the last rank and the weights of rank 0."""
     with _trainer(rank, meeting, settings) as trainer:
-        report = trainer.update(batch, step=0)
+        report = trainer.update(batch, step)
         weights = arrays(trainer.whole_tensors(trainer.tensor_metas("float32")))
         return report, weights
 

@@ -96,10 +96,11 @@ def test_an_answer_of_which_half_arrives_is_none():
 
 def test_one_crash_of_a_response_costs_nothing(tmp_path):
     """The first time a directory is made, the second time it is there."""
-    first, second = (f"os.path.isdir('{tmp_path}/{n}') or (os.mkdir('{tmp_path}/{n}'), os._exit(1))" for n in ("a", "b"))
+    first, second, third = (f"os.path.isdir('{tmp_path}/{n}') or (os.mkdir('{tmp_path}/{n}'), os._exit(1))" for n in "abc")
     with reward_process() as process:
         results = score(process, "1", first, second, "4444")
-    assert [result.score for result in results] == [1.0, len(first), len(second), 4.0]
+        results += score(process, third, "22")  # the first of a batch
+    assert [result.score for result in results] == [1.0, len(first), len(second), 4.0, len(third), 2.0]
     assert not any(result.failure for result in results)
 
 
