@@ -14,6 +14,7 @@ from tests.reference.decoder import Decoder, token_logprobs
 
 VOCAB = 64
 SCALE = 1.2
+TEMPERATURE = 0.8
 FILTERED = 3
 """The response of which no token counts."""
 LENGTHS = [5, 1, 9, 7, 3, 4]
@@ -22,7 +23,7 @@ ENDS = np.concatenate([[0], np.cumsum(LENGTHS)])
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """A model, three groups of two responses, and in float64 their log-probabilities under the scaled and the original weights."""
+    """A model, three groups of two responses; in float64 their log-probabilities under the scaled and the original weights."""
     directory = tmp_path_factory.mktemp("model")
     save_tiny("llama", directory, tied=False, vocab_size=VOCAB)
     random = np.random.default_rng(4)
@@ -34,7 +35,8 @@ def case(tmp_path_factory):
         for weight in model.weights.values():
             weight.mul_(SCALE)
         current, original = (
-            np.concatenate([token_logprobs(decoder, p, r)[0].numpy() for p, r in zip(prompts, responses)]) for decoder in (model, reference)
+            np.concatenate([token_logprobs(decoder, p, r, TEMPERATURE)[0].numpy() for p, r in zip(prompts, responses)])
+            for decoder in (model, reference)
         )
     tokens = [np.array(p + r) for p, r in zip(prompts, responses)]
     batch = TrainBatch(
@@ -52,7 +54,7 @@ def case(tmp_path_factory):
 
 def prepare(pools, case, algorithm: AlgorithmOptions, **layout) -> dict:
     trainer = TrainerOptions(dtype="float32", micro_batch_tokens=24, **layout)
-    settings = RankSettings(case[0], trainer, OptimizerOptions(), algorithm, 1.0, 0, 2, 12)
+    settings = RankSettings(case[0], trainer, OptimizerOptions(), algorithm, TEMPERATURE, 0, 2, 12)
     return pools(settings.sizes.world).run(workloads.prepare, settings, case[1], SCALE)[-1]
 
 
