@@ -273,7 +273,8 @@ def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before
         started = time.monotonic()
         try:
             if rank < 2:
-                WeightSender(schedule, group, CPU).send(read, 3, False)
+                senders.append(sender := WeightSender(schedule, group, CPU))
+                sender.send(read, 3, False)
             else:
                 receive_all(WeightReceiver(schedule, group, CPU), 3, False, len(schedule.buckets))
         except MemoryError as error:
@@ -283,6 +284,7 @@ def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before
             return "failed with it", time.monotonic() - started
         return None
 
+    senders: list[WeightSender] = []  # they live on, as in a training rank
     results = together(PAIR, ["here"] * 4, work, timeout_s=40.0)
     assert all(result is not None and result[1] < 10.0 for result in results), results
     assert [said for said, _ in results] == ["failed with it", "no room", "failed with it", "failed with it"]
