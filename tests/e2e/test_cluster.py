@@ -16,6 +16,7 @@ from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.machine import _RAY_SOCKET, _SOCKET_PATH_BYTES
 from tests.e2e.loopback import assert_only_loopback
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 import subprocess, sys, time

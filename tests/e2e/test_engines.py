@@ -33,6 +33,7 @@ from megatron_aspo.weights.layout import ModelDims, ParallelSizes
 from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 from tests.models import perturbed, save_tiny
 
+pytestmark = pytest.mark.long
 TOLERANCE = 1e-4
 BUCKET_BYTES = 200_000
 PROMPT = tuple(20 + (7 * position) % 480 for position in range(170))

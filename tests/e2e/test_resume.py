@@ -17,7 +17,10 @@ from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.ledger import history, read_ledger
-from tests.e2e.workplace import STEPS, WHOLE, metrics, start, timeless, train
+from tests.e2e.workplace import STEPS, WHOLE, metrics, start, timeless, train, train_here
+
+pytestmark = pytest.mark.long
+KILLED = ["name=killed", *WHOLE, "--resume", "auto"]
 
 
 def tensor_hashes(directory: Path) -> dict[str, str]:
@@ -25,50 +28,16 @@ def tensor_hashes(directory: Path) -> dict[str, str]:
         return {name: hashlib.sha256(handle.get_tensor(name).tobytes()).hexdigest() for name in handle.keys()}  # noqa: SIM118
 
 
-def tensor_files(run: Path) -> list[str]:
-    """SHA-256 and name of weights, optimizer and random states of every rank after the last step."""
-    sums = (run / "checkpoints" / f"step_{STEPS}" / "SHA256SUMS").read_text().splitlines()
+def tensor_files(run: Path, step: int = STEPS) -> list[str]:
+    """SHA-256 and name of weights, optimizer and random states of every rank after this step."""
+    sums = (run / "checkpoints" / f"step_{step}" / "SHA256SUMS").read_text().splitlines()
     return [line for line in sums if line.endswith(".safetensors")]
 
 
-def test_a_killed_run_goes_on_and_nothing_shows(workplace, whole):
-    """SIGKILL on the driver once two steps are done, then `--resume auto`: the same metrics, rollouts, weights and optimizer."""
-    words = ["name=killed", *WHOLE, "--resume", "auto"]
-    process = start(workplace, *words)
+def test_a_training_rank_killed_while_it_saves_ends_the_run_and_leaves_only_whole_checkpoints(workplace):
+    """SIGKILL on one of two ranks at the moment at which a checkpoint begins. The next test goes on with this run."""
+    process = start(workplace, *KILLED)
     run = workplace / "runs" / "killed"
-    deadline = time.monotonic() + 240
-    while not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.02)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate()
-    psutil.wait_procs(family, timeout=60)
-
-    status, out, error = train(workplace, *words)
-    assert status == 0, error
-    assert "going on after step" in out
-    assert timeless(run) == timeless(whole) and len(timeless(run)) == STEPS
-    for step in range(STEPS):
-        ours, theirs = (parquet.read_table(r / "rollouts" / f"step_{step}.parquet") for r in (run, whole))
-        assert ours.equals(theirs) and ours.num_rows == 16
-    assert tensor_files(run) == tensor_files(whole) and len(tensor_files(run)) == 6
-    assert tensor_hashes(run / "exports" / f"step_{STEPS}") == tensor_hashes(whole / "exports" / f"step_{STEPS}")
-    summary = json.loads(out.splitlines()[-1])
-    assert summary["accuracy_before"] == json.loads((whole / "evaluations/step_0.json").read_text())["accuracy"]["mean"]
-    steps = history(read_ledger(run / "ledger.jsonl"))
-    assert [steps[step]["first"] for step in range(STEPS)] == [4 * step for step in range(STEPS)]
-
-    status, out, error = train(workplace, *words)
-    assert status == 0 and "is complete" in out, error
-
-
-@pytest.mark.slow
-def test_a_training_rank_killed_while_it_saves_ends_the_run_and_leaves_only_whole_checkpoints(workplace, whole):
-    """SIGKILL on one of two ranks at the moment at which a checkpoint begins; the run that goes on is the undisturbed one."""
-    words = ["name=maimed", *WHOLE, "--resume", "auto"]
-    process = start(workplace, *words)
-    run = workplace / "runs" / "maimed"
     deadline = time.monotonic() + 240
     while not any((run / "checkpoints").glob("step_2.unfinished-*")):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
@@ -83,9 +52,39 @@ def test_a_training_rank_killed_while_it_saves_ends_the_run_and_leaves_only_whol
         read_manifest(checkpoint)
     assert not (run / "exports").exists()
 
-    status, out, error = train(workplace, *words)
-    assert status == 0 and "going on after step" in out, error
-    assert timeless(run) == timeless(whole) and tensor_files(run) == tensor_files(whole)
+
+def test_a_killed_run_goes_on_and_nothing_shows(workplace, whole):
+    """SIGKILL on the driver once three steps are done, then `--resume auto`: the same metrics, rollouts, weights and optimizer.
+
+    The run is the one in which the test above killed a rank; by itself this test starts it.
+    """
+    process = start(workplace, *KILLED)
+    run = workplace / "runs" / "killed"
+    deadline = time.monotonic() + 240
+    while not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    psutil.wait_procs(family, timeout=60)
+
+    status, out, error = train(workplace, *KILLED)
+    assert status == 0, error
+    assert "going on after step" in out
+    assert timeless(run) == timeless(whole) and len(timeless(run)) == STEPS
+    for step in range(STEPS):
+        ours, theirs = (parquet.read_table(r / "rollouts" / f"step_{step}.parquet") for r in (run, whole))
+        assert ours.equals(theirs) and ours.num_rows == 16
+    assert tensor_files(run) == tensor_files(whole) and len(tensor_files(run)) == 6
+    assert tensor_hashes(run / "exports" / f"step_{STEPS}") == tensor_hashes(whole / "exports" / f"step_{STEPS}")
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["accuracy_before"] == json.loads((whole / "evaluations/step_0.json").read_text())["accuracy"]["mean"]
+    steps = history(read_ledger(run / "ledger.jsonl"))
+    assert [steps[step]["first"] for step in range(STEPS)] == [4 * step for step in range(STEPS)]
+
+    status, out, error = train_here(workplace, *KILLED)
+    assert status == 0 and "is complete" in out, error
 
 
 def test_one_set_of_weights_in_ranks_checkpoint_export_and_a_fresh_engine(workplace, whole, ray_cluster):
@@ -94,7 +93,7 @@ def test_one_set_of_weights_in_ranks_checkpoint_export_and_a_fresh_engine(workpl
     """
     point = whole / "checkpoints" / "step_1"
     words = ["name=moved", "steps=1", "trainer.tensor_parallel=1", "trainer.pipeline_parallel=2", "evaluation.temperature=0"]
-    status, _, error = train(workplace, *words, "--resume", str(point))
+    status, _, error = train(workplace, *words, "rollout.engines=1", "--resume", str(point))
     assert status == 0, error
     run = workplace / "runs" / "moved"
     export = run / "exports" / "step_1"
@@ -140,6 +139,6 @@ def test_a_branch_at_another_data_parallel_size_goes_on_with_the_same_prompts(wo
     ],
 )
 def test_what_would_lose_prompts_or_mix_models_is_refused_before_anything_starts(workplace, whole, change, message):
-    status, _, error = train(workplace, "name=other_data", *change, "--resume", str(whole / "checkpoints" / "step_2"))
+    status, _, error = train_here(workplace, "name=other_data", *change, "--resume", str(whole / "checkpoints" / "step_2"))
     assert status == 2 and message in error.splitlines()[-1]
     assert not (workplace / "runs" / "other_data").exists()

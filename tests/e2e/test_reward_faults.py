@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.workplace import metrics, train
 
+pytestmark = pytest.mark.long
 REWARDS = '''
 import os
 import signal
@@ -68,7 +69,7 @@ def test_a_reward_that_hangs_costs_one_response_and_workers_that_die_or_freeze_c
     assert not children_in(workplace)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_reward_that_always_hangs_ends_the_run_with_one_line(workplace):
     (workplace / "stuck.py").write_text(REWARDS)
     limit = ["data.reward=stuck:always", "data.reward_timeout_s=0.3", "rollout.responses_per_prompt=2"]

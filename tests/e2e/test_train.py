@@ -94,6 +94,7 @@ def test_rollouts_carry_the_version_that_sampled_them(whole):
         assert all(row["versions"][-1]["stop"] == len(row["response_ids"]) == len(row["rollout_logprobs"]) for row in rows)
 
 
+@pytest.mark.long
 def test_transformers_and_a_fresh_vllm_load_the_checkpoint(whole, ray_cluster):
     directory = whole / "exports" / f"step_{STEPS}"
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -110,6 +111,7 @@ def test_transformers_and_a_fresh_vllm_load_the_checkpoint(whole, ray_cluster):
     assert logits.argmax(-1).tolist() == generation.token_ids.tolist()
 
 
+@pytest.mark.long
 def test_another_loss_and_another_task_are_one_override_away(workplace):
     """On the tied model's byte tokenizer nothing is ever right: no group tells its responses apart, and the run says so and ends well."""
     overrides = [
@@ -138,6 +140,7 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
     assert tokenizer.chat_template == template and {row["data_source"] for row in rows} == {"largest_of_three"}
 
 
+@pytest.mark.long
 def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
     """Llama, whose vocabulary is in tokenizer.model alone; prompts are plain strings."""
     pieces = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -161,6 +164,7 @@ def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
     assert all(row["prompt_ids"][-20:] == processor.encode(row["prompt"])[-20:] for row in rows)
 
 
+@pytest.mark.long
 def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(workplace, monkeypatch):
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/nowhere")
     status, _, error = train(workplace, "name=dead", "trainer.tensor_parallel=1", "rollout.engines=1")
@@ -170,8 +174,14 @@ def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(workplace
     assert not (workplace / "runs" / "dead").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["Ctrl-C", "SIGTERM", "SIGKILL"]
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM", marks=pytest.mark.nightly),  # the same handler
+        pytest.param(signal.SIGKILL, -9, id="SIGKILL"),
+    ],
 )
 def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
     """Nor shared memory; and until then it listened on loopback only: Ray's processes, training ranks, engines and their workers."""

@@ -1,4 +1,7 @@
-"""The command as a user calls it: status, one line, nothing left behind."""
+"""The command as a user calls it: status, one line, nothing left behind.
+
+One refusal is of a process of its own, the others of this one.
+"""
 
 import os
 import subprocess
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_aspo.cli import main
+from tests.in_process import run_main
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
 
@@ -31,7 +36,10 @@ def model(tmp_path_factory) -> Path:
 
 def refused(tmp_path: Path, *arguments: object) -> str:
     before = set(tmp_path.rglob("*"))
-    result = command("train", *arguments, cwd=tmp_path)
+    return refusal(tmp_path, before, run_main(main, "train", *arguments, cwd=tmp_path))
+
+
+def refusal(tmp_path: Path, before: set[Path], result: subprocess.CompletedProcess) -> str:
     assert result.returncode == 2, result.stderr
     assert set(tmp_path.rglob("*")) == before
     lines = result.stderr.strip().splitlines()
@@ -40,7 +48,8 @@ def refused(tmp_path: Path, *arguments: object) -> str:
 
 
 def test_an_unknown_key_is_one_line_and_status_2(tmp_path):
-    assert "did you mean algorithm.policy_loss?" in refused(tmp_path, RECIPE, "algorithm.policy_los=aspo")
+    result = command("train", RECIPE, "algorithm.policy_los=aspo", cwd=tmp_path)
+    assert "did you mean algorithm.policy_loss?" in refusal(tmp_path, set(), result)
 
 
 def test_a_missing_model_is_one_line_and_status_2(tmp_path):
@@ -77,7 +86,7 @@ def test_there_must_be_something_to_resume_from(tmp_path):
 )
 def test_a_loss_cannot_end_the_command_silently_or_with_a_traceback(tmp_path, code, status, said):
     (tmp_path / "ends.py").write_text(code)
-    result = command("check-loss", "ends:f", cwd=tmp_path)
+    result = run_main(main, "check-loss", "ends:f", cwd=tmp_path)
     (line,) = result.stderr.strip().splitlines()
     assert result.returncode == status and line.startswith(said)
 

@@ -1,13 +1,15 @@
-"""`megatron-aspo convert` and the scripts around it, run as a user runs them."""
+"""`megatron-aspo convert` and the scripts around it: the shell script in a process of its own, the others in this one."""
 
 import json
 import os
+import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_aspo.cli import main
+from tests.in_process import run_main
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
 from tests.unit.hf_shards import Model, assert_same, read_tensors, write_model
@@ -15,13 +17,19 @@ from tests.unit.hf_shards import Model, assert_same, read_tensors, write_model
 ROOT = Path(__file__).parents[2]
 
 
-def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+def merge(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "tools/model_merge.sh"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def script(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """A script of tools/, which calls the command's `main`, run in this process."""
+    return run_main(lambda: runpy.run_path(str(ROOT / "tools" / name), run_name="__main__"), *arguments, cwd=cwd)
 
 
 def convert(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    return run(sys.executable, "-m", "megatron_aspo", "convert", *arguments, cwd=cwd)
+    return run_main(main, "convert", *arguments, cwd=cwd)
 
 
 def test_a_model_goes_to_megatron_and_back_and_each_says_what_it_wrote(tmp_path):
@@ -87,23 +95,23 @@ def test_verify_compares_the_logits_of_both_models(tmp_path):
 
 def test_the_scripts_convert_in_their_direction_and_from_where_the_caller_stands(tmp_path):
     tensors = write_model(tmp_path / "a model", Model(layers=4))
-    there = run(sys.executable, ROOT / "tools/convert_hf_to_megatron.py", "a model", "m 'q'", "--pipeline-parallel", 4, cwd=tmp_path)
+    there = script("convert_hf_to_megatron.py", "a model", "m 'q'", "--pipeline-parallel", 4, cwd=tmp_path)
     assert there.returncode == 0 and "4 ranks" in there.stdout, there.stderr
-    back = run(sys.executable, ROOT / "tools/convert_megatron_to_hf.py", "m 'q'", "back", cwd=tmp_path)
+    back = script("convert_megatron_to_hf.py", "m 'q'", "back", cwd=tmp_path)
     assert back.returncode == 0, back.stderr
-    merged = run("bash", ROOT / "tools/model_merge.sh", "m 'q'", "$(merged) *", "--dtype", "float32", cwd=tmp_path, PYTHONPATH="")
+    merged = merge("m 'q'", "$(merged) *", "--dtype", "float32", cwd=tmp_path)
     assert merged.returncode == 0, merged.stderr
     assert_same(read_tensors(tmp_path / "back"), tensors)
     assert_same(read_tensors(tmp_path / "$(merged) *"), {name: tensor.float() for name, tensor in tensors.items()})
 
 
 def test_the_scripts_hand_on_the_status_of_a_refusal(tmp_path):
-    for script in ("convert_hf_to_megatron.py", "convert_megatron_to_hf.py"):
-        assert run(sys.executable, ROOT / "tools" / script, "./nowhere", "target", cwd=tmp_path).returncode == 2
-    assert run("bash", ROOT / "tools/model_merge.sh", "./nowhere", "target", cwd=tmp_path).returncode == 2
+    for name in ("convert_hf_to_megatron.py", "convert_megatron_to_hf.py"):
+        assert script(name, "./nowhere", "target", cwd=tmp_path).returncode == 2
+    assert merge("./nowhere", "target", cwd=tmp_path).returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [[], ["checkpoint"], ["--help"], ["checkpoint", "--dtype", "float32"]])
 def test_merging_without_both_directories_shows_the_usage(tmp_path, arguments):
-    result = run("bash", ROOT / "tools/model_merge.sh", *arguments, cwd=tmp_path)
+    result = merge(*arguments, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("usage: bash tools/model_merge.sh CHECKPOINT TARGET")

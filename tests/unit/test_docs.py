@@ -270,6 +270,15 @@ def test_a_room_imports_only_what_the_architecture_page_says():
     assert not wrong
 
 
+def marks_of(source: str, test: str) -> set[str]:
+    """The markers that every case of a test has: its own and its file's; those of single cases are not among them."""
+    module = ast.parse(source)
+    assigned = [node for node in module.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"]
+    (function,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == test)
+    marks = [element for node in assigned for element in getattr(node.value, "elts", [node.value])] + function.decorator_list
+    return {match[1] for mark in marks if (match := re.match(r"pytest\.mark\.(\w+)", ast.unparse(mark)))}
+
+
 def test_every_claim_names_tests_and_tools_that_exist_and_run_or_says_why_not():
     rows = re.findall(r"^\| (?!claim|---)(.+?) \| (.+?) \| ?(.*?) ?\|$", (ROOT / "docs" / "claims.md").read_text(), re.MULTILINE)
     assert len(rows) > 20
@@ -283,4 +292,20 @@ def test_every_claim_names_tests_and_tools_that_exist_and_run_or_says_why_not():
                 continue
             source = (ROOT / "tests" / path).read_text(encoding="utf-8")
             assert f"def {test}(" in source, holder
-            assert not path.startswith("gpu/") and "pytestmark = pytest.mark.gpu" not in source, holder
+            left_out = {"gpu", "nightly"} & marks_of(source, test)
+            assert not left_out or (reason and holder in named), f"{holder} is not in .ci/run: give the reason in its row"
+
+
+def test_markers_are_read_off_functions_and_files_but_not_off_single_cases():
+    source = "pytestmark = [pytest.mark.long, pytest.mark.gpu]\n\n@pytest.mark.parametrize('x', [pytest.param(1, marks=pytest.mark.a)])\n"
+    assert marks_of(source + "def test_it(x): ...", "test_it") == {"long", "gpu", "parametrize"}
+    assert marks_of("pytestmark = pytest.mark.long\n\n@pytest.mark.nightly\ndef test_it(): ...", "test_it") == {"long", "nightly"}
+
+
+def test_continuous_integration_leaves_out_nightly_and_gpu_tests_alone():
+    """The three scripts' choices; a marker that is misspelt in them would choose tests that it should not."""
+    assert 'tools/test.sh -m "not gpu and not nightly"' in (ROOT / ".ci/run").read_text()
+    script = (ROOT / "tools/test.sh").read_text()
+    markers = set(re.findall(r"^    (\w+): ", (ROOT / "pytest.ini").read_text(), re.MULTILINE))
+    chosen = re.findall(r'-m "([^"]+)"', script)
+    assert len(chosen) >= 3 and {name for choice in chosen for name in choice.replace("not ", "").split(" and ")} == markers

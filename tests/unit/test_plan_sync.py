@@ -2,20 +2,21 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.in_process import run_main
+from tests.unit.test_packaging import load_tool
+
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples/models"
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/plan_sync.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_main(load_tool("plan_sync").main, *arguments, cwd=ROOT)
 
 
 LAYOUTS = [
