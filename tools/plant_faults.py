@@ -120,7 +120,7 @@ def run_tests(copy: Path, tests: Sequence[str], limit_s: float, *options: str) -
         "PYTHONDONTWRITEBYTECODE": "1",
         "TMPDIR": str(copy.parent / "tmp"),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *options, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not nightly and not gpu", "-p", "no:cacheprovider", *options, *tests]
     with (copy.parent / "output").open("w+b") as output:
         process = subprocess.Popen(command, cwd=copy, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         try:

@@ -148,7 +148,7 @@ def test_every_number_of_the_model_is_read_back_from_the_engines(publisher, engi
     wrong: list[str] = []
     figures = tool.compare(tool.truth(trained, ["float32"]), engines, wrong)
     assert wrong == []
-    assert figures["received"] >= 2 * len(read_model(trained).tensor_shapes) and figures["stored"] >= figures["received"]
+    assert min(figures["received"], figures["stored"]) >= len(engines.infos) * len(read_model(trained).tensor_shapes)
     assert figures["unreadable"] == 0
     assert logprob_error(engines, trained) < 1e-4
 
