@@ -1,4 +1,7 @@
-"""A long-lived pool of real processes for each world size: starting one costs seconds of imports, so the tests of a session share them."""
+"""A long-lived pool of real processes for each world size, shared by the tests of a session.
+
+The processes are forked from one that has imported what takes seconds to import (multiprocessing's fork server), not spawned.
+"""
 
 import gc
 import multiprocessing
@@ -10,12 +13,17 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from megatron_aspo.runtime.guard import environment_set
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+IMPORTED_ONCE = ["megatron_aspo.trainer.rank", "megatron_aspo.checkpoint.saver"]
+"""By the fork server. With one thread of OpenMP it starts none, so forking it is safe; none of these starts CUDA."""
 GRACE_S = 20.0
 """For the ranks that are left when one has failed."""
 
 
 def _serve(pipe: Connection) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    os.environ.update(ENVIRONMENT)
     import torch
 
     torch.set_num_threads(1)
@@ -76,15 +84,17 @@ class Pool:
             return False, "its process is dead"
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED_ONCE)
         self._pipes, self._processes = [], []
-        for _ in range(self._world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        with environment_set(ENVIRONMENT):  # the fork server gets it when the first process is started
+            for _ in range(self._world):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
 
     def _stop(self) -> None:
         for process in self._processes:
