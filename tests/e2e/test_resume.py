@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import time
 from pathlib import Path
 
 import psutil
@@ -17,7 +16,7 @@ from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.ledger import history, read_ledger
-from tests.e2e.workplace import STEPS, WHOLE, metrics, start, timeless, train, train_here
+from tests.e2e.workplace import STEPS, WHOLE, metrics, start, timeless, train, train_here, wait_for
 
 pytestmark = pytest.mark.long
 KILLED = ["name=killed", *WHOLE, "--resume", "auto"]
@@ -38,9 +37,7 @@ def test_a_training_rank_killed_while_it_saves_ends_the_run_and_leaves_only_whol
     """SIGKILL on one of two ranks at the moment at which a checkpoint begins. The next test goes on with this run."""
     process = start(workplace, *KILLED)
     run = workplace / "runs" / "killed"
-    deadline = time.monotonic() + 240
-    while not any((run / "checkpoints").glob("step_2.unfinished-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+    wait_for(process, lambda: any((run / "checkpoints").glob("step_2.unfinished-*")), poll_s=0.002)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "TrainerActor" in " ".join(child.cmdline())]
     assert len(ranks) == 2
     ranks[1].kill()
@@ -60,10 +57,7 @@ def test_a_killed_run_goes_on_and_nothing_shows(workplace, whole):
     """
     process = start(workplace, *KILLED)
     run = workplace / "runs" / "killed"
-    deadline = time.monotonic() + 240
-    while not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.02)
+    wait_for(process, lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= 3)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import mistral_common
@@ -21,7 +20,7 @@ from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.rollout.process_tree import mapped_segments
 from tests.e2e.loopback import assert_only_loopback
-from tests.e2e.workplace import STEPS, metrics, start, train
+from tests.e2e.workplace import STEPS, metrics, start, train, wait_for
 from tests.models import save_tiny
 
 HEALTH = [
@@ -188,10 +187,7 @@ def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
     name = f"stopped_{int(number)}"
     process = start(workplace, f"name={name}", "steps=1000", "rollout.engines=1", "trainer.tensor_parallel=1", "evaluation.draws=0")
     metrics_file = workplace / "runs" / name / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics_file.exists() and metrics_file.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.5)
+    wait_for(process, lambda: metrics_file.exists() and metrics_file.stat().st_size)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) > 4
     assert_only_loopback([psutil.Process(process.pid), *family])

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -14,6 +16,8 @@ from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
+RUN_S = 400.0
+"""Limit for any one run: on a busy machine they take many times what they do on an idle one."""
 STEPS = 4
 """Of the run that most tests look at."""
 WHOLE = [f"steps={STEPS}", "checkpoint.every=1", "checkpoint.keep_last=0"]
@@ -85,8 +89,18 @@ def start(workplace: Path, *overrides: str) -> subprocess.Popen:
 
 def train(workplace: Path, *overrides: str) -> tuple[int, str, str]:
     process = start(workplace, *overrides)
-    out, error = process.communicate(timeout=400)
+    out, error = process.communicate(timeout=RUN_S)
     return process.returncode, out, error
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], object], poll_s: float = 0.02) -> None:
+    """Return as soon as the condition holds. A process that ends before, or takes longer than a run may, is killed and fails the test."""
+    deadline = time.monotonic() + RUN_S
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"waited in vain; status {process.wait()}: {process.stderr.read()}")
+        time.sleep(poll_s)
 
 
 def train_here(workplace: Path, *overrides: str) -> tuple[int, str, str]:
