@@ -39,6 +39,7 @@ from vllm.v1.engine import utils as engine_utils
 
 from megatron_aspo.host_memory import release_freed_memory
 from megatron_aspo.rollout.engine_settings import READABLE, TRANSFER_BACKEND
+from megatron_aspo.weights.buckets import torch_dtype
 from megatron_aspo.weights.engine_memory import EngineMemory
 from megatron_aspo.weights.exchange import WeightReceiver
 from megatron_aspo.weights.group import StatelessGroup, stateless_group
@@ -81,6 +82,7 @@ class PieceTransferEngine(WeightTransferEngine[JoinInfo, VersionInfo]):
         self._group: StatelessGroup | None = None
         self._receiver: WeightReceiver | None = None
         self._memory: EngineMemory | None = None
+        self._spec: TransferSpec | None = None
         self._expected: set[str] = set()
         self._loaded: set[str] = set()
 
@@ -94,7 +96,7 @@ class PieceTransferEngine(WeightTransferEngine[JoinInfo, VersionInfo]):
         where = init_info.host, init_info.port
         self._group = stateless_group(*where, rank, spec.world, init_info.timeout_s, backend, init_info.place, spec.name)
         self._receiver = WeightReceiver(Schedule(spec, rank, where_of(self._group.places)), self._group, self.device)
-        self._memory = EngineMemory(spec, worker)
+        self._memory, self._spec = EngineMemory(spec, worker), spec
 
     def start_weight_update(self) -> None:
         """Make the model's layers ready to be loaded."""
@@ -179,7 +181,8 @@ class PieceTransferEngine(WeightTransferEngine[JoinInfo, VersionInfo]):
             return None  # experts lie as their kernel wants them
         values = self.model.get_parameter(place.parameter).data
         if place.expert is None:
-            return view(values, place.box) if values.numel() else None
+            # On CPUs with AMX vLLM keeps biases in float32: every number of the narrower type is one there.
+            return view(values, place.box).to(torch_dtype(self._spec.dtype)) if values.numel() else None
         experts = self.model.get_submodule(place.parameter.rpartition(".")[0])
         return view(_unpacked(values[place.expert], experts.quant_method.moe_kernel.fused_experts.isa), place.box)
 
