@@ -25,7 +25,8 @@ from megatron_aspo.data.options import DataOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.cluster import open_cluster
 
-other = subprocess.Popen(["sleep", "600"])  # the driver's own business
+# The driver's own business; its output would stay open if the driver failed, and whoever reads that would wait.
+other = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
 for once_more in (True, False):
     cluster = open_cluster("", 2)
     rewards = RewardPool("single_digit_addition", DataOptions(), workers=2)
