@@ -4,7 +4,7 @@ TRAIN = [
     "def double(x):\n    return 2 * x",
     "def add_one(x):\n    return x + 1",
     "def square(x):\n    return x * x",
-    "def add(a, b):\n    return a + b",
+    "def add_numbers(a, b):\n    return a + b",
     "def multiply(a, b):\n    return a * b",
     "def remainder(a, b):\n    return a % b",
     "def is_even(n):\n    return n % 2 == 0",
