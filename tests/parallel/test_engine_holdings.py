@@ -70,6 +70,7 @@ def loaded(rank: int, meeting: str, directory: str, world: int, expert_parallel:
                 parameter.data.zero_()
             model.load_weights(safetensors_weights_iterator([f"{directory}/model.safetensors"], use_tqdm_on_load=False))
             found = {int(i) for parameter in model.parameters() for i in parameter.data.unique().tolist()}
+            torch.distributed.barrier()  # who leaves early closes connections that a slow worker is still making
     finally:
         torch.set_default_dtype(before)
         cleanup_dist_env_and_memory()
