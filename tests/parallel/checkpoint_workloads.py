@@ -1,6 +1,7 @@
 """What the pool's processes run for the tests of checkpoints. Collective, as in workloads.py."""
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,25 @@ def save_and_fail(rank: int, meeting: str, settings, target: Path, attempt: str)
         except UserError as error:
             return str(error)
         return ""
+
+
+def save_while_another_takes_over(rank: int, meeting: str, settings, target: Path, attempt: str, successor: str) -> str:
+    """A checkpoint whose run gets another owner when all ranks have written their files; the reason that this rank gives."""
+    from megatron_aspo.checkpoint import saver as savers
+    from megatron_aspo.checkpoint.request import ATTEMPT
+
+    write = savers._write_rank
+
+    def write_and_lose(directory: Path, *arguments) -> dict[str, str]:
+        hashes = write(directory, *arguments)
+        if rank == 0:
+            while not (directory / "reports" / "1.json").exists():
+                time.sleep(0.01)
+            (target.parents[1] / ATTEMPT).write_text(successor)
+        return hashes
+
+    savers._write_rank = write_and_lose
+    try:
+        return save_and_fail(rank, meeting, settings, target, attempt)
+    finally:
+        savers._write_rank = write

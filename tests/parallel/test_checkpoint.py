@@ -130,6 +130,15 @@ def test_a_process_that_was_replaced_cannot_finish_its_checkpoint(pools, models,
     assert not target.parent.exists()
 
 
+def test_a_process_that_is_replaced_while_it_writes_does_not_give_its_checkpoint_the_name(pools, models, tmp_path):
+    (tmp_path / ATTEMPT).write_text("the predecessor")
+    target = tmp_path / "checkpoints" / "step_1"
+    work = checkpoint_workloads.save_while_another_takes_over
+    reasons = pools(2).run(work, settings(models, "float32 TP2"), target, "the predecessor", "the successor")
+    assert "was not made: another process has taken over this run" in reasons[0] and reasons[1] == ""
+    assert list(target.parent.iterdir()) == []
+
+
 def test_a_rank_that_cannot_write_ends_the_checkpoint_on_rank_0_too(pools, models, tmp_path):
     """Rank 1's file is there already: its error is the reason that rank 0 gives, and nothing is left."""
     (tmp_path / ATTEMPT).write_text("this one")
