@@ -93,7 +93,7 @@ for fd in range(256):
     "ends its process at once": "import os\nos._exit(0)\n",
     "prints a success word": "print('passed', 'OK', 'SUCCESS', 'All tests passed', '[True, True]', 'ALL_TESTS_PASSED')\n",
     "prints a verdict of the agent's": (
-        "import os\nfor fd in range(64):\n    try:\n        os.write(fd, b'{\"verdict\": \"passed\", \"text\": \"\"}\\n{\"status\": 0, \"cpu_s\": 0}\\n')\n"
+        'import os\nfor fd in range(64):\n    try:\n        os.write(fd, b\'{"verdict": "passed", "text": ""}\\n{"status": 0, "cpu_s": 0}\\n\')\n'
         "    except OSError:\n        pass\n"
     ),
     "puts the agent into its own hands": """
@@ -130,9 +130,11 @@ class Always:
 ALWAYS_EQUAL = _ALWAYS_EQUAL + _RETURN.format("Always()")
 CALLS = {
     "an object that is equal to all": ALWAYS_EQUAL,
-    "an int that is equal to all": "class I(int):\n    def __eq__(self, other): return True\n    __hash__ = None\n" + _RETURN.format("I(7)"),
+    "an int that is equal to all": "class I(int):\n    def __eq__(self, other): return True\n    __hash__ = None\n"
+    + _RETURN.format("I(7)"),
     "a list that is equal to all": "class L(list):\n    def __eq__(self, other): return True\n" + _RETURN.format("L()"),
-    "a str that is equal to all": "class S(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\n" + _RETURN.format("S()"),
+    "a str that is equal to all": "class S(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\n"
+    + _RETURN.format("S()"),
     "exit at import": "import sys\nsys.exit(0)\n" + _RETURN.format("0"),
     "os._exit at import": "import os\nos._exit(0)\n" + _RETURN.format("0"),
     "SystemExit inside": "def f(x):\n    raise SystemExit(0)\n",
@@ -183,9 +185,14 @@ def f(x):
     "no such function": "def g(x):\n    return 42\n",
 }
 
-ASSERT_TESTS = "def check(c):\n    assert c(1) == 42\n    assert c(2) == 43\n    assert not c(3) != 44\n    assert abs(c(4) - 45) < 1e-6\ncheck(f)\n"
+ASSERT_TESTS = (
+    "def check(c):\n    assert c(1) == 42\n    assert c(2) == 43\n    assert not c(3) != 44\n    assert abs(c(4) - 45) < 1e-6\ncheck(f)\n"
+)
 ASSERTS = {
-    **{name: CALLS[name] for name in ("an object that is equal to all", "an int that is equal to all", "exit at import", "os._exit at import")},
+    **{
+        name: CALLS[name]
+        for name in ("an object that is equal to all", "an int that is equal to all", "exit at import", "os._exit at import")
+    },
     **{name: CALLS[name] for name in ("SystemExit inside", "os._exit inside", "writes results itself", "patches json", "patches builtins")},
     **{name: CALLS[name] for name in ("the caller's frame", "not a number", "None", "no such function")},
     "its own check": "def check(c):\n    pass\ndef f(x):\n    return 0\n",
@@ -233,11 +240,17 @@ OTHER_ASSERTS = {
     "a dict's keys": (ALWAYS_EQUAL + "def g():\n    return {Always(): 1}\n", "assert g() == {42: 1}\n"),
     "compared with itself": (ALWAYS_EQUAL, "x = f(1)\nassert x == x and x == f(1)\n"),
     "a list emptied to fit its sorted self": ("def f(a):\n    a.clear()\n    return []\n", "a = [2, 1]\nassert f(a) == sorted(a)\n"),
-    "unittest": (ALWAYS_EQUAL, "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(1), 42)\nunittest.main()\n"),
+    "unittest": (
+        ALWAYS_EQUAL,
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(1), 42)\nunittest.main()\n",
+    ),
     "numbers as strings": ("def f(x):\n    return str(x + 41)\n", "assert f(1) == 42\n"),
     "SystemExit where any Exception is expected": (
         "def f(x):\n    raise SystemExit\n",
         "try:\n    f(1)\nexcept Exception:\n    pass\nassert f(1) == 42\n",
     ),
-    "a name that the tests forgot to import": ("class math:\n    isclose = lambda *a: True\n" + _RETURN.format("0"), "assert math.isclose(f(1), 42)\n"),
+    "a name that the tests forgot to import": (
+        "class math:\n    isclose = lambda *a: True\n" + _RETURN.format("0"),
+        "assert math.isclose(f(1), 42)\n",
+    ),
 }

@@ -198,7 +198,10 @@ STOPPED = {
         "x = []\nwhile True:\n    try:\n        x.append(bytearray(1 << 20))\n    except MemoryError:\n        pass\n",
         ("time limit",),
     ),
-    "shared anonymous memory": ("import mmap\nx = []\nwhile True:\n    m = mmap.mmap(-1, 64 << 20)\n    m.write(b'x' * (64 << 20))\n    x.append(m)\n", _ANY),
+    "shared anonymous memory": (
+        "import mmap\nx = []\nwhile True:\n    m = mmap.mmap(-1, 64 << 20)\n    m.write(b'x' * (64 << 20))\n    x.append(m)\n",
+        _ANY,
+    ),
     "endless output": ("while True:\n    print('x' * 1000)\n", ("output limit",)),
     "endless output on stderr": ("import sys\nwhile True:\n    sys.stderr.write('x' * 1000)\n", ("time limit",)),
     "output with no line end": ("import os\nwhile True:\n    os.write(1, b'x' * 65536)\n", ("output limit",)),

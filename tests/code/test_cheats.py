@@ -41,6 +41,15 @@ def test_a_solution_passes_the_same_tests(grader):
     assert grader.grade(f"print('{SECRET}')", [StdinTest("", SECRET)]).passed
 
 
+@pytest.mark.parametrize("program", ["print(add(5, 5))", "try:\n    add\nexcept NameError:\n    pass\n"])
+def test_a_function_that_the_program_only_uses_is_not_its_answer(grader, program):
+    """`add` is one of the names of Python's library that programs may use without an import."""
+    assert not grader.grade(program, [CallTest("add", [1, 2], 3)]).passed
+    assert not grader.grade(program, [AssertTest("assert add(1, 2) == 3")]).passed
+    imported = "from operator import add\n" + program
+    assert grader.grade(imported, [CallTest("add", [1, 2], 3)]).passed
+
+
 def test_a_later_tests_input_is_not_there_while_an_earlier_one_runs(grader):
     program = "import gc, os\nseen = ' '.join(repr(o)[:1000] for o in gc.get_objects()) + ' '.join(os.environ) + open(__file__).read()\n"
     program += "print(input() if 'tupni-dnoces'[::-1] not in seen else 'seen')\n"

@@ -88,7 +88,10 @@ def test_a_sandbox_that_cannot_be_started_is_tried_three_times(sandboxed, monkey
 
 def test_bad_rows_are_refused_when_they_are_loaded(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "a", "ground_truth": {"functional": "assert f()"}}, {"prompt": "b", "ground_truth": {"inputs": ["1"], "outputs": []}}]
+    rows = [
+        {"prompt": "a", "ground_truth": {"functional": "assert f()"}},
+        {"prompt": "b", "ground_truth": {"inputs": ["1"], "outputs": []}},
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"rows.jsonl:2: ground_truth needs lists inputs and outputs of the same length"):
         read_prompts(path, "train", Letters(), 10, check_ground_truth)

@@ -36,7 +36,11 @@ def test_another_correct_program_passes(run, name):
         ("def f(n):\n    return 7 ** n\n", [4000], 7**4000),
         ("from enum import IntEnum\nclass E(IntEnum):\n    A = 1\ndef f():\n    return [E.A]\n", [], [1]),
         ("import sys\nif __name__ == '__main__':\n    sys.exit(1)\nf = lambda x: x[::-1]\n", ["abc"], "cba"),
-        ("class Solution:\n    memo = {}\n    def __init__(self):\n        self.n = 1\n    def f(self, a):\n        return self.n + a\n", [1], 2),
+        (
+            "class Solution:\n    memo = {}\n    def __init__(self):\n        self.n = 1\n    def f(self, a):\n        return self.n + a\n",
+            [1],
+            2,
+        ),
     ],
 )
 def test_a_correct_function_passes(grader, program, arguments, expected):
@@ -65,7 +69,10 @@ ASSERTS = {
         "def f(x):\n    return {(1, 2): {3}, None: frozenset([x])}\n",
         "assert f(b'x') == {(1, 2): {3}, None: frozenset([b'x'])}\n",
     ),
-    "infinities and complex numbers": ("def f(x):\n    return (x, -x, 1j)\n", "assert f(float('inf')) == (float('inf'), float('-inf'), 1j)\n"),
+    "infinities and complex numbers": (
+        "def f(x):\n    return (x, -x, 1j)\n",
+        "assert f(float('inf')) == (float('inf'), float('-inf'), 1j)\n",
+    ),
     "a large argument": ("def f(a):\n    return a[::-1]\n", "a = list(range(200000))\nassert f(a) == a[::-1]\n"),
     "unittest": (
         "def f(x):\n    return x * 2\n",
@@ -86,7 +93,10 @@ def test_helpers_of_the_prompt_are_there_and_are_the_prompts_own(grader):
     tests = "def check(candidate):\n    assert candidate(double(3)) == 3\ncheck(f)\n"
     assert grader.grade("def f(x):\n    return x // 2\n", [AssertTest(tests, prompt, "f")]).passed
     cheat = "double = lambda x: 0\ndef f(x):\n    return 3\n"
-    assert grader.grade(cheat, [AssertTest(tests.replace("(3)) == 3", "(3)) == 3 and candidate(double(4)) == 4"), prompt, "f")]).kind == "wrong answer"
+    assert (
+        grader.grade(cheat, [AssertTest(tests.replace("(3)) == 3", "(3)) == 3 and candidate(double(4)) == 4"), prompt, "f")]).kind
+        == "wrong answer"
+    )
 
 
 def test_tests_run_in_order_up_to_the_first_that_fails(grader):

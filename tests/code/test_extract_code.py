@@ -37,7 +37,9 @@ def test_the_last_complete_block_counts(response, code):
     assert extract_code(response) == code
 
 
-@pytest.mark.parametrize("line", ["```" + "a" * 100_000 + "`", "```" + " " * 100_000 + "`", "~" * 100_000 + "`", "`" * 100_000 + "x`", " " * 100_000])
+@pytest.mark.parametrize(
+    "line", ["```" + "a" * 100_000 + "`", "```" + " " * 100_000 + "`", "~" * 100_000 + "`", "`" * 100_000 + "x`", " " * 100_000]
+)
 def test_a_hostile_response_is_read_in_linear_time(line):
     started = time.monotonic()
     assert extract_code(line) is None

@@ -35,7 +35,13 @@ def grade(tmp_path, capsys, monkeypatch):
 def test_code_and_numbers_by_their_data_source(grade, sandboxed):
     rows = [
         {"response": PROGRAM, "ground_truth": TESTS, "data_source": "livecodebench_v5"},
-        {"response": PROGRAM.replace("+ 1", "+ 2"), "ground_truth": json.dumps(TESTS), "data_source": "code", "prompt": "Add one.", "extra": {"a": 1}},
+        {
+            "response": PROGRAM.replace("+ 1", "+ 2"),
+            "ground_truth": json.dumps(TESTS),
+            "data_source": "code",
+            "prompt": "Add one.",
+            "extra": {"a": 1},
+        },
         {"response": "no code", "ground_truth": TESTS, "data_source": "code", "prompt": [{"role": "user", "content": "Add one."}]},
         {"response": "It is 7.", "ground_truth": 7, "data_source": "single_digit_addition"},
     ]
@@ -61,7 +67,9 @@ def test_the_reward_of_a_recipe(grade, sandboxed, tmp_path):
 
 
 def test_a_users_reward(grade, tmp_path):
-    (tmp_path / "my_graded_reward.py").write_text("def f(prompt, response, truth, extra):\n    return {'score': extra['x'], 'reason': prompt}\n")
+    (tmp_path / "my_graded_reward.py").write_text(
+        "def f(prompt, response, truth, extra):\n    return {'score': extra['x'], 'reason': prompt}\n"
+    )
     rows = [{"response": "", "ground_truth": None, "data_source": "mine", "prompt": "p", "extra": {"x": 0.25}}]
     status, lines, error = grade(rows, "--reward", "my_graded_reward:f")
     assert (status, error) == (0, "")
@@ -93,7 +101,10 @@ def test_files_are_read_as_those_of_a_run(tmp_path):
     row = json.dumps({"response": "It is 7.", "ground_truth": 7, "data_source": "single_digit_addition"}).encode()
     path.write_bytes(b"\xef\xbb\xbf" + row)
     assert [row.response for _, row in read_responses(path)] == ["It is 7."]
-    for content, message in ((gzip.compress(row), "gunzip"), (row[:14] + b"\xff" + row[14:], "in.jsonl:1: byte 15 of the line is not UTF-8")):
+    for content, message in (
+        (gzip.compress(row), "gunzip"),
+        (row[:14] + b"\xff" + row[14:], "in.jsonl:1: byte 15 of the line is not UTF-8"),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             list(read_responses(path))

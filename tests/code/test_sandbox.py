@@ -72,7 +72,9 @@ def test_a_missing_binding_is_named(monkeypatch, sandboxed):
 
 def test_a_machine_without_user_namespaces_is_named(monkeypatch, sandboxed, open_directory):
     fake = open_directory / "bwrap"
-    fake.write_text("#!/bin/sh\ncase $1 in --version) echo bubblewrap 0.8.0 ;; *) echo 'bwrap: No permissions to create new namespace' >&2; exit 1 ;; esac\n")
+    fake.write_text(
+        "#!/bin/sh\ncase $1 in --version) echo bubblewrap 0.8.0 ;; *) echo 'bwrap: No permissions to create new namespace' >&2; exit 1 ;; esac\n"
+    )
     fake.chmod(0o755)
     monkeypatch.setattr(launcher, "find_bubblewrap", lambda: str(fake))
     message = refused(SandboxOptions())
@@ -163,8 +165,22 @@ def test_sandboxes_die_with_their_worker(sandboxed):
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[" * 4000, b"1", b"null", b"{}", b'{"status": 0}', b'{"status": "0", "cpu_s": 0.1}', b'{"status": 0, "cpu_s": NaN}', b"\xff",
-     b'{"status": -99, "cpu_s": 0.1}', b'{"status": 0, "cpu_s": true}', b'{"status": true, "cpu_s": 0.1}', b"9" * 4000],
+    [
+        b"",
+        b"{",
+        b"[" * 4000,
+        b"1",
+        b"null",
+        b"{}",
+        b'{"status": 0}',
+        b'{"status": "0", "cpu_s": 0.1}',
+        b'{"status": 0, "cpu_s": NaN}',
+        b"\xff",
+        b'{"status": -99, "cpu_s": 0.1}',
+        b'{"status": 0, "cpu_s": true}',
+        b'{"status": true, "cpu_s": 0.1}',
+        b"9" * 4000,
+    ],
 )
 def test_an_agent_that_was_taken_over_is_not_believed(line):
     assert parse_report(b'{"status": -9, "cpu_s": 0.5}') == {"status": -9, "cpu_s": 0.5}
@@ -215,11 +231,15 @@ def test_no_descriptor_of_the_machine_is_open_in_a_sandbox(sandboxed):
         sandbox.load({"program": look})
         lines = sandbox.run("stdin", b"", 10.0).output.decode().splitlines()
         outside = psutil.Process(sandbox._process.pid).children(recursive=True)
-        lines += [f"{process.pid} {path.name} {os.readlink(path)}" for process in outside for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+        lines += [
+            f"{process.pid} {path.name} {os.readlink(path)}" for process in outside for path in Path(f"/proc/{process.pid}/fd").iterdir()
+        ]
         sandbox.kill()
     finally:
         pool.close()
-    assert len(lines) > 6 and not [line for line in lines if ":" in line and not line.split(" ")[2].startswith(("pipe:", "socket:", "anon_inode:"))]
+    assert len(lines) > 6 and not [
+        line for line in lines if ":" in line and not line.split(" ")[2].startswith(("pipe:", "socket:", "anon_inode:"))
+    ]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root stages files")
@@ -275,7 +295,8 @@ def test_without_a_sandbox_a_session_of_its_own_does_not_save_a_program(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("release", "version"), [("5.14.0-362.el9.x86_64", (5, 14)), ("6.1-rc3", (6, 1)), ("4.18.0", (4, 18)), ("5.4.0-1-azure", (5, 4)), ("odd", (0, 0))]
+    ("release", "version"),
+    [("5.14.0-362.el9.x86_64", (5, 14)), ("6.1-rc3", (6, 1)), ("4.18.0", (4, 18)), ("5.4.0-1-azure", (5, 4)), ("odd", (0, 0))],
 )
 def test_the_kernels_version_is_read(release, version):
     assert launcher.kernel_version(release) == version

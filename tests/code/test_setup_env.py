@@ -39,7 +39,7 @@ def test_a_failed_installation_of_bubblewrap_is_not_repeated_and_its_log_is_not_
     for _ in range(2):
         result = subprocess.run(["bash", "tools/setup_env.sh"], cwd=checkout, env=environment, capture_output=True, text=True, check=True)
         errors.append(result.stderr)
-    assert len(calls.read_text().splitlines()) == 2   # apt-get install, then apt-get update, which failed too
+    assert len(calls.read_text().splitlines()) == 2  # apt-get install, then apt-get update, which failed too
     assert "no network" in (checkout / ".venv/bubblewrap.log").read_text()
     assert "could not be installed" in errors[0] and "could not be installed" not in errors[1]
     assert all("the code reward needs bubblewrap" in error for error in errors)

@@ -23,6 +23,8 @@ def run(sources: dict[str, str], replies: Iterator[bytes], requests: int) -> Non
         verdict, text = "passed", ""
     except NotPlainError as error:
         verdict, text = "unsupported", f"{error}; tests may pass only plain data to the program"
+    except NothingTestedError as error:
+        verdict, text = "unsupported", str(error)
     except SystemExit as end:  # of the tests themselves, as unittest.main does
         verdict, text = ("passed", "") if not end.code else ("failed", f"the tests exited with status {end.code}")
     except BaseException as error:
@@ -40,14 +42,16 @@ def _run(sources: dict[str, str], peer: "Peer") -> None:
     if prompt:
         add_missing_names(namespace, prompt)
         exec(prompt, namespace)
-    if sources["entry_point"].isidentifier():
-        namespace[sources["entry_point"]] = Proxy(peer, sources["entry_point"])
+    theirs = {sources["entry_point"]} if sources["entry_point"].isidentifier() else set()
+    namespace.update((name, Proxy(peer, name)) for name in theirs)
     tests = compile(sources["tests"], "<tests>", "exec", dont_inherit=True)
     add_missing_names(namespace, tests)
     loaded, stored = set(), set()
     collect_names(tests, loaded, stored)
-    for name in loaded - stored - namespace.keys() - set(dir(builtins)):
-        namespace[name] = Proxy(peer, name)
+    theirs |= loaded - stored - namespace.keys() - set(dir(builtins))
+    if not theirs:  # `assert add(1, 2) == 3` alone would test operator.add, whatever the program does
+        raise NothingTestedError("the tests use no name that only the program defines; give the function's name as entry_point")
+    namespace.update((name, Proxy(peer, name)) for name in theirs)
     exec(tests, namespace)
 
 
@@ -58,6 +62,10 @@ def _describe(error: BaseException) -> str:
             line = trace.tb_lineno
         trace = trace.tb_next
     return f"{type(error).__name__} at line {line} of the tests" + (f": {error}" if str(error) else "")
+
+
+class NothingTestedError(Exception):
+    """The tests would pass, or fail, whatever the program is."""
 
 
 class Peer:

@@ -18,28 +18,31 @@ from prelude import add_missing_names
 
 def serve(source: str, requests: Iterable[bytes], results: int) -> None:
     """Load the program, then answer until `requests` ends. Whatever ends the program while it loads, or exits, ends the process."""
-    answer = Answers(_load(source))
+    answer = Answers(*_load(source))
     for line in requests:
         reply = json.dumps(answer(json.loads(line))).encode() + b"\n"
         while reply:
             reply = reply[os.write(results, reply) :]
 
 
-def _load(source: str) -> ModuleType:
+def _load(source: str) -> tuple[ModuleType, dict[str, object]]:
     module = ModuleType("solution")
     module.__file__ = sys.argv[0]
     sys.modules["solution"] = module
     code = compile(source, module.__file__, "exec", dont_inherit=True)
-    add_missing_names(module.__dict__, code)
+    supplied = add_missing_names(module.__dict__, code)
     exec(code, module.__dict__)
-    return module
+    return module, supplied
 
 
 class Answers:
-    """Does what requests ask for, and keeps the objects that it gave out references to."""
+    """Does what requests ask for, and keeps the objects that it gave out references to.
 
-    def __init__(self, module: ModuleType):
-        self._module = module
+    supplied: names that the program did not define. They are not its answer: `print(add(1, 2))` is no function `add`.
+    """
+
+    def __init__(self, module: ModuleType, supplied: dict[str, object]):
+        self._module, self._supplied = module, supplied
         self._objects: list[object] = []
 
     def __call__(self, request: dict) -> dict:
@@ -76,7 +79,7 @@ class Answers:
         return getattr(solution(), name) if hasattr(solution, name) else self._global(name)
 
     def _global(self, name: str) -> object:
-        if name not in self._module.__dict__:
+        if name not in self._module.__dict__ or (name in self._supplied and self._module.__dict__[name] is self._supplied[name]):
             raise NameError(f"name {name!r} is not defined")
         return self._module.__dict__[name]
 

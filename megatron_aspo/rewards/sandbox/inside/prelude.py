@@ -13,13 +13,16 @@ MODULES = (
 """First all their public names, a later module's over an earlier one's, then the modules themselves; never over a builtin."""
 
 
-def add_missing_names(namespace: dict[str, object], code: CodeType) -> None:
-    """Put the names of MODULES that `code` uses and nobody defines into `namespace`. Imports nothing if there are none."""
+def add_missing_names(namespace: dict[str, object], code: CodeType) -> dict[str, object]:
+    """Put the names of MODULES that `code` uses and nobody defines into `namespace`; return them. Imports nothing if there are none."""
     loaded, stored = set(), set()
     collect_names(code, loaded, stored)
     missing = loaded - stored - namespace.keys() - set(dir(builtins))
-    if missing:
-        namespace.update((name, value) for name, value in _prelude().items() if name in missing)
+    if not missing:
+        return {}
+    added = {name: value for name, value in _prelude().items() if name in missing}
+    namespace.update(added)
+    return added
 
 
 def _prelude() -> dict[str, object]:
