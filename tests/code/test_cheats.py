@@ -46,8 +46,17 @@ def test_a_function_that_the_program_only_uses_is_not_its_answer(grader, program
     """`add` is one of the names of Python's library that programs may use without an import."""
     assert not grader.grade(program, [CallTest("add", [1, 2], 3)]).passed
     assert not grader.grade(program, [AssertTest("assert add(1, 2) == 3")]).passed
+    assert not grader.grade(program, [AssertTest("assert math.isclose(add(1, 2), 3)")]).passed
     imported = "from operator import add\n" + program
     assert grader.grade(imported, [CallTest("add", [1, 2], 3)]).passed
+    assert grader.grade(imported, [AssertTest("assert math.isclose(add(1, 2), 3)")]).passed
+
+
+@pytest.mark.parametrize("tests", ["assert isclose(add(1, 2), 3)", "assert 1 + 1 == 2"])
+def test_assertions_that_name_no_function_of_the_program_are_not_passed_but_unsupported(grader, tests):
+    verdict = grader.grade("from operator import add\nfrom math import isclose\n", [AssertTest(tests)])
+    assert verdict.kind == "unsupported test" and "entry_point" in verdict.reason, verdict
+    assert grader.grade("from operator import add", [AssertTest(tests, entry_point="add")]).passed
 
 
 def test_a_later_tests_input_is_not_there_while_an_earlier_one_runs(grader):

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 
 from plain import NotPlainError, from_json, to_json
 from prelude import add_missing_names, collect_names
@@ -45,12 +46,14 @@ def _run(sources: dict[str, str], peer: "Peer") -> None:
     theirs = {sources["entry_point"]} if sources["entry_point"].isidentifier() else set()
     namespace.update((name, Proxy(peer, name)) for name in theirs)
     tests = compile(sources["tests"], "<tests>", "exec", dont_inherit=True)
-    add_missing_names(namespace, tests)
+    supplied = add_missing_names(namespace, tests)
     loaded, stored = set(), set()
     collect_names(tests, loaded, stored)
     theirs |= loaded - stored - namespace.keys() - set(dir(builtins))
-    if not theirs:  # `assert add(1, 2) == 3` alone would test operator.add, whatever the program does
-        raise NothingTestedError("the tests use no name that only the program defines; give the function's name as entry_point")
+    if not theirs:  # `assert add(1, 2) == 3` would test operator.add, whatever the program does
+        theirs = {name for name, value in supplied.items() if not isinstance(value, ModuleType)}
+        if len(theirs) != 1:
+            raise NothingTestedError("which function the tests are about is not clear; give its name as entry_point")
     namespace.update((name, Proxy(peer, name)) for name in theirs)
     exec(tests, namespace)
 
