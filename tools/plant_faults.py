@@ -220,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise _refusal(f"--only: no fault is named, and no test begins with, {unknown[0]}")
 
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it in the background has it ignored
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     started = time.monotonic()
     failing = failing_without_a_fault(faults, root, options.limit) if options.check_clean else {}
