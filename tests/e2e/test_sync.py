@@ -80,7 +80,7 @@ def test_the_tool_reads_every_number_of_a_model_back_from_the_engines(tmp_path, 
 # What follows shares two training ranks and two engines, which hold another model's weights until they are sent the trainer's.
 
 TIMEOUT_S = 8.0
-"""What is frozen is waited for in vain this long: short, and yet many times what a transfer of this model takes."""
+"""Seconds until a frozen process is reported: short, yet many times the duration of a transfer of this model."""
 PROMPT = tuple(range(30, 90))
 
 
@@ -142,7 +142,7 @@ def core_of(engines: EnginePool, index: int) -> psutil.Process:
 
 
 def test_every_number_of_the_model_is_read_back_from_the_engines(publisher, engines, trained):
-    """What the tool does with a recipe, here with the engines that the next tests share."""
+    """The tool's result for a recipe, on the engines that the next tests share."""
     publisher.publish(1)
     tool = load_tool("verify_sync")
     wrong: list[str] = []

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, seen in processes of their own: resident memory of the process before and after."""
+"""Freed memory stays resident or returns to the system, measured in fresh processes."""
 
 import subprocess
 import sys
