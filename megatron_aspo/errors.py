@@ -1,4 +1,7 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and the cure for a mistyped name in it."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -7,3 +10,9 @@ class UserError(Exception):
     The message is one line that names the thing, what was expected, and the cure. The command line prints it alone, without a traceback,
     and exits with status 2.
     """
+
+
+def nearest(wrong: str, valid: Iterable[str], prefix: str = "") -> str:
+    """The cure for a mistyped name: the closest valid one, or all of them."""
+    close = difflib.get_close_matches(wrong, list(valid), cutoff=0.5)
+    return f"did you mean {prefix}{close[0]}?" if close else f"valid: {', '.join(prefix + name for name in sorted(valid))}"

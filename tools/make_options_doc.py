@@ -77,7 +77,7 @@ def docstrings(kind: type) -> dict[str, str]:
 
 def refusal(section: str, name: str, value: Any) -> str:
     """Return what the configuration says of this value alone, empty when it accepts it."""
-    config = Config(model="model", task="jsonl")
+    config = Config(model="model", task="dataset")
     try:
         check(with_value(config, [*filter(None, section.split(".")), name], value))
     except UserError as error:

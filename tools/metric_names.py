@@ -120,7 +120,7 @@ def metric_names() -> list[str]:
     """Return every name, in the order in which a step writes them."""
     config = Config(
         model="model",
-        task="jsonl",
+        task="dataset",
         steps=2,
         rollout=RolloutOptions(prompts_per_step=2, responses_per_prompt=2, max_response_tokens=2),
         evaluation=EvaluationOptions(draws=2, every=1),

@@ -1,19 +1,36 @@
 """Options of the data room."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.options import CodeOptions
+
+DATASET_OPTIONS = ("path", "weights", "eval_path", "drop_long_prompts", "reward")
+"""Options that `task: dataset` alone has a use for."""
+REASONING_GYM_OPTIONS = ("task_options", "answer_format")
+"""Options that `reasoning_gym:NAME` tasks alone have a use for."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    path: str = ""
-    """JSONL file of training prompts; needed by `task: jsonl`, refused by the procedural tasks."""
-    eval_path: str = ""
-    """JSONL file of held-out prompts; needed by `task: jsonl` when `evaluation.draws` is above 0."""
+    path: list[str] = field(default_factory=list)
+    """Where the training prompts of `task: dataset` are: files (JSONL, a JSON array, Parquet), directories with a Hugging Face data set, or
+    `hub:OWNER/NAME[:SUBSET]`; directories and hub names take `@SPLIT` at their end. One location may be given as text, without a list."""
+    weights: list[float] = field(default_factory=list)
+    """One number for each location of `data.path`: its share of the training prompts, each location in epochs of its own. Empty: the
+    prompts of all locations are shuffled together, and each is drawn once an epoch."""
+    eval_path: list[str] = field(default_factory=list)
+    """Where the held-out prompts are, as `data.path`; `task: dataset` needs them when `evaluation.draws` is above 0."""
+    drop_long_prompts: bool = False
+    """Leave out prompts of more than `data.max_prompt_tokens` tokens, and report how many; else the first is an error."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Parameters of a `reasoning_gym:NAME` task, such as `{min_animals: 2}`; those of reasoning-gym's configuration of that name."""
+    answer_format: str = "tags"
+    """How a `reasoning_gym:NAME` task asks for its answer and finds it: `tags`, between `<answer>` and `</answer>`; or `last_number`, the
+    last number of the response."""
     reward: str = ""
-    """The reward, needed by `task: jsonl`: `package.module:function`, or `code` for programs graded by tests."""
+    """The reward, needed by `task: dataset`: `package.module:function`, or `code` for programs graded by tests."""
     code: CodeOptions = field(default_factory=CodeOptions)
     reward_workers: int = 1
     """Processes that score responses."""
@@ -30,6 +47,16 @@ class DataOptions:
     system_prompt: str = ""
     """System message of chat prompts that have none of their own."""
     max_prompt_tokens: int = 2048
-    """A longer prompt (chat template included) is an error at the start of the run."""
+    """Longest prompt, chat template included. A longer one is an error at the start of the run, unless `data.drop_long_prompts` is set."""
     held_out_prompts: int = 20
-    """How many prompts a procedural task keeps out of training, at least."""
+    """How many prompts a task that makes its prompts keeps out of training, at least."""
+
+    def refuse(self, task: str, *names: str) -> None:
+        """Raise UserError for the first of these options that is set: the task has no use for it."""
+        defaults = {field.name: getattr(DataOptions(), field.name) for field in fields(self)}
+        for name in names:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise UserError(
+                    f"data.{name}={value} has no use in task={task}; remove it, or set "
+                    f"task={'dataset' if name in DATASET_OPTIONS else 'reasoning_gym:NAME'}"
+                )

@@ -1,20 +1,36 @@
-"""The order in which a finite set of prompts is drawn."""
+"""The order in which finite sets of prompts are drawn. Functions of their arguments alone: a resumed run goes on with the same prompts."""
 
 import functools
 import random
+from array import array
+from collections.abc import Sequence
+from fractions import Fraction
 
 
-def shuffled_position(seed: int, index: int, size: int) -> int:
-    """Which of `size` items is draw number `index` (from 0): epochs over all items, each in an order of its own.
-
-    A function of its arguments alone, so that a resumed run goes on with the same prompts.
-    """
+def shuffled_position(seed: int | str, index: int, size: int) -> int:
+    """Which of `size` items is draw number `index` (from 0): epochs over all items, each in an order of its own."""
     epoch, place = divmod(index, size)
     return _epoch_order(seed, epoch, size)[place]
 
 
-@functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
-    order = list(range(size))
+@functools.lru_cache(maxsize=16)
+def _epoch_order(seed: int | str, epoch: int, size: int) -> "array[int]":
+    order = array("Q", range(size))
     random.Random(f"order {seed} {epoch}").shuffle(order)
     return order
+
+
+def mixed(weights: Sequence[float], index: int) -> tuple[int, int]:
+    """Which source draw number `index` (from 0) of a mixture takes, and how many draws of that source came before.
+
+    weights: greater than 0, one for each source. The first source is drawn whenever its share of the draws so far reaches a whole number,
+    the others share the rest in the same way: after any number of draws each source is less than `len(weights)` draws from its share.
+    """
+    shares = [Fraction(str(weight)) for weight in weights]
+    for source in range(len(shares) - 1):
+        share = shares[source] / sum(shares[source:])
+        before = int(index * share)
+        if int((index + 1) * share) > before:
+            return source, before
+        index -= before
+    return len(shares) - 1, index

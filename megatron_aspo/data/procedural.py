@@ -2,10 +2,11 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 from typing import ClassVar
 
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.options import DATASET_OPTIONS, REASONING_GYM_OPTIONS, DataOptions
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
@@ -17,6 +18,8 @@ class ProceduralTask:
     """What the procedural tasks share. A subclass says which questions are held out and which one is training prompt `index`."""
 
     name: ClassVar[str]
+    remarks: Sequence[str] = ()
+    data_sha256 = ""
 
     def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
         self._encoder = encoder
@@ -27,11 +30,7 @@ class ProceduralTask:
     @classmethod
     def build_reward(cls, options: DataOptions) -> Reward:
         """Raises UserError if `options` ask for what these tasks have no use for."""
-        for option in ("path", "eval_path", "reward"):
-            if value := getattr(options, option):
-                raise UserError(
-                    f"data.{option}={value} has no use in task={cls.name}, which makes its prompts; remove it, or set task=jsonl"
-                )
+        options.refuse(cls.name, *DATASET_OPTIONS, *REASONING_GYM_OPTIONS)
         return _score_last_number
 
     def _make_prompt(self, key: str, place: int, question: str, answer: int) -> Prompt:

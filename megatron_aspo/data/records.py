@@ -17,8 +17,9 @@ class Prompt:
     text: str
     """The user's words, for rollout dumps and rewards."""
     ground_truth: Any
+    """What the reward compares with. Of a prompt in a `PromptStore` it is read only when a response is scored, and `extra` with it."""
     data_source: str
-    """Which data set it comes from; `jsonl` or the task's name where nothing says otherwise."""
+    """Which data set it comes from; the task's name where nothing says otherwise."""
     extra: dict[str, Any] = field(default_factory=dict)
     place: int = 0
     """Where it stands in its data set."""

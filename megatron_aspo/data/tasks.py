@@ -4,12 +4,15 @@ To add a task: write a class with the methods of `Task`, the constructor and the
 """
 
 import difflib
+from collections.abc import Sequence
 from typing import Protocol
 
+from megatron_aspo.data import reasoning_gym
+from megatron_aspo.data.dataset import DatasetTask
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.jsonl import JsonlTask
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.data.procedural import LargestOfThree, SingleDigitAddition
+from megatron_aspo.data.procedural import LargestOfThree, ProceduralTask, SingleDigitAddition
+from megatron_aspo.data.reasoning_gym import ReasoningGymTask
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.result import Reward
@@ -17,6 +20,10 @@ from megatron_aspo.rewards.result import Reward
 
 class Task(Protocol):
     name: str
+    remarks: Sequence[str]
+    """What a user should know about the data before the run, a line each."""
+    data_sha256: str
+    """A digest of the training data; empty where the prompts follow from the options."""
 
     def prompt(self, index: int) -> Prompt:
         """Training prompt number `index` (from 0, without end): a function of the task's options, its seed and `index` alone."""
@@ -25,7 +32,7 @@ class Task(Protocol):
         """The prompts of an evaluation, none of which is a training prompt; always the same for the same options and seed."""
 
 
-TASKS = {task.name: task for task in (SingleDigitAddition, LargestOfThree, JsonlTask)}
+TASKS = {task.name: task for task in (SingleDigitAddition, LargestOfThree, DatasetTask)}
 
 
 def build_task(name: str, options: DataOptions, encoder: PromptEncoder, seed: int) -> Task:
@@ -43,9 +50,13 @@ def build_reward(name: str, options: DataOptions) -> Reward:
     return _find(name).build_reward(options)
 
 
-def _find(name: str) -> type[SingleDigitAddition] | type[LargestOfThree] | type[JsonlTask]:
+def _find(name: str) -> type[ProceduralTask] | type[DatasetTask] | type[ReasoningGymTask]:
+    if name.startswith(reasoning_gym.PREFIX):
+        return reasoning_gym.task_class(name)
+    if name == "jsonl":
+        raise UserError("task=jsonl has become task=dataset, which reads other formats too; change the name")
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"task={name} is unknown; {hint}tasks: {', '.join(TASKS)}")
+        raise UserError(f"task={name} is unknown; {hint}tasks: {', '.join(TASKS)}, {reasoning_gym.PREFIX}NAME")
     return TASKS[name]

@@ -1,11 +1,10 @@
 """Which options of the algorithm go together; light, so that a recipe is checked without importing torch."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.errors import UserError, nearest
 from megatron_aspo.losses import names
 from megatron_aspo.losses.options import AlgorithmOptions
 
@@ -34,12 +33,6 @@ _READ_BY_LOSS = {
     "no_is": {*_CLIP},
 }
 """Which options of a policy loss each one looks at."""
-
-
-def nearest(wrong: str, valid: Iterable[str], prefix: str = "") -> str:
-    """The cure for a mistyped name: the closest valid one, or all of them."""
-    close = difflib.get_close_matches(wrong, list(valid), cutoff=0.5)
-    return f"did you mean {prefix}{close[0]}?" if close else f"valid: {', '.join(prefix + name for name in sorted(valid))}"
 
 
 def reads_entropy_classes(options: AlgorithmOptions) -> bool:

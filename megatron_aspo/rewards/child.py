@@ -35,6 +35,7 @@ def serve(descriptor: int) -> None:
 
 
 def _answer_all(requests: BinaryIO, connection: socket.socket) -> None:
+    from megatron_aspo.data.store import with_answer
     from megatron_aspo.data.tasks import build_reward  # data.tasks imports rewards
 
     task, options = pickle.load(requests)
@@ -47,7 +48,7 @@ def _answer_all(requests: BinaryIO, connection: socket.socket) -> None:
     while True:
         for prompt, response in pickle.load(requests):
             try:
-                result = reward(prompt, response)
+                result = reward(with_answer(prompt), response)
             except UserError as error:
                 _send(connection, {"error": str(error)})
                 return

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_aspo.config import load_config
-from megatron_aspo.data.jsonl import read_rows
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
+from megatron_aspo.data.sources import read_rows
 from megatron_aspo.data.tasks import TASKS
 from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.by_source import reward_of_source
 from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.result import RewardResult
-
-CODE_SOURCES = ("code", "livecodebench", "humaneval")
-"""Beginnings of the names of data sources whose ground truth is tests."""
 
 
 def run_grade(parsed: argparse.Namespace) -> None:
@@ -73,9 +71,9 @@ class Rewards:
         """Raises UserError, with the place in the file, for a data source that has no reward."""
         if self._only:
             return self._only
-        name = "code" if data_source.lower().startswith(CODE_SOURCES) else data_source
+        name = reward_of_source(data_source) or data_source
         if name not in self._by_name:
-            if name != "code" and (name not in TASKS or name == "jsonl"):
+            if name != "code" and (name not in TASKS or name == "dataset"):
                 raise UserError(f"{where}: data_source={data_source!r} names no reward; choose one with --reward or --recipe")
             self._by_name[name] = _named(name)
         return self._by_name[name]
@@ -100,11 +98,11 @@ def _start(task: str, options: DataOptions) -> RewardProcess:
 
 
 def _named(name: str) -> RewardProcess:
-    if name in TASKS and name != "jsonl":
+    if name in TASKS and name != "dataset":
         return _start(name, DataOptions())
     if name != "code" and ":" not in name:
         raise UserError(f"--reward {name} is unknown; choose code, {', '.join(set(TASKS) - {'jsonl'})}, or package.module:function")
-    return _start("jsonl", DataOptions(reward=name))
+    return _start("dataset", DataOptions(reward=name))
 
 
 class Row:
@@ -130,11 +128,10 @@ class Row:
 
 
 def read_responses(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (FILE:LINE, row) for each line that is not blank. Raises UserError for the first that is wrong."""
-    for number, fields in read_rows(path, "response, ground_truth and data_source"):
-        where = f"{path}:{number}"
+    """Yield (place, row) for each row of the file. Raises UserError for the first that is wrong."""
+    for row in read_rows(str(path), "response, ground_truth and data_source"):
         try:
-            row = Row(fields, number)
+            response = Row(row.fields, row.number)
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
-        yield where, row
+            raise UserError(f"{row.where}: {error}") from error
+        yield row.where, response

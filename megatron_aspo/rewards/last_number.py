@@ -14,9 +14,15 @@ def last_number(response: str, truth: int) -> RewardResult:
     To demand the number alone would be simpler, but a small chat model then scores 0 on nearly every sample (SmolLM2-135M-Instruct on
     single_digit_addition: 0.00 against 0.19), and groups whose rewards are all equal teach nothing.
     """
-    numbers = NUMBER.findall(response)
-    if not numbers:
+    number = find_last_number(response)
+    if number is None:
         return RewardResult(0.0, "no number")
-    if numbers[-1] != str(truth):
-        return RewardResult(0.0, "another number", {"last_number": numbers[-1]})
-    return RewardResult(1.0, "right", {"last_number": numbers[-1]})
+    if number != str(truth):
+        return RewardResult(0.0, "another number", {"last_number": number})
+    return RewardResult(1.0, "right", {"last_number": number})
+
+
+def find_last_number(response: str) -> str | None:
+    """Return the last number of a response as it is written there, or None."""
+    numbers = NUMBER.findall(response)
+    return numbers[-1] if numbers else None

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
+from megatron_aspo.data.store import with_packed_answer
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.process import LOAD_TIMEOUT_S, longest_score_s, reward_name
 from megatron_aspo.rewards.result import RewardResult
@@ -95,7 +96,7 @@ class RemoteWorker:
 
     def _answer(self, prompt: Prompt, response: str) -> RewardResult:
         """Raises _LostError when the worker dies, freezes, or takes longer than its child process can ever take."""
-        result = self._actor.score.remote(prompt, response)
+        result = self._actor.score.remote(with_packed_answer(prompt), response)
         deadline = time.monotonic() + longest_score_s(self._options)
         while not ray.wait([result], timeout=self._options.reward_timeout_s)[0]:
             if not ray.wait([self._actor.ping.remote()], timeout=_PING_S)[0]:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 _LAST_CHECKPOINT_S = 60.0
 """How long a run that ends waits for the checkpoint that is being written."""
 _FINGERPRINT_PROMPTS = 256
-"""How many prompts a checkpoint's fingerprint of the data covers, beside the whole file where there is one."""
+"""How many prompts a checkpoint's fingerprint of the data covers, beside a digest of all of them where they are a finite set."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
             _check_identity(start, config, identity, model)
         if config.evaluation.draws:
             _check_held_out(task.held_out())
-        if encoder.remark:
-            progress.say(encoder.remark)
+        for remark in filter(None, (encoder.remark, *task.remarks)):
+            progress.say(remark)
     stack.callback(progress.close)
     # At the very end, when no process of this run can write any more.
     stack.callback(lambda: owner and sweep_unfinished(config.directory))
@@ -294,8 +294,7 @@ def _identity(config: Config, task: Task, reader: TensorReader) -> dict[str, Any
     for number in range(_FINGERPRINT_PROMPTS):
         prompt = task.prompt(number)
         digest.update(f"{prompt.id} {list(prompt.token_ids)}\n".encode())
-    if config.data.path:
-        digest.update(Path(config.data.path).expanduser().read_bytes())
+    digest.update(task.data_sha256.encode())
     return {"seed": config.seed, "task": config.task, "prompts_sha256": digest.hexdigest(), "model_sha256": model}
 
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.losses.check import nearest
+from megatron_aspo.errors import UserError, nearest
 
 CHOICES = {
     "gradient_dtype": ("float32", "bfloat16"),

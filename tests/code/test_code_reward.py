@@ -4,13 +4,12 @@ import json
 
 import pytest
 
-from megatron_aspo.data.jsonl import JsonlTask, read_prompts
+from megatron_aspo.data.dataset import DatasetTask
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.reward import CodeReward
-from megatron_aspo.rewards.code.schemas import check_ground_truth
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
 from megatron_aspo.rewards.sandbox.sandbox import SandboxError
@@ -19,7 +18,7 @@ RESPONSE = "```python\ndef f(x=None):\n    return 1\n```"
 
 
 def prompt(truth) -> Prompt:
-    return Prompt("train/7", (), "Write f.", truth, "jsonl", {}, 7)
+    return Prompt("train/7", (), "Write f.", truth, "dataset", {}, 7)
 
 
 class Letters:
@@ -94,7 +93,5 @@ def test_bad_rows_are_refused_when_they_are_loaded(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"rows.jsonl:2: ground_truth needs lists inputs and outputs of the same length"):
-        read_prompts(path, "train", Letters(), 10, check_ground_truth)
-    with pytest.raises(UserError, match=r"rows.jsonl:2: "):
-        JsonlTask(DataOptions(path=str(path), reward="code", max_prompt_tokens=10), Letters(), 0)
-    JsonlTask(DataOptions(path=str(path), reward="some.module:f", max_prompt_tokens=10), Letters(), 0)
+        DatasetTask(DataOptions(path=[str(path)], reward="code", max_prompt_tokens=10), Letters(), 0)
+    DatasetTask(DataOptions(path=[str(path)], reward="some.module:f", max_prompt_tokens=10), Letters(), 0)

@@ -12,7 +12,7 @@ from megatron_aspo.rewards.grade import read_responses
 
 PROGRAM = "Here:\n```python\nprint(int(input()) + 1)\n```"
 TESTS = [{"input": "1\n", "output": "2\n", "testtype": "stdin", "metadata": {}}]
-RECIPE = "task: jsonl\nmodel: nowhere\ndata: {path: train.jsonl, reward: code, code: {limits: {cpu_s: 2, wall_s: 10}}}\n"
+RECIPE = "task: dataset\nmodel: nowhere\ndata: {path: train.jsonl, reward: code, code: {limits: {cpu_s: 2, wall_s: 10}}}\n"
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_reward_that_hangs_or_crashes_fails_one_response(grade, tmp_path):
         "    if response == 'crash':\n        os._exit(3)\n    return {'score': 1, 'verdict': ['odd', {}]}\n"
     )
     (tmp_path / "recipe.yaml").write_text(
-        "task: jsonl\nmodel: nowhere\ndata: {path: train.jsonl, reward: 'my_stuck_reward:f', reward_timeout_s: 1, reward_failure_score: -1}\n"
+        "task: dataset\nmodel: nowhere\ndata: {path: train.jsonl, reward: 'my_stuck_reward:f', reward_timeout_s: 1, reward_failure_score: -1}\n"
     )
     rows = [{"response": text, "ground_truth": None, "data_source": "mine"} for text in ("a", "hang", "crash", "b")]
     status, lines, error = grade(rows, "--recipe", "recipe.yaml")
@@ -114,7 +114,7 @@ def test_files_are_read_as_those_of_a_run(tmp_path):
     ("text", "arguments", "message"),
     [
         ("not JSON\n", (), "in.jsonl:1: not valid JSON"),
-        ("\n[1]\n", (), "in.jsonl:2: a JSON array"),
+        ("\n[1]\n", (), "in.jsonl row 1: a JSON number"),
         ('{"response": "x", "ground_truth": 1}\n', (), "in.jsonl:1: the field data_source is missing"),
         ('{"response": 1, "ground_truth": 1, "data_source": "code"}\n', (), "in.jsonl:1: response is a int"),
         ('{"response": "x", "ground_truth": 1, "data_source": "other"}\n', (), "in.jsonl:1: data_source='other' names no reward"),

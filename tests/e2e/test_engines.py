@@ -302,7 +302,7 @@ class HaltedAtTheFirst:
 
 class Prompts:
     def prompt(self, number: int) -> Prompt:
-        return Prompt(f"train/{number}", PROMPT, "words", 0, "jsonl")
+        return Prompt(f"train/{number}", PROMPT, "words", 0, "dataset")
 
 
 class Tokens:
@@ -315,7 +315,7 @@ def test_a_response_is_scored_while_others_are_generated(tied, fixed_share):
     """One group on one engine, larger than what runs at once there: when the first are finished, others wait. The workers are real too."""
     rollout = RolloutOptions(prompts_per_step=1, responses_per_prompt=12, max_response_tokens=48)
     reward = DataOptions(reward="tests.unit.user_rewards:length")
-    with RewardPool("jsonl", reward, workers=2) as rewards, deterministic(tied.pool) if fixed_share else nullcontext():
+    with RewardPool("dataset", reward, workers=2) as rewards, deterministic(tied.pool) if fixed_share else nullcontext():
         watched = HaltedAtTheFirst(rewards, tied.pool)
         rollouts = Rollouts(Prompts(), tied.pool, watched, Tokens(), rollout, AlgorithmOptions(group_filter="none"), fixed_share, print)
         (group,) = rollouts.collect(0, lambda phase: None).groups

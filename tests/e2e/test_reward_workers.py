@@ -25,12 +25,12 @@ RESOURCE = "node:127.0.0.1"
 
 
 def make_prompt(truth=7, number=1):
-    return Prompt(f"train/{number}", (1, 2), "the words", truth, "jsonl")
+    return Prompt(f"train/{number}", (1, 2), "the words", truth, "dataset")
 
 
 def pool(reward, workers=1, timeout_s=60.0, resource=""):
     options = DataOptions(reward=f"{MODULE}:{reward}", reward_timeout_s=timeout_s, reward_failure_score=-2.5, reward_resource=resource)
-    return RewardPool("jsonl", options, workers)
+    return RewardPool("dataset", options, workers)
 
 
 def batch_of(*responses):
@@ -193,7 +193,7 @@ def test_programs_are_graded_in_the_workers_sandboxes():
         "while True: pass": 0.0,
     }
     options = DataOptions(reward="code", code=CodeOptions(limits=Limits(cpu_s=1.0, wall_s=3.0)))
-    with RewardPool("jsonl", options, workers=2) as rewards:
+    with RewardPool("dataset", options, workers=2) as rewards:
         before = set(psutil.pids())
         results = score(rewards, [(make_prompt(truth), f"```python\n{code}\n```") for code in [*programs] * 2])
         assert [result.score for result in results] == [*programs.values()] * 2

@@ -55,7 +55,7 @@ def make_workplace(place: Path) -> None:
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     recipe = {
         "model": "model",
-        "task": "jsonl",
+        "task": "dataset",
         "steps": 3,
         "deterministic": True,
         "data": {"path": "train.jsonl", "eval_path": "held_out.jsonl", "reward": "my_rewards:vowels", "max_prompt_tokens": 256},

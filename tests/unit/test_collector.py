@@ -44,7 +44,7 @@ class Stub:
         self.calls, self.requests = [], []
 
     def prompt(self, index):
-        return Prompt(f"train/{index % self.size}", (1,), "words", 0, "jsonl")
+        return Prompt(f"train/{index % self.size}", (1,), "words", 0, "dataset")
 
     def held_out(self):
         return [self.prompt(index) for index in (100, 101)]

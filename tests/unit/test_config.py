@@ -169,7 +169,7 @@ def test_the_default_run_directory_is_named_after_the_run():
 
 
 def test_options_of_the_code_reward_are_checked_and_have_no_effect_elsewhere(recipe):
-    code = ["task=jsonl", "data.path=x.jsonl", "data.reward=code"]
+    code = ["task=dataset", "data.path=x.jsonl", "data.reward=code"]
     assert load_config(recipe, [*code, "data.code.sandbox.modules=[numpy]"]).data.code.sandbox.modules == ["numpy"]
     for overrides, message in (
         (["data.code.max_tests=3"], r"data\.code\.max_tests has no effect with data\.reward=empty; set data\.reward=code"),

@@ -5,9 +5,10 @@ import json
 import pytest
 from tokenizers import processors
 
+from megatron_aspo.data.dataset import Loader
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.jsonl import read_prompts
 from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.store import PromptStore
 from megatron_aspo.errors import UserError
 from tests.tokenizers import SPECIALS, byte_tokenizer
 
@@ -73,6 +74,10 @@ def test_a_beginning_token_that_the_config_states_otherwise_is_reported(tmp_path
     )
 
 
+def load(path, encoder):
+    return Loader(PromptStore(), DataOptions(max_prompt_tokens=100), encoder).load("train", [str(path)])
+
+
 def test_a_token_beyond_the_models_rows_is_refused_with_file_line_token_and_id(tmp_path):
     tokenizer = byte_tokenizer()
     rows = len(tokenizer)
@@ -80,13 +85,14 @@ def test_a_token_beyond_the_models_rows_is_refused_with_file_line_token_and_id(t
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "fine", "answer": 1}\n{"prompt": "a <tool> b", "answer": 1}\n')
     with pytest.raises(UserError, match=rf"data\.jsonl:2: token '<tool>' has id {rows}, but the model has {rows} rows") as caught:
-        read_prompts(path, "train", encoder(tokenizer, rows), 100)
+        load(path, encoder(tokenizer, rows))
     assert "resize the model's embeddings, or use its own tokenizer" in str(caught.value)
     path.write_text('{"prompt": [{"role": "user", "content": "<tool>"}], "answer": 1}\n')
     with pytest.raises(UserError, match=r"data\.jsonl:1: token '<tool>'"):
-        read_prompts(path, "train", encoder(tokenizer, rows), 100)
+        load(path, encoder(tokenizer, rows))
     # Rows that pad the model's vocabulary beyond its tokenizer are usual.
-    assert len(read_prompts(path, "train", encoder(tokenizer, rows + 64), 100)) == 1
+    (part,) = load(path, encoder(tokenizer, rows + 64))
+    assert part.stop == 1
 
 
 def test_an_end_token_that_the_model_cannot_produce_is_refused():

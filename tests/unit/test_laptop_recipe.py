@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_aspo.config import Config, load_config
+from megatron_aspo.data.dataset import DatasetTask
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.jsonl import JsonlTask
 from megatron_aspo.runtime.plan import make_plan
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
@@ -32,7 +32,7 @@ def test_it_plans_for_two_cores_with_room_for_every_response_of_a_step(config):
 def test_an_epoch_asks_each_training_problem_once_and_no_held_out_one(config):
     options = replace(config.data, max_prompt_tokens=1000)  # one token for each byte
     tokenizer = byte_tokenizer()
-    task = JsonlTask(options, PromptEncoder(tokenizer, len(tokenizer), options), config.seed)
+    task = DatasetTask(options, PromptEncoder(tokenizer, len(tokenizer), options), config.seed)
     training = [task.prompt(number) for number in range(30)]
     held_out = task.held_out()
     assert len({prompt.text for prompt in training}) == 30 and len({prompt.text for prompt in held_out}) == 20
@@ -43,7 +43,7 @@ def test_an_epoch_asks_each_training_problem_once_and_no_held_out_one(config):
 
 
 def test_the_example_in_the_prompts_is_no_problem_of_either_file(config):
-    for path in (config.data.path, config.data.eval_path):
+    for path in (*config.data.path, *config.data.eval_path):
         text = (ROOT / path).read_text(encoding="utf-8")
         assert "def is_zero" in text and '"fn_name": "is_zero"' not in text
         assert text.count("def ") == len(text.splitlines())  # no other solution is shown

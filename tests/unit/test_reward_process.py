@@ -14,7 +14,7 @@ from megatron_aspo.rewards import process as module
 from megatron_aspo.rewards.process import RewardProcess, check_reward
 
 DOES = "tests.unit.user_rewards:does"
-PROMPT = Prompt("train/1", (1, 2), "the words", 7, "jsonl")
+PROMPT = Prompt("train/1", (1, 2), "the words", 7, "dataset")
 BACKTRACKING = "re.match(r'(a+)+$', 'a' * 40 + 'b')"
 """In C code, with the interpreter's lock held, for ages."""
 LIMIT_S = 0.8
@@ -22,7 +22,7 @@ LIMIT_S = 0.8
 
 @contextlib.contextmanager
 def reward_process(reward=DOES, directory=".", limit_s=30.0):
-    process = RewardProcess("jsonl", DataOptions(reward=reward, reward_timeout_s=limit_s, reward_failure_score=-2.5), str(directory))
+    process = RewardProcess("dataset", DataOptions(reward=reward, reward_timeout_s=limit_s, reward_failure_score=-2.5), str(directory))
     try:
         process.start()
         yield process
@@ -160,7 +160,7 @@ def test_a_module_that_cannot_be_loaded_is_refused_before_a_run_starts(tmp_path,
     (tmp_path / "bad_reward.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"data.reward=bad_reward:f.*{message}"):
-        check_reward("jsonl", DataOptions(reward="bad_reward:f"))
+        check_reward("dataset", DataOptions(reward="bad_reward:f"))
 
 
 def test_a_reward_finds_the_files_of_the_directory_from_which_the_run_was_started(tmp_path):

@@ -14,7 +14,7 @@ MODULE = "tests.unit.user_rewards"
 
 
 def make_prompt(truth=7, number=1, **extra):
-    return Prompt(f"train/{number}", (1, 2), "the words", truth, "jsonl", extra)
+    return Prompt(f"train/{number}", (1, 2), "the words", truth, "dataset", extra)
 
 
 @pytest.mark.parametrize(
