@@ -48,6 +48,8 @@ def read_rows(location: str, wanted: str) -> Iterator[Row]:
     wanted: names in messages the fields that a row must have. Raises UserError, naming the place, for what cannot be read.
     """
     path = Path(location).expanduser()
+    if not location:
+        raise UserError("one of the locations of data is empty; name a file, or remove it")
     if location.startswith(HUB):
         name, split = _without_split(location.removeprefix(HUB))
         name, _, subset = name.partition(":")
@@ -58,8 +60,9 @@ def read_rows(location: str, wanted: str) -> Iterator[Row]:
         name, split = (location, "") if path.is_dir() else _without_split(location)
         yield from _rows(read_dataset(name, "", split), f"{location} row ")
     else:
+        reason = "neither a file nor a directory" if path.exists() else "no such file or directory"
         raise UserError(
-            f"{location} cannot be read (no such file or directory); name a file, a directory, or hub:OWNER/NAME for a data set of the "
+            f"{location} cannot be read ({reason}); name a file, a directory, or hub:OWNER/NAME for a data set of the "
             "Hugging Face hub"
         )
 

@@ -76,6 +76,8 @@ def test_a_killed_run_goes_on_and_nothing_shows(workplace, whole):
     assert summary["accuracy_before"] == json.loads((whole / "evaluations/step_0.json").read_text())["accuracy"]["mean"]
     steps = history(read_ledger(run / "ledger.jsonl"))
     assert [steps[step]["first"] for step in range(STEPS)] == [4 * step for step in range(STEPS)]
+    sources = parquet.read_table(run / f"rollouts/step_{STEPS - 1}.parquet", columns=["data_source"])["data_source"].to_pylist()
+    assert sorted(sources[::4]) == ["dataset", "dataset", "words", "words"]  # a mixture of JSONL and Parquet
 
     status, out, error = train_here(workplace, *KILLED)
     assert status == 0 and "is complete" in out, error
@@ -128,7 +130,8 @@ def test_a_branch_at_another_data_parallel_size_goes_on_with_the_same_prompts(wo
     ("change", "message"),
     [
         (["seed=1"], "seed was 0, the recipe says 1"),
-        (["data.path=held_out.jsonl"], "the prompts or their tokens are others"),
+        (["data.path=[train.parquet, held_out.jsonl]"], "the prompts or their tokens are others"),
+        (["data.weights=[1, 3]"], "the prompts or their tokens are others"),
         (["model=qwen3"], "is of another model"),
     ],
 )

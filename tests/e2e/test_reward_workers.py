@@ -18,6 +18,8 @@ from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rewards.sandbox.options import Limits
 from tests.unit.test_reward_process import BACKTRACKING, alive
 
+pytestmark = pytest.mark.long
+
 MODULE = "tests.unit.user_rewards"
 DIED = "died (killed, out of memory, or its node was lost)"
 RESOURCE = "node:127.0.0.1"

@@ -117,6 +117,7 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
         "algorithm.policy_loss=ppo_clip",
         "task=largest_of_three",
         "data.path=",
+        "data.weights=",
         "data.eval_path=",
         "data.reward=",
         "rollout.engines=1",
@@ -149,7 +150,7 @@ def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
     rows = [{"prompt": f"{i}: " + "the quick brown fox " * 8, "ground_truth": "aeiou"} for i in range(8)]
     (workplace / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["steps=1", "trainer.tensor_parallel=1", "rollout.engines=1", "evaluation.draws=0", "rollout.max_response_tokens=64"]
-    status, out, error = train(workplace, "name=pieces", "model=pieces", "data.path=plain.jsonl", "data.eval_path=", *few)
+    status, out, error = train(workplace, "name=pieces", "model=pieces", "data.path=plain.jsonl", "data.weights=", "data.eval_path=", *few)
     assert status == 0, error
     assert "plain-text prompts: no token is put first" in out
     (step,) = metrics(workplace / "runs" / "pieces")

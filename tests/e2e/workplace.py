@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import yaml
 
 from megatron_aspo.cli import main
@@ -51,14 +53,22 @@ def make_workplace(place: Path) -> None:
     (place / "my_rewards.py").write_text(REWARDS)
     (place / "my_losses.py").write_text(LOSSES)
     rows = [{"prompt": [{"role": "user", "content": f"{i}: " + "the quick brown fox " * 8}], "ground_truth": "aeiou"} for i in range(12)]
-    for name, chosen in (("train", rows[:8]), ("held_out", rows[8:])):
+    verl = [{"prompt": row["prompt"], "reward_model": {"ground_truth": row["ground_truth"]}, "data_source": "words"} for row in rows[:6]]
+    parquet.write_table(pa.Table.from_pylist(verl), place / "train.parquet")
+    for name, chosen in (("more", rows[6:8]), ("held_out", rows[8:])):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     recipe = {
         "model": "model",
         "task": "dataset",
         "steps": 3,
         "deterministic": True,
-        "data": {"path": "train.jsonl", "eval_path": "held_out.jsonl", "reward": "my_rewards:vowels", "max_prompt_tokens": 256},
+        "data": {
+            "path": ["train.parquet", "more.jsonl"],
+            "weights": [1, 1],
+            "eval_path": "held_out.jsonl",
+            "reward": "my_rewards:vowels",
+            "max_prompt_tokens": 256,
+        },
         "algorithm": {"epochs": 2, "mini_batch_prompts": 2},
         "trainer": {"dtype": "float32", "tensor_parallel": 2, "micro_batch_tokens": 512, "threads": 1},
         "optimizer": {"lr": 2e-3, "warmup_steps": 1},

@@ -18,6 +18,8 @@ from tests.parallel import checkpoint_workloads
 from tests.parallel.test_update import VOCAB, batch
 from tests.unit.hf_shards import read_tensors
 
+pytestmark = pytest.mark.long
+
 LAYOUTS = {
     "TP2": {"tensor_parallel": 2},
     "PP2": {"pipeline_parallel": 2},

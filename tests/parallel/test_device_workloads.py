@@ -14,6 +14,8 @@ from tests.parallel import checkpoint_workloads, state_workloads, workloads
 from tests.parallel.device_workloads import as_on_a_gpu, fp8_copies, host_waits
 from tests.parallel.test_update import VOCAB, batch
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> RankSettings:

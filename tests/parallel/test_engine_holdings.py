@@ -16,6 +16,8 @@ from megatron_aspo.weights.hf_model import read_sizes
 from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes
 from tests.models import FAMILIES, save_tiny
 
+pytestmark = pytest.mark.long
+
 # Neither vocabulary, 290 rows padded to 320, nor experts divide by 4. Of 2 key-value heads each of 4 workers holds one of two copies.
 SIZES = {"vocab_size": 290, "hidden_size": 64, "num_hidden_layers": 1}
 

@@ -15,6 +15,8 @@ from tests.models import save_tiny
 from tests.parallel import layout_cases, state_workloads, test_splitting, test_update, workloads
 from tests.parallel.test_one_step import Case, relative_error, run, truth
 
+pytestmark = pytest.mark.long
+
 TP2_SP = {"tensor_parallel": 2, "sequence_parallel": True}
 PP2_VPP2 = {"pipeline_parallel": 2, "virtual_pipeline": 2}
 DP2_DISTRIBUTED = {"data_parallel": 2, "distributed_optimizer": True}

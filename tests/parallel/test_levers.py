@@ -20,6 +20,8 @@ from tests.models import SIZES
 from tests.parallel import checkpoint_workloads, state_workloads, test_prepare, test_trainer_state, workloads
 from tests.parallel.test_one_step import KL_COEF, OPTIMIZER, Case, make_case, relative_error, run, truth
 
+pytestmark = pytest.mark.long
+
 SHARED = {"shared_prompts": True}
 TP2_SP = {"tensor_parallel": 2, "sequence_parallel": True}
 PP2_VPP2 = {"pipeline_parallel": 2, "virtual_pipeline": 2}

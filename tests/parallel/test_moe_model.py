@@ -11,6 +11,8 @@ from tests.models import save_tiny
 from tests.parallel import workloads
 from tests.parallel.logits import VOCAB, assert_logits_are_those_of_transformers
 
+pytestmark = pytest.mark.long
+
 MODELS = {
     "qwen3_moe": {},
     "qwen3_moe tied": {"tied": True},

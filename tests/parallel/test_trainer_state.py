@@ -16,6 +16,8 @@ from tests.models import save_tiny
 from tests.parallel import state_workloads
 from tests.parallel.test_update import VOCAB, batch
 
+pytestmark = pytest.mark.long
+
 CASES = {
     "float32 TP2": {"tensor_parallel": 2},
     "float32 PP2 tied": {"pipeline_parallel": 2},

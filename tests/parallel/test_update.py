@@ -13,6 +13,8 @@ from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
 from tests.parallel import workloads
 
+pytestmark = pytest.mark.long
+
 VOCAB = 64
 
 

@@ -17,6 +17,8 @@ from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 from tests.models import save_tiny
 from tests.parallel import workloads
 
+pytestmark = pytest.mark.long
+
 HOST = "127.0.0.1"
 
 

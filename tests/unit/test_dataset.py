@@ -5,6 +5,7 @@ import datetime
 import gzip
 import json
 import lzma
+import os
 from collections import Counter
 from fractions import Fraction
 
@@ -279,10 +280,14 @@ def test_directories_name_their_splits(tmp_path):
     data.save_to_disk(str(tmp_path / "both"))
     task = build(path=[f"{tmp_path}/both@train"], eval_path=[f"{tmp_path}/both@test"])
     assert (task.prompt(1).id, len(task.held_out())) == ("train/1", 2)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="one of the locations of data is empty"):
+        build(path=["", f"{tmp_path}/both@train"])
     for location, message in (
         ("both", "both has several splits; name one of @train, @test"),
         ("both@dev", "both has no split dev; name one of @train, @test"),
         ("nothing@train", r"nothing@train cannot be read \(no such file or directory\)"),
+        ("pipe", r"pipe cannot be read \(neither a file nor a directory\)"),
     ):
         with pytest.raises(UserError, match=message):
             build(path=[f"{tmp_path}/{location}"])
