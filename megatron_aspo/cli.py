@@ -75,10 +75,11 @@ def _add_grade(commands) -> None:
     grade = commands.add_parser(
         "grade",
         help="try a reward on responses from a file",
-        description="Score responses as a run would. Each line of the file is a JSON object with response, ground_truth, data_source and "
-        "optionally prompt and extra; each line printed one with score, verdict, reason and seconds, the last a summary.",
+        description="Score responses as a run would. Each row of the file (JSONL, a JSON array or Parquet) has response, ground_truth, "
+        "data_source and optionally prompt and extra; each line printed is a JSON object with score, verdict, reason and seconds, the last "
+        "a summary.",
     )
-    grade.add_argument("file", type=Path, metavar="FILE.jsonl", help="the responses")
+    grade.add_argument("file", type=Path, metavar="FILE", help="the responses")
     grade.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
     grade.add_argument("--recipe", type=Path, help="YAML recipe whose reward is tried")
     grade.add_argument("--reward", default="", metavar="NAME", help="code, a task, or package.module:function")
