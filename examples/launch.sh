@@ -40,7 +40,7 @@ for argument in "$@"; do
     case $argument in
         --dry-run) dry_run=1 ;;
         trainer.tensor_parallel=* | trainer.pipeline_parallel=* | rollout.tensor_parallel=*)
-            fail "$argument: data_parallel and engines follow from it here; set TENSOR_PARALLEL, PIPELINE_PARALLEL or ROLLOUT_TENSOR_PARALLEL" ;;
+            fail "$argument: data_parallel and engines depend on it; set TENSOR_PARALLEL, PIPELINE_PARALLEL or ROLLOUT_TENSOR_PARALLEL" ;;
         trainer.data_parallel=* | trainer.context_parallel=* | rollout.engines=* | placement=*)
             fail "$argument follows from NNODES × GPUS_PER_NODE here; change these, or run megatron-aspo train with the recipe" ;;
         -*) fail "$argument is not an option of this script; it takes --dry-run and key.path=value" ;;
@@ -54,9 +54,9 @@ share=$((TENSOR_PARALLEL * PIPELINE_PARALLEL))
 ((gpus % share == 0)) ||
     fail "NNODES × GPUS_PER_NODE = $gpus is not a multiple of TENSOR_PARALLEL × PIPELINE_PARALLEL = $share; change one of them"
 ((GPUS_PER_NODE % ROLLOUT_TENSOR_PARALLEL == 0)) ||
-    fail "ROLLOUT_TENSOR_PARALLEL=$ROLLOUT_TENSOR_PARALLEL does not divide GPUS_PER_NODE=$GPUS_PER_NODE, and an engine lives on one node; lower it"
+    fail "ROLLOUT_TENSOR_PARALLEL=$ROLLOUT_TENSOR_PARALLEL does not divide GPUS_PER_NODE=$GPUS_PER_NODE; an engine is on one node: lower it"
 ((GPUS_PER_NODE % TENSOR_PARALLEL == 0)) ||
-    fail "TENSOR_PARALLEL=$TENSOR_PARALLEL does not divide GPUS_PER_NODE=$GPUS_PER_NODE, and its ranks belong on one node; lower it"
+    fail "TENSOR_PARALLEL=$TENSOR_PARALLEL does not divide GPUS_PER_NODE=$GPUS_PER_NODE; its ranks belong on one node: lower it"
 replicas=$((gpus / share))
 
 values=("trainer.tensor_parallel=$TENSOR_PARALLEL" "trainer.pipeline_parallel=$PIPELINE_PARALLEL" "trainer.data_parallel=$replicas"
@@ -87,18 +87,18 @@ values+=(${arguments[@]+"${arguments[@]}"})
 
 command=$(command -v megatron-aspo || true)
 [[ -n $command ]] || command=$root/.venv/bin/megatron-aspo
-[[ -x $command ]] || fail "megatron-aspo is not on PATH; activate the environment that it is installed in (bash tools/setup_env.sh makes one)"
+[[ -x $command ]] || fail "megatron-aspo is not on PATH; activate its environment (bash tools/setup_env.sh makes one)"
 
 if [[ -n $dry_run ]]; then
     exec "$command" plan "$recipe" --device "$DEVICE" "${values[@]}"
 fi
 
 if [[ -n ${RAY_ADDRESS:-} ]]; then
-    [[ $RAY_ADDRESS =~ :[0-9]+$ ]] || fail "RAY_ADDRESS=$RAY_ADDRESS is not of the form HOST:PORT; name the head node and its port, never auto"
+    [[ $RAY_ADDRESS =~ :[0-9]+$ ]] || fail "RAY_ADDRESS=$RAY_ADDRESS is not of the form HOST:PORT; name the head node and its port"
     exec "$command" train "$recipe" --ray-address "$RAY_ADDRESS" "${values[@]}"
 fi
 if [[ -z ${HOSTFILE:-} ]]; then
-    ((NNODES == 1)) || fail "NNODES=$NNODES, but neither RAY_ADDRESS nor HOSTFILE is set; name the cluster's head (HOST:PORT) or a file of hosts"
+    ((NNODES == 1)) || fail "NNODES=$NNODES, but neither RAY_ADDRESS (HOST:PORT) nor HOSTFILE is set; set one of them"
     exec "$command" train "$recipe" "${values[@]}"
 fi
 
