@@ -2,7 +2,8 @@
 # Starts a recipe of examples/recipes on NNODES × GPUS_PER_NODE GPUs. The run_*.sh scripts call it; nothing in it needs to be edited.
 #
 #   cluster   NNODES, GPUS_PER_NODE (8), and one of: nothing (this machine alone), RAY_ADDRESS=HOST:PORT (a Ray cluster that runs already),
-#             HOSTFILE (hosts, one a line: Ray is started on them by tools/start_ray.sh, and stopped at the end)
+#             HOSTFILE (hosts, one a line, this machine first: tools/start_ray.sh starts Ray on them, with the options START_RAY_ARGS,
+#             and tools/stop_ray.sh ends it with the run, unless KEEP_RAY=1)
 #   run       MODEL, DATA, EVAL_DATA, REWARD, STEPS: in place of the recipe's; RUN_DIR (runs/NAME); RESUME (auto)
 #   layout    TENSOR_PARALLEL, PIPELINE_PARALLEL, ROLLOUT_TENSOR_PARALLEL; data_parallel and engines follow from them and the GPUs
 #   sizes     PROMPTS_PER_STEP, RESPONSES_PER_PROMPT, MINI_BATCH_PROMPTS, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, MICRO_BATCH_TOKENS,
@@ -105,11 +106,16 @@ fi
 [[ -r $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE cannot be read"
 hosts=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE" || true)
 ((hosts >= NNODES)) || fail "HOSTFILE=$HOSTFILE names $hosts hosts, fewer than NNODES=$NNODES; add hosts, or lower NNODES"
-address=$(bash "$root/tools/start_ray.sh" "$HOSTFILE" | tail -n 1)
-[[ $address =~ :[0-9]+$ ]] || fail "tools/start_ray.sh printed no address of the form HOST:PORT in its last line, but: $address"
+# shellcheck disable=SC2086  # START_RAY_ARGS are several words
+said=$(bash "$root/tools/start_ray.sh" "$HOSTFILE" ${START_RAY_ARGS:-} | tee /dev/stderr)
+address=$(grep -oE -- '--ray-address [^ ]+' <<<"$said" | tail -n 1 | cut -d ' ' -f 2 || true)
+[[ $address =~ :[0-9]+$ ]] || fail "start_ray.sh named no --ray-address HOST:PORT; see its output above"
+token=$(grep -oE 'RAY_AUTH_TOKEN_PATH=[^ ]+' <<<"$said" | tail -n 1 | cut -d = -f 2 || true)
+if [[ -n $token ]]; then export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token; fi
 child=
 # shellcheck disable=SC2329  # called by the trap
-stop() { # the cluster that was started here ends with the run, however that ends
+stop() { # the cluster ends with the run, however that ends
+    [[ -z ${KEEP_RAY:-} ]] || return 0
     bash "$root/tools/stop_ray.sh" "$HOSTFILE" >&2 || echo "launch.sh: the Ray cluster at $address could not be stopped: see above" >&2
 }
 trap stop EXIT
