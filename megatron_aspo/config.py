@@ -18,6 +18,7 @@ from megatron_aspo.evaluation.options import EvaluationOptions
 from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
+from megatron_aspo.recipe_yaml import load_recipe_yaml
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
@@ -96,7 +97,7 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {recipe} cannot be read: {error}") from error
     try:
-        values = yaml.safe_load(text) or {}
+        values = load_recipe_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -179,6 +180,10 @@ def check(config: Config, implied: Values | None = None) -> None:
     """Refuse values and combinations that cannot work, with the rule and the cure. implied: what was not set by the recipe itself."""
     _require(bool(config.model), "model is empty; name a local Hugging Face model directory or a hub name")
     _require(bool(config.task), "task is empty; choose one of single_digit_addition, largest_of_three, dataset, reasoning_gym:NAME")
+    _require(
+        not config.ray_address or re.search(r"[^:/]:\d+$", config.ray_address) is not None,
+        f"ray_address={config.ray_address} is not of the form HOST:PORT; name the head and its port, or leave it out to start Ray here",
+    )
     for key, value, choices in (
         ("trainer.dtype", config.trainer.dtype, ("float32", "bfloat16")),
         ("trainer.layer_spec", config.trainer.layer_spec, ("auto", "local", "transformer_engine")),

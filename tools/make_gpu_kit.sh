@@ -133,6 +133,7 @@ check_size() {
 try_kit() {
     rm -rf "$work/tried"
     cd "$root"
+    # shellcheck disable=SC2016  # $0 is the inner shell's
     env -i PATH="$work/host/bin:/usr/bin:/bin" HOME="$work" TMPDIR="$work" GPU_KIT_HOME="$work/tried" bash -euc '
         source "$0/activate.sh"
         python3 -c "import megatron.core, transformer_engine.pytorch as engine; print(engine.Linear, engine.DotProductAttention)"
