@@ -29,7 +29,7 @@ def node_checks(subject: Subject, place: Place, limit_s: float) -> dict[str, Che
         "locked memory": check_locked_memory,
         "processes": check_processes,
         "ports": partial(check_ports, place.ray_ports),
-        "Ray token": check_ray_token,
+        "Ray token": partial(check_ray_token, place.in_ray),
         "sandbox": partial(check_sandbox, subject),
     }
     if subject.model:

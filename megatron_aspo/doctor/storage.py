@@ -75,11 +75,17 @@ def check_shared(subject: Subject) -> Record:
     )
 
 
-def check_ray_token() -> Record:
-    """Whether Ray finds or can make the token that processes of a cluster show to one another."""
-    check_home()
-    mode = os.environ.get("RAY_AUTH_MODE", "")
-    return ok("Ray token", f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is not set")
+def check_ray_token(in_ray: bool) -> Record:
+    """Whether processes of Ray prove by a token that they belong together. in_ray: this process belongs to a cluster already."""
+    if not in_ray:
+        check_home()
+        return ok("Ray token", "can be read or made")
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    if get_authentication_mode() == AuthenticationMode.TOKEN:
+        return ok("Ray token", "required by this node's servers")
+    cure = "stop Ray, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node, and start it again; see SECURITY.md"
+    return warning("Ray token", "not required: whoever reaches the ports of this node's Ray can run programs on it", cure)
 
 
 def check_hub_cache(subject: Subject) -> Record:
