@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from megatron_aspo.doctor.files import check_data, check_model
-from megatron_aspo.doctor.gpus import check_gpus, check_torch
+from megatron_aspo.doctor.gpus import check_gpus, check_torch, gpu_devices
 from megatron_aspo.doctor.limits import check_locked_memory, check_open_files, check_processes
+from megatron_aspo.doctor.local_pair import check_pair
 from megatron_aspo.doctor.ports import check_ports
 from megatron_aspo.doctor.record import Record
 from megatron_aspo.doctor.runner import Check, run_checks
@@ -21,6 +22,7 @@ def node_checks(subject: Subject, place: Place, limit_s: float) -> dict[str, Che
         "versions": check_versions,
         "GPUs": partial(check_gpus, limit_s),
         "torch": partial(check_torch, place, limit_s),
+        "nccl": partial(check_pair, limit_s),
         "run directory": partial(check_run_directory, subject),
         "temporary files": check_temporary_directory,
         "shared memory": partial(check_shared, subject),
@@ -32,6 +34,8 @@ def node_checks(subject: Subject, place: Place, limit_s: float) -> dict[str, Che
         "Ray token": partial(check_ray_token, place.in_ray),
         "sandbox": partial(check_sandbox, subject),
     }
+    if place.in_ray or gpu_devices() < 2:
+        del checks["nccl"]  # in a cluster, the pairs of nodes come later
     if subject.model:
         checks["model"] = partial(check_model, subject.model)
     if subject.data:

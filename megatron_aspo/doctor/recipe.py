@@ -42,10 +42,11 @@ def subject_of(config: Config) -> Subject:
 def check_placement(config: Config, device: str, nodes: list[NodeRoom]) -> Record:
     """Check the recipe against its model as a run does, then whether its devices are there.
 
-    device: `cpu | cuda`. nodes: of the Ray cluster; empty for this machine without one, whose memory is checked instead.
+    device: `cpu | cuda`; empty for that of this machine. nodes: of the Ray cluster; empty for this machine without one, whose memory is
+    checked instead.
     Raises UserError with the rule and the cure for a recipe that cannot work.
     """
-    from megatron_aspo.runtime.checks import check_run
+    from megatron_aspo.runtime.checks import check_run, expected_device
     from megatron_aspo.runtime.plan import Plan, check_room
 
     if not Path(config.model).expanduser().exists() and not config.model.startswith((".", "/", "~")):
@@ -54,12 +55,13 @@ def check_placement(config: Config, device: str, nodes: list[NodeRoom]) -> Recor
             cure = f"fetch it (hf download {config.model}), and run the doctor again"
             return warning("placement", f"not checked: {config.model} is not in the cache of the Hugging Face hub", cure)
         config = replace(config, model=str(cached))
+    device = device or expected_device(config)
     checked = check_run(config, device)
     ranks, rollout = checked.settings.sizes.world, config.rollout
     if not nodes:
         if device == "cpu":
             check_room(Plan(config, checked.model, checked.settings, device))
-        return ok("placement", f"{ranks} training ranks and {rollout.engines} engines on this machine ({device})")
+        return ok("placement", f"training ranks: {ranks}, engines: {rollout.engines}, on this machine ({device})")
     return check_fit(ranks, rollout.engines, rollout.tensor_parallel if device == "cuda" else 1, config, device, nodes)
 
 
@@ -70,7 +72,7 @@ def check_fit(ranks: int, engines: int, per_engine: int, config: Config, device:
     total = sum(node.devices for node in nodes)
     most = sum(node.devices // per_engine for node in nodes)
     needed = ranks + (0 if shared else engines * per_engine)
-    detail = f"{ranks} training ranks and {engines} engines of {per_engine} need {needed} of {total} {kind} on {len(nodes)} nodes"
+    detail = f"training ranks: {ranks}, engines: {engines} × {per_engine}; they need {needed} of {total} {kind} on {len(nodes)} nodes"
     if engines > most:
         return failed(
             "placement",

@@ -38,10 +38,10 @@ def failed(check: str, detail: str, cure: str, facts: dict[str, str] | None = No
     return Record(check, "failed", detail, cure, facts or {})
 
 
-def refused(check: str, error: UserError, status: Status = "failed") -> Record:
-    """The record of a UserError, whose text is `what is wrong; the cure`."""
+def refused(check: str, error: UserError, status: Status = "failed", otherwise: str = "correct what the message names") -> Record:
+    """The record of a UserError, whose text is `what is wrong; the cure`. otherwise: the cure when the text has none."""
     detail, _, cure = str(error).partition("; ")
-    return Record(check, status, detail, cure or "correct what the message names")
+    return Record(check, status, detail, cure or otherwise)
 
 
 def broken(check: str, error: BaseException) -> Record:

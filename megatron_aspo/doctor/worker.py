@@ -11,12 +11,14 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_aspo.config import Config, load_config
-from megatron_aspo.doctor.node import check_node
-from megatron_aspo.doctor.record import Record, broken, failed, refused
+from megatron_aspo.doctor.node import node_checks
+from megatron_aspo.doctor.record import Record, broken, failed
 from megatron_aspo.doctor.redact import redact
+from megatron_aspo.doctor.runner import run_checks
 from megatron_aspo.doctor.subject import Place, Subject
 from megatron_aspo.errors import UserError
 
@@ -106,20 +108,14 @@ def work(request: Request, reporter: Reporter) -> None:
 def _check_machine(subject: Subject, config: Config | None, limit_s: float, add: Callable[[Record], None], reporter: Reporter) -> None:
     place = Place("this machine")
     reporter.phase("checking this machine", limit_s)
-    for record in check_node(subject, place, limit_s):
-        add(record)
-    if config is None:
-        return
-    from megatron_aspo.doctor.recipe import check_placement
-    from megatron_aspo.runtime.checks import expected_device
+    checks = node_checks(subject, place, limit_s)
+    if config is not None:
+        from megatron_aspo.doctor.recipe import check_placement
 
-    reporter.phase("checking the recipe", 2 * limit_s)
-    config = replace(config, ray_address="")
-    try:
-        record = check_placement(config, expected_device(config), [])
-    except UserError as error:
-        record = refused("placement", error)
-    add(replace(record, node=place.label))
+        config = replace(config, ray_address="")
+        checks["placement"] = partial(check_placement, config, "", [])
+    for record in run_checks(checks, place.label, limit_s):
+        add(record)
 
 
 if __name__ == "__main__":

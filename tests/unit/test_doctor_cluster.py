@@ -11,8 +11,10 @@ from megatron_aspo.config import Config
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.doctor.agreement import compare_nodes
 from megatron_aspo.doctor.clock import judge_skew, measure_skew
+from megatron_aspo.doctor.gpus import gpu_devices
 from megatron_aspo.doctor.link import measure_link
 from megatron_aspo.doctor.links import Speed, judge_speeds
+from megatron_aspo.doctor.local_pair import check_pair
 from megatron_aspo.doctor.pairs import rounds
 from megatron_aspo.doctor.recipe import NodeRoom, check_fit, check_placement, subject_of
 from megatron_aspo.doctor.record import Record, ok
@@ -151,3 +153,13 @@ def test_a_model_of_the_hub_that_is_not_in_the_cache_is_a_warning_and_is_not_fet
     assert subject_of(config).model == "no-such-owner/no-such-model"
     record = check_placement(config, "cpu", [])
     assert record.status == "warning" and "hf download no-such-owner/no-such-model" in record.cure
+
+
+def test_two_processes_of_one_machine_are_connected_and_a_failure_names_its_end():
+    """Over gloo, as there may be no GPUs; the processes and what they say are the same."""
+    record = check_pair(60, "gloo")
+    assert record.status == "ok" and "GPU 0 and GPU 1 exchange" in record.detail
+    if not gpu_devices():
+        record = check_pair(60)
+        assert record.status == "failed" and "GPU 0: " in record.detail and "NCCL_DEBUG=INFO" in record.cure
+    assert "do not connect within 0.2 s" in check_pair(0.2, "gloo").detail
