@@ -22,7 +22,6 @@ from megatron_aspo.doctor.subject import Place, Subject
 from megatron_aspo.errors import UserError
 from megatron_aspo.runtime.cluster import open_cluster
 
-JOIN_S = 60.0
 _CLOCK_S = 10.0
 _PORTS = {"NodeManagerPort": "node manager", "ObjectManagerPort": "object manager", "MetricsExportPort": "metrics"}
 JOIN_CURE = (
@@ -50,7 +49,7 @@ class ClusterDoctor:
         """
         self._subject, self._config, self._bandwidth_s, self._limit_s = subject, config, bandwidth_s, limit_s
         self._hide, self._phase = hide, phase
-        phase("joining the Ray cluster", JOIN_S)
+        phase("joining the Ray cluster", 2 * limit_s)
         self._cluster = open_cluster(address, 0)
         self._driver = ray.get_runtime_context().get_node_id()
         self.nodes = live_nodes(self._driver)

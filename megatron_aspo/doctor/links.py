@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_aspo.doctor.calls import gather, reason
 from megatron_aspo.doctor.record import Record, failed, ok, warning
+from megatron_aspo.doctor.table import PAIR
 
 Pair = tuple[str, str]
 Phase = Callable[[str, float], None]
@@ -95,4 +96,4 @@ def judge_speeds(speeds: Mapping[Pair, Speed], backend: str) -> Iterator[Record]
 
 
 def _name(pair: Pair) -> str:
-    return f"{pair[0]} – {pair[1]}"
+    return PAIR.join(pair)

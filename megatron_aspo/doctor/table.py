@@ -7,6 +7,8 @@ import megatron_aspo
 from megatron_aspo.doctor.record import Record
 from megatron_aspo.doctor.redact import redact
 
+PAIR = " – "
+"""Stands between the names of two nodes."""
 CHECKS = (
     "Ray cluster",
     "Ray process",
@@ -40,7 +42,7 @@ CHECKS = (
 def table(records: Sequence[Record]) -> Iterator[str]:
     """Yield a line for each record, and below a warning or failure what to do."""
     checks = max((len(record.check) for record in records), default=0)
-    nodes = max((len(record.node) for record in records), default=0)
+    nodes = max((len(record.node) for record in records if PAIR not in record.node), default=0)  # pairs may stand out
     for record in records:
         yield f"{record.status:<8} {record.check:<{checks}}  {record.node:<{nodes}}  {record.detail}".rstrip()
         if record.cure:

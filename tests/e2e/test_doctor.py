@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +29,9 @@ options = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": 100
 cluster = Cluster(initialize_head=True, head_node_args=options)
 second = cluster.add_node(num_cpus=4, object_store_memory=100 << 20)
 cluster.wait_for_nodes()
+gcs = cluster.head_node.all_processes["gcs_server"][0].process.pid
 raylet = second.all_processes["raylet"][0].process.pid
-print(json.dumps({"address": cluster.address, "second": raylet, "node": second.node_id}), flush=True)
+print(json.dumps({"address": cluster.address, "second": raylet, "node": second.node_id, "gcs": gcs}), flush=True)
 sys.stdin.readline()
 cluster.shutdown()
 """
@@ -37,9 +40,11 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789
 
 @contextlib.contextmanager
 def cluster() -> Iterator[dict]:
-    """Two nodes: address of the head, id and raylet's process of the second node. Gone afterwards, with all that it started."""
+    """Two nodes: address of the head, process of its GCS; id and raylet's process of the second node. Nothing is left afterwards."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_DISABLE_IMPORT_WARNING": "1"} | TOKEN
     environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
+    temporary = tempfile.mkdtemp(prefix="d", dir="/tmp")  # short, as paths of sockets are; and other clusters of this user stay as they are
+    environment["RAY_TMPDIR"] = temporary
     process = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     family: list[psutil.Process] = []
     try:
@@ -57,6 +62,7 @@ def cluster() -> Iterator[dict]:
                 member.kill()
         process.kill()
         process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +161,7 @@ def test_a_frozen_actor_is_named_within_its_limit(ray_cluster):
             ray.kill(end)
 
 
-def test_a_frozen_node_is_named_and_the_other_one_is_checked_all_the_same(tmp_path):
+def test_a_frozen_node_is_named_and_the_other_one_is_checked_and_a_frozen_head_is_not_waited_for(tmp_path):
     with cluster() as found:
         raylet = psutil.Process(found["second"])
         frozen = [raylet, *raylet.children(recursive=True)]
@@ -169,3 +175,6 @@ def test_a_frozen_node_is_named_and_the_other_one_is_checked_all_the_same(tmp_pa
         assert [record["check"] for record in named] == ["Ray process"] and found["node"][:6] in named[0]["node"]
         assert "frozen" in named[0]["cure"]
         assert len(of(records, "versions")) == 1
+        os.kill(found["gcs"], signal.SIGSTOP)  # now it accepts connections, and answers nobody
+        status, records, text = doctor(tmp_path, "--ray-address", found["address"], "--timeout", "5")
+        assert status == 1 and "hung while joining the Ray cluster: no answer within 10 s" in records[-1]["detail"], text
