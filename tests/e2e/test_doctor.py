@@ -115,21 +115,12 @@ def test_both_nodes_and_the_connection_between_them_are_checked(nodes, tmp_path,
     assert TOKEN["RAY_AUTH_TOKEN"] not in text
 
 
-def test_a_recipe_that_does_not_fit_the_cluster_is_a_failure(nodes, tmp_path, recipe):
-    status, records, _ = doctor(
-        tmp_path, "--ray-address", nodes["address"], "--recipe", "recipe.yaml", "--set", "rollout.engines=9", "--bandwidth", "0"
-    )
-    (placement,) = of(records, "placement")
-    assert status == 1 and placement["status"] == "failed" and "rollout.engines" in placement["cure"]
-
-
-def test_a_wrong_token_and_a_port_where_nobody_listens_are_failures_and_this_machine_is_checked(nodes, tmp_path):
-    for address, token in ((nodes["address"], "f" * 32), ("127.0.0.1:9", TOKEN["RAY_AUTH_TOKEN"])):
-        status, records, text = doctor(tmp_path, "--ray-address", address, RAY_AUTH_TOKEN=token)
-        (joined,) = of(records, "Ray cluster")
-        assert status == 1 and joined["status"] == "failed" and "token" in joined["cure"], text
-        assert token not in text
-        assert of(records, "versions")
+def test_a_wrong_token_is_a_failure_and_is_not_printed(nodes, tmp_path):
+    wrong = "f" * 32
+    status, records, text = doctor(tmp_path, "--ray-address", nodes["address"], RAY_AUTH_TOKEN=wrong)
+    (joined,) = of(records, "Ray cluster")
+    assert status == 1 and joined["status"] == "failed" and "token" in joined["cure"], text
+    assert wrong not in text and TOKEN["RAY_AUTH_TOKEN"] not in text
 
 
 def test_a_frozen_actor_is_named_within_its_limit(ray_cluster):
@@ -150,7 +141,7 @@ def test_a_frozen_actor_is_named_within_its_limit(ray_cluster):
         plan = [[("node a", "node b")], [("node b", "node c")], [("node a", "node c")]]
         phases: list[str] = []
         started = time.monotonic()
-        records = [*try_links(ends, plan, 0.1, "gloo", lambda name, limit_s: phases.append(name), transfer_s=2)]
+        records = [*try_links(ends, plan, 0.1, "gloo", lambda name, limit_s: phases.append(name), transfer_s=1)]
         assert time.monotonic() - started < 40
         assert [(record.node, record.status) for record in records] == [("node a – node b", "failed"), ("node a – node c", "ok")]
         assert records[0].detail.startswith("node b: no answer within") and "node b is frozen" in records[0].cure
@@ -161,20 +152,18 @@ def test_a_frozen_actor_is_named_within_its_limit(ray_cluster):
             ray.kill(end)
 
 
-def test_a_frozen_node_is_named_and_the_other_one_is_checked_and_a_frozen_head_is_not_waited_for(tmp_path):
-    with cluster() as found:
-        raylet = psutil.Process(found["second"])
-        frozen = [raylet, *raylet.children(recursive=True)]
-        for process in frozen:
-            process.send_signal(signal.SIGSTOP)
-        started = time.monotonic()
-        status, records, text = doctor(tmp_path, "--ray-address", found["address"], "--timeout", "10", "--bandwidth", "0")
-        assert time.monotonic() - started < 120
-        assert status == 1, text
-        named = [record for record in records if record["status"] == "failed"]
-        assert [record["check"] for record in named] == ["Ray process"] and found["node"][:6] in named[0]["node"]
-        assert "frozen" in named[0]["cure"]
-        assert len(of(records, "versions")) == 1
-        os.kill(found["gcs"], signal.SIGSTOP)  # now it accepts connections, and answers nobody
-        status, records, text = doctor(tmp_path, "--ray-address", found["address"], "--timeout", "5")
-        assert status == 1 and "hung while joining the Ray cluster: no answer within 10 s" in records[-1]["detail"], text
+def test_a_frozen_node_is_named_and_the_other_one_is_checked_and_a_frozen_head_is_not_waited_for(nodes, tmp_path):
+    """The last test: the cluster is of no use after it."""
+    raylet = psutil.Process(nodes["second"])
+    for process in (raylet, *raylet.children(recursive=True)):
+        process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    status, records, text = doctor(tmp_path, "--ray-address", nodes["address"], "--timeout", "15", "--bandwidth", "0")
+    assert time.monotonic() - started < 180
+    assert status == 1, text
+    (frozen,) = of(records, "Ray process")
+    assert frozen["status"] == "failed" and nodes["node"][:6] in frozen["node"] and "frozen" in frozen["cure"]
+    assert len(of(records, "versions")) == 1
+    os.kill(nodes["gcs"], signal.SIGSTOP)  # now it accepts connections, and answers nobody
+    status, records, text = doctor(tmp_path, "--ray-address", nodes["address"], "--timeout", "5")
+    assert status == 1 and "hung while joining the Ray cluster: no answer within 10 s" in records[-1]["detail"], text

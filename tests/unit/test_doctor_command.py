@@ -53,14 +53,18 @@ def test_a_machine_and_its_recipe_are_checked_and_the_json_object_holds_no_secre
     assert "alice" not in out and "hf_secret" not in out
 
 
-def test_a_failure_has_status_1_and_says_what_to_do(tmp_path, recipe):
+def test_failures_have_status_1_and_say_what_to_do(tmp_path, recipe):
+    """A cluster where nobody listens, and a model without weights on this machine, which is checked all the same."""
     (tmp_path / "model" / "model.safetensors").unlink()
-    out, _ = (process := start(tmp_path, "--recipe", "recipe.yaml", "--timeout", "100")).communicate(timeout=300)
+    process = start(tmp_path, "--recipe", "recipe.yaml", "--timeout", "100", "--ray-address", "127.0.0.1:9")
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     lines = out.splitlines()
-    (row,) = [number for number, line in enumerate(lines) if line.startswith("failed   model ")]
-    assert "holds no safetensors files" in lines[row] and "→ copy the weights there too" in lines[row + 1]
-    assert lines[-1].endswith("failed")
+    faults = [number for number, line in enumerate(lines) if line.startswith("failed ")]
+    cluster, model = (lines[number] for number in faults)
+    assert "the Ray cluster at 127.0.0.1:9 cannot be joined" in cluster and "→ see on the head node" in lines[faults[0] + 1]
+    assert "holds no safetensors files" in model and "→ copy the weights there too" in lines[faults[1] + 1]
+    assert lines[-1].endswith(" 2 failed")
 
 
 def worker_of(process: subprocess.Popen, busy: bool = False) -> psutil.Process:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -148,7 +149,15 @@ def test_torch_must_see_the_gpus_that_there_are(changes, devices, status, said):
 def test_torch_is_imported_and_sends_bytes_in_a_process_of_its_own():
     record = check_torch(Place("here"), 60)
     assert record.status == "ok" and metadata.version("torch") in record.detail and "gloo on 127.0.0.1 at" in record.detail
-    assert "megatron_aspo.doctor.link" not in sys.modules
+
+
+def test_the_process_that_prints_and_the_checks_of_a_node_import_no_torch():
+    """So that none of them can initialise CUDA, or hang where a broken driver makes it hang."""
+    modules = "megatron_aspo.doctor.command, megatron_aspo.doctor.worker, megatron_aspo.doctor.node"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'ray', 'vllm'}} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_address_that_this_machine_does_not_have_fails_the_trial_of_gloo():
