@@ -204,6 +204,8 @@ def start_on(node: str, kind: type, options: dict) -> object:
 def no_process(check: str, label: str, error: BaseException | None, limit_s: float) -> Record:
     """The record of a node on which no process of ours answers."""
     said = reason(error, limit_s)
+    if "its node has died" in said:
+        said = "the node left the cluster, or stopped to answer Ray, while it was checked"
     if "No module named 'megatron_aspo" in str(error):
         return failed(check, said, f"install megatron_aspo on {label}, in the environment that Ray was started from")
     cure = (
