@@ -30,7 +30,7 @@ setup(
         "pyarrow",
         "pyseccomp",
         "pyyaml",
-        "ray",
+        "ray>=2.60,<3",
         "rich",
         "safetensors",
         "sentencepiece",

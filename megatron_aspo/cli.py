@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan`, `data`, `check-loss`, `grade` and `convert`."""
+"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan`, `data`, `doctor`, `check-loss`, `grade` and `convert`."""
 
 import argparse
 import json
@@ -39,13 +39,22 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("loss", help="package.module:function, or the name of one of ours")
     check.add_argument("options", nargs="*", metavar="option=value", help="its options (algorithm.policy_loss_options in a recipe)")
     _add_data(commands)
+    _add_doctor(commands)
     _add_grade(commands)
     _add_convert(commands)
     parsed, rest = parser.parse_known_args(arguments)
     # Overrides may also stand behind an option.
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    known = {"train": _train, "plan": _plan, "data": _data, "check-loss": _check_loss, "grade": _grade, "convert": _convert}
+    known = {
+        "train": _train,
+        "plan": _plan,
+        "data": _data,
+        "doctor": _doctor,
+        "check-loss": _check_loss,
+        "grade": _grade,
+        "convert": _convert,
+    }
     command = known[parsed.command]
     if rest:
         if not hasattr(parsed, "overrides"):
@@ -69,6 +78,23 @@ def _add_data(commands) -> None:
     data.add_argument("--reward", default="", metavar="NAME", help="code, or package.module:function (data.reward)")
     data.add_argument("--prompts", type=int, default=3, metavar="N", help="how many prompts are shown (default 3)")
     data.add_argument("--json", action="store_true", help="print the figures alone, as one JSON object")
+
+
+def _add_doctor(commands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine or a cluster",
+        description="Check this machine, or every node of a Ray cluster and the connections between them, and print for each failure what "
+        "to do. Exit status: 0 nothing failed, 1 a check failed, 2 misuse.",
+    )
+    doctor.add_argument("--ray-address", default="", metavar="HOST:PORT", help="Ray cluster to check; default: this machine alone")
+    doctor.add_argument("--recipe", type=Path, help="YAML recipe whose model, data and placement are checked too")
+    doctor.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="key.path=value", help="values that replace the recipe's")
+    doctor.add_argument(
+        "--bandwidth", type=float, metavar="SECONDS", help="measure each pair of nodes so long (default 1); 0: connect only"
+    )
+    doctor.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="time limit of each check (default 30)")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object without secrets and user names, for issue reports")
 
 
 def _add_grade(commands) -> None:
@@ -122,6 +148,12 @@ def _data(parsed: argparse.Namespace) -> None:
     from megatron_aspo.data.report import run_data
 
     run_data(parsed)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from megatron_aspo.doctor.command import run_doctor
+
+    return run_doctor(parsed)
 
 
 def _grade(parsed: argparse.Namespace) -> None:

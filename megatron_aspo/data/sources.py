@@ -62,8 +62,7 @@ def read_rows(location: str, wanted: str) -> Iterator[Row]:
     else:
         reason = "neither a file nor a directory" if path.exists() else "no such file or directory"
         raise UserError(
-            f"{location} cannot be read ({reason}); name a file, a directory, or hub:OWNER/NAME for a data set of the "
-            "Hugging Face hub"
+            f"{location} cannot be read ({reason}); name a file, a directory, or hub:OWNER/NAME for a data set of the Hugging Face hub"
         )
 
 

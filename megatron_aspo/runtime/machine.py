@@ -15,16 +15,16 @@ _SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket."""
 _RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 _VLLM_SOCKET = "00000000-0000-0000-0000-000000000000"
-_SHARED = Path("/dev/shm")
+SHARED = Path("/dev/shm")
 _SHARED_BYTES = 160 << 20
 """Shared memory that an engine of several workers takes for the messages between them."""
 
 
 def check_machine(engines: EngineSizes) -> None:
     """Raises UserError naming what is missing and the cure."""
-    _check_temporary()
-    _check_home()
-    _check_shared_memory(engines)
+    check_temporary()
+    check_home()
+    check_shared_memory(engines)
 
 
 def check_can_be_made(directory: Path) -> None:
@@ -33,7 +33,7 @@ def check_can_be_made(directory: Path) -> None:
         raise UserError(f"run directory {directory} cannot be made: {problem}; choose another run_dir")
 
 
-def _check_temporary() -> None:
+def check_temporary() -> None:
     variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
     ray, vllm = Path(os.environ[variable] if variable else "/tmp"), Path(tempfile.gettempdir())
     given = f"{variable}={ray}" if variable else f"the temporary directory {ray}"
@@ -51,7 +51,7 @@ def _check_length(given: str, directory: Path, who: str, socket: str, cure: str)
         )
 
 
-def _check_home() -> None:
+def check_home() -> None:
     """Ray keeps a token in the home directory, unless it is given one."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return
@@ -64,14 +64,14 @@ def _check_home() -> None:
         raise UserError(f"HOME={token.parents[1]}: Ray cannot write its token {token} ({problem}); {cure}")
 
 
-def _check_shared_memory(engines: EngineSizes) -> None:
+def check_shared_memory(engines: EngineSizes) -> None:
     cure = "give it room, in Docker by --shm-size=1g or --ipc=host"
-    if problem := unwritable(_SHARED):
-        raise UserError(f"{_SHARED} cannot be written ({problem}), and engines keep semaphores and messages there; {cure}")
+    if problem := unwritable(SHARED):
+        raise UserError(f"{SHARED} cannot be written ({problem}), and engines keep semaphores and messages there; {cure}")
     needed = _SHARED_BYTES * engines.engines if engines.tensor > 1 else 0
-    if (room := shutil.disk_usage(_SHARED).free) < needed:
+    if (room := shutil.disk_usage(SHARED).free) < needed:
         raise UserError(
-            f"{_SHARED} has {room >> 20} MiB free, and the workers of {engines.engines} engines exchange messages through "
+            f"{SHARED} has {room >> 20} MiB free, and the workers of {engines.engines} engines exchange messages through "
             f"{needed >> 20} MiB of it; {cure}, or set rollout.tensor_parallel=1"
         )
 

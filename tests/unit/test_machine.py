@@ -88,5 +88,5 @@ def test_shared_memory_that_is_read_only_or_full_is_refused(monkeypatch):
     refused(
         r"/dev/shm has 200 MiB free, .* 2 engines .* 320 MiB .*--shm-size=1g.*, or set rollout.tensor_parallel=1", EngineSizes(2, engines=2)
     )
-    monkeypatch.setattr(machine, "_SHARED", Path("/proc"))
+    monkeypatch.setattr(machine, "SHARED", Path("/proc"))
     refused("/proc cannot be written .*--shm-size")

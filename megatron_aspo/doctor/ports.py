@@ -1,0 +1,79 @@
+"""Check of TCP ports: Ray's own, and those that the kernel gives out at random."""
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from megatron_aspo.doctor.record import Record, ok, warning
+
+HEAD_PORT = 6379
+WORKER_PORTS = range(10002, 20000)
+"""Ray's workers listen on these unless `ray start --min-worker-port --max-worker-port` says otherwise."""
+_RAY = ("gcs_server", "raylet", "ray::", "ray-")
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def check_ports(ray_ports: Mapping[int, str], wanted: tuple[int, ...] = (HEAD_PORT,), ephemeral: Path = _EPHEMERAL) -> Record:
+    """ray_ports: those of this node's Ray servers, with their names; none before Ray is started. wanted: those that Ray would then take.
+
+    A server of Ray on a port of the ephemeral range cannot come back there after another process was given that port.
+    """
+    first, last = map(int, ephemeral.read_text().split())
+    taken = listeners()
+    detail = f"ephemeral range {first}–{last}"
+    if first < WORKER_PORTS.stop:
+        return warning(
+            "ports",
+            f"{detail} overlaps the ports {WORKER_PORTS.start}–{WORKER_PORTS.stop - 1} of Ray's workers",
+            f"sysctl net.ipv4.ip_local_port_range='32768 60999', or ray start --min-worker-port --max-worker-port below {first}",
+        )
+    if risky := [f"{name} on {port}" for port, name in sorted(ray_ports.items()) if first <= port <= last]:
+        return warning(
+            "ports",
+            f"{detail} holds ports of Ray's servers: {', '.join(risky)}",
+            f"give ray start fixed ports below {first}: --port --node-manager-port --object-manager-port --metrics-export-port "
+            "--runtime-env-agent-port --dashboard-agent-grpc-port --dashboard-agent-listen-port",
+        )
+    for port in wanted if not ray_ports else ():
+        if port in taken and not is_ray(taken[port]):
+            whose = f"by {taken[port]}" if taken[port] else "by a process of another user"
+            return warning(
+                "ports", f"port {port} of a Ray head is taken {whose}", f"end it, or start the head on another: --port={port + 1}"
+            )
+    others = sum(port in WORKER_PORTS and not is_ray(name) for port, name in taken.items())
+    if others > len(WORKER_PORTS) // 2:
+        cure = "find out what listens there (ss -ltnp), or give Ray's workers other ports"
+        return warning("ports", f"{others} of the {len(WORKER_PORTS)} ports of Ray's workers are taken by others", cure)
+    said = [f"{port} {'taken by Ray' if port in taken else 'free'}" for port in wanted if not ray_ports]
+    said += [f"{name} {port}" for port, name in sorted(ray_ports.items())]
+    return ok("ports", ", ".join([*said, detail]))
+
+
+def listeners() -> dict[int, str]:
+    """TCP ports on which a process listens, with its name; the name is empty where this user may not see it."""
+    names: dict[int, str] = {}
+    found: dict[int, str] = {}
+    for connection in psutil.net_connections("tcp"):
+        if connection.status != psutil.CONN_LISTEN:
+            continue
+        pid = connection.pid
+        if pid is not None and pid not in names:
+            try:
+                names[pid] = psutil.Process(pid).name()
+            except psutil.Error:
+                names[pid] = ""
+        found[connection.laddr.port] = names.get(pid, "") or found.get(connection.laddr.port, "")
+    return found
+
+
+def free_port(host: str) -> int:
+    """A TCP port of this machine's address `host` that nobody listens on; as `weights.group.free_port`, which needs torch."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def is_ray(name: str) -> bool:
+    return name.startswith(_RAY)

@@ -1,0 +1,63 @@
+"""Ray actors on the nodes that are checked."""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from megatron_aspo.doctor.node import check_node
+from megatron_aspo.doctor.record import Record
+from megatron_aspo.doctor.redact import redact
+from megatron_aspo.doctor.subject import Place, Subject
+
+if TYPE_CHECKING:
+    from megatron_aspo.doctor.link import LinkSpeed
+
+
+class NodeProbe:
+    """Runs the checks of its node. Imports neither torch nor CUDA."""
+
+    def ready(self) -> int:
+        """Process id."""
+        return os.getpid()
+
+    def check(self, subject: Subject, place: Place, limit_s: float, hide: bool) -> list[Record]:
+        """hide: remove this node's secrets and user names from the records."""
+        return [redact(record) if hide else record for record in check_node(subject, place, limit_s)]
+
+    def now(self) -> float:
+        return time.time()
+
+    def sees(self, file: Path) -> bool:
+        return file.exists()
+
+
+class LinkEnd:
+    """One end of trial connections to other nodes."""
+
+    def ready(self) -> int:
+        """Import torch and choose the interface, as a training rank does; returns the process id."""
+        from megatron_aspo.environment import rank_environment
+        from megatron_aspo.weights.group import interface_of
+
+        os.environ.update(rank_environment(interface_of(ray.util.get_node_ip_address()), 1, 1, False, os.environ))
+        import megatron_aspo.doctor.link  # noqa: F401
+
+        return os.getpid()
+
+    def meeting_point(self) -> tuple[str, int]:
+        """This node's address, and a free port on it."""
+        from megatron_aspo.weights.group import free_port
+
+        host = ray.util.get_node_ip_address()
+        return host, free_port(host)
+
+    def measure(
+        self, host: str, port: int, rank: int, names: tuple[str, str], seconds: float, timeout_s: float, backend: str
+    ) -> "LinkSpeed":
+        """As `measure_link`."""
+        from megatron_aspo.doctor.link import measure_link
+
+        return measure_link(host, port, rank, names, seconds, timeout_s, backend)

@@ -1,0 +1,49 @@
+"""The result of one check on one node, and how errors become results."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_aspo.dotted import one_line
+from megatron_aspo.errors import UserError
+
+Status = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of one check."""
+
+    check: str
+    """Name of the check, as the table prints it."""
+    status: Status
+    detail: str
+    """What was found."""
+    cure: str = ""
+    """What to do; empty only when the status is `ok`."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """What must be the same on all nodes, by name."""
+    node: str = ""
+    """Where it was checked; set by the runner of the checks."""
+
+
+def ok(check: str, detail: str, facts: dict[str, str] | None = None) -> Record:
+    return Record(check, "ok", detail, facts=facts or {})
+
+
+def warning(check: str, detail: str, cure: str, facts: dict[str, str] | None = None) -> Record:
+    return Record(check, "warning", detail, cure, facts or {})
+
+
+def failed(check: str, detail: str, cure: str, facts: dict[str, str] | None = None) -> Record:
+    return Record(check, "failed", detail, cure, facts or {})
+
+
+def refused(check: str, error: UserError, status: Status = "failed", otherwise: str = "correct what the message names") -> Record:
+    """The record of a UserError, whose text is `what is wrong; the cure`. otherwise: the cure when the text has none."""
+    detail, _, cure = str(error).partition("; ")
+    return Record(check, status, detail, cure or otherwise)
+
+
+def broken(check: str, error: BaseException) -> Record:
+    """The record of a check that raised an exception nobody expected."""
+    return failed(check, f"the check itself failed: {one_line(error)}", "report this with the output of megatron-aspo doctor --json")

@@ -1,0 +1,40 @@
+"""What is to be checked: the needs of a run, which travel to every node."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_aspo.rewards.code.options import CodeOptions
+from megatron_aspo.weights.holdings import EngineSizes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The needs of a run on each node. Without a recipe there is no model and no data."""
+
+    directory: Path
+    """Run directory, or the directory that takes the runs; need not exist."""
+    model: str = ""
+    """Absolute path of the model, or its hub name; empty without a recipe."""
+    data: tuple[str, ...] = ()
+    """Absolute paths and `hub:` names of the data."""
+    code: CodeOptions | None = None
+    """Options of the code reward; None when the run has another. A sandbox that does not start is then a warning, not a failure."""
+    engines: EngineSizes = field(default_factory=EngineSizes)
+    disk_bytes: int = 0
+    """Bytes that the run will write; 0 where that is not known."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checks of one node run, and what is known about it."""
+
+    label: str
+    """Name of the node in the table."""
+    address: str = "127.0.0.1"
+    """Address at which the node's process groups listen."""
+    in_ray: bool = False
+    """Whether this process belongs to a Ray cluster, and so has the limits and the environment that Ray was started with."""
+    ray_ports: dict[int, str] = field(default_factory=dict)
+    """Ports of the node's own Ray servers, with their names."""
+    reads_data: bool = True
+    """Whether the command runs on this node: only the driver reads the data."""

@@ -1,0 +1,122 @@
+"""Program: the doctor's work, in a process that the command can kill when it hangs.
+
+Reads one JSON object, the request, from standard input. Writes a JSON object on each line: `{"phase": …, "limit_s": …}` before each part of
+the work, `{"record": …}` for each result, and `{"done": true}`.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from megatron_aspo.config import Config, load_config
+from megatron_aspo.doctor.node import node_checks
+from megatron_aspo.doctor.record import Record, broken, failed
+from megatron_aspo.doctor.redact import redact
+from megatron_aspo.doctor.runner import run_checks
+from megatron_aspo.doctor.subject import Place, Subject
+from megatron_aspo.errors import UserError
+
+GRACE_S = 5.0
+"""How much longer than a phase's limit the command waits for a word."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command asks of this program."""
+
+    recipe: str
+    """Path of a recipe, or empty."""
+    overrides: list[str]
+    ray_address: str
+    bandwidth_s: float
+    limit_s: float
+    """Time limit of each check."""
+    hide: bool
+    """Whether the records go into an issue report."""
+
+
+class Reporter:
+    """Writes to the command."""
+
+    def __init__(self, descriptor: int):
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8")
+
+    def phase(self, name: str, limit_s: float) -> None:
+        # If the command is killed, nobody else ends this process when it hangs.
+        signal.alarm(int(limit_s + 2 * GRACE_S))
+        self._write({"phase": name, "limit_s": limit_s})
+
+    def add(self, record: Record) -> None:
+        self._write({"record": vars(record)})
+
+    def done(self) -> None:
+        self._write({"done": True})
+
+    def _write(self, message: dict) -> None:
+        self._file.write(json.dumps(message) + "\n")
+        self._file.flush()
+
+
+def main() -> None:
+    reporter = Reporter(os.dup(1))
+    os.dup2(2, 1)  # what libraries print is no message
+    request = Request(**json.load(sys.stdin))
+    try:
+        work(request, reporter)
+    except BaseException as error:
+        reporter.add(broken("doctor", error))
+    reporter.done()
+    # Threads of checks that hang would keep the process.
+    os._exit(0)
+
+
+def work(request: Request, reporter: Reporter) -> None:
+    """Check this machine, or the cluster; all results go to the reporter."""
+    config = load_config(Path(request.recipe), request.overrides) if request.recipe else None
+    if config is None:
+        subject = Subject(Path("runs").absolute())
+    else:
+        from megatron_aspo.doctor.recipe import subject_of
+
+        reporter.phase("reading the recipe's model", request.limit_s)
+        subject = subject_of(config)
+    add: Callable[[Record], None] = (lambda record: reporter.add(redact(record))) if request.hide else reporter.add
+    if not request.ray_address:
+        _check_machine(subject, config, request.limit_s, add, reporter)
+        return
+    from megatron_aspo.doctor.cluster import JOIN_CURE, ClusterDoctor
+
+    try:
+        doctor = ClusterDoctor(request.ray_address, subject, config, request.bandwidth_s, request.limit_s, request.hide, reporter.phase)
+    except UserError as error:
+        add(failed("Ray cluster", str(error), JOIN_CURE))
+        _check_machine(subject, None, request.limit_s, add, reporter)
+        return
+    for record in doctor.examine():
+        add(record)
+    reporter.phase("leaving the cluster", GRACE_S)
+    with contextlib.suppress(Exception):  # the results are all there
+        doctor.close()
+
+
+def _check_machine(subject: Subject, config: Config | None, limit_s: float, add: Callable[[Record], None], reporter: Reporter) -> None:
+    place = Place("this machine")
+    reporter.phase("checking this machine", limit_s)
+    checks = node_checks(subject, place, limit_s)
+    if config is not None:
+        from megatron_aspo.doctor.recipe import check_placement
+
+        config = replace(config, ray_address="")
+        checks["placement"] = partial(check_placement, config, "", [])
+    for record in run_checks(checks, place.label, limit_s):
+        add(record)
+
+
+if __name__ == "__main__":
+    main()
