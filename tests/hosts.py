@@ -112,7 +112,7 @@ class Hosts:
         os.kill(self.pid(host), signal.SIGKILL)
         self._processes.pop(host).wait()
         # The kernel removes it later; the host may be made again before.
-        subprocess.run(["nsenter", "-t", str(self._lan.pid), "-n", "--", "ip", "link", "del", f"veth{host}"], capture_output=True, check=False)
+        self._in_lan("sh", "-c", f"ip link del veth{host} 2>/dev/null || true")
 
     def boot(self, host: int) -> None:
         """Make a host, or make it again after `kill`."""
@@ -132,7 +132,9 @@ class Hosts:
         (place / "ready").unlink()
         pid = self.pid(host)
         end = f"veth{host}"
-        self._in_lan("ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        # The same hardware address each time, as the others remember it.
+        inside = ["name", "eth0", "address", f"02:77:00:00:00:{host:02x}", "netns", str(pid)]
+        self._in_lan("ip", "link", "add", end, "type", "veth", "peer", *inside)
         self._in_lan("ip", "link", "set", end, "master", "br0", "up")
         (place / "plugged").touch()
         self._wait(host, lambda: not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"bash"), "sshd")
