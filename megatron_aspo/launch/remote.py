@@ -21,7 +21,7 @@ from megatron_aspo.launch.hosts import Host
 _AGENT = Path(__file__).with_name("agent.py")
 _BOOT = "import sys;i=sys.stdin.buffer;exec(compile(i.read(int(i.readline())),'agent.py','exec'))"
 _SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
-"""No question is asked, and a host that vanishes is noticed after 15 s."""
+"""No question is asked, and a host that vanishes is noticed after 15 s. They come last, as ssh takes the first value that it is given."""
 _LINES = 20
 _NOISE = (
     "** WARNING: connection is not using a post-quantum",
@@ -59,7 +59,7 @@ class Reach:
         # Activation must not eat the agent, which is on standard input.
         script = f"{{ {self.activate}\n}} </dev/null && exec {command}" if self.activate else f"exec {command}"
         here = ["bash", "-c", script]
-        words = ["ssh", *_SSH, *self.ssh_options, host.name, shlex.join(here)] if over_ssh else here
+        words = ["ssh", *self.ssh_options, *_SSH, host.name, shlex.join(here)] if over_ssh else here
         try:
             # In a session of its own: an interrupt is ours to handle, and must not cut off a host that is told to stop.
             process = subprocess.Popen(
