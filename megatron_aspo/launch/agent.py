@@ -129,9 +129,10 @@ def stop(request: dict) -> dict:
     if node is None:
         return {"ended": 0}
     first = _processes_of(node)
-    # The leader ends its children in order; who is left after the grace period is killed.
-    _signal([pid for pid in first if _identity(pid) == node["leader"]], signal.SIGTERM)
-    _wait_for_end(first, _GRACE_S)
+    # The leader ends its children in order; who is left is told so, and killed after the grace period.
+    leader = [pid for pid in first if _identity(pid) == node["leader"]]
+    _signal(leader, signal.SIGTERM)
+    _wait_for_end(leader, _GRACE_S)
     _signal(remaining := _processes_of(node), signal.SIGTERM)
     _wait_for_end(remaining, _GRACE_S / 4)
     deadline = time.monotonic() + _GRACE_S
