@@ -90,6 +90,10 @@ class Hosts:
             raise
         return subprocess.CompletedProcess(words, process.returncode, out, error)
 
+    def is_up(self, host: int) -> bool:
+        """Whether the host was made and not killed since."""
+        return host in self._processes
+
     def pid(self, host: int) -> int:
         """The host's process 1, as this machine numbers it."""
         (pid,) = _children(self._processes[host].pid)

@@ -2,77 +2,17 @@
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import ROOT, Hosts, why_not
+from tests.e2e.launching import START_S, STATE, environment, launcher, names, nothing_runs, start, stop
+from tests.hosts import ROOT, Hosts
 
-pytestmark = pytest.mark.long
-START_S = 120
-STATE = "/tmp/state"
-"""Every host has its own /tmp."""
-FAST_TO_NOTICE = "-o ServerAliveInterval=1 -o ServerAliveCountMax=2 -o ConnectTimeout=3"
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    """Two hosts. Where the system lets nobody make them, the tests are skipped; anything else that is missing is an error."""
-    if reason := why_not():
-        pytest.skip(reason)
-    directory = Path(tempfile.mkdtemp(prefix="aspo-hosts-", dir="/var/tmp"))
-    try:
-        with Hosts(directory, 2) as made:
-            yield made
-    finally:
-        shutil.rmtree(directory)
-
-
-@pytest.fixture(autouse=True)
-def clean(hosts) -> Iterator[None]:
-    """Each test begins on hosts without any process, and ends so."""
-    for host in (1, 2):
-        assert not hosts.processes(host)
-    yield
-    for host in (1, 2):
-        if host in hosts._processes and (hosts.processes(host) or hosts.run(host, "ls", "-A", "/tmp").stdout):
-            hosts.kill(host)
-        if host not in hosts._processes:
-            hosts.boot(host)
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SLURM_", "MASTER_", "GLOO_", "NCCL_"))}
-    return kept | {"PYTHON": sys.executable} | more
-
-
-def launcher(hosts: Hosts, tool: str, *options: str, ssh: str = FAST_TO_NOTICE) -> list[str]:
-    return ["bash", str(ROOT / "tools" / tool), *options, "--dir", STATE, "--ssh-options", f"{hosts.ssh_options} {ssh}"]
-
-
-def start(hosts: Hosts, *options: str, hostfile: Path | None = None, **how) -> subprocess.CompletedProcess:
-    """From host 1, which is the head."""
-    small = ["--num-cpus", "2", "--object-store-mb", "100", "--timeout", str(START_S)]
-    words = launcher(hosts, "start_ray.sh", str(hostfile or hosts.hostfile), *small, *options)
-    return hosts.run(1, *words, env=environment(), timeout_s=2 * START_S, **how)
-
-
-def stop(hosts: Hosts, *options: str, **how) -> subprocess.CompletedProcess:
-    return hosts.run(1, *launcher(hosts, "stop_ray.sh", *options), env=environment(), **how)
-
-
-def nothing_runs(hosts: Hosts, *which: int) -> bool:
-    return not any(hosts.processes(host) for host in which)
-
-
-def names(hosts: Hosts, host: int) -> dict[int, str]:
-    return {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in hosts.processes(host)}
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("clean_hosts")]
 
 
 def test_a_cluster_is_built_found_running_mended_and_ended(hosts):
