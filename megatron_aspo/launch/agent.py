@@ -297,10 +297,13 @@ def _address(request: dict) -> str:
     name = request["host"].rpartition("@")[2]
     if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) and not name.startswith("127."):
         return name
-    # The address that ssh came to, or the one from which packets to the others go.
+    # The address that ssh came to, else the one that the name means, else the one from which packets to the others go.
     arrived = os.environ.get("SSH_CONNECTION", "").split()
     if request["over_ssh"] and len(arrived) == 4 and ":" not in arrived[2]:
         return arrived[2]
+    own = _resolved(name)
+    if own and not own.startswith("127."):
+        return own
     for peer in [*request["peers"], "192.0.2.1"]:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:
             try:
@@ -310,6 +313,13 @@ def _address(request: dict) -> str:
             if not (own := probe_socket.getsockname()[0]).startswith("127."):
                 return own
     return "127.0.0.1"
+
+
+def _resolved(name: str) -> str:
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return ""
 
 
 def _address_of(interface: str) -> str:

@@ -136,7 +136,7 @@ class Launch:
                     f"ports {self.wanted.ports.base} to {last} reach into {host.name}'s ephemeral range, which begins at {floor} "
                     "(net.ipv4.ip_local_port_range): any connection may take one; choose a lower --port"
                 )
-            if len(hosts) > 1 and state[host.name]["address"].startswith("127."):
+            if self.wanted.found.count > 1 and state[host.name]["address"].startswith("127."):
                 raise UserError(
                     f"{host.name} has only the address {state[host.name]['address']}, which other hosts cannot reach; name --interface"
                 )
@@ -170,9 +170,8 @@ class Launch:
         taken = []
         for host in hosts:
             ports = self.wanted.ports.of(self._is_head(host))
-            taken += [
-                f"{host.name}: port {ports[name]} ({name.removesuffix('-port') or 'gcs'}) is in use" for name in state[host.name]["busy"]
-            ]
+            busy = {"gcs" if name == "port" else name.removesuffix("-port"): ports[name] for name in state[host.name]["busy"]}
+            taken += [f"{host.name}: port {port} ({server}) is in use" for server, port in busy.items()]
         if taken:
             raise LaunchError(
                 "; ".join(taken) + ". Nothing was started. Another cluster of yours, or another user's? See who by ss -ltnp on that host, "

@@ -132,5 +132,6 @@ def _by_rank(rank: str, count: str, environ: Mapping[str, str]) -> Found:
     if not head and nodes > 1:
         raise UserError(f"{count}={nodes} but MASTER_ADDR is not set; set it to the name or address of the node whose {rank} is 0")
     this = Host(os.uname().nodename)
-    hosts = (this,) if number == 0 else (Host(head), this)
+    # On the head some operators set MASTER_ADDR=localhost, under which the others do not know it.
+    hosts = (this if head in ("", "localhost") else Host(head),) if number == 0 else (Host(head), this)
     return replace(_found(hosts, f"one call on each node, {rank}={number} of {count}={nodes}"), rank=number, count=nodes)
