@@ -209,12 +209,11 @@ class Launch:
         slots = host.slots or (state["gpus"] if wanted.num_gpus is None else wanted.num_gpus) or wanted.num_cpus or state["cpus"]
         resources = {name: slots if amount is None else amount for name, amount in wanted.resources[host.name].items()}
         words = [f"--node-ip-address={state['address']}", f"--temp-dir={wanted.temp_dir}", "--disable-usage-stats", "--log-style=record"]
-        words += (
-            ["--head", f"--include-dashboard={str(wanted.dashboard).lower()}", "--dashboard-host=127.0.0.1"]
-            if head
-            else [f"--address={gcs}"]
-        )
-        # Ray's JSON has no spaces: some login shells would split them.
+        if head:
+            # The monitor is the autoscaler's, which has nothing to scale here; it would serve metrics on all interfaces, to anyone.
+            words += ["--head", "--no-monitor", f"--include-dashboard={str(wanted.dashboard).lower()}", "--dashboard-host=127.0.0.1"]
+        else:
+            words.append(f"--address={gcs}")
         if resources:
             words.append("--resources={" + ",".join(f'"{name}":{amount}' for name, amount in resources.items()) + "}")
         for option, value in (
