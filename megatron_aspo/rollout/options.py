@@ -31,6 +31,8 @@ class RolloutOptions:
     """`placement=colocated`: while the ranks train, 1 keeps the engines' weights in host memory, 2 drops them; they are then sent again."""
     threads: int = 0
     """CPU threads of one engine; 0 shares the node's cores evenly among its engines."""
+    resource: str = ""
+    """Custom Ray resource of which each engine takes 1: engines run only on nodes that were started with it. `placement=split` only."""
     start_timeout_s: float = 600.0
     """Seconds that an engine has to start; after that the run ends."""
 

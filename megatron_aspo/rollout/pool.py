@@ -85,7 +85,7 @@ class EnginePool:
         self.deterministic = deterministic
         """May be changed between calls of `generate`."""
         self._lock = threading.Lock()
-        self.threads = options.threads or _even_threads(options.engines)
+        self.threads = options.threads or _even_threads(options.engines, options.resource)
         """CPU threads of each engine."""
         self._members = [
             _Member(spec, None)
@@ -154,7 +154,8 @@ class EnginePool:
 
     def _start(self, members: Sequence[_Member]) -> None:
         for member in members:
-            member.actor = ray.remote(Engine).options(**_actor_options(member)).remote(member.spec)
+            actor_options = _actor_options(member, self._options.resource)
+            member.actor = ray.remote(Engine).options(**actor_options).remote(member.spec)
         try:
             infos = self._on("start", members).result(self._options.start_timeout_s)
         except TimeoutError as error:
@@ -341,7 +342,7 @@ class EnginePool:
         )
 
 
-def _actor_options(member: _Member) -> dict[str, Any]:
+def _actor_options(member: _Member, resource: str) -> dict[str, Any]:
     spec = member.spec
     # vLLM's child processes import this package too, also where it runs from a checkout that is not installed.
     root = str(Path(megatron_aspo.__file__).parents[1])
@@ -360,15 +361,16 @@ def _actor_options(member: _Member) -> dict[str, Any]:
         # One CPU is a token, not a count of threads: engines and training ranks of one node take turns, and both use all its cores.
         "num_cpus": 1,
         "num_gpus": gpus,
+        "resources": {resource: 1} if resource else {},
         "max_concurrency": _MAX_CONCURRENT_CALLS,
         "max_restarts": 0,
         "runtime_env": {"env_vars": variables},
     }
 
 
-def _even_threads(engines: int) -> int:
-    """This node's cores divided by the engines that a node carries, at least 1."""
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+def _even_threads(engines: int, resource: str) -> int:
+    """This node's cores divided by the engines that a node carries, at least 1. resource: what such a node must have, if anything."""
+    nodes = sum(1 for node in ray.nodes() if node["Alive"] and (not resource or node["Resources"].get(resource)))
     per_node = -(-engines // max(1, nodes))
     return max(1, len(os.sched_getaffinity(0)) // per_node)
 

@@ -61,6 +61,11 @@ def check_recipe(config: Config, model: HFModel, settings: RankSettings, device:
         )
     check_cache(model, config.rollout, config.max_model_len)
     check_places(config.placement, settings.sizes.world, config.rollout.sizes)
+    if config.placement == "colocated" and config.rollout.resource:
+        raise UserError(
+            f"rollout.resource={config.rollout.resource} with placement=colocated: engines live where the training ranks do; set "
+            "trainer.resource instead, or placement=split"
+        )
 
 
 def expected_device(config: Config) -> str:

@@ -4,9 +4,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class Cluster:
     slots: int
     """How many of those devices Ray can hand out; on CPU, logical CPUs."""
 
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """All that Ray can hand out, custom resources too, with their amounts."""
     guard: Guard | None = None
     """Ends the processes of a Ray of our own when this process does not."""
 
@@ -71,8 +73,10 @@ def open_cluster(address: str, logical_cpus: int, engines: EngineSizes | None = 
             raise
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray did not start on this machine"
         raise UserError(f"{where}: {one_line(error)}") from error
-    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    return Cluster(ours=not address, cores=max(1, cores), device="cuda" if gpus else "cpu", slots=gpus or cpus, guard=guard)
+    resources = ray.cluster_resources()
+    gpus, cpus = (int(resources.get(kind, 0)) for kind in ("GPU", "CPU"))
+    device = "cuda" if gpus else "cpu"
+    return Cluster(ours=not address, cores=max(1, cores), device=device, slots=gpus or cpus, resources=resources, guard=guard)
 
 
 def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

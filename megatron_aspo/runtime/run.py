@@ -274,6 +274,18 @@ def _check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
             f"{ranks} training ranks and {engines} engines need {needed} {kind}s of the Ray cluster, which has {cluster.slots}; "
             "lower trainer.data_parallel or rollout.engines, or start Ray with more"
         )
+    takes = [
+        ("trainer.resource", config.trainer.resource, ranks, "training ranks"),
+        ("rollout.resource", config.rollout.resource, engines, "engines"),
+    ]
+    for option, name, _, who in takes:
+        # One name may serve both.
+        total = sum(count for _, other, count, _ in takes if other == name)
+        if name and (available := cluster.resources.get(name, 0)) < total:
+            raise UserError(
+                f"{option}={name}: {who} take 1 each of it, {total} in all, and the Ray cluster has {available:g}; start its nodes "
+                f"with more (tools/start_ray.sh --resources {name}:N=HOSTS), or leave {option} empty"
+            )
 
 
 def _check_held_out(prompts: list) -> None:

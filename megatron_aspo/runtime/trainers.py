@@ -109,6 +109,7 @@ class Trainers:
         options = {
             "num_cpus": 1,  # a token: see Cluster
             "num_gpus": 1 if device == "cuda" else 0,
+            "resources": {settings.trainer.resource: 1} if settings.trainer.resource else {},
             # Ray would set OMP_NUM_THREADS from num_cpus.
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[2])}},
         }

@@ -64,6 +64,8 @@ class TrainerOptions:
     `algorithm.kl_coef` above 0."""
     threads: int = 0
     """CPU threads of one rank; 0 shares the node's cores evenly among its ranks."""
+    resource: str = ""
+    """Custom Ray resource of which each training rank takes 1: ranks run only on nodes that were started with it."""
     timeout_s: float = 600.0
     """Seconds after which a collective or a weight transfer fails and ends the run. Megatron rounds its own groups' timeout to whole
     minutes, at least one."""

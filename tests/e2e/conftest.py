@@ -1,10 +1,14 @@
-"""One user's directory, and a run in it that most tests look at."""
+"""One user's directory, and a run in it that most tests look at; hosts for tests of what runs over several."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.workplace import WHOLE, make_workplace, train
+from tests.hosts import Hosts, why_not
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +24,29 @@ def whole(workplace) -> Path:
     status, _, error = train(workplace, "name=whole", *WHOLE)
     assert status == 0, error
     return workplace / "runs" / "whole"
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    """Two hosts. Where the system lets nobody make them, the tests are skipped; anything else that is missing is an error."""
+    if reason := why_not():
+        pytest.skip(reason)
+    directory = Path(tempfile.mkdtemp(prefix="aspo-hosts-", dir="/var/tmp"))
+    directory.chmod(0o755)
+    try:
+        with Hosts(directory, 2) as made:
+            yield made
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def clean_hosts(hosts) -> Iterator[None]:
+    """The test begins on hosts without any process and without any file in /tmp."""
+    for host in (1, 2):
+        assert not hosts.processes(host)
+    yield
+    for host in (1, 2):
+        if hosts.is_up(host):
+            hosts.kill(host)
+        hosts.boot(host)

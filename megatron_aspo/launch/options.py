@@ -1,0 +1,75 @@
+"""Command-line options that starting and stopping have in common, and the launcher's own record of a cluster."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.launch.hosts import Host
+from megatron_aspo.launch.remote import Reach, split_ssh_options
+
+DEFAULT_DIRECTORY = "~/.megatron_aspo/ray"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A cluster that was started from this machine, so that it can be stopped without naming its hosts again."""
+
+    hosts: tuple[Host, ...]
+    reach: Reach
+
+    @staticmethod
+    def path(directory: str) -> Path:
+        """Where the record of the clusters of `--dir` is."""
+        return Path(directory).expanduser() / "cluster.json"
+
+    def write(self) -> None:
+        """Keep it, whole or not at all."""
+        path = self.path(self.reach.directory)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        unfinished.replace(path)
+
+    @classmethod
+    def read(cls, directory: str) -> "Record | None":
+        """Return the record, or None where there is none. Raises UserError when it cannot be understood."""
+        path = cls.path(directory)
+        if not path.exists():
+            return None
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            reach = kept["reach"] | {"ssh_options": tuple(kept["reach"]["ssh_options"])}
+            return cls(tuple(Host(**host) for host in kept["hosts"]), Reach(**reach))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} cannot be read: {error}; remove it, and name the hostfile") from error
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the hostfile and how hosts are reached. None is given a default here: `stop` takes it from the record."""
+    parser.add_argument(
+        "hostfile", nargs="?", default="", metavar="HOSTFILE", help="one host a line, the head first; default: Slurm's, MPI's or the pod's"
+    )
+    parser.add_argument("--ssh-options", metavar="WORDS", help="options of ssh in one argument, such as '-p 2222 -i key'")
+    parser.add_argument("--python", metavar="PATH", help="Python on the hosts; default: this one, or with --env the first on PATH")
+    parser.add_argument("--env", metavar="COMMAND", help="shell command that activates the environment on the hosts")
+    parser.add_argument(
+        "--dir",
+        default=DEFAULT_DIRECTORY,
+        metavar="PATH",
+        help=f"state on each host: token, process ids, output (default {DEFAULT_DIRECTORY})",
+    )
+
+
+def reach_of(parsed: argparse.Namespace, kept: Reach | None = None) -> Reach:
+    """How to get to the hosts by the options, and where they are silent by the record that was kept."""
+    kept = kept or Reach(parsed.dir, "python3" if parsed.env else sys.executable)
+    return Reach(
+        parsed.dir,
+        parsed.python or ("python3" if parsed.env else kept.python),
+        kept.activate if parsed.env is None else parsed.env,
+        kept.ssh_options if parsed.ssh_options is None else split_ssh_options(parsed.ssh_options),
+    )

@@ -1,0 +1,51 @@
+"""tools/stop_ray.sh: end the Ray nodes that tools/start_ray.sh started, and nothing else."""
+
+import argparse
+import os
+import sys
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.launch.hosts import find_hosts
+from megatron_aspo.launch.options import Record, add_common, reach_of
+from megatron_aspo.launch.remote import failures
+
+_LIMIT_S = 60.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0 when every host is free of the cluster, 1 when one could not be asked or did not obey, 2 for a mistake in the call."""
+    parser = argparse.ArgumentParser(
+        prog="stop_ray.sh",
+        description="End exactly the processes that start_ray.sh started, on all hosts. Safe to run twice. Without a hostfile: the hosts "
+        "of the last start from this machine, or those of the environment.",
+    )
+    add_common(parser)
+    parsed = parser.parse_args(arguments)
+    try:
+        record = Record.read(parsed.dir)
+        found = find_hosts("", os.environ) if not parsed.hostfile and record is None else None
+        hosts = list(found.hosts if found else record.hosts if not parsed.hostfile else find_hosts(parsed.hostfile, {}).hosts)
+        reach = reach_of(parsed, record.reach if record else None)
+    except UserError as error:
+        print(f"stop_ray.sh: error: {error}", file=sys.stderr)
+        return 2
+    if found and found.rank is not None:
+        hosts = hosts[-1:]  # each node's own call ends it
+    answers = reach.call_all("stop", hosts, lambda host: {}, _LIMIT_S)
+    for name, answer in answers.items():
+        if isinstance(answer, dict):
+            print(f"{name}: " + (f"ended {answer['ended']} processes" if answer["ended"] else "nothing of ours was running"))
+    failed = failures(answers)
+    for error in failed:
+        print(f"stop_ray.sh: error: {error}", file=sys.stderr)
+    if failed:
+        names = ", ".join(error.host for error in failed)
+        print(f"stop_ray.sh: error: not known to be stopped: {names}; run this again when they can be reached", file=sys.stderr)
+        return 1
+    if record and {host.name for host in hosts} >= {host.name for host in record.hosts}:
+        Record.path(parsed.dir).unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

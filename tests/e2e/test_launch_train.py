@@ -1,0 +1,133 @@
+"""A whole run over two hosts: trainer on one, engines on the other, on a cluster that tools/start_ray.sh built."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.launching import STATE, environment, nothing_runs, start, stop
+from tests.e2e.workplace import RUN_S, STEPS, make_workplace, metrics, timeless, wait_for
+from tests.hosts import ROOT, Hosts
+
+pytestmark = pytest.mark.long
+PORTS = range(6379, 7379)
+"""Of the launcher's map."""
+CLIENT = "tests/e2e/without_token.py"
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket on which a process of a host accepts connections."""
+
+    host: int
+    address: str
+    port: int
+    process: str
+
+    @property
+    def open_to_all(self) -> bool:
+        return self.address in ("0.0.0.0", "*", "[::]")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run over two hosts, and what was seen while it trained."""
+
+    directory: Path
+    status: int
+    error: str
+    listeners: list[Listener]
+    without_token: dict[tuple[int, int], list[str]]
+    """(host, port) → what a client of the other host was answered."""
+    with_token: dict[tuple[int, int], list[str]]
+    nodes: dict[str, set[int]]
+    """Role → hosts on which its processes ran."""
+
+
+@pytest.fixture(scope="module")
+def seen(hosts) -> Seen:
+    place = hosts.directory / "train"
+    place.mkdir()
+    make_workplace(place)
+    pinned = ["--resources", "trainers=1", "--resources", "engines=2"]
+    started = start(hosts, *pinned, "--num-cpus", "6", "--export", f"PYTHONPATH={ROOT}", "--export", "HF_HUB_OFFLINE=1")
+    assert started.returncode == 0, started.stdout + started.stderr
+    command = ["-m", "megatron_aspo", "train", "recipe.yaml", "--ray-address", "10.77.0.1:6379", "name=two_hosts", f"steps={STEPS}"]
+    token = f"{STATE}/nodes/10.77.0.1/token"
+    known = environment(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
+    driver = hosts.popen(1, sys.executable, *command, "trainer.resource=trainers", "rollout.resource=engines", env=known, cwd=place)
+    run = place / "runs" / "two_hosts"
+    try:
+        wait_for(driver, lambda: (run / "metrics.jsonl").exists() and metrics(run))
+        listeners = [listener for host in (1, 2) for listener in listening(hosts, host)]
+        roles = {
+            "trainer": {host for host in (1, 2) if "TrainerActor" in commands(hosts, host)},
+            "engine": {host for host in (1, 2) if "Engine" in commands(hosts, host).replace("EngineCore", "")},
+        }
+        words = hosts.run(1, "cat", token).stdout
+        asked = [ask(hosts, listeners, known) for known in ("", words)]
+        _, error = driver.communicate(timeout=RUN_S)
+    finally:
+        driver.kill()
+    assert stop(hosts).returncode == 0
+    return Seen(run, driver.returncode, error, listeners, *asked, roles)
+
+
+def listening(hosts: Hosts, host: int) -> list[Listener]:
+    lines = hosts.run(host, "ss", "-Hltnp").stdout.splitlines()
+    found = []
+    for line in lines:
+        address, _, port = line.split()[3].rpartition(":")
+        process = re.search(r'users:\(\("([^"]+)"', line)
+        found.append(Listener(host, address.partition("%")[0], int(port), process[1] if process else "?"))
+    return found
+
+
+def commands(hosts: Hosts, host: int) -> str:
+    return hosts.run(host, "ps", "-eo", "args").stdout
+
+
+def ask(hosts: Hosts, listeners: list[Listener], token: str) -> dict[tuple[int, int], list[str]]:
+    """What a client on the other host is answered by each server that listens on all interfaces."""
+    answers = {}
+    for host in (1, 2):
+        ports = [str(listener.port) for listener in listeners if listener.host == host and listener.open_to_all]
+        done = hosts.run(3 - host, sys.executable, CLIENT, hosts.addresses[host - 1], *ports, env=environment(TOKEN=token))
+        assert done.returncode == 0, done.stderr
+        answers |= {(host, int(port)): answer for port, answer in json.loads(done.stdout).items()}
+    return answers
+
+
+def test_a_run_over_two_hosts_gives_the_numbers_of_the_run_on_one(seen, whole):
+    assert seen.status == 0, seen.error
+    assert seen.nodes == {"trainer": {1}, "engine": {2}}
+
+    def numbers(run: Path) -> list[dict]:
+        return [{key: value for key, value in step.items() if not key.startswith("memory/")} for step in timeless(run)]
+
+    assert numbers(seen.directory) == numbers(whole) and len(numbers(whole)) == STEPS
+    assert all(step["sync/bytes"] > 0 for step in metrics(seen.directory) if "sync/bytes" in step)
+
+
+def test_no_port_of_ours_is_open_to_all(seen):
+    """What is open to all belongs to Ray: its map has the port."""
+    assert not [listener for listener in seen.listeners if listener.open_to_all and listener.port not in PORTS]
+    private = [listener for listener in seen.listeners if not listener.open_to_all]
+    assert all(listener.address.startswith(("127.", "10.77.0.", "[::1]")) for listener in private)
+    # Gloo's and the stores' sockets of ranks and engines are among them.
+    assert {1, 2} == {listener.host for listener in private if listener.port > 32767 and listener.address.startswith("10.77.0.")}
+
+
+def test_each_of_rays_servers_refuses_a_client_without_the_token(seen):
+    asked = {(listener.host, listener.port) for listener in seen.listeners if listener.open_to_all}
+    assert asked and seen.without_token.keys() == asked
+    wrong = {where: answers for where, answers in seen.without_token.items() if answers not in (["UNAUTHENTICATED"], ["401"])}
+    assert not wrong
+    assert not {where for where, answers in seen.with_token.items() if {"UNAUTHENTICATED", "401"} & set(answers)}
+
+
+def test_nothing_is_left_on_the_hosts(hosts, seen):
+    assert nothing_runs(hosts, 1, 2)
