@@ -201,6 +201,7 @@ echo "hosts: $1: 2, head a"
 case ${MODE:-} in fail) echo 'start_ray.sh: error: host b cannot be reached' >&2; exit 1 ;; esac
 echo "  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/secret/token   # on a; on the others by their names"
 echo "  megatron-aspo train RECIPE.yaml --ray-address 10.0.0.1:6379"
+echo "  bash tools/stop_ray.sh --dir '~/.state'   # ends exactly this"
 """
 
 
@@ -209,7 +210,7 @@ def copied(tmp_path: Path) -> Path:
     shutil.copytree(EXAMPLES, tmp_path / "copy" / "examples")
     (tmp_path / "copy" / "tools").mkdir()
     (tmp_path / "copy" / "tools" / "start_ray.sh").write_text(START)
-    (tmp_path / "copy" / "tools" / "stop_ray.sh").write_text(f'echo "$1" >>{tmp_path}/stopped\n')
+    (tmp_path / "copy" / "tools" / "stop_ray.sh").write_text(f'echo "$@" >>{tmp_path}/stopped\n')
     (tmp_path / "hosts").write_text("a slots=8\n# the second\nb slots=8\n")
     return tmp_path / "copy" / "examples" / "run_aspo_qwen3_8b_code.sh"
 
@@ -219,10 +220,10 @@ def test_a_cluster_that_was_started_for_a_run_ends_with_it(tmp_path, commands, s
     script, hosts = copied(tmp_path), str(tmp_path / "hosts")
     made = called(commands, script, HOSTFILE=hosts, ENDS_WITH=str(status), status=status)
     assert made["token"] == "/secret/token" and made["arguments"][2:4] == ["--ray-address", "10.0.0.1:6379"]
-    assert (tmp_path / "stopped").read_text().split() == [hosts]
+    assert (tmp_path / "stopped").read_text() == "--dir ~/.state\n"
     called(commands, script, HOSTFILE=hosts, KEEP_RAY="1")
     called(commands, script, "--dry-run", HOSTFILE=hosts)
-    assert (tmp_path / "stopped").read_text().split() == [hosts]
+    assert (tmp_path / "stopped").read_text() == "--dir ~/.state\n"
 
 
 def test_a_cluster_that_does_not_start_ends_the_script_with_its_status(tmp_path, commands):
