@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,26 @@ def test_a_cluster_that_was_started_for_a_run_ends_with_it(tmp_path, commands, s
 def test_a_cluster_that_does_not_start_ends_the_script_with_its_status(tmp_path, commands):
     done = launch(copied(tmp_path), HOSTFILE=str(tmp_path / "hosts"), MODE="fail", PATH=f"{commands}:{os.environ['PATH']}")
     assert done.returncode == 1 and "host b cannot be reached" in done.stderr and not done.stdout and not (tmp_path / "stopped").exists()
+
+
+def test_a_signal_ends_the_run_in_order_and_then_the_cluster(tmp_path):
+    script = copied(tmp_path)
+    command = tmp_path / "bin" / "megatron-aspo"
+    command.parent.mkdir()
+    command.write_text(
+        f"#!/usr/bin/env bash\ntrap 'sleep 1; [[ ! -e {tmp_path}/stopped ]] && touch {tmp_path}/in_order; exit 143' TERM\n"
+        f"touch {tmp_path}/begun\nwhile :; do sleep 0.1; done\n"
+    )
+    command.chmod(0o755)
+    environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}", "HOSTFILE": str(tmp_path / "hosts")}
+    process = subprocess.Popen(["bash", script], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert (tmp_path / "in_order").exists() and (tmp_path / "stopped").exists()
 
 
 @pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: path.name)
