@@ -107,16 +107,18 @@ fi
 hosts=$(grep -cvE '^[[:space:]]*(#|$)' "$HOSTFILE" || true)
 ((hosts >= NNODES)) || fail "HOSTFILE=$HOSTFILE names $hosts hosts, fewer than NNODES=$NNODES; add hosts, or lower NNODES"
 # shellcheck disable=SC2086  # START_RAY_ARGS are several words
-said=$(bash "$root/tools/start_ray.sh" "$HOSTFILE" ${START_RAY_ARGS:-} | tee /dev/stderr)
+said=$(bash "$root/tools/start_ray.sh" "$HOSTFILE" ${START_RAY_ARGS:-} | tee >(cat >&2))
 address=$(grep -oE -- '--ray-address [^ ]+' <<<"$said" | tail -n 1 | cut -d ' ' -f 2 || true)
 [[ $address =~ :[0-9]+$ ]] || fail "start_ray.sh named no --ray-address HOST:PORT; see its output above"
 token=$(grep -oE 'RAY_AUTH_TOKEN_PATH=[^ ]+' <<<"$said" | tail -n 1 | cut -d = -f 2 || true)
 if [[ -n $token ]]; then export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token; fi
+state=$(grep -oE 'stop_ray.sh --dir [^ ]+' <<<"$said" | tail -n 1 | cut -d ' ' -f 3 | tr -d "'" || true)
+[[ -n $state ]] || fail "start_ray.sh did not say how the cluster is stopped; see its output above, and stop it"
 child=
 # shellcheck disable=SC2329  # called by the trap
 stop() { # the cluster ends with the run, however that ends
     [[ -z ${KEEP_RAY:-} ]] || return 0
-    bash "$root/tools/stop_ray.sh" "$HOSTFILE" >&2 || echo "launch.sh: the Ray cluster at $address could not be stopped: see above" >&2
+    bash "$root/tools/stop_ray.sh" --dir "$state" >&2 || echo "launch.sh: the Ray cluster at $address could not be stopped: see above" >&2
 }
 trap stop EXIT
 # The run ends in order at a signal; this script waits for it.

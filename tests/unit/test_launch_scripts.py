@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,7 @@ echo "hosts: $1: 2, head a"
 case ${MODE:-} in fail) echo 'start_ray.sh: error: host b cannot be reached' >&2; exit 1 ;; esac
 echo "  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/secret/token   # on a; on the others by their names"
 echo "  megatron-aspo train RECIPE.yaml --ray-address 10.0.0.1:6379"
+echo "  bash tools/stop_ray.sh --dir '~/.state'   # ends exactly this"
 """
 
 
@@ -209,7 +211,7 @@ def copied(tmp_path: Path) -> Path:
     shutil.copytree(EXAMPLES, tmp_path / "copy" / "examples")
     (tmp_path / "copy" / "tools").mkdir()
     (tmp_path / "copy" / "tools" / "start_ray.sh").write_text(START)
-    (tmp_path / "copy" / "tools" / "stop_ray.sh").write_text(f'echo "$1" >>{tmp_path}/stopped\n')
+    (tmp_path / "copy" / "tools" / "stop_ray.sh").write_text(f'echo "$@" >>{tmp_path}/stopped\n')
     (tmp_path / "hosts").write_text("a slots=8\n# the second\nb slots=8\n")
     return tmp_path / "copy" / "examples" / "run_aspo_qwen3_8b_code.sh"
 
@@ -219,15 +221,35 @@ def test_a_cluster_that_was_started_for_a_run_ends_with_it(tmp_path, commands, s
     script, hosts = copied(tmp_path), str(tmp_path / "hosts")
     made = called(commands, script, HOSTFILE=hosts, ENDS_WITH=str(status), status=status)
     assert made["token"] == "/secret/token" and made["arguments"][2:4] == ["--ray-address", "10.0.0.1:6379"]
-    assert (tmp_path / "stopped").read_text().split() == [hosts]
+    assert (tmp_path / "stopped").read_text() == "--dir ~/.state\n"
     called(commands, script, HOSTFILE=hosts, KEEP_RAY="1")
     called(commands, script, "--dry-run", HOSTFILE=hosts)
-    assert (tmp_path / "stopped").read_text().split() == [hosts]
+    assert (tmp_path / "stopped").read_text() == "--dir ~/.state\n"
 
 
 def test_a_cluster_that_does_not_start_ends_the_script_with_its_status(tmp_path, commands):
     done = launch(copied(tmp_path), HOSTFILE=str(tmp_path / "hosts"), MODE="fail", PATH=f"{commands}:{os.environ['PATH']}")
     assert done.returncode == 1 and "host b cannot be reached" in done.stderr and not done.stdout and not (tmp_path / "stopped").exists()
+
+
+def test_a_signal_ends_the_run_in_order_and_then_the_cluster(tmp_path):
+    script = copied(tmp_path)
+    command = tmp_path / "bin" / "megatron-aspo"
+    command.parent.mkdir()
+    command.write_text(
+        f"#!/usr/bin/env bash\ntrap 'sleep 1; [[ ! -e {tmp_path}/stopped ]] && touch {tmp_path}/in_order; exit 143' TERM\n"
+        f"touch {tmp_path}/begun\nwhile :; do sleep 0.1; done\n"
+    )
+    command.chmod(0o755)
+    environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}", "HOSTFILE": str(tmp_path / "hosts")}
+    process = subprocess.Popen(["bash", script], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert (tmp_path / "in_order").exists() and (tmp_path / "stopped").exists()
 
 
 @pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: path.name)
