@@ -16,7 +16,7 @@ from megatron_aspo.doctor.links import Phase, try_links
 from megatron_aspo.doctor.pairs import rounds
 from megatron_aspo.doctor.probe import LinkEnd, NodeProbe
 from megatron_aspo.doctor.recipe import NodeRoom, check_placement
-from megatron_aspo.doctor.record import Record, failed, ok, refused, warning
+from megatron_aspo.doctor.record import Record, broken, failed, ok, refused, warning
 from megatron_aspo.doctor.storage import existing_parent
 from megatron_aspo.doctor.subject import Place, Subject
 from megatron_aspo.errors import UserError
@@ -67,7 +67,7 @@ class ClusterDoctor:
             yield warning("Ray cluster", f"{detail}; nodes that left: {names}", cure)
         else:
             yield ok("Ray cluster", detail)
-        probes = yield from self._start(NodeProbe, {}, "starting a process on each node", "Ray process")
+        probes = yield from self._start(NodeProbe, "starting a process on each node", "Ray process")
         yield from self._check_nodes(probes)
         yield from self._check_clocks(probes)
         if self._config is not None:
@@ -75,11 +75,11 @@ class ClusterDoctor:
             yield from self._check_shared_directory(probes)
         yield from self._check_links(probes)
 
-    def _start(self, kind: type, options: dict, phase: str, check: str) -> Generator[Record, None, dict]:
+    def _start(self, kind: type, phase: str, check: str) -> Generator[Record, None, dict]:
         """Start an actor on each node; yields a failure for each that does not come, and returns the others by label."""
         limit_s = 2 * self._limit_s
         self._phase(phase, limit_s)
-        actors = {node.place.label: start_on(node.id, kind, options) for node in self.nodes}
+        actors = {node.place.label: start_on(node.id, kind, {}) for node in self.nodes}
         answers, failures = gather({label: actor.ready.remote() for label, actor in actors.items()}, limit_s)
         for label, error in failures.items():
             yield replace(no_process(check, label, error, limit_s), node=label)
@@ -118,6 +118,8 @@ class ClusterDoctor:
             record = check_placement(self._config, self._cluster.device, rooms)
         except UserError as error:
             return refused("placement", error)
+        except Exception as error:  # the connections are still to be tried
+            return broken("placement", error)
         total, free = (int(found.get(kind, 0)) for found in (ray.cluster_resources(), ray.available_resources()))
         if record.status == "ok" and free < total:
             cure = "wait until the other job has ended, or give this run a cluster of its own"
@@ -147,7 +149,7 @@ class ClusterDoctor:
     def _check_links(self, probes: dict) -> Iterator[Record]:
         self.nodes = [node for node in self.nodes if node.place.label in probes]
         if len(self.nodes) > 1:
-            ends = yield from self._start(LinkEnd, {}, "importing torch on each node", "gloo")
+            ends = yield from self._start(LinkEnd, "importing torch on each node", "gloo")
             yield from try_links(ends, rounds([*ends]), self._bandwidth_s, "gloo", self._phase)
             for end in ends.values():
                 ray.kill(end)
@@ -205,7 +207,7 @@ def no_process(check: str, label: str, error: BaseException | None, limit_s: flo
     """The record of a node on which no process of ours answers."""
     said = reason(error, limit_s)
     if "its node has died" in said:
-        said = "the node left the cluster, or stopped to answer Ray, while it was checked"
+        said = "the node left the cluster, or stopped answering Ray, while it was checked"
     if "No module named 'megatron_aspo" in str(error):
         return failed(check, said, f"install megatron_aspo on {label}, in the environment that Ray was started from")
     cure = (

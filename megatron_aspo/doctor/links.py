@@ -21,6 +21,7 @@ _CURE = (
     "allow TCP between these nodes on all ports (firewall, network policy), and see that Ray's addresses are of the network that they "
     "share: ray start --node-ip-address"
 )
+_NCCL_CURE = f"set NCCL_DEBUG=INFO before Ray is started and read NCCL's own reason in Ray's worker logs; then: {_CURE}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _failure(pair: Pair, failures: dict, mute: list[str], backend: str, limit_s:
             f"see whether {who} is frozen, swapping or overloaded; its processes of Ray may have to be started again",
         )
     said = next(reason(failures[pair, rank], limit_s) for rank in (1, 0) if (pair, rank) in failures)
-    return failed(backend, said, _CURE)
+    return failed(backend, said, _NCCL_CURE if backend == "nccl" else _CURE)
 
 
 def judge_speeds(speeds: Mapping[Pair, Speed], backend: str) -> Iterator[Record]:

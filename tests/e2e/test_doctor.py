@@ -158,7 +158,7 @@ def test_a_frozen_node_is_named_and_the_other_one_is_checked_and_a_frozen_head_i
     for process in (raylet, *raylet.children(recursive=True)):
         process.send_signal(signal.SIGSTOP)
     started = time.monotonic()
-    status, records, text = doctor(tmp_path, "--ray-address", nodes["address"], "--timeout", "15", "--bandwidth", "0")
+    status, records, text = doctor(tmp_path, "--ray-address", nodes["address"], "--timeout", "10", "--bandwidth", "0")
     assert time.monotonic() - started < 180
     assert status == 1, text
     (frozen,) = of(records, "Ray process")

@@ -163,3 +163,32 @@ def test_two_processes_of_one_machine_are_connected_and_a_failure_names_its_end(
         record = check_pair(60)
         assert record.status == "failed" and "GPU 0: " in record.detail and "NCCL_DEBUG=INFO" in record.cure
     assert "do not connect within 0.2 s" in check_pair(0.2, "gloo").detail
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "cure"),
+    [
+        (None, "no answer within 5 s", "frozen"),
+        (
+            RuntimeError("creation failed: ModuleNotFoundError: No module named 'megatron_aspo'"),
+            "ModuleNotFoundError",
+            "install megatron_aspo on b",
+        ),
+        (RuntimeError("The actor died because its node has died. Node Id: 3af5"), "the node left the cluster", "start it again"),
+    ],
+    ids=["frozen", "not installed", "dead"],
+)
+def test_a_node_without_a_process_of_ours_says_what_to_do_there(error, said, cure):
+    from megatron_aspo.doctor.cluster import no_process  # imports Ray
+
+    record = no_process("Ray process", "b", error, 5)
+    assert record.status == "failed" and said in record.detail and cure in record.cure
+
+
+@pytest.mark.parametrize(("listed", "given", "status"), [("8", 8, "ok"), ("8", 4, "warning"), ("", 2, "warning")])
+def test_gpus_that_ray_does_not_hand_out_are_noticed(listed, given, status):
+    from megatron_aspo.doctor.cluster import check_gpus_of_ray
+
+    record = check_gpus_of_ray({"GPU": given}, [ok("GPUs", "", {"number of GPUs": listed} if listed else {})])
+    assert record.status == status and f"{given}" in record.detail
+    assert check_gpus_of_ray({}, []) is None
