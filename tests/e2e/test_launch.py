@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ def test_a_cluster_is_built_found_running_mended_and_ended(hosts):
     assert again.returncode == 0 and "already running: 2 nodes, nothing was started" in again.stdout
     assert (names(hosts, 1), names(hosts, 2)) == before
 
+    assert_state_is_private(hosts)
     assert_token_is_kept(hosts, [first.stdout, first.stderr, again.stdout])
     other = hosts.directory / "other_token"
     other.write_text("0123456789abcdef0123456789abcdef")
@@ -53,6 +53,12 @@ def test_a_cluster_is_built_found_running_mended_and_ended(hosts):
     for _ in range(2):
         done = stop(hosts, str(hosts.hostfile))
         assert done.returncode == 0 and "10.77.0.1: nothing of ours was running" in done.stdout, done.stderr
+
+
+def assert_state_is_private(hosts: Hosts) -> None:
+    node = json.loads(hosts.run(1, "cat", f"{STATE}/nodes/10.77.0.1/node.json").stdout)
+    assert set(node) == {"cluster", "gcs", "role", "port", "name", "boot", "leader", "processes"}
+    assert hosts.run(1, "stat", "-c", "%a", STATE, f"{STATE}/nodes/10.77.0.1").stdout.split() == ["700", "700"]
 
 
 def assert_token_is_kept(hosts: Hosts, printed: list[str]) -> None:
@@ -162,19 +168,3 @@ def test_two_users_of_one_host_do_not_meet(hosts):
     assert "already running: 1 nodes" in call("start_ray.sh", "nobody", *small).stdout
     assert call("stop_ray.sh", "nobody").returncode == 0
     assert nothing_runs(hosts, 1)
-
-
-def test_the_launchers_state_is_private(hosts):
-    done = start(hosts, hostfile=_one_host(hosts))
-    assert done.returncode == 0, done.stderr
-    node = json.loads(hosts.run(1, "cat", f"{STATE}/nodes/10.77.0.1/node.json").stdout)
-    assert set(node) == {"cluster", "gcs", "role", "port", "name", "boot", "leader", "processes"}
-    listed = hosts.run(1, "stat", "-c", "%a", STATE, f"{STATE}/nodes/10.77.0.1").stdout.split()
-    assert all(stat.S_IMODE(int(mode, 8)) == 0o700 for mode in listed)
-    assert stop(hosts).returncode == 0
-
-
-def _one_host(hosts: Hosts) -> Path:
-    path = hosts.directory / "one"
-    path.write_text("10.77.0.1\n")
-    return path
