@@ -22,6 +22,7 @@ ANSWER = "megatron-aspo-launch-answer "
 MARK = "MEGATRON_ASPO_LAUNCH"
 """Environment variable that every process of a node inherits: its node's id, by which `stop` finds them."""
 STARTED = "Ray runtime started."
+REFUSED = "Authentication token is missing or incorrect"
 _GRACE_S = 8.0
 _LINES = 20
 _UNIX_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -84,7 +85,9 @@ def start(request: dict) -> dict:
     _write_node(request, node)
     deadline = time.monotonic() + request["timeout_s"]
     try:
-        while STARTED not in _read(output):
+        while STARTED not in (said := _read(output)):
+            if REFUSED in said:  # Ray would try again until the time is up
+                raise Refused(f"the head refuses this host's token: give every node the same, by --token-file:\n{_tail(output)}")
             if leader.poll() is not None:
                 raise Refused(f"ray start ended with status {leader.returncode}:\n{_tail(output)}")
             if time.monotonic() > deadline:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,13 @@ class Reach:
     """Shell command to run before Python."""
     ssh_options: tuple[str, ...] = ()
 
-    def call(self, verb: str, host: Host, request: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
-        """Let the host's agent do it, and return its answer. Raises HostError when it refuses, fails, cannot be reached or is too slow."""
+    def call(
+        self, verb: str, host: Host, request: Mapping[str, Any], limit_s: float, running: set[subprocess.Popen] | None = None
+    ) -> dict[str, Any]:
+        """Let the host's agent do it, and return its answer. Raises HostError when it refuses, fails, cannot be reached or is too slow.
+
+        running: where the process of the call is noted while it lasts.
+        """
         over_ssh = not is_this_machine(host.name)
         whole = {"verb": verb, "host": host.name, "directory": self.directory, "over_ssh": over_ssh, **request}
         agent = _AGENT.read_bytes()
@@ -67,15 +71,19 @@ class Reach:
             )
         except OSError as error:
             raise HostError(host.name, f"{words[0]} cannot be run here: {error}") from error
+        running = set() if running is None else running
+        running.add(process)
         try:
             out, error = process.communicate(sent, timeout=limit_s)
         except subprocess.TimeoutExpired as timeout:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            raise HostError(
-                host.name, f"no answer to {verb} within {limit_s:g} s; is the host overloaded, or its file system stuck?"
-            ) from timeout
+            _kill(process)
+            reason = f"no answer to {verb} within {limit_s:g} s; is the host overloaded, or its file system stuck?"
+            raise HostError(host.name, reason) from timeout
+        except BaseException:
+            _kill(process)
+            raise
+        finally:
+            running.discard(process)
         return _answer(host.name, verb, process.returncode, out.decode(errors="replace"), error.decode(errors="replace"), over_ssh)
 
     def call_all(
@@ -83,14 +91,29 @@ class Reach:
     ) -> dict[str, dict[str, Any] | HostError]:
         """Call all hosts at the same time; return, by name, each one's answer or what went wrong on it."""
 
+        running: set[subprocess.Popen] = set()
+
         def one(host: Host) -> dict[str, Any] | HostError:
             try:
-                return self.call(verb, host, request(host), limit_s)
+                return self.call(verb, host, request(host), limit_s, running)
             except HostError as error:
                 return error
 
         with ThreadPoolExecutor(max(1, min(128, len(hosts)))) as pool:
-            return dict(zip([host.name for host in hosts], pool.map(partial(one), hosts), strict=True))
+            try:
+                return dict(zip([host.name for host in hosts], pool.map(one, hosts), strict=True))
+            except BaseException:  # an interrupt does not wait for the hosts
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in tuple(running):
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                raise
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def is_this_machine(name: str) -> bool:

@@ -38,4 +38,11 @@ def nothing_runs(hosts: Hosts, *which: int) -> bool:
 
 
 def names(hosts: Hosts, host: int) -> dict[int, str]:
-    return {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in hosts.processes(host)}
+    """Process ids on this machine, with the names of their programs."""
+    found = {}
+    for pid in hosts.processes(host):
+        try:
+            found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+        except OSError:  # it ended
+            continue
+    return found

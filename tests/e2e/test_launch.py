@@ -2,9 +2,10 @@
 
 import json
 import os
-import stat
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,24 @@ from tests.hosts import ROOT, Hosts
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("clean_hosts")]
 
 
+def servers(hosts: Hosts, host: int) -> dict[int, str]:
+    """Ray's long-lived processes of a host; its agents come and go."""
+    return {pid: name for pid, name in names(hosts, host).items() if name in ("gcs_server", "raylet")}
+
+
 def test_a_cluster_is_built_found_running_mended_and_ended(hosts):
     first = start(hosts)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "the cluster runs: 2 nodes" in first.stdout and "--ray-address 10.77.0.1:6379" in first.stdout
     assert "gcs_server" in names(hosts, 1).values() and "gcs_server" not in names(hosts, 2).values()
     assert all("raylet" in names(hosts, host).values() for host in (1, 2))
-    before = names(hosts, 1), names(hosts, 2)
+    before = servers(hosts, 1), servers(hosts, 2)
 
     again = start(hosts)
     assert again.returncode == 0 and "already running: 2 nodes, nothing was started" in again.stdout
-    assert (names(hosts, 1), names(hosts, 2)) == before
+    assert (servers(hosts, 1), servers(hosts, 2)) == before
 
+    assert_state_is_private(hosts)
     assert_token_is_kept(hosts, [first.stdout, first.stderr, again.stdout])
     other = hosts.directory / "other_token"
     other.write_text("0123456789abcdef0123456789abcdef")
@@ -37,7 +44,7 @@ def test_a_cluster_is_built_found_running_mended_and_ended(hosts):
     hosts.kill(2)
     down = start(hosts)
     assert down.returncode == 1 and "error: 10.77.0.2: ssh cannot reach it" in down.stderr and "nothing was started" in down.stderr
-    assert names(hosts, 1) == before[0]
+    assert servers(hosts, 1) == before[0]
 
     hosts.boot(2)
     mended = start(hosts)
@@ -53,6 +60,12 @@ def test_a_cluster_is_built_found_running_mended_and_ended(hosts):
     for _ in range(2):
         done = stop(hosts, str(hosts.hostfile))
         assert done.returncode == 0 and "10.77.0.1: nothing of ours was running" in done.stdout, done.stderr
+
+
+def assert_state_is_private(hosts: Hosts) -> None:
+    node = json.loads(hosts.run(1, "cat", f"{STATE}/nodes/10.77.0.1/node.json").stdout)
+    assert set(node) == {"cluster", "gcs", "role", "port", "name", "boot", "leader", "processes"}
+    assert hosts.run(1, "stat", "-c", "%a", STATE, f"{STATE}/nodes/10.77.0.1").stdout.split() == ["700", "700"]
 
 
 def assert_token_is_kept(hosts: Hosts, printed: list[str]) -> None:
@@ -119,6 +132,19 @@ def test_a_host_that_dies_while_the_cluster_starts_is_named_and_the_rest_is_ende
     assert nothing_runs(hosts, 1)
 
 
+def test_an_interrupted_start_leaves_nothing(hosts):
+    words = launcher(hosts, "start_ray.sh", str(hosts.hostfile), "--object-store-mb", "100")
+    process = hosts.popen(1, *words, env=environment())
+    while "gcs_server" not in (found := names(hosts, 1)).values():
+        assert process.poll() is None
+        time.sleep(0.05)
+    (pid,) = (pid for pid in found if b"megatron_aspo.launch.start" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+    os.kill(pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "interrupted; what this call had started is ended" in error
+    assert nothing_runs(hosts, 1, 2)
+
+
 def test_a_node_with_another_token_does_not_join_and_its_host_is_named(hosts):
     """Each node makes its own call here, as the pods of a Kubernetes job do."""
     calls = {}
@@ -131,7 +157,7 @@ def test_a_node_with_another_token_does_not_join_and_its_host_is_named(hosts):
         calls[host] = hosts.popen(host, *words, env=environment(**pod))
     said = {host: call.communicate(timeout=START_S) for host, call in calls.items()}
     assert [call.returncode for call in calls.values()] == [1, 1], said
-    assert "error: host2: ray start ended with status" in said[2][1] and "uthentication" in said[2][1]
+    assert "error: host2: the head refuses this host's token" in said[2][1] and "uthentication" in said[2][1]
     assert "1 of 2 nodes joined within 25 s" in said[1][1]
     assert nothing_runs(hosts, 1, 2)
 
@@ -155,26 +181,10 @@ def test_two_users_of_one_host_do_not_meet(hosts):
     assert clash.returncode == 1 and "10.77.0.1: port 6379 (gcs) is in use" in clash.stderr and "--port 7379" in clash.stderr
     ours = call("start_ray.sh", "games", *small, "--port", "7379")
     assert ours.returncode == 0, ours.stdout + ours.stderr
-    before = {pid for pid in hosts.processes(1) if os.stat(f"/proc/{pid}").st_uid == 65534}
+    before = {pid for pid in servers(hosts, 1) if os.stat(f"/proc/{pid}").st_uid == 65534}
     assert call("stop_ray.sh", "games").returncode == 0
-    after = set(hosts.processes(1))
-    assert after == before and after
+    assert set(servers(hosts, 1)) == before and len(before) == 2
+    assert {os.stat(f"/proc/{pid}").st_uid for pid in hosts.processes(1)} == {65534}
     assert "already running: 1 nodes" in call("start_ray.sh", "nobody", *small).stdout
     assert call("stop_ray.sh", "nobody").returncode == 0
     assert nothing_runs(hosts, 1)
-
-
-def test_the_launchers_state_is_private(hosts):
-    done = start(hosts, hostfile=_one_host(hosts))
-    assert done.returncode == 0, done.stderr
-    node = json.loads(hosts.run(1, "cat", f"{STATE}/nodes/10.77.0.1/node.json").stdout)
-    assert set(node) == {"cluster", "gcs", "role", "port", "name", "boot", "leader", "processes"}
-    listed = hosts.run(1, "stat", "-c", "%a", STATE, f"{STATE}/nodes/10.77.0.1").stdout.split()
-    assert all(stat.S_IMODE(int(mode, 8)) == 0o700 for mode in listed)
-    assert stop(hosts).returncode == 0
-
-
-def _one_host(hosts: Hosts) -> Path:
-    path = hosts.directory / "one"
-    path.write_text("10.77.0.1\n")
-    return path

@@ -30,6 +30,19 @@ def test_more_processes_than_the_cluster_has_places_for_are_refused(device, slot
     _check_resources(config, Cluster(ours=False, cores=2, device=device, slots=8), ranks=4)
 
 
+def test_more_processes_than_the_cluster_has_of_a_named_resource_are_refused():
+    config = Config(trainer=TrainerOptions(resource="big"), rollout=RolloutOptions(engines=2, resource="big"))
+    have = {"big": 6.0}
+    _check_resources(config, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=4)
+    with pytest.raises(UserError, match=r"trainer\.resource=big: training ranks take 1 each of it, 7 in all, and the Ray cluster has 6"):
+        _check_resources(config, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=5)
+    other = Config(rollout=RolloutOptions(engines=2, resource="engines"))
+    with pytest.raises(
+        UserError, match=r"rollout\.resource=engines: engines take 1 each of it, 2 in all, and the Ray cluster has 0; start"
+    ):
+        _check_resources(other, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=4)
+
+
 def test_a_ledger_that_lost_lines_since_the_checkpoint_is_refused_by_the_counts(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     for step in range(3):
