@@ -15,6 +15,9 @@ from packaging.utils import canonicalize_name
 LOCK = Path(__file__).resolve().parent / "locks" / "cpu-py311.txt"
 ROOT = "megatron_aspo[cpu,dev]"
 LEFT_OUT = {
+    "cellpylib": "it has no wheel; reasoning-gym's game_of_life tasks alone use it, and are refused without",
+    "pycosat": "it has no wheel, and building it needs a C compiler; reasoning-gym's zebra_puzzles alone use it, and are refused without",
+    "zss": "it has no wheel; of reasoning-gym only a task uses it that is refused anyhow",
     "torchaudio": "its PyPI build is for CUDA and breaks `import vllm` beside a CPU torch",
     "torchcodec": "as torchaudio",
     "torchvision": "as torchaudio",

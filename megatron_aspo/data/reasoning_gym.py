@@ -6,8 +6,11 @@ right, and the default pays for a right answer inside a longer one.
 
 import dataclasses
 import hashlib
+import importlib.util
 import re
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_aspo.data.encoder import PromptEncoder
@@ -35,6 +38,9 @@ EVALUATING = {
     "string_insertion",
 }
 """Tasks of reasoning-gym 0.1.25 whose score evaluates the response as Python, by `eval` or by SymPy's `parse_expr`."""
+_NEEDS = {"game_of_life": "cellpylib", "game_of_life_halting": "cellpylib", "zebra_puzzles": "pycosat"}
+"""Tasks that use a package which has no wheel, and which the others can do without."""
+_WITHOUT_WHEEL = ("cellpylib", "pycosat", "zss")
 FORMATS = {
     "tags": "Give the final answer alone between <answer> and </answer>.",
     "last_number": "End with the answer, which is a number.",
@@ -156,6 +162,7 @@ class _Score:
 def _make(name: str, parameters: dict[str, Any], seed: int) -> "ProceduralDataset":
     dataset = name.removeprefix(PREFIX)
     try:
+        missing = _import_package()
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
         raise UserError(f"task={name} needs the package reasoning-gym ({one_line(error)}); pip install reasoning-gym==0.1.25") from error
@@ -163,6 +170,8 @@ def _make(name: str, parameters: dict[str, Any], seed: int) -> "ProceduralDatase
         raise UserError(f"task={name}: reasoning-gym has no task {dataset}; {nearest(dataset, DATASETS)}")
     if dataset in EVALUATING:
         raise UserError(f"task={name}: its score evaluates the response as Python code, outside a sandbox; choose another task")
+    if (package := _NEEDS.get(dataset)) in missing:
+        raise UserError(f"task={name} needs the package {package}, which is not installed; pip install {package}")
     known = [field.name for field in dataclasses.fields(DATASETS[dataset][1]) if field.name not in ("seed", "size")]
     for key in parameters:
         if key not in known:
@@ -171,3 +180,18 @@ def _make(name: str, parameters: dict[str, Any], seed: int) -> "ProceduralDatase
         return create_dataset(dataset, **parameters, seed=seed, size=2**31 - 1)
     except Exception as error:  # its checks are assertions
         raise UserError(f"task={name} refuses data.task_options={parameters} ({one_line(error)}); change them") from error
+
+
+def _import_package() -> list[str]:
+    """Import reasoning-gym; return which of the packages without wheels are missing.
+
+    reasoning-gym 0.1.25 imports them when it is imported itself, though few of its tasks use them: an empty module stands in for each.
+    """
+    missing = [name for name in _WITHOUT_WHEEL if importlib.util.find_spec(name) is None]
+    sys.modules.update({name: ModuleType(name) for name in missing})
+    try:
+        importlib.import_module("reasoning_gym.factory")
+    finally:
+        for name in missing:
+            del sys.modules[name]
+    return missing

@@ -1,12 +1,14 @@
 """Tasks of reasoning-gym: questions, parameters, what is held out, scores."""
 
 import ast
+import importlib
+import importlib.util
 import inspect
 import textwrap
 
 import pytest
-from reasoning_gym.factory import DATASETS
 
+from megatron_aspo.data import reasoning_gym
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.reasoning_gym import EVALUATING
@@ -93,6 +95,8 @@ def test_a_task_with_few_questions_says_so():
         ("gcd", {"answer_format": "tag"}, "data.answer_format=tag is not known; did you mean tags"),
         ("gcd", {"path": ["a"]}, r"data.path=\['a'\] has no use in task=reasoning_gym:gcd"),
         ("gcd", {"max_prompt_tokens": 9}, "raise data.max_prompt_tokens=9"),
+        ("zebra_puzzles", {}, "needs the package pycosat, which is not installed; pip install pycosat"),
+        ("game_of_life", {}, "needs the package cellpylib, which is not installed"),
         ("countdown", {}, "its score evaluates the response as Python code"),
     ],
 )
@@ -104,7 +108,8 @@ def test_what_cannot_be_done_is_refused(name, options, message):
 def test_every_task_whose_score_evaluates_the_response_is_refused():
     """Found in the package's source, so that a new version with further ones is noticed."""
     found = set()
-    for name, (kind, _) in DATASETS.items():
+    reasoning_gym._import_package()
+    for name, (kind, _) in importlib.import_module("reasoning_gym.factory").DATASETS.items():
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
         calls = {node.func.id if isinstance(node.func, ast.Name) else node.func.attr for node in ast.walk(tree) if _is_named_call(node)}
         if calls & {"eval", "exec", "parse_expr", "sympify"} and ("score_answer" in vars(kind) or name == "codeio"):
@@ -115,3 +120,9 @@ def test_every_task_whose_score_evaluates_the_response_is_refused():
 
 def _is_named_call(node):
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
+
+
+def test_packages_that_only_a_few_tasks_use_may_be_missing():
+    assert [name for name in ("cellpylib", "pycosat", "zss") if importlib.util.find_spec(name)] == []  # the lock leaves them out
+    assert reasoning_gym._import_package() == ["cellpylib", "pycosat", "zss"]
+    assert build("leg_counting").prompt(0).text
