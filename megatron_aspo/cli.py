@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("recipe", type=Path, help="YAML recipe, see examples/recipes")
     plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
     plan.add_argument("--device", choices=("cpu", "cuda"), default="", help="what the run computes on; default: what this machine has")
+    plan.add_argument("--nodes", type=_count, default=1, metavar="N", help="show which ranks and engines each of N equal nodes carries")
     plan.add_argument("--json", action="store_true", help="print the figures alone, as one JSON object, in bytes")
     check = commands.add_parser("check-loss", help="try a policy loss of your own", description="Try a policy loss before a run does.")
     check.add_argument("loss", help="package.module:function, or the name of one of ours")
@@ -175,7 +176,7 @@ def _train(parsed: argparse.Namespace) -> None:
     overrides = [*parsed.overrides, *(f"{key}={json.dumps(value)}" for key, value in options.items() if value)]
     config = load_config(parsed.recipe, overrides)
     if parsed.dry_run:
-        _print_plan(config, "", False)
+        _print_plan(config, "", 1, False)
         return
     from megatron_aspo.train import train
 
@@ -185,13 +186,13 @@ def _train(parsed: argparse.Namespace) -> None:
 def _plan(parsed: argparse.Namespace) -> None:
     from megatron_aspo.config import load_config
 
-    _print_plan(load_config(parsed.recipe, parsed.overrides), parsed.device, parsed.json)
+    _print_plan(load_config(parsed.recipe, parsed.overrides), parsed.device, parsed.nodes, parsed.json)
 
 
-def _print_plan(config: "Config", device: str, as_json: bool) -> None:
+def _print_plan(config: "Config", device: str, nodes: int, as_json: bool) -> None:
     from megatron_aspo.runtime.plan import figures, make_plan, told
 
-    plan = make_plan(config, device)
+    plan = make_plan(config, device, nodes)
     print(json.dumps(figures(plan)) if as_json else "\n".join(told(plan)))
 
 

@@ -36,7 +36,7 @@ def why_not() -> str:
 class Hosts:
     """`count` hosts, 10.77.0.1 and on, that can log in to each other. Use it as a context manager.
 
-    directory: outside /tmp and the home directory, as the hosts have their own; every host sees it. visible: more of that kind.
+    directory: outside /tmp and the home directory, as the hosts have their own; every host sees it. visible: more that they see.
     """
 
     def __init__(self, directory: Path, count: int, visible: Sequence[Path] = ()):
@@ -160,7 +160,7 @@ class Hosts:
     def _up(self) -> None:
         sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
         if sshd is None:
-            raise RuntimeError("the hosts of the tests need sshd: bash tools/setup_env.sh installs it as root on Debian and Ubuntu")
+            raise RuntimeError("the hosts of the tests need sshd: bash tools/setup_hosts.sh installs it on Debian and Ubuntu")
         self._sshd = sshd
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in ("key", "other_key", "host_key"):
@@ -186,11 +186,11 @@ class Hosts:
     def _init(self, host: int) -> str:
         """The shell script that is a host's process 1 until it becomes sshd."""
         place = shlex.quote(str(self.directory / f"host{host}"))
-        home = Path.home()
-        kept = [path for path in self._visible if path.is_relative_to(home)]
-        # The home directory is the host's own; what lies in the machine's and is needed is put back in its place.
+        own = {Path.home(): "size=64m,mode=755", Path("/tmp"): "size=4g,mode=1777"}
+        kept = [path for path in self._visible if any(path.is_relative_to(directory) for directory in own)]
+        # These directories are the host's own; what lies in the machine's and is needed is put back in its place.
         binds = [f"mkdir -p /run/kept/{n} && mount --bind {shlex.quote(str(path))} /run/kept/{n}" for n, path in enumerate(kept)]
-        binds += [f"mount -t tmpfs -o size=64m,mode=755 tmpfs {shlex.quote(str(home))}"]
+        binds += [f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(directory))}" for directory, options in own.items()]
         binds += [f"mkdir -p {(at := shlex.quote(str(path)))} && mount --bind /run/kept/{n} {at}" for n, path in enumerate(kept)]
         settings = {
             "ListenAddress": self.addresses[host - 1],
@@ -207,7 +207,6 @@ class Hosts:
             [
                 f"hostname host{host}",
                 "mount -t tmpfs -o size=2g,mode=1777 tmpfs /dev/shm",
-                "mount -t tmpfs -o size=4g,mode=1777 tmpfs /tmp",
                 "mount -t tmpfs -o size=64m,mode=755 tmpfs /run",
                 *binds,
                 "mkdir -p /run/sshd",

@@ -18,7 +18,7 @@ _START_SHARE = 0.01
 """Share of a GPU's memory that vLLM checks to be free when an engine starts. 0.92 by default, which no two engines and no colocated engine
 find free. With `kv_cache_memory_bytes`, which fixes the cache's size, vLLM 0.32 uses the share for nothing else."""
 _MIN_BATCHED_TOKENS = 2048
-"""Tokens that one step of a CPU engine may compute, at least; whole prompts have to fit."""
+"""Tokens that one step of a CPU engine may compute, at least."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,11 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             # The responses of a group share whole blocks of their prompt. vLLM takes 128 tokens, more than short prompts have: each is then
             # computed once per response, twice the time of generation with 44 and 12 tokens. Its fast kernels ask for multiples of 32.
             "block_size": 32,
-            "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, spec.max_model_len, spec.max_running_requests),
+            "max_num_batched_tokens": batched_tokens(spec.max_model_len, spec.max_running_requests),
         }
     return common | {"enable_sleep_mode": True, "gpu_memory_utilization": _START_SHARE}
+
+
+def batched_tokens(max_model_len: int, max_running_requests: int) -> int:
+    """Tokens that one step of a CPU engine may compute: whole prompts have to fit."""
+    return max(_MIN_BATCHED_TOKENS, max_model_len, max_running_requests)

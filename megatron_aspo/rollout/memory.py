@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 
 from megatron_aspo.errors import UserError
-from megatron_aspo.rollout.engine_settings import GIB
+from megatron_aspo.rollout.engine_settings import GIB, batched_tokens
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.holdings import EngineHoldings
 from megatron_aspo.weights.layout import ITEMSIZE, volume
+
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,18 @@ class WorkerMemory:
     """Of the first worker of an engine, the one that has most."""
 
     weights: int
+    """As vLLM's loaders cut them. On a CPU a tied output head is there twice: as the embedding, and packed for its product."""
     kv_cache: int
     incoming: int
     """Buckets of weights on their way in, at most two, in their whole shape."""
+    batch: int
+    """The largest batch: one layer's activations of its tokens, and the logits of all running requests in float32, three times (as they
+    are, as log-probabilities, and as tokens are drawn from them)."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.incoming
+        """Engines generate and take weights by turns."""
+        return self.weights + self.kv_cache + max(self.incoming, self.batch)
 
 
 def kv_bytes_per_token(model: HFModel, options: RolloutOptions) -> int:
@@ -48,8 +55,7 @@ def check_cache(model: HFModel, options: RolloutOptions, max_model_len: int) -> 
         )
 
 
-def worker_memory(model: HFModel, options: RolloutOptions, bucket_bytes: int) -> WorkerMemory:
-    """Weights as vLLM's loaders cut them."""
+def worker_memory(model: HFModel, options: RolloutOptions, bucket_bytes: int, on_cpu: bool, max_model_len: int) -> WorkerMemory:
     holdings, itemsize = EngineHoldings(model.architecture, model.dims, options.sizes), ITEMSIZE[options.dtype]
     elements = 0
     for name in model.tensor_shapes:
@@ -57,8 +63,14 @@ def worker_memory(model: HFModel, options: RolloutOptions, bucket_bytes: int) ->
         elements += sum(volume(box) for box, ranks in zip(held.boxes, held.ranks, strict=True) if 0 in ranks)
     largest = max(math.prod(shape) for shape in model.tensor_shapes.values()) * itemsize
     whole = sum(math.prod(shape) for shape in model.tensor_shapes.values()) * itemsize
+    dims = model.dims
+    head = dims.vocab * dims.hidden // options.tensor_parallel if on_cpu and dims.tied else 0
+    wide = (model.experts_per_token * dims.moe_ffn if dims.experts else dims.ffn) // options.tensor_parallel
+    activations = batched_tokens(max_model_len, options.max_running_requests) * (4 * dims.hidden + 3 * wide) * itemsize
+    logits = options.max_running_requests * dims.vocab * _FLOAT32
     return WorkerMemory(
-        weights=elements * itemsize,
+        weights=(elements + head) * itemsize,
         kv_cache=int(options.kv_cache_gib * GIB) // options.tensor_parallel,
         incoming=min(whole, 2 * max(bucket_bytes, largest)),
+        batch=activations + 3 * logits,
     )

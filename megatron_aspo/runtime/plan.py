@@ -15,6 +15,7 @@ from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.memory import WorkerMemory, cached_tokens, worker_memory
 from megatron_aspo.runtime.checks import check_run, expected_device
+from megatron_aspo.runtime.nodes import NodeShare, shares_of_nodes
 from megatron_aspo.runtime.start import directory_exists, find_start
 from megatron_aspo.trainer.memory import Load, RankMemory, rank_memory
 from megatron_aspo.trainer.settings import RankSettings
@@ -37,6 +38,8 @@ class Plan:
     model: HFModel
     settings: RankSettings
     device: str
+    nodes: tuple[NodeShare, ...] = ()
+    """What each node carries, if there are several."""
     notes: tuple[str, ...] = ()
     """Remarks: what `train` would do about a run directory that exists, and what could not be checked."""
 
@@ -79,7 +82,8 @@ class Plan:
 
     @cached_property
     def worker(self) -> WorkerMemory:
-        return worker_memory(self.model, self.config.rollout, self.config.transfer_bucket_mib << 20)
+        config = self.config
+        return worker_memory(self.model, config.rollout, config.transfer_bucket_mib << 20, self.device == "cpu", config.max_model_len)
 
     @property
     def devices(self) -> int:
@@ -105,15 +109,20 @@ class Plan:
         return sum(rank.total for rank in self.ranks) * sizes.stage + self.worker.total * rollout.sizes.world
 
 
-def make_plan(config: Config, device: str = "") -> Plan:
-    """Raises UserError for a recipe that cannot work, with the rule and the cure. device: `cpu | cuda`; empty: this machine's."""
+def make_plan(config: Config, device: str = "", nodes: int = 1) -> Plan:
+    """Raises UserError for a recipe that cannot work, with the rule and the cure.
+
+    device: `cpu | cuda`; empty: this machine's. nodes: machines with as many devices each, on which the run is to be.
+    """
     notes = [_directory_note(config)]
     device = device or expected_device(replace(config, ray_address=""))
     checked = check_run(config, device, weights_required=False)
     if checked.reader is None:
         notes.append(f"{checked.model.directory} holds no weights: only its config.json was checked")
-    plan = Plan(config, checked.model, checked.settings, device, tuple(filter(None, notes)))
-    if device == "cpu" and not config.ray_address:
+    sizes, colocated = checked.settings.sizes, config.placement == "colocated"
+    shares = shares_of_nodes(nodes, sizes.world, sizes.tensor, config.rollout.sizes, colocated) if nodes > 1 else []
+    plan = Plan(config, checked.model, checked.settings, device, tuple(shares), tuple(filter(None, notes)))
+    if device == "cpu" and not config.ray_address and nodes == 1:
         check_room(plan)
     return plan
 
@@ -152,6 +161,9 @@ def told(plan: Plan) -> Iterator[str]:
     for axis, groups in plan.groups.items():
         yield f"    {axis:<14} {_listed(groups)}"
     yield f"  engines          {config.rollout.engines} × {config.rollout.tensor_parallel}"
+    for number, share in enumerate(plan.nodes):
+        ranks = f"ranks {share.ranks.start} to {share.ranks.stop - 1}" if share.ranks else "no ranks"
+        yield f"  node {number:<11} {ranks}, " + (f"engines {_numbers(share.engines)}" if share.engines else "no engines")
     yield ""
     yield f"memory in GB, besides what the programs take themselves; micro-batches of {plan.load.tokens:,} tokens"
     names = [field.name for field in fields(RankMemory)]
@@ -184,6 +196,7 @@ def figures(plan: Plan) -> dict:
         "notes": list(plan.notes),
         "devices": plan.devices,
         "groups": plan.groups,
+        "nodes": [{"ranks": [*share.ranks], "engines": [*share.engines]} for share in plan.nodes],
         "ranks": [vars(memory) | {"total": memory.total} for memory in plan.ranks],
         "engine_worker": vars(plan.worker) | {"total": plan.worker.total},
         "kv_cache_tokens": cached_tokens(plan.model, plan.config.rollout),
@@ -195,6 +208,10 @@ def figures(plan: Plan) -> dict:
 
 def _figures(parts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{name} {value / GB:.2f}" for name, value in parts if value)
+
+
+def _numbers(found: tuple[int, ...]) -> str:
+    return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
 
 
 def _listed(groups: list[list[int]]) -> str:

@@ -15,6 +15,7 @@ from megatron_aspo.connection import require_cluster
 from megatron_aspo.environment import rank_environment
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.pending import Pending
+from megatron_aspo.runtime.nodes import ranks_by_node
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.weights.group import TransferError, free_port, interface_of, meeting_store
 
@@ -116,6 +117,7 @@ class Trainers:
         actors = [ray.remote(TrainerActor).options(**options).remote() for _ in range(settings.sizes.world)]
         trainers = cls(actors, {})
         try:
+            actors[:] = [actors[process] for process in ranks_by_node(trainers.places(), settings.sizes.tensor)]
             host, port = trainers._get([actors[0].address.remote()])[0]
             common = (host, port, os.getcwd(), checkpoint, reserve)
             chosen = trainers._get([actor.start.remote(settings, rank, *common) for rank, actor in enumerate(actors)])

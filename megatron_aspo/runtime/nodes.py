@@ -1,0 +1,60 @@
+"""Which rank and which engine is on which node: pure functions, no Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.weights.holdings import EngineSizes
+
+
+def ranks_by_node(places: Sequence[tuple[str, str]], tensor: int) -> list[int]:
+    """Return which process becomes rank 0, 1, …: node after node, and on a node in the order of its devices.
+
+    So the ranks of a tensor-parallel group, which communicate most, share a node. places: node and device ("" on CPU) of each process.
+    Raises UserError where that is impossible.
+    """
+    nodes = list(dict.fromkeys(node for node, _ in places))
+    for node in nodes if len(nodes) > 1 else ():
+        count = sum(place[0] == node for place in places)
+        if count % tensor:
+            raise UserError(
+                f"of {len(places)} training ranks {count} are on one node, which is no multiple of trainer.tensor_parallel={tensor}: a "
+                "tensor-parallel group would span nodes; pin the ranks to nodes by trainer.resource, with a multiple on each, or lower it"
+            )
+    return sorted(range(len(places)), key=lambda n: (nodes.index(places[n][0]), len(places[n][1]), places[n][1], n))
+
+
+@dataclass(frozen=True)
+class NodeShare:
+    """What one node of a cluster carries."""
+
+    ranks: range
+    engines: tuple[int, ...]
+
+
+def shares_of_nodes(nodes: int, ranks: int, tensor: int, engines: EngineSizes, colocated: bool) -> list[NodeShare]:
+    """Return what each of `nodes` equal nodes carries when ranks fill them first, then engines; colocated engines share the ranks' devices.
+
+    Raises UserError where a tensor-parallel group or an engine would span nodes.
+    """
+    devices = ranks if colocated else ranks + engines.world
+    if devices % nodes:
+        raise UserError(f"{devices} devices are no multiple of --nodes {nodes}: every node is taken to have as many; choose another number")
+    per_node, first_engine = devices // nodes, 0 if colocated else ranks
+    shares = [NodeShare(range(min(ranks, n * per_node), min(ranks, (n + 1) * per_node)), ()) for n in range(nodes)]
+    for share in shares:
+        if len(share.ranks) % tensor:
+            raise UserError(
+                f"on {nodes} nodes of {per_node} devices one has {len(share.ranks)} training ranks, no multiple of "
+                f"trainer.tensor_parallel={tensor}: a tensor-parallel group would span nodes; choose sizes that divide the node"
+            )
+    homes: list[list[int]] = [[] for _ in range(nodes)]
+    for engine in range(engines.engines):
+        begin = first_engine + engine * engines.tensor
+        if begin // per_node != (begin + engines.tensor - 1) // per_node:
+            raise UserError(
+                f"on {nodes} nodes of {per_node} devices engine {engine} would span two; an engine lives on one: choose a "
+                "rollout.tensor_parallel that divides the node"
+            )
+        homes[begin // per_node].append(engine)
+    return [NodeShare(share.ranks, tuple(home)) for share, home in zip(shares, homes, strict=True)]
