@@ -15,6 +15,8 @@ from tests.parallel import workloads
 from tests.reference import losses
 from tests.reference.decoder import Decoder, token_logprobs
 
+pytestmark = pytest.mark.long
+
 VOCAB = 97
 LENGTHS = [5, 17, 1, 9, 22, 2, 12, 7]
 RESPONSES_PER_PROMPT, MINI_BATCH_PROMPTS, MAX_TOKENS = 2, 5, 24

@@ -70,6 +70,7 @@ def receive_all(receiver: WeightReceiver, version: int, verify: bool, buckets: i
     return found
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(transfers(), st.integers(1, 40), st.booleans())
 def test_every_worker_gets_its_part_bit_for_bit_and_nan_elsewhere(transfer, bucket_rows: int, verify: bool):

@@ -32,6 +32,7 @@ def hangs():
 """
 
 
+@pytest.mark.long
 def test_every_section_passes_small_on_this_machine():
     command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--small"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=400)
