@@ -26,10 +26,10 @@ MODEL = ROOT / "models" / "smollm2-135m-instruct"
 COMMON = [f"model={MODEL}", "steps=2", "evaluation.draws=0", "algorithm.kl_coef=0.001"]
 SHAPES = {
     "quickstart": [],
-    "TP2 float32, full recomputation": [
+    "TP3 float32, full recomputation": [
         "trainer.dtype=float32",
         "rollout.dtype=float32",
-        "trainer.tensor_parallel=2",
+        "trainer.tensor_parallel=3",
         "trainer.recompute=full",
         "trainer.micro_batch_tokens=2048",
         "rollout.engines=1",
