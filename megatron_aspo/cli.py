@@ -73,8 +73,7 @@ def _add_data(commands) -> None:
     )
     data.add_argument("locations", nargs="*", metavar="FILE", help="file, directory or hub:NAME, as in data.path; default: the recipe's")
     data.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help="the same of held-out prompts (data.eval_path)")
-    data.add_argument("--recipe", type=Path, help="YAML recipe whose model, data and data options are taken")
-    data.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="key.path=value", help="values that replace the recipe's")
+    _add_recipe(data, "YAML recipe whose model, data and data options are taken")
     data.add_argument("--model", default="", help="model directory or hub name, whose tokenizer and chat template are used")
     data.add_argument("--reward", default="", metavar="NAME", help="code, or package.module:function (data.reward)")
     data.add_argument("--prompts", type=int, default=3, metavar="N", help="how many prompts are shown (default 3)")
@@ -89,13 +88,18 @@ def _add_doctor(commands) -> None:
         "to do. Exit status: 0 nothing failed, 1 a check failed, 2 misuse.",
     )
     doctor.add_argument("--ray-address", default="", metavar="HOST:PORT", help="Ray cluster to check; default: this machine alone")
-    doctor.add_argument("--recipe", type=Path, help="YAML recipe whose model, data and placement are checked too")
-    doctor.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="key.path=value", help="values that replace the recipe's")
+    _add_recipe(doctor, "YAML recipe whose model, data and placement are checked too")
     doctor.add_argument(
         "--bandwidth", type=float, metavar="SECONDS", help="measure each pair of nodes so long (default 1); 0: connect only"
     )
     doctor.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="time limit of each check (default 30)")
     doctor.add_argument("--json", action="store_true", help="print one JSON object without secrets and user names, for issue reports")
+
+
+def _add_recipe(command: argparse.ArgumentParser, purpose: str) -> None:
+    command.add_argument("--recipe", type=Path, help=purpose)
+    replaced = "values that replace the recipe's"
+    command.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="key.path=value", help=replaced)
 
 
 def _add_grade(commands) -> None:

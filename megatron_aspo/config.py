@@ -117,6 +117,13 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def load_optional(recipe: Path | None, overrides: Sequence[str]) -> Config | None:
+    """Return the recipe with the overrides applied, or None if none is named. Raises UserError as `load_config`, and for lone overrides."""
+    if overrides and not recipe:
+        raise UserError(f"{overrides[0]} changes a recipe, and there is none; name it with --recipe")
+    return load_config(recipe, overrides) if recipe else None
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration; `load_config` of it gives the same one."""
     return yaml.safe_dump(asdict(config), sort_keys=False)

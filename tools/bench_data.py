@@ -1,4 +1,4 @@
-"""What a large code data set costs a run in memory and at its start: python tools/bench_data.py [--gb 2] [--format parquet|jsonl|array]
+"""Measure what a large code data set adds to a run's memory and start: python tools/bench_data.py [--gb 2] [--format parquet|jsonl|array]
 
 Writes two data sets of the layout that Archer's training script reads, with rows of 0.4 MB (Archer2.0's mean) of which almost all is tests:
 one of --gb and one of 2 MB. Trains one step of the quickstart on each in turns, --rounds times, with the code reward; the last line

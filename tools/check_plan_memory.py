@@ -50,7 +50,7 @@ IMPORTS = {
     "worker": "import megatron_aspo.rollout.engine, ray, vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker",
 }
 TITLES = {"rank": "ray::TrainerActor", "worker": "ray::Engine"}
-"""How Ray names the processes. On a CPU an engine's core is forked from Ray's process, whose child it is."""
+"""Beginnings of the names that Ray gives the processes. On a CPU an engine's core is a forked child of Ray's process."""
 _FIELDS = re.compile(r"^(?:Pss_Anon|Pss_Shmem): +(\d+) kB$", re.MULTILINE)
 
 

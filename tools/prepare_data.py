@@ -51,7 +51,7 @@ class Kind:
     source: str = ""
     """data_source of the rows."""
     count: int = 0
-    """How many problems the evaluation of that name has; 0 if any number is right."""
+    """Number of problems in the evaluation of that name; 0 if any number is right."""
     first: str = ""
     last: str = ""
     """Dates of the problems that are wanted, both inclusive; empty for all."""

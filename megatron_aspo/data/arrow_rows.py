@@ -3,8 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_aspo.data.json_rows import Fields
 from megatron_aspo.dotted import one_line
 from megatron_aspo.errors import UserError
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-Fields = dict[str, Any]
 _BATCH_BYTES = 16 << 20
 """Rows are decoded in batches of about this size: a row of LiveCodeBench can have 100 MB, a row of mathematics has 500 bytes."""
 _MAX_BATCH_ROWS = 1024

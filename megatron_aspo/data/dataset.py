@@ -77,7 +77,7 @@ class DatasetTask:
 
     @property
     def remarks(self) -> list[str]:
-        """What the data is, and what is strange about it, a line each."""
+        """Report lines: rows left out as too long, repeated prompts, held-out prompts that are trained on."""
         parts = [*self._training, *self._held_out]
         long = [f"{part.location}: {part.too_long} rows left out, longer than data.max_prompt_tokens" for part in parts if part.too_long]
         return [*long, *repetitions(self._store)]

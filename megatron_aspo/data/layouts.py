@@ -21,17 +21,15 @@ from megatron_aspo.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 WANTED = "prompt and ground_truth"
-"""What messages say that a row must have."""
+"""The fields that error messages require of a row."""
 _RAW_FIELDS = ("question", "problem", "Problem", "question_content")
-"""Where data sets that need a prompt made for them have their question."""
+"""Fields that hold the question in data sets without prompts."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """A row that was understood."""
 
-    layout: str
-    """`ours`, `verl` or `archer2`."""
     messages: list[Message] | None
     """None where the prompt is text that is given to the model as it is."""
     text: str
@@ -43,7 +41,7 @@ class Problem:
     id: str | int | None
     """The row's `id`."""
     known_as: str
-    """What identifies the problem in every file: `id`, or verl's `extra_info.index` where that is text; empty if nothing does."""
+    """Identifier of the problem that holds across files: `id`, or verl's `extra_info.index` if that is text; empty if there is none."""
 
 
 def understand(row: Row, default_source: str) -> Problem:
@@ -70,7 +68,7 @@ def understand(row: Row, default_source: str) -> Problem:
         raise UserError(f"{where}: data_source is a JSON {json_type(source)}, expected a string")
     messages, text = _read_prompt(fields["prompt"], layout, where)
     extra = {key: value for key, value in fields.items() if key not in used}
-    return Problem(layout, messages, text, truth, source, extra, fields.get("id"), _known_as(fields))
+    return Problem(messages, text, truth, source, extra, fields.get("id"), _known_as(fields))
 
 
 def _verl_truth(reward_model: Any, where: str) -> Any:

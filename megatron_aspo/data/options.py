@@ -15,20 +15,20 @@ REASONING_GYM_OPTIONS = ("task_options", "answer_format")
 @dataclass(frozen=True)
 class DataOptions:
     path: list[str] = field(default_factory=list)
-    """Where the training prompts of `task: dataset` are: files (JSONL, a JSON array, Parquet), directories with a Hugging Face data set, or
-    `hub:OWNER/NAME[:SUBSET]`; directories and hub names take `@SPLIT` at their end. One location may be given as text, without a list."""
+    """Locations of the training prompts of `task: dataset`: files (JSONL, a JSON array, Parquet), directories with a Hugging Face data set,
+    or `hub:OWNER/NAME[:SUBSET]`; directories and hub names take `@SPLIT` at their end. One location may be given as text, not a list."""
     weights: list[float] = field(default_factory=list)
     """One number for each location of `data.path`: its share of the training prompts, each location in epochs of its own. Empty: the
     prompts of all locations are shuffled together, and each is drawn once an epoch."""
     eval_path: list[str] = field(default_factory=list)
-    """Where the held-out prompts are, as `data.path`; `task: dataset` needs them when `evaluation.draws` is above 0."""
+    """Locations of the held-out prompts, written as in `data.path`; required by `task: dataset` when `evaluation.draws` is above 0."""
     drop_long_prompts: bool = False
     """Leave out prompts of more than `data.max_prompt_tokens` tokens, and report how many; else the first is an error."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Parameters of a `reasoning_gym:NAME` task, such as `{min_animals: 2}`; those of reasoning-gym's configuration of that name."""
     answer_format: str = "tags"
-    """How a `reasoning_gym:NAME` task asks for its answer and finds it: `tags`, between `<answer>` and `</answer>`; or `last_number`, the
-    last number of the response."""
+    """The form of answer that a `reasoning_gym:NAME` task requests and scores: `tags`, the text between `<answer>` and `</answer>`; or
+    `last_number`, the last number of the response."""
     reward: str = ""
     """The reward, needed by `task: dataset`: `package.module:function`, or `code` for programs graded by tests."""
     code: CodeOptions = field(default_factory=CodeOptions)
@@ -49,7 +49,7 @@ class DataOptions:
     max_prompt_tokens: int = 2048
     """Longest prompt, chat template included. A longer one is an error at the start of the run, unless `data.drop_long_prompts` is set."""
     held_out_prompts: int = 20
-    """How many prompts a task that makes its prompts keeps out of training, at least."""
+    """Lower bound on the prompts that are kept out of training by a task that makes its prompts."""
 
     def refuse(self, task: str, *names: str) -> None:
         """Raise UserError for the first of these options that is set: the task has no use for it."""

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 
 def shuffled_position(seed: int | str, index: int, size: int) -> int:
-    """Which of `size` items is draw number `index` (from 0): epochs over all items, each in an order of its own."""
+    """Return the position, of `size` items, of draw number `index` (from 0): epochs over all items, each in a different order."""
     epoch, place = divmod(index, size)
     return _epoch_order(seed, epoch, size)[place]
 
@@ -21,7 +21,7 @@ def _epoch_order(seed: int | str, epoch: int, size: int) -> "array[int]":
 
 
 def mixed(weights: Sequence[float], index: int) -> tuple[int, int]:
-    """Which source draw number `index` (from 0) of a mixture takes, and how many draws of that source came before.
+    """Return the source of draw number `index` (from 0) of a mixture, and the number of earlier draws of that source.
 
     weights: greater than 0, one for each source. The first source is drawn whenever its share of the draws so far reaches a whole number,
     the others share the rest in the same way: after any number of draws each source is less than `len(weights)` draws from its share.

@@ -45,10 +45,10 @@ FORMATS = {
     "tags": "Give the final answer alone between <answer> and </answer>.",
     "last_number": "End with the answer, which is a number.",
 }
-"""What `data.answer_format` puts behind a question."""
+"""Text appended to a question, for each `data.answer_format`."""
 _TAGS = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _ATTEMPTS = 100
-"""How many draws may be held out in a row, before there are taken to be no others."""
+"""Draws that may be held out in a row. After that many the task is taken to have no other questions."""
 _JUMP = 10_000_019
 """From a draw that is held out to the one that takes its place; seeds stay below 2**32, which NumPy requires."""
 _PROBES = 5
@@ -185,7 +185,8 @@ def _make(name: str, parameters: dict[str, Any], seed: int) -> "ProceduralDatase
 def _import_package() -> list[str]:
     """Import reasoning-gym; return which of the packages without wheels are missing.
 
-    reasoning-gym 0.1.25 imports them when it is imported itself, though few of its tasks use them: an empty module stands in for each.
+    reasoning-gym 0.1.25 imports all of them at its own import, although few of its tasks use them. An empty module replaces each one that
+    is missing, for the time of that import.
     """
     missing = [name for name in _WITHOUT_WHEEL if importlib.util.find_spec(name) is None]
     sys.modules.update({name: ModuleType(name) for name in missing})

@@ -17,9 +17,9 @@ class Prompt:
     text: str
     """The user's words, for rollout dumps and rewards."""
     ground_truth: Any
-    """What the reward compares with. Of a prompt in a `PromptStore` it is read only when a response is scored, and `extra` with it."""
+    """The value that the reward compares with. If the prompt is in a `PromptStore`, it and `extra` are read only to score a response."""
     data_source: str
-    """Which data set it comes from; the task's name where nothing says otherwise."""
+    """The data set that it comes from; by default the task's name."""
     extra: dict[str, Any] = field(default_factory=dict)
     place: int = 0
     """Where it stands in its data set."""

@@ -4,15 +4,17 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_aspo.config import load_config
+from megatron_aspo.config import load_optional
 from megatron_aspo.data.dataset import EVAL, TRAIN, Loader, Part, repetitions
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.store import PromptStore, with_answer
 from megatron_aspo.data.tokenizer import load_tokenizer
+from megatron_aspo.dotted import one_line
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.by_source import reward_of_source
 
@@ -27,10 +29,7 @@ _QUANTILES = (("shortest", 0.0), ("median", 0.5), ("95 %", 0.95), ("longest", 1.
 def run_data(parsed: argparse.Namespace) -> None:
     """Print the report on `parsed.locations`, or on the recipe's. Raises UserError for the first row that is wrong."""
     model, options = parsed.model, DataOptions(drop_long_prompts=True)
-    if parsed.overrides and not parsed.recipe:
-        raise UserError(f"{parsed.overrides[0]} changes a recipe, and there is none; name it with --recipe")
-    if parsed.recipe:
-        config = load_config(parsed.recipe, parsed.overrides)
+    if config := load_optional(parsed.recipe, parsed.overrides):
         model, options = model or config.model, config.data
     options = replace(options, path=parsed.locations or options.path, eval_path=parsed.held_out or options.eval_path)
     if parsed.reward:
@@ -41,7 +40,7 @@ def run_data(parsed: argparse.Namespace) -> None:
         raise UserError("prompts are shown as a model gets them; name it with --model, or a recipe with --recipe")
     directory = resolve_model(model)
     tokenizer = load_tokenizer(directory)
-    encoder = PromptEncoder(tokenizer, len(tokenizer), options)
+    encoder = PromptEncoder(tokenizer, _vocab(directory), options)
     store = PromptStore()
     loader = Loader(store, options, encoder)
     splits = {TRAIN: loader.load(TRAIN, options.path), EVAL: loader.load(EVAL, options.eval_path)}
@@ -49,6 +48,14 @@ def run_data(parsed: argparse.Namespace) -> None:
         print(json.dumps(_figures(store, splits, options)))
     else:
         print("\n".join(_report(store, splits, options, tokenizer, parsed.prompts)))
+
+
+def _vocab(directory: Path) -> int:
+    """Rows of the model's embedding, beyond which a run refuses tokens."""
+    try:
+        return int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory}/config.json has no readable vocab_size ({one_line(error)}); name the directory of a model") from error
 
 
 def _report(

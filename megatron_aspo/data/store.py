@@ -1,6 +1,6 @@
 """Prompts on disk, so that gigabytes of tests are in no process: a SQLite database without a name, which ends with its process.
 
-What a reward needs (ground truth and extra fields) stays compressed until the process in which a reward runs unpacks it.
+Ground truth and extra fields stay compressed until the process in which a reward runs unpacks them.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from megatron_aspo.errors import UserError
 
 _CODEC = "lz4"
 _MAX_VALUE_BYTES = 999_000_000
-"""Of one row's compressed ground truth: SQLite stores values below 10**9 bytes. LiveCodeBench's largest has 0.1 GB."""
+"""Upper bound on one row's compressed ground truth: SQLite stores values below 10**9 bytes. LiveCodeBench's largest has 0.1 GB."""
 _PREPARE = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -33,7 +33,7 @@ CREATE TABLE prompts (
 
 @dataclass(frozen=True)
 class PackedAnswer:
-    """What the reward of one prompt needs, compressed: a pickle of (ground truth, extra fields)."""
+    """The ground truth and extra fields of one prompt, pickled together and compressed."""
 
     data: bytes
     size: int
@@ -93,14 +93,10 @@ class PromptStore:
         with self._lock, _disk_errors():
             return self._database.execute(statement, values).fetchall()
 
-    def close(self) -> None:
-        """Delete the file. Idempotent."""
-        self._database.close()
-
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """Stands for the ground truth of a stored prompt, in the process that has the store."""
+    """Handle for the ground truth of a stored prompt; valid in the process that has the store."""
 
     store: PromptStore
     position: int

@@ -21,7 +21,7 @@ from megatron_aspo.rewards.result import Reward
 class Task(Protocol):
     name: str
     remarks: Sequence[str]
-    """What a user should know about the data before the run, a line each."""
+    """Report lines about the data, for the user to read before the run."""
     data_sha256: str
     """A digest of the training data; empty where the prompts follow from the options."""
 

@@ -43,8 +43,6 @@ def run_doctor(parsed: argparse.Namespace) -> int:
 
 
 def _request(parsed: argparse.Namespace) -> Request:
-    if parsed.overrides and not parsed.recipe:
-        raise UserError("--set replaces values of a recipe, and there is none; name it by --recipe")
     if parsed.bandwidth is not None and not parsed.ray_address:
         raise UserError("--bandwidth measures between nodes of a Ray cluster; name the cluster by --ray-address HOST:PORT, or leave it out")
     host, _, port = parsed.ray_address.rpartition(":")
@@ -53,10 +51,10 @@ def _request(parsed: argparse.Namespace) -> Request:
     for name, value in (("timeout", parsed.timeout), ("bandwidth", parsed.bandwidth)):
         if (value is not None and not (value > 0 or (name == "bandwidth" and value == 0))) or value == float("inf"):
             raise UserError(f"--{name} {value:g} must be a finite number of seconds above 0")
-    if parsed.recipe:
-        from megatron_aspo.config import load_config
+    if parsed.recipe or parsed.overrides:
+        from megatron_aspo.config import load_optional
 
-        load_config(parsed.recipe, parsed.overrides)
+        load_optional(parsed.recipe, parsed.overrides)
     bandwidth_s = DEFAULT_BANDWIDTH_S if parsed.bandwidth is None else parsed.bandwidth
     recipe = str(parsed.recipe.absolute()) if parsed.recipe else ""
     return Request(recipe, parsed.overrides, parsed.ray_address, bandwidth_s, parsed.timeout, parsed.json)

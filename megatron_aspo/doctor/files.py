@@ -57,7 +57,7 @@ def check_data(locations: tuple[str, ...], needed: bool) -> Record:
 
 
 def cached_model(name: str) -> Path | None:
-    """Where the hub's cache holds the model; None if it does not. Nothing is fetched."""
+    """Return the model's directory in the hub's cache; None if it is not there. Nothing is fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Which pairs of nodes are tried at the same time."""
+"""Rounds of node pairs: the pairs of a round are tried at the same time."""
 
 from collections.abc import Sequence
 from typing import TypeVar

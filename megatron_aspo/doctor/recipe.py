@@ -13,12 +13,12 @@ from megatron_aspo.doctor.record import Record, failed, ok, warning
 from megatron_aspo.doctor.subject import Subject
 
 _CHECKPOINT_BYTES = 16
-"""Of a parameter: float32 main weight and two moments, and the exported weight in float32."""
+"""Bytes of a parameter in a checkpoint: main weight and two moments in float32, and the exported weight in float32."""
 
 
 @dataclass(frozen=True)
 class NodeRoom:
-    """What Ray can hand out on one node."""
+    """The resources that Ray can hand out on one node."""
 
     devices: int
     """GPUs; logical CPUs where the cluster has no GPU."""

@@ -17,13 +17,13 @@ class Record:
     """Name of the check, as the table prints it."""
     status: Status
     detail: str
-    """What was found."""
+    """The finding, for people."""
     cure: str = ""
-    """What to do; empty only when the status is `ok`."""
+    """The cure; empty only when the status is `ok`."""
     facts: dict[str, str] = field(default_factory=dict)
-    """What must be the same on all nodes, by name."""
+    """Values that must be the same on all nodes, by name."""
     node: str = ""
-    """Where it was checked; set by the runner of the checks."""
+    """The node that was checked; set by the runner of the checks."""
 
 
 def ok(check: str, detail: str, facts: dict[str, str] | None = None) -> Record:

@@ -1,4 +1,4 @@
-"""What is to be checked: the needs of a run, which travel to every node."""
+"""The needs of a run, which are checked on every node."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the checks of one node run, and what is known about it."""
+    """The node on which checks run, and the facts that are known about it."""
 
     label: str
     """Name of the node in the table."""

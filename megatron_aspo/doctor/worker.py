@@ -23,12 +23,12 @@ from megatron_aspo.doctor.subject import Place, Subject
 from megatron_aspo.errors import UserError
 
 GRACE_S = 5.0
-"""How much longer than a phase's limit the command waits for a word."""
+"""Seconds beyond a phase's limit that the command waits for a message."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command asks of this program."""
+    """The request that the command sends to this program."""
 
     recipe: str
     """Path of a recipe, or empty."""

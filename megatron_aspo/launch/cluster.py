@@ -20,7 +20,7 @@ from megatron_aspo.launch.remote import HostError, Reach, failures
 _PROBE_S = 60.0
 _STOP_S = 60.0
 _SLACK_S = 20.0
-"""What a call may take beyond the time that the agent gives itself."""
+"""Seconds that a call may take beyond the limit that the agent gives itself."""
 
 
 class LaunchError(Exception):

@@ -1,4 +1,4 @@
-"""Which hosts a cluster has: from a hostfile, or from what MPI, Slurm or a Kubernetes job put into the environment."""
+"""The hosts of a cluster: from a hostfile, or from the environment of MPI, Slurm or a Kubernetes job."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_aspo.errors import UserError
 
 MPI_HOSTFILE = Path("/etc/mpi/hostfile")
-"""Where the Kubernetes MPI operator mounts it."""
+"""The path at which the Kubernetes MPI operator mounts it."""
 _MPI_VARIABLES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "I_MPI_HYDRA_HOST_FILE", "HYDRA_HOST_FILE")
 _RANK_VARIABLES = (("NODE_RANK", "NNODES"), ("PET_NODE_RANK", "PET_NNODES"), ("JOB_COMPLETION_INDEX", "NNODES"))
 

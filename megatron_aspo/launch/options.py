@@ -23,7 +23,7 @@ class Record:
 
     @staticmethod
     def path(directory: str) -> Path:
-        """Where the record of the clusters of `--dir` is."""
+        """The path of the record of the clusters of `--dir`."""
         return Path(directory).expanduser() / "cluster.json"
 
     def write(self) -> None:
@@ -65,7 +65,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def reach_of(parsed: argparse.Namespace, kept: Reach | None = None) -> Reach:
-    """How to get to the hosts by the options, and where they are silent by the record that was kept."""
+    """Return how hosts are reached: by the options that were given, else as the kept record says."""
     kept = kept or Reach(parsed.dir, "python3" if parsed.env else sys.executable)
     return Reach(
         parsed.dir,

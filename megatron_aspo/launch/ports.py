@@ -11,7 +11,7 @@ _FIRST_WORKER = 20
 
 @dataclass(frozen=True)
 class PortMap:
-    """Where each of Ray's servers listens."""
+    """The ports of Ray's servers."""
 
     base: int
 

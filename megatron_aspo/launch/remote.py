@@ -39,7 +39,7 @@ class HostError(Exception):
 
 @dataclass(frozen=True)
 class Reach:
-    """How commands get to the hosts and what they find there; the same for start and stop."""
+    """The way to the hosts, and their Python and directory; the same for start and stop."""
 
     directory: str
     """Directory for state on each host; `~` is its home directory."""

@@ -1,4 +1,4 @@
-"""Which reward the rows of a data source get where neither recipe nor user names one."""
+"""The default reward of a data source, for rows whose reward neither recipe nor user names."""
 
 CODE_SOURCES = ("code", "livecodebench", "humaneval")
 """Beginnings of the names of data sources whose ground truth is tests."""

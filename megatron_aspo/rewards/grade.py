@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.config import load_config
+from megatron_aspo.config import load_optional
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.sources import read_rows
@@ -59,10 +59,7 @@ class Rewards:
         self._by_name: dict[str, RewardProcess] = {}
         if parsed.recipe and parsed.reward:
             raise UserError(f"--reward {parsed.reward} and --recipe {parsed.recipe} both name a reward; give one of the two")
-        if parsed.overrides and not parsed.recipe:
-            raise UserError(f"{parsed.overrides[0]} changes a recipe, and there is none; name it with --recipe")
-        if parsed.recipe:
-            config = load_config(parsed.recipe, parsed.overrides)
+        if config := load_optional(parsed.recipe, parsed.overrides):
             self._only = _start(config.task, config.data)
         elif parsed.reward:
             self._only = _named(parsed.reward)

@@ -1,4 +1,4 @@
-"""Which rank and which engine is on which node: pure functions, no Ray."""
+"""Assignment of ranks and engines to nodes: pure functions, no Ray."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from megatron_aspo.weights.holdings import EngineSizes
 
 
 def ranks_by_node(places: Sequence[tuple[str, str]], tensor: int) -> list[int]:
-    """Return which process becomes rank 0, 1, …: node after node, and on a node in the order of its devices.
+    """Return the process that becomes rank 0, 1, …: node after node, and on a node in the order of its devices.
 
     So the ranks of a tensor-parallel group, which communicate most, share a node. places: node and device ("" on CPU) of each process.
     Raises UserError where that is impossible.
@@ -26,7 +26,7 @@ def ranks_by_node(places: Sequence[tuple[str, str]], tensor: int) -> list[int]:
 
 @dataclass(frozen=True)
 class NodeShare:
-    """What one node of a cluster carries."""
+    """The ranks and engines of one node."""
 
     ranks: range
     engines: tuple[int, ...]

@@ -39,7 +39,7 @@ class Plan:
     settings: RankSettings
     device: str
     nodes: tuple[NodeShare, ...] = ()
-    """What each node carries, if there are several."""
+    """The ranks and engines of each node; empty for one node."""
     notes: tuple[str, ...] = ()
     """Remarks: what `train` would do about a run directory that exists, and what could not be checked."""
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 _LAST_CHECKPOINT_S = 60.0
 """How long a run that ends waits for the checkpoint that is being written."""
 _FINGERPRINT_PROMPTS = 256
-"""How many prompts a checkpoint's fingerprint of the data covers, beside a digest of all of them where they are a finite set."""
+"""Number of prompts in a checkpoint's fingerprint of the data. A finite set adds a digest of all its prompts."""
 
 
 @dataclass(frozen=True)

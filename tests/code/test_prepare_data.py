@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import shutil
 import zlib
 
 import pytest
@@ -166,3 +167,16 @@ def test_both_ends_of_a_window_are_inside(tmp_path):
     done = run_prepare(tmp_path, "livecodebench_v5", "raw", "--any-count")
     assert json.loads(done.stdout) == {"read": 4, "written": 2, "outside the dates": 2}
     assert [json.loads(line)["contest_date"][:10] for line in (tmp_path / "made.jsonl").read_text().splitlines()] == [*days[1:3]]
+
+
+def test_a_report_refuses_the_token_that_a_run_refuses(tmp_path, model):
+    """The model has as many rows as config.json says, whatever the tokenizer has."""
+    small = tmp_path / "small"
+    shutil.copytree(model, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
+    save_lines(tmp_path / "train.jsonl", [{"prompt": "words", "answer": 1}])
+    done = run_main(main, "data", "train.jsonl", "--model", small, cwd=tmp_path)
+    assert done.returncode == 2 and "train.jsonl:1: token" in done.stderr and "the model has 20 rows" in done.stderr
+    (small / "config.json").write_text("{}")
+    assert "has no readable vocab_size" in run_main(main, "data", "train.jsonl", "--model", small, cwd=tmp_path).stderr

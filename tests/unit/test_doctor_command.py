@@ -109,7 +109,7 @@ def test_an_interrupt_ends_the_work_too(tmp_path):
     [
         (("--recipe", "missing.yaml"), "there is no recipe missing.yaml"),
         (("--recipe", "recipe.yaml", "--set", "trainer.tensor_paralel=2"), "did you mean trainer.tensor_parallel"),
-        (("--set", "steps=3"), "name it by --recipe"),
+        (("--set", "steps=3"), "steps=3 changes a recipe, and there is none; name it with --recipe"),
         (("--bandwidth", "2"), "name the cluster by --ray-address"),
         (("--ray-address", "head"), "is not HOST:PORT"),
         (("--ray-address", "ray://head:10001x"), "is not HOST:PORT"),

@@ -11,6 +11,7 @@ from megatron_aspo.cli import main
 from megatron_aspo.config import load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.runtime.plan import Plan, make_plan
+from tests.in_process import run_main
 from tests.models import save_tiny
 
 RECIPE = {
@@ -53,6 +54,17 @@ def test_memory_and_traffic_are_those_of_the_files_on_disk(place):
     assert plan("rollout.engines=2").sync[0] == 2 * 2 * count
     assert plan("rollout.dtype=float32").worker.weights == 4 * count
     assert plan("checkpoint.every=1").ranks[0].checkpoint == 14 * count
+
+
+def test_nodes_are_shown_with_their_ranks_and_engines_and_what_would_span_them_is_refused(place):
+    words = ["trainer.data_parallel=4", "rollout.engines=4"]
+    shown = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "2", cwd=place).stdout
+    assert "  node 0           ranks 0 to 3, no engines\n  node 1           no ranks, engines 0 to 3\n" in shown
+    found = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "4", "--json", cwd=place).stdout
+    assert [len(node["ranks"]) for node in json.loads(found)["nodes"]] == [2, 2, 0, 0]
+    assert [node["engines"] for node in json.loads(found)["nodes"]] == [[], [], [0, 1], [2, 3]]
+    refused = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "3", cwd=place)
+    assert refused.returncode == 2 and "8 devices are no multiple of --nodes 3" in refused.stderr
 
 
 def test_experts_are_sharded_over_their_own_replicas(place):

@@ -1,12 +1,13 @@
 """The key-value cache of an engine, by hand: how many tokens it holds, and the size that is proposed where these are too few."""
 
+import math
 import re
 
 import pytest
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine_settings import GIB
-from megatron_aspo.rollout.memory import cached_tokens, check_cache
+from megatron_aspo.rollout.memory import cached_tokens, check_cache, worker_memory
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.weights.hf_model import HFModel, read_model
 from tests.models import save_tiny
@@ -41,3 +42,18 @@ def test_a_request_that_does_not_fit_is_refused_with_a_size_that_is_enough_and_n
     check_cache(model, RolloutOptions(tensor_parallel=workers, dtype="float32", kv_cache_gib=enough), longest)
     with pytest.raises(UserError):
         check_cache(model, RolloutOptions(tensor_parallel=workers, dtype="float32", kv_cache_gib=enough / 2), longest)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_workers_memory_is_counted_by_hand(tmp_path, tied):
+    save_tiny("llama", tmp_path / str(tied), tied=tied)
+    model = read_model(tmp_path / str(tied))
+    dims, whole = model.dims, sum(math.prod(shape) for shape in model.tensor_shapes.values())
+    options = RolloutOptions(dtype="bfloat16", kv_cache_gib=0.25, max_running_requests=7)
+    on_cpu, on_gpu = (worker_memory(model, options, 1 << 30, cpu, max_model_len=3000) for cpu in (True, False))
+    assert on_gpu.weights == 2 * whole
+    assert on_cpu.weights == 2 * (whole + (dims.vocab * dims.hidden if tied else 0))  # the packed copy of the head
+    assert on_cpu.kv_cache == GIB // 4 and on_cpu.incoming == 2 * whole
+    logits = 7 * dims.vocab * 4
+    assert on_cpu.batch == 2 * 3000 * (4 * dims.hidden + 3 * dims.ffn) + 3 * logits
+    assert on_cpu.total == on_cpu.weights + on_cpu.kv_cache + max(on_cpu.incoming, on_cpu.batch)
