@@ -31,6 +31,7 @@ _TYPE_NAMES = {
     dict: "a mapping of names to values",
     list[str]: "a list of texts",
     list[float]: "a list of finite numbers",
+    list[int]: "a list of whole numbers",
 }
 
 
@@ -115,6 +116,14 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     _check_preset(config)
     check(config, implied)
     return config
+
+
+def build(kind: type, values: dict, overrides: Sequence[str]):
+    """Return the dataclass `kind` with the values, and `key.path=value` over them, over its defaults. Raises UserError as `load_config`."""
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply(values, override)
+    return _build(kind, values, "")
 
 
 def load_optional(recipe: Path | None, overrides: Sequence[str]) -> Config | None:

@@ -11,7 +11,7 @@ from functools import partial
 
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.batch import make_train_batch
-from megatron_aspo.evaluation.accuracy import Evaluation, evaluation
+from megatron_aspo.evaluation.accuracy import Evaluation, keep
 from megatron_aspo.observe.health import rollout_health, staleness
 from megatron_aspo.observe.metrics import count_updates, read_metrics, training_metrics
 from megatron_aspo.observe.model_card import model_card
@@ -107,8 +107,8 @@ def evaluate(run: Run, done: int) -> Evaluation | None:
         return None
     when = "before training" if not done else "after training" if done == run.config.steps else f"after step {done}"
     with run.progress.waiting(f"evaluation {when}") as phase:
-        result = evaluation(run.rollouts.evaluate(options.draws, options.temperature, phase).groups)
-    result.write(run.evaluation_path(done))
+        responses = run.evaluate(phase)
+    result = keep(run.evaluation_path(done), responses)
     accuracy = result.accuracy
     run.progress.say(f"held-out accuracy {when}: {accuracy} ({accuracy.prompts} prompts × {accuracy.draws} draws)")
     return result

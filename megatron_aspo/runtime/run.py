@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,9 @@ from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.data.tokenizer_export import tokenizer_files
 from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.accuracy import Evaluation
+from megatron_aspo.evaluation.live import evaluate_live
+from megatron_aspo.evaluation.records import EvalResponse
+from megatron_aspo.evaluation.sampling import EngineResponder, Sampling
 from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.metrics import MetricsFile
 from megatron_aspo.observe.progress import Progress
@@ -69,6 +72,9 @@ class Run:
     """What a resumed run must have in common with the one that it goes on with."""
     threads: dict[str, int]
     """CPU threads of each training rank and of each engine: on them hangs how sums are rounded."""
+    task: Task
+    engines: EnginePool
+    rewards: RewardPool
     rollouts: Rollouts
     trainers: Trainers
     publisher: Publisher
@@ -88,6 +94,13 @@ class Run:
         """The evaluation after `done` steps, if this run directory has it."""
         path = self.evaluation_path(done)
         return Evaluation.read(path) if path.exists() else None
+
+    def evaluate(self, phase: Callable[[str], None]) -> list[EvalResponse]:
+        """Return graded responses of the engines to the held-out prompts. phase: called with "generating" and "scoring"."""
+        options, config = self.config.evaluation, self.config
+        sampling = Sampling(options.draws, options.temperature, 1.0, config.rollout.max_response_tokens, config.seed)
+        responder = EngineResponder(self.engines, self.tokenizer)
+        return evaluate_live(self.task.held_out(), sampling, responder, self.rewards, config.deterministic, phase, self.progress.say)
 
     def save_if_due(self, done: int) -> None:
         """Start a checkpoint when the recipe wants one after `done` steps; what the run resumes from goes with it."""
@@ -244,6 +257,9 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
             start,
             identity,
             threads,
+            task,
+            engines,
+            rewards,
             rollouts,
             trainers,
             publisher,
