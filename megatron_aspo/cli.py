@@ -124,8 +124,8 @@ def _add_eval(commands) -> None:
         "eval",
         help="evaluate a model by a protocol",
         description="Sample responses to the problems of a protocol, grade them, and print the metrics with 95 %% intervals over problems; "
-        "the last line is a JSON object. Run again with the same words, it goes on where it stopped. Exit status: 0 complete, 1 something "
-        "is left to do, 2 misuse.",
+        "the last line is a JSON object. Run again with the same words, it goes on where it stopped. Exit status: 0 done, 1 parts "
+        "that are to be graded are not generated yet, 2 misuse.",
     )
     evaluate.add_argument(
         "target", help="Hugging Face directory or hub name, checkpoint, run directory, or URL of an OpenAI-compatible server (http…/v1)"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -403,6 +404,8 @@ def _typed(value: object, wanted: type, key: str) -> object:
     if get_origin(wanted) is dict and type(value) is dict:
         _require(all(isinstance(name, str) for name in value), f"{key}={value!r} has a name that is not text")
         return {name: number_if_one(entry) for name, entry in value.items()}
+    if wanted is str and type(value) is date:  # YAML reads 2024-08-01 as one
+        value = value.isoformat()
     if wanted is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)

@@ -40,7 +40,7 @@ _LOOSE = ("settings.engine", "settings.data.eval_path", "settings.data.reward_wo
 
 
 def run_eval(parsed: argparse.Namespace) -> int:
-    """Evaluate `parsed.target`. Returns 1 if parts are left to generate. Raises UserError for what the user can cure."""
+    """Evaluate `parsed.target`. Returns 1 if there are parts that could not be graded yet. Raises UserError for what the user can cure."""
     if parsed.watch:
         from megatron_aspo.watch import run_watch
 
@@ -51,8 +51,11 @@ def run_eval(parsed: argparse.Namespace) -> int:
     target = find_target(parsed.target)
     plan = make_plan(parsed.protocol, None if parsed.protocol else recipe_of(target, parsed.recipe), parsed.data, parsed.overrides)
     with _owned(out, parsed.stage):
-        complete = Evaluation(target, plan, out, parsed).run()
-        if not complete:
+        missing = Evaluation(target, plan, out, parsed).run()
+        if parsed.stage == "generate":
+            return 0
+        if missing:
+            print(f"{missing} parts of {out / PARTS} are not generated yet; what is there is graded", file=sys.stderr)
             return 1
         report(out, plan, parsed.against)
     return 0
@@ -66,15 +69,15 @@ class Evaluation:
         self._ray_address, self._model, self._accept_count = parsed.ray_address, parsed.model, parsed.accept_count
         self._generates, self._grades = parsed.stage != "grade", parsed.stage != "generate"
 
-    def run(self) -> bool:
-        """Generate and grade what is missing. Returns whether everything is generated and graded."""
+    def run(self) -> int:
+        """Do what is left of the stage. Returns the number of parts that are not generated."""
         settings = self._settings
         if not self._generates:
             problems = load_problems(settings, None, self._accept_count)
             self._check_data(problems)
             store = PartStore(self._out / PARTS, len(problems.prompts), settings.part_problems)
             self._grade(problems, store)
-            return self._report_missing(store)
+            return len(store.missing())
         with ExitStack() as stack:
             directory = None if self._target.endpoint else stack.enter_context(hugging_face(self._target, self._out / "model"))
             encoder = self._encoder(directory) if directory else None
@@ -87,7 +90,7 @@ class Evaluation:
                 self._generate(directory, problems, store)
             elif self._grades:
                 self._grade(problems, store)
-        return self._report_missing(store) and self._grades
+        return len(store.missing())
 
     def _encoder(self, directory: Path) -> PromptEncoder:
         check_positions(directory, self._settings.max_model_len)
@@ -171,11 +174,6 @@ class Evaluation:
             evaluator = Evaluator(problems.prompts, self._sampling(), None, rewards, _Recorder(store, 0, True))
             for part in store.ungraded():
                 evaluator.run([part], one_by_one=True)
-
-    def _report_missing(self, store: PartStore) -> bool:
-        if missing := store.missing():
-            print(f"{len(missing)} parts of {self._out / PARTS} are not generated yet", file=sys.stderr)
-        return not missing
 
 
 class _Recorder:
