@@ -25,6 +25,7 @@ setup(
         "math-verify",
         "megatron-core>=0.16.1,<0.20",
         "numpy",
+        "openai",
         "protobuf",
         "psutil",
         "pyarrow",

@@ -142,7 +142,8 @@ def _add_eval(commands) -> None:
     evaluate.add_argument("--model", default="", metavar="NAME", help="the server's name of the model, where it has several")
     evaluate.add_argument("--accept-count", action="store_true", help="accept another number of problems than the protocol's")
     evaluate.add_argument("--ray-address", default="", metavar="HOST:PORT", help="Ray cluster to join; default: one is started here")
-    evaluate.add_argument("--watch", action="store_true", help="evaluate each checkpoint below TARGET once, as they appear")
+    evaluate.add_argument("--watch", action="store_true", help="evaluate each checkpoint below the directory TARGET once, as they appear")
+    evaluate.add_argument("--once", action="store_true", help="with --watch: evaluate what is there, and end")
 
 
 def _add_convert(commands) -> None:

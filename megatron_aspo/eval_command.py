@@ -45,6 +45,8 @@ def run_eval(parsed: argparse.Namespace) -> int:
         from megatron_aspo.watch import run_watch
 
         return run_watch(parsed)
+    if parsed.once:
+        raise UserError("--once is about --watch; add that, or leave it out")
     if not parsed.out:
         raise UserError("an evaluation needs a directory to write; name it with --out")
     out = parsed.out.expanduser().absolute()

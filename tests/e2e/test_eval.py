@@ -1,5 +1,6 @@
 """megatron-aspo eval with real engines: it gives what training saw, however often it is killed, together or by stages."""
 
+import csv
 import json
 import signal
 
@@ -74,3 +75,16 @@ def test_an_evaluation_against_another_is_paired_and_needs_no_engine(workplace, 
     out = str(workplace / "undisturbed")
     again = run_eval(workplace, checkpoint, "--out", out, *ONE_BY_ONE, "--against", out)
     assert again["difference"]["avg@2"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "better": 0, "worse": 0}
+
+
+def test_a_watcher_evaluates_what_is_there_as_the_command_does(workplace, checkpoint, undisturbed):
+    watched = workplace / "watched"
+    watched.mkdir()
+    (watched / f"step_{STEPS}").symlink_to(checkpoint)
+    words = ["eval", str(watched), "--watch", "--once", "--recipe", "recipe.yaml", *ONE_BY_ONE]
+    process = start_command(workplace, *words)
+    out, error = process.communicate(timeout=RUN_S)
+    assert process.returncode == 0 and out.splitlines()[-1].endswith("results.csv: 1 evaluations"), error
+    assert responses(watched / "evaluations" / "held_out" / f"step_{STEPS}") == undisturbed[1]
+    (row,) = csv.DictReader((watched / "evaluations" / "held_out" / "results.csv").open())
+    assert float(row["avg@2"]) == undisturbed[0]["metrics"]["avg@2"]["mean"] and row["step"] == str(STEPS)
