@@ -18,6 +18,8 @@ from megatron_aspo.errors import UserError, nearest
 from megatron_aspo.evaluation.options import EvaluationOptions
 from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.observe.options import ObserveOptions
+from megatron_aspo.observe.trackers import check_names
 from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
 from megatron_aspo.recipe_yaml import load_recipe_yaml
 from megatron_aspo.rewards.code.options import CodeOptions
@@ -74,6 +76,7 @@ class Config:
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    observe: ObserveOptions = field(default_factory=ObserveOptions)
 
     @property
     def directory(self) -> Path:
@@ -269,6 +272,11 @@ def check(config: Config, implied: Values | None = None) -> None:
         f"evaluation.every={config.evaluation.every} evaluates while training, but evaluation.draws=0 draws nothing; set both or neither",
     )
     _check_checkpoints(config)
+    check_names(config.observe.trackers)
+    _require(
+        config.observe.project == ObserveOptions.project or bool({"wandb", "mlflow"} & set(config.observe.trackers)),
+        f"observe.project={config.observe.project} has no effect without wandb or mlflow in observe.trackers; add one, or remove it",
+    )
     _check_code(config.data)
     _require(
         not config.optimizer.warmup_from_zero or config.optimizer.warmup_steps > 0,

@@ -38,7 +38,7 @@ def train(config: Config) -> None:
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
                 accuracy = evaluate(run, step + 1).accuracy
                 metrics |= {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error}
-            run.metrics.write(metrics)
+            run.record(metrics)
             run.progress.step(step, metrics)
             tokens += metrics["tokens/generated"]
             run.report_checkpoint()
@@ -110,5 +110,6 @@ def evaluate(run: Run, done: int) -> Evaluation | None:
         responses = run.evaluate(phase)
     result = keep(run.evaluation_path(done), responses)
     accuracy = result.accuracy
+    run.trackers.log(done, {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error})
     run.progress.say(f"held-out accuracy {when}: {accuracy} ({accuracy.prompts} prompts × {accuracy.draws} draws)")
     return result

@@ -6,6 +6,7 @@ locks that hold between hosts (NFS since version 4, Lustre with -o flock); check
 """
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import io
@@ -21,11 +22,12 @@ from typing import IO, Any
 
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
 from megatron_aspo.checkpoint.manifest import is_checkpoint
-from megatron_aspo.config import load_config
+from megatron_aspo.config import Config, load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.eval_command import RESULT
 from megatron_aspo.evaluation.plan import make_plan
 from megatron_aspo.evaluation.target import Target
+from megatron_aspo.observe.trackers import TrackedRun, Trackers, check_packages
 
 TABLE = "results.csv"
 _PATTERNS = ("exports/step_*", "checkpoints/step_*", "step_*", "global_step_*")
@@ -182,15 +184,29 @@ def run_watch(parsed: argparse.Namespace) -> int:
         raise UserError("--watch generates and grades each checkpoint by itself; leave --against and --stage out")
     recipe = parsed.recipe or next((path for path in [directory / "config.yaml"] if path.is_file()), None)
     config = load_config(recipe) if recipe else None
+    if config:
+        check_packages(config.observe.trackers)
     plan = make_plan(parsed.protocol, None if parsed.protocol else config, parsed.data, parsed.overrides)  # refuse mistakes before waiting
     out = (parsed.out or directory / "evaluations" / plan.protocol).expanduser().absolute()
-    watcher = Watcher(directory, out, lambda candidate, to: child_command(parsed, candidate, to), lambda step, result: None)
+    log = (lambda step, result: log_result(config, directory, step, result)) if config else (lambda step, result: None)
+    watcher = Watcher(directory, out, lambda candidate, to: child_command(parsed, candidate, to), log)
     while True:
         failed = watcher.look()
         if parsed.once:
             print(f"{out / TABLE}: {len(_recorded(out / TABLE))} evaluations" + (f"; failed: {', '.join(failed)}" if failed else ""))
             return 1 if failed else 0
         time.sleep(_POLL_S)
+
+
+def log_result(config: Config, directory: Path, step: int, result: dict[str, Any]) -> None:
+    """Send an evaluation to the trackers of the recipe, under the training run's name and step: `val/PROTOCOL/avg@8` and so on."""
+    run = TrackedRun(config.name, directory, config.observe.project, {}, trains=False)
+    with contextlib.closing(Trackers(config.observe.trackers, run, print)) as trackers:
+        metrics = {}
+        for name, estimate in result["result"]["metrics"].items():
+            prefix = f"val/{result['protocol']}/{name}"
+            metrics |= {prefix: estimate["mean"], f"{prefix}/low": estimate["low"], f"{prefix}/high": estimate["high"]}
+        trackers.log(step, metrics | {f"val/{result['protocol']}/truncated_share": result["result"]["truncated_share"]})
 
 
 def child_command(parsed: argparse.Namespace, candidate: Candidate, out: Path) -> list[str]:

@@ -138,5 +138,5 @@ def metric_names() -> list[str]:
         opened.return_value.__enter__.return_value = run
         with patch.multiple(loop, open_run=opened, print_summary=MagicMock(), model_card=MagicMock(), write_rollouts=MagicMock()):
             loop.train(config)
-    lines = [call.args[0] for call in run.metrics.write.call_args_list]
+    lines = [call.args[0] for call in run.record.call_args_list]
     return list(dict.fromkeys(name for line in lines for name in line))

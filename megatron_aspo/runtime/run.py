@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from megatron_aspo.evaluation.sampling import EngineResponder, Sampling
 from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.metrics import MetricsFile
 from megatron_aspo.observe.progress import Progress
+from megatron_aspo.observe.trackers import TrackedRun, Trackers, check_packages
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rewards.process import check_reward
 from megatron_aspo.rollout.collector import Rollouts
@@ -83,6 +84,7 @@ class Run:
     ledger: Ledger
     checkpoints: CheckpointStore
     progress: Progress
+    trackers: Trackers
     memory: PeakMemory | None
     """None on a cluster that others started: its processes are not ours to see."""
 
@@ -94,6 +96,11 @@ class Run:
         """The evaluation after `done` steps, if this run directory has it."""
         path = self.evaluation_path(done)
         return Evaluation.read(path) if path.exists() else None
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Write a step's metrics to metrics.jsonl and hand them to the trackers, which have had those of evaluations already."""
+        self.metrics.write(metrics)
+        self.trackers.log(metrics["step"] + 1, {name: value for name, value in metrics.items() if not name.startswith("evaluation/")})
 
     def evaluate(self, phase: Callable[[str], None]) -> list[EvalResponse]:
         """Return graded responses of the engines to the held-out prompts. phase: called with "generating" and "scoring"."""
@@ -162,6 +169,7 @@ def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> Tra
 def _start_run(config: Config, start: Start, owner: Ownership | None, stack: ExitStack) -> Iterator[Run]:
     progress = Progress(config.steps)
     with progress.waiting("checking model and data"):
+        check_packages(config.observe.trackers)
         checked = check_run(config, device := expected_device(config))
         model, settings, model_directory = checked.model, checked.settings, checked.model.directory
         if device == "cpu":
@@ -245,6 +253,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         ledger.append("resume" if start.checkpoint else "start", step=start.step, **began)
         drawn = start.manifest.training["drawn"] if start.manifest else 0
         rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, progress.say, drawn)
+        tracked = TrackedRun(config.name, directory, config.observe.project, asdict(config))
+        trackers = stack.enter_context(contextlib.closing(Trackers(config.observe.trackers, tracked, progress.say)))
         checkpoints = CheckpointStore(
             directory, config.checkpoint, trainers, owner.attempt, to_yaml(config), lambda done: _accuracy(directory, done)
         )
@@ -268,6 +278,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
             ledger,
             checkpoints,
             progress,
+            trackers,
             memory if cluster.ours else None,
         )
         stack.callback(_undisturbed, run.finish_checkpoint)

@@ -77,6 +77,7 @@ def test_an_evaluation_against_another_is_paired_and_needs_no_engine(workplace, 
     assert again["difference"]["avg@2"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "better": 0, "worse": 0}
 
 
+@pytest.mark.nightly
 def test_a_watcher_evaluates_what_is_there_as_the_command_does(workplace, checkpoint, undisturbed):
     watched = workplace / "watched"
     watched.mkdir()

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_aspo.config import load_config
 from megatron_aspo.errors import UserError
-from megatron_aspo.watch import TRIES, Watcher, candidates, child_command, run_watch
+from megatron_aspo.observe.trackers import TRACKERS
+from megatron_aspo.watch import TRIES, Watcher, candidates, child_command, log_result, run_watch
+from tests.unit.test_docs import QUICKSTART
 from tests.unit.test_packaging import ROOT
 
 COUNT = 10
@@ -158,6 +161,27 @@ def test_a_child_gets_the_watchers_words(tmp_path):
     words = child_command(given, candidates(tmp_path)[0], tmp_path / "out" / "step_3")
     head = [sys.executable, "-m", "megatron_aspo", "eval", str(tmp_path / "step_3"), "--out", str(tmp_path / "out" / "step_3")]
     assert words == [*head, "--protocol", "aime24", "--data", "a", "b", "--set", "samples=4", "--accept-count"]
+
+
+def test_an_evaluation_goes_to_the_trackers_of_the_training_run(tmp_path, monkeypatch):
+    logged = []
+
+    class Tracker:
+        def __init__(self, run):
+            self.run = run
+
+        def log(self, step, metrics):
+            logged.append((self.run.name, self.run.directory, self.run.trains, step, metrics))
+
+        def close(self):
+            logged.append("closed")
+
+    monkeypatch.setitem(TRACKERS, "ours", Tracker)
+    config = load_config(QUICKSTART, ["observe.trackers=[ours]", "name=addition"])
+    estimate = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    log_result(config, tmp_path, 12, {"protocol": "aime24", "result": {"metrics": {"avg@32": estimate}, "truncated_share": 0.125}})
+    metrics = {"val/aime24/avg@32": 0.5, "val/aime24/avg@32/low": 0.25, "val/aime24/avg@32/high": 0.75, "val/aime24/truncated_share": 0.125}
+    assert logged == [("addition", tmp_path, False, 12, metrics), "closed"]
 
 
 def test_mistakes_are_refused_before_the_wait(tmp_path):
