@@ -24,6 +24,7 @@ setup(
         "jinja2",
         "math-verify",
         "megatron-core>=0.16.1,<0.20",
+        "mpmath",
         "numpy",
         "protobuf",
         "psutil",

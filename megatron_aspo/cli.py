@@ -75,7 +75,7 @@ def _add_data(commands) -> None:
     data.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help="the same of held-out prompts (data.eval_path)")
     _add_recipe(data, "YAML recipe whose model, data and data options are taken")
     data.add_argument("--model", default="", help="model directory or hub name, whose tokenizer and chat template are used")
-    data.add_argument("--reward", default="", metavar="NAME", help="code, or package.module:function (data.reward)")
+    data.add_argument("--reward", default="", metavar="NAME", help="code, math, by_source, or package.module:function (data.reward)")
     data.add_argument("--prompts", type=int, default=3, metavar="N", help="how many prompts are shown (default 3)")
     data.add_argument("--json", action="store_true", help="print the figures alone, as one JSON object")
 
@@ -113,7 +113,7 @@ def _add_grade(commands) -> None:
     grade.add_argument("file", type=Path, metavar="FILE", help="the responses")
     grade.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
     grade.add_argument("--recipe", type=Path, help="YAML recipe whose reward is tried")
-    grade.add_argument("--reward", default="", metavar="NAME", help="code, a task, or package.module:function")
+    grade.add_argument("--reward", default="", metavar="NAME", help="code, math, a task, or package.module:function")
 
 
 def _add_convert(commands) -> None:
