@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan`, `data`, `doctor`, `check-loss`, `grade` and `convert`."""
+"""The command line: `megatron-aspo train RECIPE [key.path=value …]`, `plan`, `data`, `doctor`, `check-loss`, `grade`, …"""
 
 import argparse
 import json
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     _add_data(commands)
     _add_doctor(commands)
     _add_grade(commands)
+    _add_grade_server(commands)
     _add_convert(commands)
     parsed, rest = parser.parse_known_args(arguments)
     # Overrides may also stand behind an option.
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         "doctor": _doctor,
         "check-loss": _check_loss,
         "grade": _grade,
+        "grade-server": _grade_server,
         "convert": _convert,
     }
     command = known[parsed.command]
@@ -116,6 +118,22 @@ def _add_grade(commands) -> None:
     grade.add_argument("--reward", default="", metavar="NAME", help="code, math, a task, or package.module:function")
 
 
+def _add_grade_server(commands) -> None:
+    server = commands.add_parser(
+        "grade-server",
+        help="grade over HTTP",
+        description="Answer POST /grade, with a row as `megatron-aspo grade` reads it, and SandboxFusion's POST /run_code.",
+    )
+    server.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
+    server.add_argument("--recipe", type=Path, help="YAML recipe whose reward grades")
+    server.add_argument("--reward", default="", metavar="NAME", help="as data.reward; default: by_source")
+    server.add_argument("--host", default="127.0.0.1", help="address of the private interface, or `all` (default 127.0.0.1)")
+    server.add_argument("--port", type=int, default=8300, help="0 takes any (default 8300)")
+    server.add_argument("--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
+    server.add_argument("--token-file", default="", metavar="FILE", help="default: ~/.megatron_aspo/grade/token, made if missing")
+    server.add_argument("--max-body-mib", type=_count, default=256, metavar="N", help="largest request (default 256)")
+
+
 def _add_convert(commands) -> None:
     convert = commands.add_parser(
         "convert",
@@ -165,6 +183,12 @@ def _grade(parsed: argparse.Namespace) -> None:
     from megatron_aspo.rewards.grade import run_grade
 
     run_grade(parsed)
+
+
+def _grade_server(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.rewards.service.command import run_grade_server
+
+    run_grade_server(parsed)
 
 
 def _convert(parsed: argparse.Namespace) -> None:

@@ -325,18 +325,26 @@ def _check_rewards(config: Config) -> None:
     for name, options, limit_s, what in (
         ("code", data.code, data.code.total_s, "total_s"),
         ("math", data.math, data.math.limit_s, "limit_s"),
+        ("remote", data.service, data.service.give_up_s, "give_up_s"),
     ):
+        section = "service" if name == "remote" else name
         changed = next((f.name for f in fields(options) if getattr(options, f.name) != getattr(type(options)(), f.name)), "")
         if name not in names:
-            _require(not changed, f"data.{name}.{changed} has no effect with data.reward={data.reward or 'empty'}; set data.reward={name}")
+            _require(
+                not changed, f"data.{section}.{changed} has no effect with data.reward={data.reward or 'empty'}; set data.reward={name}"
+            )
             continue
-        options.check(f"data.{name}.")
+        options.check(f"data.{section}.")
         _require(
             data.reward_timeout_s > limit_s,
-            f"data.reward_timeout_s={data.reward_timeout_s:g} must be above data.{name}.{what}={limit_s:g}, the time after which grading a "
-            "response ends by itself; raise it",
+            f"data.reward_timeout_s={data.reward_timeout_s:g} must be above data.{section}.{what}={limit_s:g}, after which grading ends by "
+            "itself; raise it",
         )
-    for key, users in (("format_tags", {"format"}), ("repetition_ngram", {"repetition"}), ("reward_wrong_score", {"code", "math"})):
+    for key, users in (
+        ("format_tags", {"format"}),
+        ("repetition_ngram", {"repetition"}),
+        ("reward_wrong_score", {"code", "math", "remote"}),
+    ):
         value = getattr(data, key)
         _require(
             bool(names & users) or value == getattr(DataOptions(), key),

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.math.options import MathOptions
+from megatron_aspo.rewards.service.options import ServiceOptions
 
 DATASET_OPTIONS = ("path", "weights", "eval_path", "drop_long_prompts", "reward", "rewards", "reward_wrong_score")
 """Options that `task: dataset` alone has a use for."""
@@ -32,14 +33,15 @@ class DataOptions:
     `last_number`, the last number of the response."""
     reward: str = ""
     """The reward, needed by `task: dataset`: `code` for programs graded by tests, `math` for an answer in `\\boxed{}`, `by_source` for one
-    of these two by the name of the row's data source, or `package.module:function`."""
+    of these two by the name of the row's data source, `remote` for a grading server, or `package.module:function`."""
     rewards: dict[str, Any] = field(default_factory=dict)
     """In place of `data.reward`, the rewards of each data source with their weights: `{gsm8k: {math: 1, format: 0.2}, "*": code}`. `*` is
-    every other source. Beside those of `data.reward` there are `format` and `repetition`."""
+    every other source. Beside those of `data.reward` there are `format`, `repetition` and `remote`."""
     reward_wrong_score: float = 0.0
     """Score of a wrong response by `code` and `math`, where a right one has 1: 0 or -1, say."""
     code: CodeOptions = field(default_factory=CodeOptions)
     math: MathOptions = field(default_factory=MathOptions)
+    service: ServiceOptions = field(default_factory=ServiceOptions)
     format_tags: list[str] = field(default_factory=lambda: ["think"])
     """Tags that `format` requires, each once and in this order."""
     repetition_ngram: int = 20

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 BY_SOURCE = "by_source"
 OTHERS = "*"
 """In `data.rewards`: every data source that is not named."""
-NAMES = ("code", "math", "format", "repetition")
+NAMES = ("code", "math", "format", "repetition", "remote")
 """Rewards beside those of a user; `named.py` builds them."""
 
 

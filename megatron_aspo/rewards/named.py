@@ -10,6 +10,7 @@ from megatron_aspo.rewards.code.reward import CodeReward
 from megatron_aspo.rewards.math import reward as math
 from megatron_aspo.rewards.math.reward import MathReward
 from megatron_aspo.rewards.result import Reward, RewardResult
+from megatron_aspo.rewards.service.client import RemoteReward
 from megatron_aspo.rewards.shape import FormatReward, RepetitionReward
 from megatron_aspo.rewards.user import load_reward
 
@@ -37,6 +38,8 @@ def build_named(name: str, options: "DataOptions") -> Reward:
         return FormatReward(options.format_tags)
     if name == "repetition":
         return RepetitionReward(options.repetition_ngram)
+    if name == "remote":
+        return RemoteReward(options.service, options.reward_wrong_score)
     return load_reward(name)
 
 
