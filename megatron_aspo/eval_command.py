@@ -24,15 +24,17 @@ from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan, recip
 from megatron_aspo.evaluation.problems import Problems, load_problems
 from megatron_aspo.evaluation.result import (
     ProblemResult,
+    SameAnswer,
     difference,
     format_difference,
     format_summary,
     group_by_problem,
     problems_csv,
+    same_text,
     summarize,
 )
 from megatron_aspo.evaluation.sampling import EngineResponder, Evaluator, Part, Responder, Sampling
-from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabulary
+from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabularyfrom megatron_aspo.rewards.choice import RewardChoice
 
 RESULT, TABLE, PARTS = "result.json", "problems.csv", "parts"
 _LOOSE = ("settings.engine", "settings.data.eval_path", "settings.data.reward_workers", "settings.data.reward_resource", "versions")
@@ -219,7 +221,17 @@ def read_problems(out: Path, settings: EvalSettings) -> list[ProblemResult]:
     store = PartStore(out / PARTS, count, settings.part_problems)
     if store.missing() or any(True for _ in store.ungraded()):
         raise UserError(f"the evaluation {out} is not complete; run it again with the same values to complete it")
-    return [ProblemResult.of(group, settings.pass_at, settings.majority_at) for group in group_by_problem(store.responses())]
+    groups, same = group_by_problem(store.responses()), _same_answer(settings)
+    return [ProblemResult.of(group, settings.pass_at, settings.majority_at, same) for group in groups]
+
+
+def _same_answer(settings: EvalSettings) -> SameAnswer:
+    """Which wrong answers are one in maj@k: those that the math reward takes for equal, where it grades, else those of the same text."""
+    if "math" not in RewardChoice(settings.data).names:
+        return same_text
+    from megatron_aspo.rewards.math.verdict import verdict
+
+    return lambda answer, other: verdict(answer, other, settings.data.math).correct
 
 
 def _settings_of(out: Path) -> EvalSettings:

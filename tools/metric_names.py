@@ -100,7 +100,7 @@ def stand_in(config: Config, directory: Path) -> MagicMock:
 
     def submit(prompt, response):
         future = Future()
-        future.set_result(RewardResult(float(next(scored) % 2), "stand-in"))
+        future.set_result(RewardResult(float(next(scored) % 2), "stand-in", {"parts": {"NAME": 1.0}}))
         return future
 
     scored = itertools.count()

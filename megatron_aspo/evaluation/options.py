@@ -121,12 +121,6 @@ class EvalSettings:
         _require("" not in self.stop, "stop has an empty string, which would end every response at once; remove it")
         dtypes = ("auto", "float32", "bfloat16")
         _require(self.engine.dtype in dtypes, f"engine.dtype={self.engine.dtype} is not known; it is one of {', '.join(dtypes)}")
-        if self.data.reward == "code":
-            self.data.code.check("data.code.")
-            _require(
-                self.data.reward_timeout_s > self.data.code.total_s,
-                f"data.reward_timeout_s={self.data.reward_timeout_s:g} must exceed data.code.total_s={self.data.code.total_s:g}; raise it",
-            )
         for name in ("template", "first_date", "last_date"):
             _require(
                 bool(self.kind) or not getattr(self, name),

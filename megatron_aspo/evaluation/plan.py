@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
-from megatron_aspo.config import Config, build, load_config
+from megatron_aspo.config import Config, build, check_rewards, load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.protocols import find_protocol
@@ -44,6 +44,7 @@ def make_plan(protocol: str, recipe: Config | None, data: Sequence[str], overrid
     files = [f"data.eval_path={json.dumps(list(data))}"] if data else []
     settings = build(EvalSettings, values, [*files, *overrides])
     settings.check()
+    check_rewards(settings.data)
     before, after = _flat(dataclasses.asdict(named)), _flat(dataclasses.asdict(settings))
     changed = {key: value for key, value in after.items() if value != before.get(key)} if protocol or recipe else {}
     kept = {key: value for key, value in changed.items() if not key.startswith("engine.") and key not in _NOT_OF_THE_PROTOCOL}

@@ -18,6 +18,7 @@ from megatron_aspo.data.store import PromptStore, with_answer
 from megatron_aspo.data.tasks import build_task
 from megatron_aspo.errors import UserError, nearest
 from megatron_aspo.evaluation.options import EvalSettings
+from megatron_aspo.rewards.choice import RewardChoice
 
 if TYPE_CHECKING:
     from megatron_aspo.data.encoder import PromptEncoder
@@ -86,7 +87,7 @@ def load_problems(settings: EvalSettings, encoder: "PromptEncoder | None", accep
 def _load_files(settings: EvalSettings, recorder: RecordingEncoder, counts: dict[str, int]) -> list[Prompt]:
     if not settings.data.eval_path:
         raise UserError("there are no problems; name their files with --data")
-    if not settings.data.reward:
+    if not RewardChoice(settings.data):
         raise UserError("nothing says how responses are graded; set data.reward, such as data.reward=code")
     kind, template = (None, None) if not settings.kind else _kind(settings)
 

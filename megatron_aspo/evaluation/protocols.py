@@ -74,7 +74,7 @@ def _aime(kind: str) -> dict[str, Value]:
         "data.max_prompt_tokens": Value(2048, _ARCHER_SAMPLING),
         "pass_at": Value([1, 32], _ARCHER_SAMPLING),
         "majority_at": Value([32], "all samples vote"),
-        "data.reward": Value("examples.rewards.boxed_answer:score", "the last \\boxed{…} is compared with the integer"),
+        "data.reward": Value("math", "the answer in the last \\boxed{} is compared with the integer"),
     }
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,16 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.records import EvalResponse
 from megatron_aspo.evaluation.repetition import repeated_ngrams
 from megatron_aspo.evaluation.statistics import interval_of_mean, majority_at_k, pass_at_k, resample
+
+
+SameAnswer = Callable[[str, str], bool]
+RIGHT_ANSWER = ("right",)
+"""The vote of every right response: all of them agree with the ground truth, however they write it."""
+
+
+def same_text(answer: str, other: str) -> bool:
+    """Whether two answers are one but for blanks."""
+    return "".join(answer.split()) == "".join(other.split())
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,16 @@ class ProblemResult:
     verdicts: dict[str, int]
 
     @classmethod
-    def of(cls, responses: Sequence[EvalResponse], pass_at: Sequence[int], majority_at: Sequence[int]) -> "ProblemResult":
-        """responses: the graded ones to one problem. Raises UserError for maj@k of a reward that gives no answers."""
+    def of(
+        cls, responses: Sequence[EvalResponse], pass_at: Sequence[int], majority_at: Sequence[int], same: SameAnswer = same_text
+    ) -> "ProblemResult":
+        """responses: the graded ones to one problem. same: as for `votes`. Raises UserError for maj@k of a reward that gives no answers."""
         n, right = len(responses), sum(response.right for response in responses)
         metrics = {f"avg@{n}": float(np.mean([response.score for response in responses]))}
         metrics |= {f"pass@{k}": pass_at_k(n, right, k) for k in pass_at}
         if majority_at:
-            metrics |= {f"maj@{k}": majority_at_k(votes(responses), {RIGHT_ANSWER}, k) for k in majority_at}
+            voted = votes(responses, same)
+            metrics |= {f"maj@{k}": majority_at_k(voted, {RIGHT_ANSWER}, k) for k in majority_at}
         return cls(
             problem=responses[0].problem,
             data_source=responses[0].data_source,
@@ -71,18 +84,27 @@ class ProblemResult:
         )
 
 
-RIGHT_ANSWER = ("right",)
-"""The vote of every right response: all of them agree with the ground truth, however they write it."""
+def votes(responses: Sequence[EvalResponse], same: SameAnswer = same_text) -> list[Hashable | None]:
+    """Return what each response votes for in maj@k: right ones for the ground truth, others for their answer.
 
-
-def votes(responses: Sequence[EvalResponse]) -> list[Hashable | None]:
-    """Return what each response votes for in maj@k: right ones for the ground truth, others for their answer without blanks.
-
-    A wrong response without an answer does not vote.
+    same: whether two wrong answers are one. A wrong response without an answer does not vote. Raises UserError if the reward gives none.
     """
     if any(response.right and response.answer is None for response in responses):
         raise UserError("maj@k compares answers, and this reward gives none (a detail named answer); set majority_at=[]")
-    return [RIGHT_ANSWER if r.right else "".join(r.answer.split()) or None if r.answer is not None else None for r in responses]
+    found: list[str] = []
+
+    def vote(response: EvalResponse) -> Hashable | None:
+        if response.right:
+            return RIGHT_ANSWER
+        if response.answer is None or not response.answer.strip():
+            return None
+        for answer in found:
+            if same(response.answer, answer):
+                return answer
+        found.append(response.answer)
+        return response.answer
+
+    return [vote(response) for response in responses]
 
 
 def group_by_problem(parts: Iterable[Sequence[EvalResponse]]) -> Iterable[list[EvalResponse]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_aspo.data.records import Group
+from megatron_aspo.data.records import Group, Sample
 from megatron_aspo.evaluation.repetition import repeated_ngrams
 
 
@@ -21,6 +21,8 @@ def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
         "reward/min": float(rewards.min()),
         "reward/timeouts": sum(sample.failure == "timeout" for sample in samples),
         "reward/crashes": sum(sample.failure == "crash" for sample in samples),
+        "reward/errors": sum(sample.failure == "error" for sample in samples),
+        **reward_parts(samples),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": int(lengths.max()),
         "response/cut_off_share": float(np.mean([sample.generation.finish_reason == "length" for sample in samples])),
@@ -30,6 +32,18 @@ def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
         "groups/solved_by_all": sum(bool((group.rewards > 0).all()) for group in groups),
         "groups/solved_by_none": sum(bool((group.rewards <= 0).all()) for group in groups),
     }
+
+
+def reward_parts(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean of each number in the `parts` of the reward's details, over the responses that have it: the unweighted scores of a mixed reward,
+    or what a custom reward puts there."""
+    scores: dict[str, list[float]] = {}
+    for sample in samples:
+        parts = sample.reward_details.get("parts")
+        for name, score in parts.items() if isinstance(parts, dict) else ():
+            if isinstance(score, int | float):
+                scores.setdefault(name, []).append(score)
+    return {f"reward/part/{name}": float(np.mean(values)) for name, values in sorted(scores.items())}
 
 
 def staleness(groups: Sequence[Group], version: int) -> float:

@@ -179,7 +179,9 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         tokenizer = load_tokenizer(model_directory)
         encoder = PromptEncoder(tokenizer, model.dims.vocab, config.data)
         task = build_task(config.task, config.data, encoder, config.seed)
-        if config.data.reward and not config.ray_address:  # the workers of a cluster to join may live elsewhere, and load it first thing
+        if (
+            config.data.reward or config.data.rewards
+        ) and not config.ray_address:  # the workers of a cluster to join may live elsewhere, and load it first thing
             check_reward(config.task, config.data)
         identity = _identity(config, task, checked.reader)
         if start.checkpoint is not None:

@@ -75,7 +75,7 @@ def test_a_recipe_is_evaluated_as_its_run_does():
         (["engine.dtype=float16"], "engine.dtype=float16 is not known"),
         (['stop=[""]'], "stop has an empty string"),
         (["data.code.block=first"], "data.code.block=first is not known"),
-        (["data.code.total_s=90"], "data.reward_timeout_s=60 must exceed data.code.total_s=90"),
+        (["data.code.total_s=90"], "data.reward_timeout_s=60 must be above data.code.total_s=90"),
         (["kind=", "template=boxed"], "template=boxed has no effect without a kind"),
         (["task=single_digit_addition"], "kind=humaneval is about data files, which task=single_digit_addition has none of"),
         (["pass_at=[1.5]"], "pass_at=[1.5] is not a list of whole numbers"),
