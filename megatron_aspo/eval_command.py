@@ -34,7 +34,8 @@ from megatron_aspo.evaluation.result import (
     summarize,
 )
 from megatron_aspo.evaluation.sampling import EngineResponder, Evaluator, Part, Responder, Sampling
-from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabularyfrom megatron_aspo.rewards.choice import RewardChoice
+from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabulary
+from megatron_aspo.rewards.choice import RewardChoice
 
 RESULT, TABLE, PARTS = "result.json", "problems.csv", "parts"
 _LOOSE = ("settings.engine", "settings.data.eval_path", "settings.data.reward_workers", "settings.data.reward_resource", "versions")

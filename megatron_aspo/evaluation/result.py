@@ -14,7 +14,6 @@ from megatron_aspo.evaluation.records import EvalResponse
 from megatron_aspo.evaluation.repetition import repeated_ngrams
 from megatron_aspo.evaluation.statistics import interval_of_mean, majority_at_k, pass_at_k, resample
 
-
 SameAnswer = Callable[[str, str], bool]
 RIGHT_ANSWER = ("right",)
 """The vote of every right response: all of them agree with the ground truth, however they write it."""
