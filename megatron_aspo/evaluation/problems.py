@@ -89,20 +89,21 @@ def _load_files(settings: EvalSettings, recorder: RecordingEncoder, counts: dict
         raise UserError("there are no problems; name their files with --data")
     if not RewardChoice(settings.data):
         raise UserError("nothing says how responses are graded; set data.reward, such as data.reward=code")
-    kind, template = (None, None) if not settings.kind else _kind(settings)
-
-    def read(location: str) -> Iterator[Row]:
-        if kind is None:
-            for row in read_rows(location, WANTED):
-                counts["read"] = counts.get("read", 0) + 1
-                yield row
-        else:
-            yield from read_benchmark(kind, location, template, counts)
-
     store = PromptStore()
-    parts = Loader(store, settings.data, recorder, read).load(EVAL, settings.data.eval_path)
+    parts = Loader(store, settings.data, recorder, lambda location: rows_of(settings, location, counts)).load(EVAL, settings.data.eval_path)
     counts |= {"too long": too_long} if (too_long := sum(part.too_long for part in parts)) else {}
     return [store.read(position) for position in range(len(store))]
+
+
+def rows_of(settings: EvalSettings, location: str, counts: dict[str, int]) -> Iterator[Row]:
+    """Yield the rows of a location that are asked, each with its prompt. counts: rows `read` and left out by reason are added to it."""
+    if settings.kind:
+        kind, template = _kind(settings)
+        yield from read_benchmark(kind, location, template, counts)
+        return
+    for row in read_rows(location, WANTED):
+        counts["read"] = counts.get("read", 0) + 1
+        yield row
 
 
 def _kind(settings: EvalSettings) -> tuple[Kind, Template]:

@@ -1,6 +1,6 @@
 """Thirty problems of AIME and of LiveCodeBench, from the raw file to the table, by the documented command against a server.
 
-The server answers every third problem right, every third right in 2 of 4 samples and else with 2 different wrong answers, and every third
+The server answers every third problem right, every third right in half of the samples and else with different wrong answers, and every third
 wrong; a problem is known by the number in its question.
 """
 
