@@ -47,7 +47,7 @@ def on_result(step, result):
     with open(place / "told", "a") as file:
         file.write(f"{step}\\n")
 watcher = Watcher(place / "run", place / "out", command, on_result)
-while len(list((place / "out").glob("step_*/result.json"))) < 10:
+while len(list((place / "out").glob("step_*/result.json"))) < len(list((place / "run").iterdir())):
     watcher.look()
     time.sleep(0.02)
 watcher.look()
@@ -109,6 +109,18 @@ def test_a_watcher_that_is_killed_leaves_its_evaluation_to_end_and_the_rest_to_t
     first.wait()
     every = finish(place, second)
     assert log(place, "started") == every and set(map(int, (place / "told").read_text().split())) == set(every)
+
+
+def test_an_evaluation_whose_watcher_was_killed_is_not_begun_a_second_time(tmp_path):
+    (tmp_path / "evaluation.py").write_text(EVALUATION)
+    make_hugging_face(tmp_path / "run" / "step_1")
+    first = start(tmp_path, 3)
+    wait_for(lambda: log(tmp_path, "started"))
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert start(tmp_path, 3).wait(60) == 0
+    assert log(tmp_path, "started") == log(tmp_path, "finished") == [1]
+    assert (tmp_path / "told").read_text() == "1\n"
 
 
 def test_an_evaluation_that_is_killed_with_its_watcher_is_done_again(place):
