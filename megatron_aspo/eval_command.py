@@ -8,10 +8,10 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_aspo import __version__
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
@@ -37,6 +37,9 @@ from megatron_aspo.evaluation.sampling import EngineResponder, Evaluator, Part, 
 from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabulary
 from megatron_aspo.rewards.choice import RewardChoice
 
+if TYPE_CHECKING:
+    from megatron_aspo.runtime.cluster import Cluster
+
 RESULT, TABLE, PARTS = "result.json", "problems.csv", "parts"
 _LOOSE = ("settings.engine", "settings.data.eval_path", "settings.data.reward_workers", "settings.data.reward_resource", "versions")
 """Key paths of the record in which a process that goes on may differ."""
@@ -50,6 +53,8 @@ def run_eval(parsed: argparse.Namespace) -> int:
         return run_watch(parsed)
     if parsed.once:
         raise UserError("--once is about --watch; add that, or leave it out")
+    if parsed.protocol and parsed.recipe:
+        raise UserError(f"--protocol {parsed.protocol} and --recipe {parsed.recipe} both say what is asked; give one of the two")
     if not parsed.out:
         raise UserError("an evaluation needs a directory to write; name it with --out")
     out = parsed.out.expanduser().absolute()
@@ -139,9 +144,11 @@ class Evaluation:
         """Generate the missing parts, and grade all that are not graded unless that is another process's."""
         settings = self._settings
         with ExitStack() as stack:
-            cluster = stack.enter_context(_cluster(self._ray_address, settings, engines=directory is not None))
+            if directory or self._grades:
+                cluster = stack.enter_context(_cluster(self._ray_address, settings, engines=directory is not None))
             rewards = stack.enter_context(_rewards(settings)) if self._grades else None
             if directory:
+                _check_devices(settings, cluster)
                 responder: Responder = stack.enter_context(self._engines(directory, cluster.device))
             else:
                 from megatron_aspo.evaluation.endpoint import Endpoint
@@ -199,6 +206,7 @@ def report(out: Path, plan: EvalPlan, against: Path | None) -> dict[str, Any]:
     """Write result.json and problems.csv, print the table, and the result as one JSON line at the end."""
     settings = plan.settings
     problems = read_problems(out, settings)
+    _check_failures(problems, settings)
     result = EvalRecord(out).read() | {"result": summarize(problems)}
     with disk_errors(out):
         write_text(out / TABLE, problems_csv(problems))
@@ -214,6 +222,16 @@ def report(out: Path, plan: EvalPlan, against: Path | None) -> dict[str, Any]:
         line |= {"against": str(other), "difference": changes}
     print(json.dumps(line, ensure_ascii=False), flush=True)
     return result
+
+
+def _check_failures(problems: Sequence[ProblemResult], settings: EvalSettings) -> None:
+    """Report responses that the reward gave no score. Raises UserError if these are all."""
+    failed, responses = sum(problem.failed for problem in problems), settings.samples * len(problems)
+    if failed == responses:
+        raise UserError(f"the reward timed out or crashed on all of {failed} responses; correct it, or raise data.reward_timeout_s")
+    if failed:
+        score = settings.data.reward_failure_score
+        print(f"the reward timed out or crashed on {failed} of {responses} responses; their score is {score:g} (data.reward_failure_score)")
 
 
 def read_problems(out: Path, settings: EvalSettings) -> list[ProblemResult]:
@@ -261,12 +279,21 @@ def _owned(out: Path, stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _cluster(address: str, settings: EvalSettings, engines: bool) -> Iterator[Any]:
+def _cluster(address: str, settings: EvalSettings, engines: bool) -> Iterator["Cluster"]:
     from megatron_aspo.runtime.cluster import open_cluster
 
     sizes = settings.rollout("float32").sizes if engines else None
     with contextlib.closing(open_cluster(address, settings.engine.engines + 1, sizes)) as cluster:
         yield cluster
+
+
+def _check_devices(settings: EvalSettings, cluster: "Cluster") -> None:
+    """Refuse engines that Ray could never place: it would wait for them."""
+    engine = settings.engine
+    needed = engine.engines * (engine.tensor_parallel if cluster.device == "cuda" else 1)
+    if needed > cluster.slots:
+        kind = "GPUs" if cluster.device == "cuda" else "CPUs"
+        raise UserError(f"engine.engines={engine.engines} needs {needed} {kind}, and the Ray cluster has {cluster.slots}; lower it")
 
 
 def _rewards(settings: EvalSettings):

@@ -212,7 +212,8 @@ def log_result(config: Config, directory: Path, step: int, result: dict[str, Any
 def child_command(parsed: argparse.Namespace, candidate: Candidate, out: Path) -> list[str]:
     """Return the words that evaluate one candidate as the watcher was told to."""
     words = [sys.executable, "-m", "megatron_aspo", "eval", str(candidate.path), "--out", str(out)]
-    for option, value in (("--protocol", parsed.protocol), ("--recipe", parsed.recipe), ("--ray-address", parsed.ray_address)):
+    recipe = None if parsed.protocol else parsed.recipe  # with a protocol it only says where results are logged
+    for option, value in (("--protocol", parsed.protocol), ("--recipe", recipe), ("--ray-address", parsed.ray_address)):
         words += [option, str(value)] if value else []
     for option, values in (("--data", parsed.data), ("--set", parsed.overrides)):
         words += [option, *values] if values else []

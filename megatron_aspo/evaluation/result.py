@@ -52,6 +52,8 @@ class ProblemResult:
     """avg@n, each pass@k and each maj@k."""
     right: int
     """Responses with a score of at least 1."""
+    failed: int
+    """Responses on which the reward timed out or crashed."""
     tokens: float
     """Mean length of a response."""
     truncated: float
@@ -76,6 +78,7 @@ class ProblemResult:
             data_source=responses[0].data_source,
             metrics=metrics,
             right=right,
+            failed=sum(bool(response.failure) for response in responses),
             tokens=float(np.mean([response.tokens for response in responses])),
             truncated=float(np.mean([response.finish_reason == "length" for response in responses])),
             repetition=float(np.mean([repeated_ngrams(response.response)[0] for response in responses])),
