@@ -107,7 +107,7 @@ def check_positions(directory: Path, max_model_len: int) -> None:
     if positions is not None and max_model_len > positions:
         raise UserError(
             f"data.max_prompt_tokens + max_response_tokens = {max_model_len} is more than the {positions} positions of {directory}; lower "
-            "one of them, and say so where you publish the result"
+            "one of them with --set"
         )
 
 
