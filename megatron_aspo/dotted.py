@@ -14,10 +14,10 @@ _LONGEST_MESSAGE = 600
 """Characters of an exception that are shown."""
 
 
-def load_function(path: str, key: str) -> Callable:
-    """Return the plain function at `path`; modules in the working directory are found too. `key` names the setting in messages.
+def load_function(path: str, key: str, allow_async: bool = False) -> Callable:
+    """Return the function at `path`; modules in the working directory are found too. `key` names the setting in messages.
 
-    Raises UserError if it cannot be imported or is not a plain function.
+    Raises UserError if it cannot be imported or is no function, or an async one where that is not allowed.
     """
     module_name, _, function_name = path.partition(":")
     if not module_name or not function_name or module_name.startswith("."):
@@ -35,7 +35,7 @@ def load_function(path: str, key: str) -> Callable:
         raise UserError(f"{key}={path}: {module_name} ({file}) has no {function_name}; correct the name")
     if not callable(function):
         raise UserError(f"{key}={path} is a {type(function).__name__}, expected a function")
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) and not allow_async:
         raise UserError(f"{key}={path} is an async function, expected a plain one; drop the async")
     return function
 

@@ -65,6 +65,12 @@ WORDS = {
     "reward/shaped_mean": ("reward", "Mean reward after the length penalty (`algorithm.overlong_buffer_tokens`)."),
     "reward/timeouts": ("responses", "Responses on which the reward took longer than `data.reward_timeout_s`, or its worker froze twice."),
     "reward/crashes": ("responses", "Responses on which the reward ended its process twice, or its worker died twice."),
+    "reward/errors": ("responses", "Responses on which the reward raised or returned no number; only with `data.reward_on_error: score`."),
+    "reward/part/NAME": (
+        "reward",
+        "Mean score, unweighted, of the part NAME of a mixed reward (`data.rewards`), or of a number in the `parts` of a custom reward's "
+        "details, over the responses that have it.",
+    ),
     "reward/worker_restarts": ("workers", "Reward workers that died or froze and were replaced."),
     "response/length_mean": ("tokens", "Mean length of a response."),
     "response/length_max": ("tokens", "Length of the longest response."),

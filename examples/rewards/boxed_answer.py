@@ -1,7 +1,10 @@
 """A reward for mathematics with one short answer: 1 if the last \\boxed{…} of the response is the ground truth, else 0.
 
 Equal means the same text without blanks, dollar signs and thousands separators, or the same number: `1,024`, `1024` and `1024.0` are one,
-`1/2` and `0.5` too. It knows no algebra: `x+1` and `1+x` differ. Use it as data.reward=examples.rewards.boxed_answer:score.
+`1/2` and `0.5` too. It knows no algebra, which `data.reward=math` does: it is an example of a custom reward. Use it as
+data.reward=examples.rewards.boxed_answer:score, and try it on responses of a file first:
+
+    megatron-aspo grade responses.jsonl --reward examples.rewards.boxed_answer:score
 """
 
 import re

@@ -1,8 +1,7 @@
 """The task `dataset`: prompts from files, directories and the Hugging Face hub (`sources.py`), in the layouts of `layouts.py`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.layouts import WANTED, Problem, understand
@@ -12,10 +11,9 @@ from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.sources import Row, read_rows, short_name
 from megatron_aspo.data.store import PromptStore
 from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.code.reward import CodeReward
-from megatron_aspo.rewards.code.schemas import check_ground_truth
+from megatron_aspo.rewards.choice import RewardChoice
+from megatron_aspo.rewards.named import CHECKS, build_rewards
 from megatron_aspo.rewards.result import Reward
-from megatron_aspo.rewards.user import load_reward
 
 TRAIN, EVAL = "train", "eval"
 
@@ -56,10 +54,10 @@ class DatasetTask:
 
     @classmethod
     def build_reward(cls, options: DataOptions) -> Reward:
-        """Raises UserError if `data.reward` is missing or cannot be loaded."""
+        """Raises UserError if neither `data.reward` nor `data.rewards` is set, or a reward cannot be loaded."""
         options.refuse(cls.name, *REASONING_GYM_OPTIONS)
         _require_reward(options)
-        return CodeReward(options.code) if options.reward == "code" else load_reward(options.reward)
+        return build_rewards(options)
 
     def prompt(self, index: int) -> Prompt:
         """Its ground truth is a `StoredAnswer`: `store.with_answer` reads it."""
@@ -86,9 +84,16 @@ class DatasetTask:
 class Loader:
     """Reads locations into a store, a row at a time."""
 
-    def __init__(self, store: PromptStore, options: DataOptions, encoder: PromptEncoder):
-        self._store, self._options, self._encoder = store, options, encoder
-        self._check: Callable[[Any, str], None] | None = check_ground_truth if options.reward == "code" else None
+    def __init__(
+        self,
+        store: PromptStore,
+        options: DataOptions,
+        encoder: PromptEncoder,
+        read: Callable[[str], Iterable[Row]] = lambda location: read_rows(location, WANTED),
+    ):
+        """read: yields the rows of a location, in one of the layouts that are understood."""
+        self._store, self._options, self._encoder, self._read = store, options, encoder, read
+        self._choice = RewardChoice(options)
 
     def load(self, split: str, locations: Sequence[str]) -> list[Part]:
         """Add all rows, with ids `SPLIT/ID`, or `SPLIT/NAME/ID` of several locations. Raises UserError for a faulty row."""
@@ -99,7 +104,7 @@ class Loader:
         start, too_long = len(self._store), 0
         prefix = f"{split}/{name}/" if name else f"{split}/"
         place_of_id: dict[str, str] = {}
-        for row in read_rows(location, WANTED):
+        for row in self._read(location):
             problem = understand(row, DatasetTask.name)
             prompt_id = prefix + str(row.number if problem.id is None else problem.id)
             if other := place_of_id.get(prompt_id):
@@ -135,11 +140,14 @@ class Loader:
             )
 
     def _check_truth(self, problem: Problem, row: Row) -> None:
-        if self._check:
-            try:
-                self._check(problem.ground_truth, problem.text)
-            except UserError as error:
-                raise UserError(f"{row.where}: {error}") from error
+        if not self._choice:  # the data are only reported on
+            return
+        try:
+            for name in self._choice.parts(problem.data_source):
+                if check := CHECKS.get(name):
+                    check(problem.ground_truth, problem.text)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
 
 
 def repetitions(store: PromptStore) -> list[str]:
@@ -172,8 +180,8 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def _require_reward(options: DataOptions) -> None:
-    if not options.reward:
-        raise UserError("task=dataset needs data.reward, the function that scores a response, as package.module:function; set it")
+    if not RewardChoice(options):
+        raise UserError("task=dataset needs data.reward, which scores a response: math, code, or package.module:function; set it")
 
 
 def _check_weights(options: DataOptions) -> None:

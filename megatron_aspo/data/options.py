@@ -5,8 +5,10 @@ from typing import Any
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.options import CodeOptions
+from megatron_aspo.rewards.math.options import MathOptions
+from megatron_aspo.rewards.service.options import ServiceOptions
 
-DATASET_OPTIONS = ("path", "weights", "eval_path", "drop_long_prompts", "reward")
+DATASET_OPTIONS = ("path", "weights", "eval_path", "drop_long_prompts", "reward", "rewards", "reward_wrong_score")
 """Options that `task: dataset` alone has a use for."""
 REASONING_GYM_OPTIONS = ("task_options", "answer_format")
 """Options that `reasoning_gym:NAME` tasks alone have a use for."""
@@ -30,8 +32,20 @@ class DataOptions:
     """The form of answer that a `reasoning_gym:NAME` task requests and scores: `tags`, the text between `<answer>` and `</answer>`; or
     `last_number`, the last number of the response."""
     reward: str = ""
-    """The reward, needed by `task: dataset`: `package.module:function`, or `code` for programs graded by tests."""
+    """The reward, needed by `task: dataset`: `code` for programs graded by tests, `math` for an answer in `\\boxed{}`, `by_source` for one
+    of these two by the name of the row's data source, `remote` for a grading server, or `package.module:function`."""
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """In place of `data.reward`, the rewards of each data source with their weights: `{gsm8k: {math: 1, format: 0.2}, "*": code}`. `*` is
+    every other source. Beside those of `data.reward` there are `format`, `repetition` and `remote`."""
+    reward_wrong_score: float = 0.0
+    """Score of a wrong response by `code` and `math`, where a right one has 1: 0 or -1, say."""
     code: CodeOptions = field(default_factory=CodeOptions)
+    math: MathOptions = field(default_factory=MathOptions)
+    service: ServiceOptions = field(default_factory=ServiceOptions)
+    format_tags: list[str] = field(default_factory=lambda: ["think"])
+    """Tags that `format` requires, each once and in this order."""
+    repetition_ngram: int = 20
+    """Words of the sequences that `repetition` counts when they occur again; its score is minus their share."""
     reward_workers: int = 1
     """Processes that score responses."""
     reward_resource: str = ""
@@ -39,7 +53,12 @@ class DataOptions:
     reward_timeout_s: float = 60.0
     """Longest time to score one response, in seconds. A reward that takes longer is killed and the response gets `reward_failure_score`."""
     reward_failure_score: float = 0.0
-    """Reward of a response on which the reward timed out, or crashed its process twice."""
+    """Reward of a response on which the reward timed out, or crashed its process twice, or failed where `reward_on_error` is `score`."""
+    reward_on_error: str = "stop"
+    """What happens when a reward raises an exception or returns no finite number: `stop` ends the run and names the prompt; `score` gives
+    the response `reward_failure_score`, and names it."""
+    reward_memory_gib: float = 0.0
+    """Upper bound of the memory of a reward's process, in GiB; 0: none. One that exceeds it counts as crashed, and is replaced."""
     chat_template: str = ""
     """Path of a Jinja chat template that takes the place of the tokenizer's, in the exported model too."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

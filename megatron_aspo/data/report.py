@@ -17,6 +17,7 @@ from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.dotted import one_line
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.by_source import reward_of_source
+from megatron_aspo.rewards.choice import RewardChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +111,7 @@ def _part(store: PromptStore, part: Part, options: DataOptions, weight: float | 
         "too_long": part.too_long,
         "weight": weight,
         "tokens": {name: _quantile(lengths, share) for name, share in _QUANTILES},
-        "sources": [{"name": name, "prompts": count, "reward": options.reward or reward_of_source(name)} for name, count in sources],
+        "sources": [{"name": name, "prompts": count, "reward": _reward(options, name)} for name, count in sources],
     }
 
 
@@ -128,3 +129,12 @@ def _shown(store: PromptStore, position: int, tokenizer: "PreTrainedTokenizerBas
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} … ({len(text)} characters)"
+
+
+def _reward(options: DataOptions, data_source: str) -> str:
+    """The reward of a data source in words; empty if it has none."""
+    choice = RewardChoice(options)
+    if not choice:
+        return reward_of_source(data_source)
+    parts = choice.parts(data_source)
+    return next(iter(parts)) if len(parts) == 1 else " + ".join(f"{weight:g} × {name}" for name, weight in parts.items())

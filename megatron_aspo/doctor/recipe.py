@@ -11,6 +11,7 @@ from megatron_aspo.data.sources import HUB
 from megatron_aspo.doctor.files import cached_model
 from megatron_aspo.doctor.record import Record, failed, ok, warning
 from megatron_aspo.doctor.subject import Subject
+from megatron_aspo.rewards.choice import RewardChoice
 
 _CHECKPOINT_BYTES = 16
 """Bytes of a parameter in a checkpoint: main weight and two moments in float32, and the exported weight in float32."""
@@ -33,7 +34,7 @@ def subject_of(config: Config) -> Subject:
         config.directory,
         str(local.absolute()) if is_path else config.model,
         tuple(_absolute(location) for location in (*config.data.path, *config.data.eval_path)),
-        config.data.code if config.data.reward == "code" else None,
+        config.data.code if "code" in RewardChoice(config.data).names else None,
         config.rollout.sizes,
         _disk_bytes(config, local) if is_path else 0,
     )

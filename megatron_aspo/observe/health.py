@@ -1,13 +1,11 @@
 """Health figures of a step's rollouts: rewards, lengths, repetition, groups."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_aspo.data.records import Group
-
-NGRAM = 20
+from megatron_aspo.data.records import Group, Sample
+from megatron_aspo.evaluation.repetition import repeated_ngrams
 
 
 def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
@@ -23,6 +21,8 @@ def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
         "reward/min": float(rewards.min()),
         "reward/timeouts": sum(sample.failure == "timeout" for sample in samples),
         "reward/crashes": sum(sample.failure == "crash" for sample in samples),
+        "reward/errors": sum(sample.failure == "error" for sample in samples),
+        **reward_parts(samples),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": int(lengths.max()),
         "response/cut_off_share": float(np.mean([sample.generation.finish_reason == "length" for sample in samples])),
@@ -34,18 +34,20 @@ def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def reward_parts(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean of each number in the `parts` of the reward's details, over the responses that have it: the unweighted scores of a mixed reward,
+    or what a custom reward puts there."""
+    scores: dict[str, list[float]] = {}
+    for sample in samples:
+        parts = sample.reward_details.get("parts")
+        for name, score in parts.items() if isinstance(parts, dict) else ():
+            if isinstance(score, int | float):
+                scores.setdefault(name, []).append(score)
+    return {f"reward/part/{name}": float(np.mean(values)) for name, values in sorted(scores.items())}
+
+
 def staleness(groups: Sequence[Group], version: int) -> float:
     """Mean over response tokens of how many versions older than `version` the weights were that sampled them."""
     spans = [span for group in groups for sample in group.samples for span in sample.generation.versions]
     tokens = sum(span.stop - span.start for span in spans)
     return sum((version - span.version) * (span.stop - span.start) for span in spans) / tokens
-
-
-def repeated_ngrams(text: str, n: int = NGRAM) -> tuple[float, int]:
-    """(share of the text's n-grams of lower-cased words that occur more than once, count of the most frequent one)."""
-    words = text.lower().split()
-    counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    total = counts.total()
-    if not total:
-        return 0.0, 0
-    return sum(count for count in counts.values() if count > 1) / total, max(counts.values())

@@ -7,18 +7,22 @@ import ctypes
 import json
 import os
 import pickle
+import resource
 import signal
 import socket
 import sys
 from typing import BinaryIO
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.result import RewardResult
 
+OUT_OF_MEMORY = 82
+"""Exit status of a reward's process that gets no more memory."""
 _PR_SET_PDEATHSIG = 1
 
 
 def serve(descriptor: int) -> None:
-    """Answer on the socket `descriptor` until the parent closes it. An answer is `[score, reason, details]` or `{"error": text}`.
+    """Answer on the socket `descriptor` until the parent closes it. An answer is `[score, reason, details, failure]` or `{"error": text}`.
 
     The first message is (task, options), answered by `{}` once the reward is loaded; each further one is a list of (prompt, response).
     """
@@ -37,8 +41,11 @@ def serve(descriptor: int) -> None:
 def _answer_all(requests: BinaryIO, connection: socket.socket) -> None:
     from megatron_aspo.data.store import with_answer
     from megatron_aspo.data.tasks import build_reward  # data.tasks imports rewards
+    from megatron_aspo.rewards.user import RewardError
 
     task, options = pickle.load(requests)
+    if options.reward_memory_gib:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(options.reward_memory_gib * (1 << 30)),) * 2)
     try:
         reward = build_reward(task, options)
     except UserError as error:
@@ -50,9 +57,13 @@ def _answer_all(requests: BinaryIO, connection: socket.socket) -> None:
             try:
                 result = reward(with_answer(prompt), response)
             except UserError as error:
-                _send(connection, {"error": str(error)})
-                return
-            _send(connection, [result.score, result.reason, result.details])
+                if not isinstance(error, RewardError) or options.reward_on_error == "stop":
+                    _send(connection, {"error": str(error)})
+                    return
+                result = RewardResult(options.reward_failure_score, error.did, {"failed": True}, "error")
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)
+            _send(connection, [result.score, result.reason, result.details, result.failure])
 
 
 def _send(connection: socket.socket, answer: list | dict) -> None:

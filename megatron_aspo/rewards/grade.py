@@ -17,6 +17,7 @@ from megatron_aspo.data.sources import read_rows
 from megatron_aspo.data.tasks import TASKS
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.by_source import reward_of_source
+from megatron_aspo.rewards.choice import NAMES
 from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.result import RewardResult
 
@@ -70,7 +71,7 @@ class Rewards:
             return self._only
         name = reward_of_source(data_source) or data_source
         if name not in self._by_name:
-            if name != "code" and (name not in TASKS or name == "dataset"):
+            if name not in NAMES and (name not in TASKS or name == "dataset"):
                 raise UserError(f"{where}: data_source={data_source!r} names no reward; choose one with --reward or --recipe")
             self._by_name[name] = _named(name)
         return self._by_name[name]
@@ -97,8 +98,9 @@ def _start(task: str, options: DataOptions) -> RewardProcess:
 def _named(name: str) -> RewardProcess:
     if name in TASKS and name != "dataset":
         return _start(name, DataOptions())
-    if name != "code" and ":" not in name:
-        raise UserError(f"--reward {name} is unknown; choose code, {', '.join(set(TASKS) - {'jsonl'})}, or package.module:function")
+    if name not in NAMES and ":" not in name:
+        known = [*NAMES, *(task for task in TASKS if task != "dataset")]
+        raise UserError(f"--reward {name} is unknown; choose {', '.join(known)}, or package.module:function")
     return _start("dataset", DataOptions(reward=name))
 
 

@@ -23,6 +23,7 @@ import psutil
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.child import OUT_OF_MEMORY
 from megatron_aspo.rewards.result import RewardResult
 
 LOAD_TIMEOUT_S = 300.0
@@ -37,6 +38,8 @@ _BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from megatron_aspo.rewards
 
 def reward_name(task: str, options: DataOptions) -> str:
     """How messages name the reward."""
+    if options.rewards:
+        return "data.rewards"
     return f"data.reward={options.reward}" if options.reward else f"the reward of task={task}"
 
 
@@ -94,7 +97,7 @@ class RewardProcess:
         """Yield the result of each (prompt, response), in order.
 
         A response that takes more than `data.reward_timeout_s` seconds, or that crashes the child twice, gets `data.reward_failure_score`.
-        Raises UserError if the reward raises an exception or returns no score.
+        Raises UserError if the reward raises an exception or returns no score, unless `data.reward_on_error` is `score`.
         """
         done, crashed = 0, False
         while done < len(batch):
@@ -186,6 +189,8 @@ class _ChildEnded(Exception):
         self.failure = "crash" if limit_s is None else "timeout"
         if limit_s is not None:
             self.reason = f"timed out after {limit_s:g} s"
+        elif status == OUT_OF_MEMORY:
+            self.reason = "got no more memory"
         elif too_long:
             self.reason = f"returned details of over {_MAX_ANSWER_BYTES >> 20} MiB"
         elif status is not None and status < 0:

@@ -16,7 +16,7 @@ class RewardResult:
     details: dict[str, Any] = field(default_factory=dict)
     """More that goes into the rollout dump; JSON values."""
     failure: str = ""
-    """`timeout` or `crash` where the reward gave no score and `score` is `data.reward_failure_score`; else empty."""
+    """`timeout`, `crash` or `error` where the reward gave no score and `score` is `data.reward_failure_score`; else empty."""
 
 
 Reward = Callable[[Prompt, str], RewardResult]

@@ -2,11 +2,14 @@
 
     def score(prompt: str, response: str, ground_truth, extra: dict) -> float | dict
 
+or the same as `async def`.
 `prompt` is the user's last message, or the whole prompt where it was a plain string; `extra` the row's other fields. A dict must have
 `score`; its other entries, JSON values, go to the rollout dump; `reason` is shown beside the score.
 """
 
+import asyncio
 import copy
+import inspect
 import json
 import math
 import numbers
@@ -26,14 +29,28 @@ _MAX_DEPTH = 100
 """Deepest nesting of details. JSON readers have limits of this order, and a list that contains itself has no end."""
 
 
+class RewardError(UserError):
+    """A custom reward raised, or returned no score; `data.reward_on_error` decides what that means."""
+
+    def __init__(self, what: str, did: str):
+        """what: the reward and the prompt; did: what the reward did, and the cure."""
+        super().__init__(f"{what} {did}")
+        self.did = did
+
+
+class _NoScoreError(Exception):
+    """A value that is no score; the text says what it is."""
+
+
 def load_reward(path: str) -> Reward:
     """Return the function at `package.module:function` as a `Reward`; modules in the working directory are found too.
 
-    Raises UserError if it cannot be imported or is not a plain function of four arguments. The returned `Reward` raises UserError, with the
+    Raises UserError if it cannot be imported or is not a function of four arguments. The returned `Reward` raises RewardError, with the
     prompt's id in the message, if the function raises anything at all (SystemExit and KeyboardInterrupt included) or returns anything but a
-    finite number or a dict with one.
+    finite number or a dict with one; only a MemoryError passes, which is no property of the response.
     """
-    function = load_function(path, "data.reward")
+    function = load_function(path, "data.reward", allow_async=True)
+    loop = asyncio.new_event_loop() if inspect.iscoroutinefunction(function) else None
     check_call(function, path, "data.reward", SIGNATURE, "", "", None, {})
 
     def reward(prompt: Prompt, response: str) -> RewardResult:
@@ -41,46 +58,49 @@ def load_reward(path: str) -> Reward:
         try:
             # Copied: the same prompt is scored again and again, whatever the function does to its arguments.
             value = function(prompt.text, response, copy.deepcopy(prompt.ground_truth), copy.deepcopy(prompt.extra))
+            if loop:
+                value = loop.run_until_complete(value)
+        except MemoryError:
+            raise
         except BaseException as error:
             rule = "a reward must not exit: " if isinstance(error, SystemExit) else ""
-            raise UserError(f"{what} raised {one_line(error)}; {rule}correct the function") from error
+            raise RewardError(what, f"raised {one_line(error)}; {rule}correct the function") from error
         try:
-            return _to_result(value, what)
-        except UserError:
-            raise
+            return _to_result(value)
+        except _NoScoreError as error:
+            raise RewardError(what, f"returned {error}") from error.__cause__
         except BaseException as error:  # the value's own methods may raise anything
-            raise UserError(
-                f"{what} returned a {type(value).__name__} that cannot be read ({one_line(error)}); return a number, or a dict with score"
+            kind = type(value).__name__
+            raise RewardError(
+                what, f"returned a {kind} that cannot be read ({one_line(error)}); return a number, or a dict with score"
             ) from error
 
     return reward
 
 
-def _to_result(value: Any, what: str) -> RewardResult:
+def _to_result(value: Any) -> RewardResult:
     if not isinstance(value, dict):
-        return RewardResult(_to_score(value, what), _NO_REASON)
+        return RewardResult(_to_score(value), _NO_REASON)
     if "score" not in value:
-        raise UserError(f"{what} returned a dict without score (keys: {', '.join(map(str, value)) or 'none'}); add score")
-    score = _to_score(value["score"], what)
+        raise _NoScoreError(f"a dict without score (keys: {', '.join(map(str, value)) or 'none'}); add score")
+    score = _to_score(value["score"])
     details = {key: entry for key, entry in value.items() if key not in ("score", "reason")}
     try:
         reason = _to_json(str(value.get("reason", _NO_REASON)), "reason")
         return RewardResult(score, reason, _to_json(details, ""))
     except _NotJsonError as error:
-        raise UserError(
-            f"{what} returned details that are not JSON values ({error}); return finite numbers, text, lists and dicts"
-        ) from error
+        raise _NoScoreError(f"details that are not JSON values ({error}); return finite numbers, text, lists and dicts") from error
 
 
-def _to_score(value: Any, what: str) -> float:
+def _to_score(value: Any) -> float:
     if not isinstance(value, (numbers.Real, Decimal, np.bool_)):
-        raise UserError(f"{what} returned a {type(value).__name__}, expected a number or a dict with score")
+        raise _NoScoreError(f"a {type(value).__name__}, expected a number or a dict with score")
     try:
         score = float(value)
     except OverflowError as error:
-        raise UserError(f"{what} returned a {type(value).__name__} too large for a float, expected a finite number") from error
+        raise _NoScoreError(f"a {type(value).__name__} too large for a float, expected a finite number") from error
     if not math.isfinite(score):
-        raise UserError(f"{what} returned {score}, expected a finite number")
+        raise _NoScoreError(f"{score}, expected a finite number")
     return score
 
 

@@ -75,11 +75,11 @@ def test_a_report_shows_prompts_with_their_special_tokens_and_each_source(tmp_pa
         "  train.parquet: 10",
         lines[2],
         "    data_source livecodebench_v6: 6; reward: code",
-        "    data_source math: 4; reward: none, set data.reward",
+        "    data_source math: 4; reward: math",
         "held-out prompts: 1",
         "  held.jsonl: 1",
         lines[7],
-        "    data_source math: 1; reward: none, set data.reward",
+        "    data_source math: 1; reward: math",
     ]
     assert lines[2].startswith("    tokens of a prompt: shortest ")
     assert lines[9] == "data: 1 held-out prompts have the text of a training prompt, such as held.jsonl:1 and train.parquet row 4"

@@ -1,10 +1,16 @@
 """The example of a reward for mathematics: which answers count as right."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 
 from examples.rewards.boxed_answer import last_boxed, score
+from megatron_aspo import cli
+from tests.in_process import run_main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -42,3 +48,11 @@ def test_a_number_of_a_million_digits_costs_no_time():
     assert score("", "\\boxed{" + "9" * 1_000_000 + "}", "9", {})["score"] == 0
     assert score("", "\\boxed{1e999999999}", "9", {})["score"] == 0
     assert time.monotonic() - began < 2
+
+
+def test_it_is_tried_on_a_file_of_responses(tmp_path):
+    rows = [{"response": f"\\boxed{{{answer}}}", "ground_truth": "1/2", "data_source": "mine"} for answer in ("0.5", "2")]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_main(cli.main, "grade", str(tmp_path / "responses.jsonl"), "--reward", "examples.rewards.boxed_answer:score", cwd=ROOT)
+    first, second, summary = map(json.loads, done.stdout.splitlines())
+    assert (first["score"], second["score"], summary["summary"]["mean_score"]) == (1.0, 0.0, 0.5)

@@ -71,7 +71,6 @@ def test_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
         (f"{MODULE}:missing", "has no missing"),
         (f"{MODULE}:not_a_function", "is a int, expected a function"),
         (f"{MODULE}:three", "cannot be called as .prompt, response, ground_truth, extra.*too many positional"),
-        (f"{MODULE}:waiting", "async"),
         ("time:reward", "time .no file. has no reward"),
     ],
 )

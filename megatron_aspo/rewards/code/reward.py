@@ -1,11 +1,11 @@
-"""The reward of programming tasks: 1.0 if the program in the response passes all tests of its row, else 0.0."""
+"""The reward of programming tasks: 1.0 if the program in the response passes all tests of its row, else `wrong_score`."""
 
 import weakref
 
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code import verdict as kinds
-from megatron_aspo.rewards.code.extract import extract_code
+from megatron_aspo.rewards.code.extract import BLOCKS
 from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.lcb_reference import ReferenceGrader
 from megatron_aspo.rewards.code.options import CodeOptions
@@ -21,9 +21,11 @@ class CodeReward:
     `close` it; else its waiting sandboxes end with it, or with the process.
     """
 
-    def __init__(self, options: CodeOptions):
+    def __init__(self, options: CodeOptions, wrong_score: float = 0.0):
         """Raises UserError as `Grader` does."""
+        self._wrong_score = wrong_score
         self._grader = ReferenceGrader(options) if options.lcb_reference else Grader(options)
+        self._extract = BLOCKS[options.block]
         self._finalizer = weakref.finalize(self, self._grader.close)
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
@@ -41,10 +43,10 @@ class CodeReward:
         if verdict.kind == kinds.UNSUPPORTED:  # not the response's fault: it must not be punished
             raise UserError(f"{what}: test {verdict.test or 0} cannot run here: {verdict.reason}; remove the row, or correct its test")
         details = {"verdict": verdict.kind, "test": verdict.test, "tests_run": verdict.tests_run, "seconds": round(verdict.seconds, 4)}
-        return RewardResult(float(verdict.passed), verdict.reason, details)
+        return RewardResult(1.0 if verdict.passed else self._wrong_score, verdict.reason, details)
 
     def _grade(self, response: str, tests: list[Test]) -> Verdict:
-        code = extract_code(response)
+        code = self._extract(response)
         return Verdict(kinds.NO_CODE, "no complete code block", None, 0.0) if code is None else self._grader.grade(code, tests)
 
     def close(self) -> None:

@@ -1,0 +1,118 @@
+"""Are two formulas equal as functions of their variables? Decided by their values at points.
+
+Where only rational operations occur the values are exact, so that two different rational functions agree at all points only by an
+accident that the points, fixed here, make negligible (Schwartz–Zippel). Otherwise both are computed with 50 and with 120 digits: a
+difference that is only rounding shrinks with the precision, any other does not.
+
+Variables are real. At a point where just one of the two has a real value they are not compared, nor where neither has one and they differ
+(another branch of a logarithm or root). They are equal if they agree somewhere and differ nowhere.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+from megatron_aspo.rewards.math.evaluate import Evaluator, TooLarge, Undefined, Value, context_of
+from megatron_aspo.rewards.math.tree import Node
+
+_DIGITS = (50, 120)
+_ROUNDING = 20
+"""Digits that rounding may cost."""
+_POINTS = 7
+Point = Mapping[str, Fraction]
+
+
+def points(names: set[str]) -> Iterator[Point]:
+    """Yield 3 points with positive coordinates, 2 with both signs, 2 with small positive integers; without names one point, empty."""
+    if not names:
+        yield {}
+        return
+    for number in range(_POINTS):
+        point = {}
+        for rank, name in enumerate(sorted(names)):
+            noise = zlib.crc32(f"{name} {number}".encode())
+            value = Fraction(noise % 2039 + 211, 1009)
+            if number in (3, 4):
+                value = -value if (rank + number) % 2 else value
+            elif number > 4:
+                value = Fraction(noise % 7 + 2 + (number - 5) * 3 + rank % 2)
+            point[name] = value
+        yield point
+
+
+def proportional(a: Node, b: Node, positive: bool) -> bool:
+    """Whether a = c·b with one number c for all points, which is not 0, and is positive if that is required."""
+    names = a.symbols() | b.symbols()
+    anchor = next((point for point in points(names) if _ratio(a, b, point) is not None), None)
+    if anchor is None or (positive and not _ratio(a, b, anchor) > 0):
+        return False
+
+    def crosswise(point: Point, digits: int) -> tuple[Value, Value, Any]:
+        value, fixed = Evaluator(point, digits), Evaluator(anchor, digits)
+        left, right = value.product(value(a), fixed(b)), value.product(value(b), fixed(a))
+        return left, right, max(value.scale, fixed.scale)
+
+    return _agree(crosswise, names)
+
+
+def _ratio(a: Node, b: Node, point: Point) -> Any:
+    """a / b at a point; None where that has no value, is 0, or is not real."""
+    value = Evaluator(point, _DIGITS[0])
+    try:
+        x, y = value(a), value(b)
+    except (Undefined, TooLarge):
+        return None
+    if x == 0 or y == 0 or value.context.im(value.inexact(x)) != 0 or value.context.im(value.inexact(y)) != 0:
+        return None
+    return value.inexact(x) / value.inexact(y)
+
+
+def same_function(a: Node, b: Node) -> bool:
+    """Whether a = b wherever both have a real value. Equal trees are the same function, however large its values are."""
+    if a == b:
+        return True
+
+    def both(point: Point, digits: int) -> tuple[Value, Value, Any]:
+        value = Evaluator(point, digits)
+        left, right = value(a), value(b)
+        return left, right, value.scale
+
+    return _agree(both, a.symbols() | b.symbols())
+
+
+def _agree(both: Callable[[Point, int], tuple[Value, Value, Any]], names: set[str]) -> bool:
+    agreements = 0
+    for point in points(names):
+        try:
+            same = _agree_at(both, point)
+        except Undefined:
+            continue
+        except TooLarge:
+            return False
+        if same is False:
+            return False
+        agreements += same is True
+    return agreements > 0
+
+
+def _agree_at(both: Callable[[Point, int], tuple[Value, Value, Any]], point: Point) -> bool | None:
+    """Whether two values are equal; None if the point says nothing. Raises Undefined and TooLarge."""
+    a, b, _ = both(point, _DIGITS[0])
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    differences = []
+    for digits in _DIGITS:
+        a, b, scale = both(point, digits)
+        context = context_of(digits)
+        a, b = (context.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in (a, b))
+        if not (context.isfinite(a) and context.isfinite(b)):
+            return bool(a == b)
+        differences.append(abs(a - b))
+    rounding = max(scale, abs(a), abs(b)) * context.mpf(10) ** (_ROUNDING - _DIGITS[1])
+    if differences[1] <= max(rounding, differences[0] * context.mpf(10) ** (_ROUNDING + _DIGITS[0] - _DIGITS[1])):
+        return True
+    real = [abs(context.im(v)) <= abs(v) * context.mpf(10) ** (_ROUNDING - _DIGITS[1]) for v in (a, b)]
+    if point and (real[0] != real[1] or not any(real)):
+        return None
+    return False

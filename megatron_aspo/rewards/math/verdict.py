@@ -1,0 +1,151 @@
+"""Is an answer right? The verdict on two texts, with its reason.
+
+First both are compared as text. Then as formulas that the parser here reads, exactly (`compare.py`); that decides. Only for a notation that
+it cannot read, such as an integral, math-verify decides, in a process that is killed at its limit (`forked.py`).
+
+Units: ignored where only one side has one, converted where both have one of a kind, else the answers differ. `50%` is 0.5, and 50 where the
+other side has no percent sign; `30°` is 30, and π/6. A number with the base as subscript is also its digits without one.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megatron_aspo.rewards.math.compare import Comparison
+from megatron_aspo.rewards.math.forked import math_verify_says
+from megatron_aspo.rewards.math.notation import BRACKETED, FUNCTIONS, clean
+from megatron_aspo.rewards.math.options import MathOptions
+from megatron_aspo.rewards.math.parser import parse
+from megatron_aspo.rewards.math.tokens import MAX_CHARACTERS
+from megatron_aspo.rewards.math.tree import Node, Unreadable, number
+from megatron_aspo.rewards.math.units import Unit, split_unit
+
+_MAX_TEXT = 1 << 20
+"""Characters beyond which nothing is compared."""
+_WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox|textnormal|operatorname|mathbf|mathsf)\s*\{([^{}]*)\}")
+_CHOICE = re.compile(r"\(?([A-Za-z])[).:]?")
+_WORDS = re.compile(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ' ,.()-]*")
+_SET_BUILDER = re.compile(r"\\\{ ?([A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?[|:] ?(.*)\\\}")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
+_SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}( \d{3})+(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    correct: bool
+    reason: str
+    """A few words for a reader; never the gold answer."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to understand an answer."""
+
+    node: Node
+    unit: Unit | None = None
+    percent: bool = False
+
+
+def verdict(answer: str, gold: str, options: MathOptions | None = None) -> Verdict:
+    """Compare an answer, as `extract_answer` returns it, with the right one. Symmetric in the two.
+
+    Takes at most a second, and `options.limit_s` where math-verify is asked, which happens in a forked process.
+    """
+    options = options or MathOptions()
+    if max(len(answer), len(gold)) > _MAX_TEXT:
+        return Verdict(False, f"longer than {_MAX_TEXT} characters")
+    if answer.strip() == gold.strip() and answer.strip():
+        return Verdict(True, "the same text")
+    if max(len(answer), len(gold)) > MAX_CHARACTERS:
+        return Verdict(False, f"longer than {MAX_CHARACTERS} characters, and another text")
+    texts = clean(answer), clean(gold)
+    if not all(texts):
+        return Verdict(False, "empty")
+    if same_words(*texts):
+        return Verdict(True, "the same text")
+    if any(is_words(text) for text in texts):
+        return Verdict(False, "another text")
+    try:
+        readings = [readings_of(text) for text in texts]
+    except Unreadable as error:
+        if not error.known_elsewhere:
+            return Verdict(False, f"not readable: {error}")
+        return Verdict(*math_verify_says(*texts, options.limit_s))
+    comparison = Comparison(options.rounded_digits)
+    if any(_equal(a, b, comparison) for a in readings[0] for b in readings[1]):
+        return Verdict(True, "equal")
+    return Verdict(False, "different")
+
+
+def same_words(a: str, b: str) -> bool:
+    """Whether two cleaned texts are the same but for blanks; words and the letter of a choice in any case."""
+    plain = [_WRAPPED.sub(r"\1", text).strip() for text in (a, b)]
+    if re.sub(r"\s", "", plain[0]) == re.sub(r"\s", "", plain[1]):
+        return True
+    choices = [_CHOICE.fullmatch(text) for text in plain]
+    if all(choices):
+        marked = any("(" in text or ")" in text for text in plain) or is_words(a) or is_words(b)
+        return marked and choices[0][1].upper() == choices[1][1].upper()
+    return all(_WORDS.fullmatch(text) for text in plain) and _folded(plain[0]) == _folded(plain[1])
+
+
+def _folded(text: str) -> str:
+    return re.sub(r"[\s().,]+", " ", text).strip().casefold()
+
+
+def is_words(text: str) -> bool:
+    """Whether a cleaned text is words, not a formula: it has a word of four letters, or one of three in `\\text{}`, and no signs."""
+    plain = _WRAPPED.sub(r"\1", text).strip()
+    if not _WORDS.fullmatch(plain):
+        return False
+    least = 2 if plain != text else 4
+    formula = (*FUNCTIONS, *BRACKETED, "infinity", "infty")
+    words = [word for word in re.findall(r"[A-Za-zÀ-ÿ]+", plain) if not any(name in word.lower() for name in formula)]
+    return any(len(word) >= least for word in words)
+
+
+def readings_of(text: str) -> list[Reading]:
+    """Return the ways in which a cleaned text can be understood. Raises Unreadable if there is none."""
+    if builder := _SET_BUILDER.fullmatch(text):
+        text = builder[2]
+    bare, unit = split_unit(text)
+    try:
+        return _readings(bare, unit)
+    except Unreadable:
+        if bare == text:
+            raise
+        return _readings(text, None)
+
+
+def _readings(text: str, unit: Unit | None) -> list[Reading]:
+    if _THOUSANDS.fullmatch(text):
+        return [Reading(parse(text.replace(",", "")), unit), Reading(parse(text), unit)]
+    if _SPACED_THOUSANDS.fullmatch(text):
+        text = text.replace(" ", "")
+    node = parse(text)
+    readings = [Reading(node, unit)]
+    if node.op == "degree":
+        return [Reading(node.args[0], Unit("angle", Fraction(1))), Reading(node)]
+    if node.op == "based":
+        readings.append(Reading(number(int(node.value[0])), Unit(f"base {node.value[1]}", Fraction(1))))
+    if node.op == "div" and node.args[1] == number(100) and text.endswith("%"):
+        return [Reading(node.args[0], unit, percent=True)]
+    return readings
+
+
+def _equal(a: Reading, b: Reading, comparison: Comparison) -> bool:
+    x, y = a.node, b.node
+    if a.unit and b.unit:
+        if a.unit.kind != b.unit.kind:
+            return False
+        if a.unit.factor != b.unit.factor:
+            x, y = _scaled(x, a.unit.factor), _scaled(y, b.unit.factor)
+    if "based" in (x.op, y.op) and x != y:
+        return False  # its value in another base is another answer
+    if a.percent != b.percent and comparison.equal(*(Node("div", (r.node, number(100))) if r.percent else r.node for r in (a, b))):
+        return True
+    return comparison.equal(x, y)
+
+
+def _scaled(node: Node, factor: Fraction) -> Node:
+    return Node("mul", (node, number(factor)))

@@ -1,0 +1,136 @@
+"""The threads of a grading server, each with a reward's process and, when first needed, sandboxes of its own.
+
+Threads live as long as the server: the kernel ends a reward's process, and a sandbox, with the thread that started it.
+"""
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.records import Prompt
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.process import RewardProcess
+from megatron_aspo.rewards.result import RewardResult
+from megatron_aspo.rewards.sandbox.pool import SandboxPool
+from megatron_aspo.rewards.service.run_code import run_code
+
+MAX_WAITING = 4096
+"""Requests that may wait for a thread."""
+
+
+class Busy(Exception):
+    """Too many requests wait."""
+
+
+class _Worker:
+    """What one thread has."""
+
+    def __init__(self, task: str, options: DataOptions):
+        self._task, self._options = task, options
+        self._process: RewardProcess | None = None
+        self._sandboxes: SandboxPool | None = None
+
+    def start(self) -> None:
+        """Load the reward. Raises UserError."""
+        self._process = RewardProcess(self._task, self._options, os.getcwd())
+        self._process.start()
+
+    def score(self, prompt: Prompt, response: str) -> RewardResult:
+        """Raises UserError as a reward does; the next response then finds a new process."""
+        if self._process is None:
+            self.start()
+        try:
+            (result,) = self._process.score([(prompt, response)])
+            return result
+        except UserError:
+            self._process.close()
+            self._process = None
+            raise
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer one request of SandboxFusion's `/run_code`. Raises UserError for what this machine or the request lacks."""
+        if self._sandboxes is None:
+            self._sandboxes = SandboxPool(self._options.code.sandbox, self._options.code.limits)
+        return run_code(request, self._sandboxes, self._options.code.limits)
+
+    def close(self) -> None:
+        for part in (self._process, self._sandboxes):
+            if part:
+                part.close()
+
+
+class Workers:
+    """`count` threads that grade. A context manager: entering returns when each has loaded the reward."""
+
+    def __init__(self, task: str, options: DataOptions, count: int):
+        self._jobs: queue.Queue[tuple[Future, Callable[[_Worker], Any]] | None] = queue.Queue()
+        self._workers = [_Worker(task, options) for _ in range(count)]
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self.unfinished = 0
+        """Requests that wait or are being graded."""
+
+    def score(self, prompt: Prompt, response: str) -> RewardResult:
+        """Score a response on the next free thread. Raises UserError as the reward does, and Busy."""
+        return self._do(lambda worker: worker.score(prompt, response))
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run a program on the next free thread. Raises UserError and Busy."""
+        return self._do(lambda worker: worker.run(request))
+
+    def _do(self, job: Callable[[_Worker], Any]) -> Any:
+        with self._lock:
+            if self.unfinished >= MAX_WAITING:
+                raise Busy
+            self.unfinished += 1
+        future: Future = Future()
+        try:
+            self._jobs.put((future, job))
+            return future.result()
+        finally:
+            with self._lock:
+                self.unfinished -= 1
+
+    def _serve(self, worker: _Worker, loaded: Future) -> None:
+        try:
+            worker.start()
+            loaded.set_result(None)
+            while (item := self._jobs.get()) is not None:
+                future, job = item
+                try:
+                    future.set_result(job(worker))
+                except BaseException as error:
+                    future.set_exception(error)
+        except BaseException as error:
+            loaded.set_exception(error)
+        finally:
+            worker.close()
+
+    def __enter__(self) -> "Workers":
+        """Raises UserError if the reward cannot be loaded."""
+        loaded = [Future() for _ in self._workers]
+        self._threads = [threading.Thread(target=self._serve, args=pair, daemon=True) for pair in zip(self._workers, loaded, strict=True)]
+        try:
+            for thread in self._threads:
+                thread.start()
+            for future in loaded:
+                future.result()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """End the threads with their processes; what is being graded is not waited for."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for worker in self._workers:
+            with contextlib.suppress(AttributeError):
+                worker._process.close()
+        for thread in self._threads:
+            thread.join(10.0)
