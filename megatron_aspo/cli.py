@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     _add_data(commands)
     _add_doctor(commands)
     _add_grade(commands)
+    _add_eval(commands)
     _add_grade_server(commands)
     _add_convert(commands)
     parsed, rest = parser.parse_known_args(arguments)
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         "doctor": _doctor,
         "check-loss": _check_loss,
         "grade": _grade,
+        "eval": _eval,
         "grade-server": _grade_server,
         "convert": _convert,
     }
@@ -134,6 +136,33 @@ def _add_grade_server(commands) -> None:
     server.add_argument("--max-body-mib", type=_count, default=256, metavar="N", help="largest request (default 256)")
 
 
+def _add_eval(commands) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a model by a protocol",
+        description="Sample responses to the problems of a protocol, grade them, and print the metrics with 95 %% intervals over problems; "
+        "the last line is a JSON object. Run again with the same words, it goes on where it stopped. Exit status: 0 done, 1 parts "
+        "that are to be graded are not generated yet, 2 misuse.",
+    )
+    evaluate.add_argument(
+        "target", help="Hugging Face directory or hub name, checkpoint, run directory, or URL of an OpenAI-compatible server (http…/v1)"
+    )
+    names = "archer_lcb_v5, archer_lcb_v6, lcb_official, aime24, aime25 or humaneval"
+    evaluate.add_argument("--protocol", default="", metavar="NAME", help=names)
+    evaluate.add_argument("--recipe", type=Path, help="YAML recipe whose held-out prompts are asked; default: that of the run")
+    evaluate.add_argument("--data", nargs="+", default=[], metavar="FILE", help="files with the problems, as in data.path")
+    replaced = "values that replace the protocol's, such as samples=4"
+    evaluate.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="key=value", help=replaced)
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="directory to write or to go on with")
+    evaluate.add_argument("--stage", choices=("all", "generate", "grade"), default="all", help="what is done here (default all)")
+    evaluate.add_argument("--against", type=Path, metavar="DIR", help="evaluation of the same problems to compare with, problem by problem")
+    evaluate.add_argument("--model", default="", metavar="NAME", help="the server's name of the model, where it has several")
+    evaluate.add_argument("--accept-count", action="store_true", help="accept another number of problems than the protocol's")
+    evaluate.add_argument("--ray-address", default="", metavar="HOST:PORT", help="Ray cluster to join; default: one is started here")
+    evaluate.add_argument("--watch", action="store_true", help="evaluate each checkpoint below the directory TARGET once, as they appear")
+    evaluate.add_argument("--once", action="store_true", help="with --watch: evaluate what is there, and end")
+
+
 def _add_convert(commands) -> None:
     convert = commands.add_parser(
         "convert",
@@ -183,6 +212,12 @@ def _grade(parsed: argparse.Namespace) -> None:
     from megatron_aspo.rewards.grade import run_grade
 
     run_grade(parsed)
+
+
+def _eval(parsed: argparse.Namespace) -> int:
+    from megatron_aspo.eval_command import run_eval
+
+    return run_eval(parsed)
 
 
 def _grade_server(parsed: argparse.Namespace) -> None:

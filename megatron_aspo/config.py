@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -17,6 +18,8 @@ from megatron_aspo.errors import UserError, nearest
 from megatron_aspo.evaluation.options import EvaluationOptions
 from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.observe.options import ObserveOptions
+from megatron_aspo.observe.trackers import check_names
 from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
 from megatron_aspo.recipe_yaml import load_recipe_yaml
 from megatron_aspo.rewards.choice import RewardChoice
@@ -31,6 +34,7 @@ _TYPE_NAMES = {
     dict: "a mapping of names to values",
     list[str]: "a list of texts",
     list[float]: "a list of finite numbers",
+    list[int]: "a list of whole numbers",
 }
 
 
@@ -72,6 +76,7 @@ class Config:
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    observe: ObserveOptions = field(default_factory=ObserveOptions)
 
     @property
     def directory(self) -> Path:
@@ -115,6 +120,14 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     _check_preset(config)
     check(config, implied)
     return config
+
+
+def build(kind: type, values: dict, overrides: Sequence[str]):
+    """Return the dataclass `kind` with the values, and `key.path=value` over them, over its defaults. Raises UserError as `load_config`."""
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply(values, override)
+    return _build(kind, values, "")
 
 
 def load_optional(recipe: Path | None, overrides: Sequence[str]) -> Config | None:
@@ -259,7 +272,17 @@ def check(config: Config, implied: Values | None = None) -> None:
         f"evaluation.every={config.evaluation.every} evaluates while training, but evaluation.draws=0 draws nothing; set both or neither",
     )
     _check_checkpoints(config)
-    _check_rewards(config)
+    check_names(config.observe.trackers)
+    _require(
+        config.observe.project == ObserveOptions.project or bool({"wandb", "mlflow"} & set(config.observe.trackers)),
+        f"observe.project={config.observe.project} has no effect without wandb or mlflow in observe.trackers; add one, or remove it",
+    )
+    check_rewards(config.data)
+    _require(
+        config.data.reward_wrong_score == 0 or config.algorithm.group_filter != "drop_zero_or_one",
+        f"data.reward_wrong_score={config.data.reward_wrong_score:g}: algorithm.group_filter=drop_zero_or_one drops groups of 0 or of 1 "
+        "alone; set algorithm.group_filter=drop",
+    )
     _require(
         not config.optimizer.warmup_from_zero or config.optimizer.warmup_steps > 0,
         "optimizer.warmup_from_zero=true has no effect but a first step without learning when optimizer.warmup_steps=0; set one of them",
@@ -319,8 +342,8 @@ def _check_checkpoints(config: Config) -> None:
     )
 
 
-def _check_rewards(config: Config) -> None:
-    data = config.data
+def check_rewards(data: DataOptions) -> None:
+    """Refuse options of rewards that cannot work or have no effect."""
     names = RewardChoice(data).names
     for name, options, limit_s, what in (
         ("code", data.code, data.code.total_s, "total_s"),
@@ -351,11 +374,6 @@ def _check_rewards(config: Config) -> None:
             f"data.{key}={value} has no effect without the reward {' or '.join(sorted(users))}; choose it in data.rewards",
         )
     _require(data.reward_wrong_score < 1, f"data.reward_wrong_score={data.reward_wrong_score:g} must be below 1, that of a right response")
-    _require(
-        data.reward_wrong_score == 0 or config.algorithm.group_filter != "drop_zero_or_one",
-        f"data.reward_wrong_score={data.reward_wrong_score:g}: algorithm.group_filter=drop_zero_or_one drops groups of 0 or of 1 alone; "
-        "set algorithm.group_filter=drop",
-    )
     choices = ("stop", "score")
     _require(
         data.reward_on_error in choices,
@@ -426,6 +444,8 @@ def _typed(value: object, wanted: type, key: str) -> object:
     if get_origin(wanted) is dict and type(value) is dict:
         _require(all(isinstance(name, str) for name in value), f"{key}={value!r} has a name that is not text")
         return {name: number_if_one(entry) for name, entry in value.items()}
+    if wanted is str and type(value) is date:  # YAML reads 2024-08-01 as one
+        value = value.isoformat()
     if wanted is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)

@@ -11,7 +11,7 @@ from functools import partial
 
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.batch import make_train_batch
-from megatron_aspo.evaluation.accuracy import Evaluation, evaluation
+from megatron_aspo.evaluation.accuracy import Evaluation, keep
 from megatron_aspo.observe.health import rollout_health, staleness
 from megatron_aspo.observe.metrics import count_updates, read_metrics, training_metrics
 from megatron_aspo.observe.model_card import model_card
@@ -38,7 +38,7 @@ def train(config: Config) -> None:
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
                 accuracy = evaluate(run, step + 1).accuracy
                 metrics |= {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error}
-            run.metrics.write(metrics)
+            run.record(metrics)
             run.progress.step(step, metrics)
             tokens += metrics["tokens/generated"]
             run.report_checkpoint()
@@ -107,8 +107,9 @@ def evaluate(run: Run, done: int) -> Evaluation | None:
         return None
     when = "before training" if not done else "after training" if done == run.config.steps else f"after step {done}"
     with run.progress.waiting(f"evaluation {when}") as phase:
-        result = evaluation(run.rollouts.evaluate(options.draws, options.temperature, phase).groups)
-    result.write(run.evaluation_path(done))
+        responses = run.evaluate(phase)
+    result = keep(run.evaluation_path(done), responses)
     accuracy = result.accuracy
+    run.trackers.log(done, {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error})
     run.progress.say(f"held-out accuracy {when}: {accuracy} ({accuracy.prompts} prompts × {accuracy.draws} draws)")
     return result

@@ -16,6 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megatron_aspo.evaluation.statistics import interval_of_mean, resample
+
 RESAMPLES = 20_000
 
 
@@ -25,13 +29,6 @@ def read_means(path: Path) -> dict[str, float]:
     for answer in json.loads(path.read_text(encoding="utf-8"))["answers"]:
         rewards.setdefault(answer["question"], []).append(answer["reward"])
     return {question: float(np.mean(values)) for question, values in rewards.items()}
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 2.5 % and 97.5 % quantiles of the mean of `values` [questions], each resample as large as `values`."""
-    positions = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[positions].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def main() -> int:
@@ -50,9 +47,9 @@ def main() -> int:
     for question, mean in before.items():
         print(f"{mean:.2f} → {after[question]:.2f}  {' '.join(question.split())[:110]}")
     old, new = np.array(list(before.values())), np.array(list(after.values()))
-    result = {"steps": [first, last], "questions": len(old)}
+    result, positions = {"steps": [first, last], "questions": len(old)}, resample(len(old), RESAMPLES)
     for name, values in (("before", old), ("after", new), ("difference", new - old)):
-        low, high = interval(values)
+        low, high = interval_of_mean(values, positions)
         print(f"{name:<10} {values.mean():.3f}  95 % interval {low:.3f} to {high:.3f}")
         result[name] = {"mean": round(float(values.mean()), 4), "interval": [round(low, 4), round(high, 4)]}
     print(json.dumps(result))

@@ -30,6 +30,7 @@ from megatron_aspo.losses.tally import Tally  # noqa: E402
 from megatron_aspo.rewards.result import RewardResult  # noqa: E402
 from megatron_aspo.rollout.collector import Rollouts  # noqa: E402
 from megatron_aspo.rollout.options import RolloutOptions  # noqa: E402
+from megatron_aspo.runtime.run import Run  # noqa: E402
 from megatron_aspo.trainer.settings import UpdateReport  # noqa: E402
 
 RANK = ROOT / "megatron_aspo" / "trainer" / "rank.py"
@@ -86,9 +87,13 @@ def stand_in(config: Config, directory: Path) -> MagicMock:
     """Return a `Run` whose collector is real and whose processes are not."""
     prompt = Prompt("p", (1, 2), "question", 1, "stand-in")
 
-    def generate(requests, group_size, on_response):
+    def stream(requests, group_size):
         one = np.zeros(2, np.float32)
-        generations = [Generation(one.astype(np.int32), one, (VersionSpan(0, 0, 2),), "stop") for _ in requests]
+        for position in range(len(requests)):
+            yield position, Generation(one.astype(np.int32), one, (VersionSpan(0, 0, 2),), "stop")
+
+    def generate(requests, group_size, on_response):
+        generations = [generation for _, generation in stream(requests, group_size)]
         for position, generation in enumerate(generations):
             on_response(position, generation)
         return generations
@@ -101,11 +106,13 @@ def stand_in(config: Config, directory: Path) -> MagicMock:
     scored = itertools.count()
     task, engines, rewards, tokenizer = MagicMock(), MagicMock(), MagicMock(), MagicMock()
     task.prompt.return_value, task.held_out.return_value = prompt, [prompt, prompt]
-    engines.generate.side_effect = generate
+    engines.generate.side_effect, engines.stream.side_effect = generate, stream
     tokenizer.decode.return_value = "text"
     rewards.submit.side_effect = submit
     rewards.take_losses.return_value = []
-    run = MagicMock(config=config, directory=directory, memory=None)
+    parts = {"task": task, "engines": engines, "rewards": rewards, "tokenizer": tokenizer}
+    run = MagicMock(config=config, directory=directory, memory=None, **parts)
+    run.evaluate.side_effect = lambda phase: Run.evaluate(run, phase)
     run.start.step = 0
     run.publisher.version = 0
     run.rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, say=MagicMock())
@@ -131,5 +138,5 @@ def metric_names() -> list[str]:
         opened.return_value.__enter__.return_value = run
         with patch.multiple(loop, open_run=opened, print_summary=MagicMock(), model_card=MagicMock(), write_rollouts=MagicMock()):
             loop.train(config)
-    lines = [call.args[0] for call in run.metrics.write.call_args_list]
+    lines = [call.args[0] for call in run.record.call_args_list]
     return list(dict.fromkeys(name for line in lines for name in line))

@@ -1,6 +1,6 @@
 """The task `dataset`: prompts from files, directories and the Hugging Face hub (`sources.py`), in the layouts of `layouts.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_aspo.data.encoder import PromptEncoder
@@ -84,8 +84,15 @@ class DatasetTask:
 class Loader:
     """Reads locations into a store, a row at a time."""
 
-    def __init__(self, store: PromptStore, options: DataOptions, encoder: PromptEncoder):
-        self._store, self._options, self._encoder = store, options, encoder
+    def __init__(
+        self,
+        store: PromptStore,
+        options: DataOptions,
+        encoder: PromptEncoder,
+        read: Callable[[str], Iterable[Row]] = lambda location: read_rows(location, WANTED),
+    ):
+        """read: yields the rows of a location, in one of the layouts that are understood."""
+        self._store, self._options, self._encoder, self._read = store, options, encoder, read
         self._choice = RewardChoice(options)
 
     def load(self, split: str, locations: Sequence[str]) -> list[Part]:
@@ -97,7 +104,7 @@ class Loader:
         start, too_long = len(self._store), 0
         prefix = f"{split}/{name}/" if name else f"{split}/"
         place_of_id: dict[str, str] = {}
-        for row in read_rows(location, WANTED):
+        for row in self._read(location):
             problem = understand(row, DatasetTask.name)
             prompt_id = prefix + str(row.number if problem.id is None else problem.id)
             if other := place_of_id.get(prompt_id):

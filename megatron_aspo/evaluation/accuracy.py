@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
-from megatron_aspo.data.records import Group
+from megatron_aspo.evaluation.records import EvalResponse, write_responses
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,27 @@ class Evaluation:
         return cls(Accuracy(**values["accuracy"]), tuple(Answer(**answer) for answer in values["answers"]))
 
 
-def evaluation(groups: Sequence[Group]) -> Evaluation:
-    """Of scored groups, which all have the same number of draws."""
-    answers = tuple(Answer(sample.prompt.text, sample.text, sample.reward) for group in groups for sample in group.samples)
-    return Evaluation(accuracy(groups), answers)
+def evaluation(responses: Sequence[EvalResponse]) -> Evaluation:
+    """Return the evaluation of graded responses, problem by problem, with as many to each problem."""
+    answers = tuple(Answer(response.prompt, response.response, response.score) for response in responses)
+    return Evaluation(accuracy(responses), answers)
 
 
-def accuracy(groups: Sequence[Group]) -> Accuracy:
-    """Of the groups' rewards; every group has the same number of draws, and there are at least 2 groups."""
-    means = np.array([group.rewards.mean() for group in groups])
+def accuracy(responses: Sequence[EvalResponse]) -> Accuracy:
+    """Return the mean score. responses: as for `evaluation`."""
+    prompts = responses[-1].position + 1
+    means = np.array([response.score for response in responses], dtype=np.float64).reshape(prompts, -1).mean(axis=1)
     return Accuracy(
         mean=float(means.mean()),
-        standard_error=float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan,
-        prompts=len(groups),
-        draws=len(groups[0].samples),
+        standard_error=float(means.std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else math.nan,
+        prompts=prompts,
+        draws=len(responses) // prompts,
     )
+
+
+def keep(path: Path, responses: Sequence[EvalResponse]) -> Evaluation:
+    """Write `path` (JSON) and, beside it, every response with its token ids (Parquet); return the evaluation."""
+    result = evaluation(responses)
+    write_responses(path.with_suffix(".parquet"), responses)
+    result.write(path)
+    return result

@@ -1,13 +1,11 @@
 """Health figures of a step's rollouts: rewards, lengths, repetition, groups."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_aspo.data.records import Group, Sample
-
-NGRAM = 20
+from megatron_aspo.evaluation.repetition import repeated_ngrams
 
 
 def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
@@ -53,13 +51,3 @@ def staleness(groups: Sequence[Group], version: int) -> float:
     spans = [span for group in groups for sample in group.samples for span in sample.generation.versions]
     tokens = sum(span.stop - span.start for span in spans)
     return sum((version - span.version) * (span.stop - span.start) for span in spans) / tokens
-
-
-def repeated_ngrams(text: str, n: int = NGRAM) -> tuple[float, int]:
-    """(share of the text's n-grams of lower-cased words that occur more than once, count of the most frequent one)."""
-    words = text.lower().split()
-    counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    total = counts.total()
-    if not total:
-        return 0.0, 0
-    return sum(count for count in counts.values() if count > 1) / total, max(counts.values())

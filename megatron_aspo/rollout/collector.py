@@ -113,15 +113,6 @@ class Rollouts:
         collected.kept = [group for group in collected.groups if is_trained_on(group.shaped_rewards, self._algorithm.group_filter)]
         return collected
 
-    def evaluate(self, draws: int, temperature: float, phase: Callable[[str], None]) -> Collected:
-        """Return `draws` scored responses to each held-out prompt. The seeds never change, so that two evaluations can be compared.
-
-        `phase` and errors are those of `collect`.
-        """
-        collected = self._respond(self._task.held_out(), draws, temperature, "evaluation", phase)
-        self._require_scores(collected.groups)
-        return collected
-
     def _respond(
         self, prompts: Sequence[Prompt], responses: int, temperature: float, purpose: str, phase: Callable[[str], None]
     ) -> Collected:

@@ -56,6 +56,8 @@ class Request:
     max_tokens: int
     temperature: float
     """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Tokens are drawn from the smallest set of most likely ones that has this probability; 1: from all."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,7 @@ class Engine:
 
         params = SamplingParams(
             temperature=request.temperature,
+            top_p=request.top_p,
             seed=request.seed,
             max_tokens=request.max_tokens,
             stop_token_ids=list(self._spec.stop_token_ids),

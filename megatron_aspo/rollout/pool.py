@@ -183,14 +183,20 @@ class EnginePool:
         the response of each request as soon as it is finished. Raises EngineError when an engine fails, and what on_response raises; the
         requests that are still under way are then withdrawn.
         """
-        placement = share(len(requests), len(self._members), group_size)
-        responses = self._generate_fixed(requests, placement) if self.deterministic else self._generate_least_loaded(requests, group_size)
         generations: dict[int, Generation] = {}
-        with contextlib.closing(responses):
+        with contextlib.closing(self.stream(requests, group_size)) as responses:
             for position, generation in responses:
                 generations[position] = generation
                 on_response(position, generation)
         return [generations[position] for position in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request], group_size: int = 1) -> Iterator[tuple[int, Generation]]:
+        """Yield (position in `requests`, response) for each response as soon as it is finished, and keep none; the rest as `generate`.
+
+        Requests under way are withdrawn when the generator is closed.
+        """
+        placement = share(len(requests), len(self._members), group_size)
+        return self._generate_fixed(requests, placement) if self.deterministic else self._generate_least_loaded(requests, group_size)
 
     def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float, apart: bool = False) -> Pending:
         """Let every engine's workers join the group of the spec, which training rank 0 opens at `host:port`.

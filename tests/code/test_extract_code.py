@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from megatron_aspo.rewards.code.extract import extract_code
+from megatron_aspo.rewards.code.extract import BLOCKS, extract_code
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,23 @@ def test_a_hostile_response_is_read_in_linear_time(line):
     started = time.monotonic()
     assert extract_code(line) is None
     assert time.monotonic() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    ("response", "archer", "livecodebench"),
+    [
+        ("```python\nx\n```", "x\n", "x"),
+        ("```python\na\n```\n```cpp\nb\n```", "a\n", "b"),
+        ("<think>\n```python\na\n```</think>\n```python\nb\n```\n</think>\n```python\nc\n```", "c\n", "c"),
+        ("<think></think>\n```python\nb\n```\n</think> no more", "b\n", "b"),
+        ("<think>\n```python\na\n```\n</think> none", None, "a"),
+        ("```\nx\n```", None, "x"),
+        ("a ``` b\nx\n``` c", None, "x"),
+        ("```python\ncut off", None, None),
+        ("```python\na\n```\n```python\ncut off", "a\n", ""),
+        ("", None, None),
+    ],
+)
+def test_other_graders_take_other_blocks(response, archer, livecodebench):
+    """As read off the two graders: the last of these rows is why published figures of one model differ."""
+    assert (BLOCKS["archer"](response), BLOCKS["livecodebench"](response)) == (archer, livecodebench)

@@ -86,9 +86,13 @@ def make_workplace(place: Path) -> None:
 
 
 def start(workplace: Path, *overrides: str) -> subprocess.Popen:
+    return start_command(workplace, "train", "recipe.yaml", *overrides)
+
+
+def start_command(workplace: Path, *words: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_aspo", "train", "recipe.yaml", *overrides],
+        [sys.executable, "-m", "megatron_aspo", *words],
         cwd=workplace,
         env=environment,
         stdout=subprocess.PIPE,

@@ -46,9 +46,6 @@ class Stub:
     def prompt(self, index):
         return Prompt(f"train/{index % self.size}", (1,), "words", 0, "dataset")
 
-    def held_out(self):
-        return [self.prompt(index) for index in (100, 101)]
-
     def generate(self, requests, group_size, on_response):
         assert group_size == RESPONSES
         self.requests += requests
@@ -106,8 +103,7 @@ def test_generation_and_scoring_alternate_when_prompts_are_drawn_again():
     stub = Stub()
     stub.rollouts(group_filter="resample", resample_rounds=2).collect(0, stub.phases.append)
     assert stub.phases == ["generating", "scoring"] * 3
-    stub.rollouts().evaluate(RESPONSES, 1.0, stub.phases.append)
-    assert stub.phases[6:] == ["generating", "scoring"] and not stub.lines
+    assert not stub.lines
 
 
 def test_what_waits_for_a_score_is_given_up_when_an_engine_fails():
@@ -145,45 +141,31 @@ def test_a_failure_is_counted_named_and_in_the_details():
 
 def test_the_first_failures_are_named_and_the_rest_counted():
     stub = Stub(dict.fromkeys(range(1, 8), "timeout"))
-    stub.rollouts().evaluate(RESPONSES, 1.0, stub.phases.append)
-    assert [line.split(":")[0] for line in stub.lines[:3]] == [f"prompt train/100, response {i}" for i in (1, 2, 3)]
+    stub.rollouts(group_filter="none").collect(0, stub.phases.append)
+    assert [line.split(":")[0] for line in stub.lines[:3]] == [f"prompt train/0, response {i}" for i in (1, 2, 3)]
     assert stub.lines[3:] == ["data.reward=m:f failed on 7 of 8 responses; their reward is -0.5"]
 
 
-@pytest.mark.parametrize("collect", ["collect", "evaluate"])
-def test_a_reward_that_fails_on_every_response_ends_the_run(collect):
+def test_a_reward_that_fails_on_every_response_ends_the_run():
     stub = Stub(dict.fromkeys(range(8), "timeout"))
     rollouts = stub.rollouts()
     with pytest.raises(UserError, match=r"data\.reward=m:f failed on all of 8 responses: on the last it timed out after 60 s; correct it"):
-        rollouts.collect(0, stub.phases.append) if collect == "collect" else rollouts.evaluate(RESPONSES, 1.0, stub.phases.append)
+        rollouts.collect(0, stub.phases.append)
 
 
 def test_no_two_responses_of_a_run_share_a_seed_and_another_run_draws_the_same():
-    """One prompt alone is drawn, twice a generation, in extra generations of a step too, and in an evaluation."""
+    """One prompt alone is drawn, twice a generation, in extra generations of a step too."""
 
     def seeds(seed: int) -> list[int]:
         stub = Stub(size=1)
-        stub.held_out = lambda: [stub.prompt(0)]
         rollouts = stub.rollouts(seed, group_filter="resample", resample_rounds=1)
         for step in range(2):
             rollouts.collect(step, stub.phases.append)
-        rollouts.evaluate(RESPONSES, 1.0, stub.phases.append)
         return [request.seed for request in stub.requests]
 
     ours = seeds(0)
-    assert len(ours) == len(set(ours)) == (2 * 2 * 2 + 1) * RESPONSES
+    assert len(ours) == len(set(ours)) == 2 * 2 * 2 * RESPONSES
     assert seeds(0) == ours and not set(seeds(1)) & set(ours)
-
-
-def test_evaluations_draw_with_the_same_seeds_whenever_they_are_made():
-    stub = Stub()
-    rollouts = stub.rollouts()
-    rollouts.evaluate(RESPONSES, 1.0, stub.phases.append)
-    before = [(request.prompt_ids, request.seed) for request in stub.requests]
-    rollouts.collect(0, stub.phases.append)
-    stub.requests.clear()
-    rollouts.evaluate(RESPONSES, 1.0, stub.phases.append)
-    assert [(request.prompt_ids, request.seed) for request in stub.requests] == before
 
 
 def test_every_generation_goes_on_with_the_next_prompts():

@@ -6,6 +6,7 @@ _THINKING_END = "</think>"
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)(?!~)([^\n`]*)$", re.MULTILINE)
 """Marks and info string. One class and the whole run of tildes, so that a hostile line is refused in linear time."""
 _LANGUAGES = ("", "python", "python3", "py")
+_ARCHER_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def extract_code(response: str) -> str | None:
@@ -24,6 +25,24 @@ def extract_code(response: str) -> str | None:
                 code = text[opened.end() + 1 : fence.start()]
             opened = None
     return code
+
+
+def extract_archer(response: str) -> str | None:
+    """Return the last ```python block after the first `</think>`, or of the whole response if there is none, as Archer2.0's grader does."""
+    before, end, after = response.partition(_THINKING_END)
+    blocks = _ARCHER_BLOCK.findall(after if end else before)
+    return blocks[-1] if blocks else None
+
+
+def extract_livecodebench(response: str) -> str | None:
+    """Return what stands between the last two lines with ```, in any language, as LiveCodeBench does; None if there are fewer."""
+    lines = response.split("\n")
+    marks = [number for number, line in enumerate(lines) if "```" in line]
+    return "\n".join(lines[marks[-2] + 1 : marks[-1]]) if len(marks) > 1 else None
+
+
+BLOCKS = {"last": extract_code, "archer": extract_archer, "livecodebench": extract_livecodebench}
+"""`data.code.block` → the function that finds the program in a response."""
 
 
 def _language(fence: re.Match) -> str:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.errors import UserError, nearest
+from megatron_aspo.rewards.code.extract import BLOCKS
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 
 
@@ -10,6 +11,9 @@ from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 class CodeOptions:
     """Options of `data.reward: code`."""
 
+    block: str = "last"
+    """The block of a response that is its program. `last`: the last complete Python block after the last `</think>`. `archer`: the last
+    ```python block after the first `</think>`. `livecodebench`: what is between the last two lines with ```."""
     sandbox: SandboxOptions = field(default_factory=SandboxOptions)
     limits: Limits = field(default_factory=Limits)
     """Limits that hold for each test by itself."""
@@ -25,6 +29,8 @@ class CodeOptions:
 
     def check(self, prefix: str = "code.") -> None:
         """Raises UserError naming the first option that is out of its bounds."""
+        if self.block not in BLOCKS:
+            raise UserError(f"{prefix}block={self.block} is not known; {nearest(self.block, BLOCKS)}")
         values = {f"limits.{name}": value for name, value in vars(self.limits).items()}
         values |= {"total_s": self.total_s, "max_program_kb": self.max_program_kb, "sandbox.pool": self.sandbox.pool}
         for name, value in values.items():

@@ -5,7 +5,7 @@ import weakref
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code import verdict as kinds
-from megatron_aspo.rewards.code.extract import extract_code
+from megatron_aspo.rewards.code.extract import BLOCKS
 from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.lcb_reference import ReferenceGrader
 from megatron_aspo.rewards.code.options import CodeOptions
@@ -25,6 +25,7 @@ class CodeReward:
         """Raises UserError as `Grader` does."""
         self._wrong_score = wrong_score
         self._grader = ReferenceGrader(options) if options.lcb_reference else Grader(options)
+        self._extract = BLOCKS[options.block]
         self._finalizer = weakref.finalize(self, self._grader.close)
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
@@ -45,7 +46,7 @@ class CodeReward:
         return RewardResult(1.0 if verdict.passed else self._wrong_score, verdict.reason, details)
 
     def _grade(self, response: str, tests: list[Test]) -> Verdict:
-        code = extract_code(response)
+        code = self._extract(response)
         return Verdict(kinds.NO_CODE, "no complete code block", None, 0.0) if code is None else self._grader.grade(code, tests)
 
     def close(self) -> None:

@@ -1,0 +1,58 @@
+"""Evaluation during training, by the engines of the run: what `megatron-aspo eval` does with a checkpoint of the same step."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_aspo.data.records import Prompt
+from megatron_aspo.errors import UserError
+from megatron_aspo.evaluation.options import PART_PROBLEMS
+from megatron_aspo.evaluation.records import EvalResponse
+from megatron_aspo.evaluation.sampling import Evaluator, Part, Responder, Sampling, parts_of
+
+if TYPE_CHECKING:
+    from megatron_aspo.rewards.pool import RewardPool
+
+_MAX_NAMED = 3
+"""Responses on which the reward failed that are reported one by one; the rest are counted."""
+
+
+def evaluate_live(
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    responder: Responder,
+    rewards: "RewardPool",
+    deterministic: bool,
+    phase: Callable[[str], None],
+    say: Callable[[str], None],
+) -> list[EvalResponse]:
+    """Return the graded responses, problem by problem.
+
+    say: prints a line; used for responses on which the reward fails and for reward workers that are lost. Raises UserError if the reward
+    fails on every response.
+    """
+    parts: dict[int, list[EvalResponse]] = {}
+
+    def collect(part: Part) -> None:
+        parts[part.number] = part.responses
+
+    Evaluator(prompts, sampling, responder, rewards, collect, phase).run(parts_of(len(prompts), PART_PROBLEMS), deterministic)
+    responses = [response for _, part in sorted(parts.items()) for response in part]
+    for line in rewards.take_losses():
+        say(line)
+    report_failures(responses, rewards.name, say)
+    return responses
+
+
+def report_failures(responses: Sequence[EvalResponse], reward: str, say: Callable[[str], None]) -> None:
+    """Name the first responses on which the reward failed, and count the rest. Raises UserError if these are all."""
+    failed = [response for response in responses if response.failure]
+    if failed and len(failed) == len(responses):
+        raise UserError(
+            f"{reward} failed on all of {len(responses)} responses: on the last it {failed[-1].reason}; correct it, or raise "
+            "data.reward_timeout_s"
+        )
+    for response in failed[:_MAX_NAMED]:
+        where = f"prompt {response.problem}, response {response.index}"
+        say(f"{where}: {reward} {response.reason}; its reward is {response.score:g} (data.reward_failure_score)")
+    if len(failed) > _MAX_NAMED:
+        say(f"{reward} failed on {len(failed)} of {len(responses)} responses; their reward is {failed[0].score:g}")

@@ -1,0 +1,115 @@
+"""What an evaluation is to do, from the words of the command line: its settings, and what its directory must agree with."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.config import Config, build, check_rewards, load_config
+from megatron_aspo.errors import UserError
+from megatron_aspo.evaluation.options import EvalSettings
+from megatron_aspo.evaluation.protocols import find_protocol
+from megatron_aspo.evaluation.target import Target
+
+HELD_OUT = "held_out"
+"""Name of the protocol of a recipe's own held-out prompts, as they are evaluated during training."""
+RECORD = "evaluation.json"
+_NOT_OF_THE_PROTOCOL = ("data.eval_path", "data.reward_workers", "data.reward_resource")
+"""Options that say where and how fast, beside those of `engine`."""
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    protocol: str
+    settings: EvalSettings
+    changed: dict[str, Any]
+    """Key path → value of what differs from the protocol of that name."""
+
+
+def make_plan(protocol: str, recipe: Config | None, data: Sequence[str], overrides: Sequence[str]) -> EvalPlan:
+    """Raises UserError for an unknown protocol or key, and for values that cannot be.
+
+    recipe: whose held-out prompts are asked when no protocol is named. data: files that replace the protocol's.
+    """
+    if protocol:
+        values = find_protocol(protocol).settings()
+    elif recipe:
+        values = recipe_settings(recipe)
+    else:
+        values = {}
+    named = build(EvalSettings, values, ())
+    files = [f"data.eval_path={json.dumps(list(data))}"] if data else []
+    settings = build(EvalSettings, values, [*files, *overrides])
+    settings.check()
+    check_rewards(settings.data)
+    before, after = _flat(dataclasses.asdict(named)), _flat(dataclasses.asdict(settings))
+    changed = {key: value for key, value in after.items() if value != before.get(key)} if protocol or recipe else {}
+    kept = {key: value for key, value in changed.items() if not key.startswith("engine.") and key not in _NOT_OF_THE_PROTOCOL}
+    return EvalPlan(protocol or (HELD_OUT if recipe else "own"), settings, kept)
+
+
+def recipe_of(target: Target, recipe: Path | None) -> Config | None:
+    """The recipe that is named, else that of the run which the target belongs to, if any."""
+    path = recipe or (target.run / "config.yaml" if target.run else None)
+    return load_config(path) if path else None
+
+
+def recipe_settings(config: Config) -> dict[str, Any]:
+    """Return the values with which a run of the recipe evaluates its held-out prompts."""
+    if not config.evaluation.draws:
+        raise UserError(f"the recipe {config.name} has evaluation.draws=0: it evaluates nothing; name a --protocol, or set samples")
+    engine = {name: getattr(config.rollout, name) for name in ("engines", "tensor_parallel", "dtype", "max_running_requests")}
+    engine |= {name: getattr(config.rollout, name) for name in ("kv_cache_gib", "threads")}
+    return {
+        "task": config.task,
+        "samples": config.evaluation.draws,
+        "temperature": config.evaluation.temperature,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "pass_at": [config.evaluation.draws],
+        "seed": config.seed,
+        "deterministic": config.deterministic,
+        "data": dataclasses.asdict(config.data),
+        "engine": engine,
+    }
+
+
+class EvalRecord:
+    """OUT/evaluation.json: what the responses in the directory belong to. A second process that goes on must agree with it."""
+
+    def __init__(self, directory: Path):
+        self._path = directory / RECORD
+
+    def read(self) -> dict[str, Any]:
+        """Return the record; empty if there is none."""
+        return json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+
+    def agree(self, values: dict[str, Any], loose: Sequence[str] = ()) -> None:
+        """Write the record, or compare with the one that is there.
+
+        loose: key paths below which a process that goes on may differ. Raises UserError naming the first other value that differs.
+        """
+        written = self.read()
+        values = json.loads(json.dumps(values))
+        if not written:
+            with disk_errors(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(self._path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+            return
+        before, now = _flat(written), _flat(values)
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in loose):
+                raise UserError(
+                    f"{self._path.parent} holds an evaluation with {key}={before.get(key)}, not {now.get(key)}; give the same values to go "
+                    "on with it, or another --out"
+                )
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, of key paths."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result

@@ -1,0 +1,125 @@
+"""The problems of an evaluation: prompts with their ground truths, checked, with a digest of what is asked."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_aspo.data.benchmarks import KINDS, TEMPLATES, Kind, Template, read_benchmark, read_template
+from megatron_aspo.data.dataset import EVAL, Loader
+from megatron_aspo.data.encoder import Message
+from megatron_aspo.data.layouts import WANTED
+from megatron_aspo.data.records import Prompt
+from megatron_aspo.data.sources import Row, read_rows
+from megatron_aspo.data.store import PromptStore, with_answer
+from megatron_aspo.data.tasks import build_task
+from megatron_aspo.errors import UserError, nearest
+from megatron_aspo.evaluation.options import EvalSettings
+from megatron_aspo.rewards.choice import RewardChoice
+
+if TYPE_CHECKING:
+    from megatron_aspo.data.encoder import PromptEncoder
+
+
+@dataclass(frozen=True)
+class Problems:
+    prompts: Sequence[Prompt]
+    messages: dict[tuple[int, ...], list[Message] | str]
+    """Token ids of a prompt → its messages, or the text that it is."""
+    sha256: str
+    """A digest of what is asked and compared with: ids, messages and ground truths, without tokens."""
+    counts: dict[str, int]
+    """Rows read, and rows left out by reason."""
+
+
+class RecordingEncoder:
+    """Encodes as `encoder` does and notes what was encoded. Without an encoder each text gets a number in place of tokens."""
+
+    def __init__(self, encoder: "PromptEncoder | None", system_prompt: str):
+        self._encoder, self._system_prompt = encoder, system_prompt
+        self.messages: dict[tuple[int, ...], list[Message] | str] = {}
+
+    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        if self._system_prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._system_prompt}, *messages]
+        return self._noted(self._encoder.chat(messages) if self._encoder else None, list(messages))
+
+    def text(self, text: str) -> tuple[int, ...]:
+        return self._noted(self._encoder.text(text) if self._encoder else None, text)
+
+    def _noted(self, ids: tuple[int, ...] | None, asked: list[Message] | str) -> tuple[int, ...]:
+        ids = (len(self.messages),) if ids is None else ids
+        self.messages[ids] = asked
+        return ids
+
+
+def load_problems(settings: EvalSettings, encoder: "PromptEncoder | None", accept_count: bool) -> Problems:
+    """Read and check all problems. encoder: None where nothing is generated, or an endpoint tokenizes.
+
+    Raises UserError for a row that is wrong, and for another number of problems than `settings.problems`, unless accept_count.
+    """
+    recorder = RecordingEncoder(encoder, settings.data.system_prompt)
+    counts: dict[str, int] = {}
+    if settings.task == "dataset":
+        prompts = _load_files(settings, recorder, counts)
+    else:
+        prompts = build_task(settings.task, settings.data, recorder, settings.seed).held_out()
+        counts["read"] = len(prompts)
+    if not prompts:
+        raise UserError(f"task={settings.task} holds out no problems; raise data.held_out_prompts")
+    if settings.problems and len(prompts) != settings.problems and not accept_count:
+        left_out = "".join(f", {count} {reason}" for reason, count in counts.items() if reason != "read")
+        raise UserError(
+            f"this evaluation has {settings.problems} problems, here are {len(prompts)} ({counts['read']} rows read{left_out}); name all "
+            "files of the data set and no other, or accept another number with --accept-count"
+        )
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        answered = with_answer(prompt)
+        asked = [prompt.id, prompt.data_source, recorder.messages[prompt.token_ids], answered.ground_truth]
+        digest.update(json.dumps(asked, sort_keys=True, ensure_ascii=False, default=repr).encode() + b"\n")
+    return Problems(prompts, recorder.messages, digest.hexdigest(), counts)
+
+
+def _load_files(settings: EvalSettings, recorder: RecordingEncoder, counts: dict[str, int]) -> list[Prompt]:
+    if not settings.data.eval_path:
+        raise UserError("there are no problems; name their files with --data")
+    if not RewardChoice(settings.data):
+        raise UserError("nothing says how responses are graded; set data.reward, such as data.reward=code")
+    store = PromptStore()
+    parts = Loader(store, settings.data, recorder, lambda location: rows_of(settings, location, counts)).load(EVAL, settings.data.eval_path)
+    counts |= {"too long": too_long} if (too_long := sum(part.too_long for part in parts)) else {}
+    return [store.read(position) for position in range(len(store))]
+
+
+def rows_of(settings: EvalSettings, location: str, counts: dict[str, int]) -> Iterator[Row]:
+    """Yield the rows of a location that are asked, each with its prompt. counts: rows `read` and left out by reason are added to it."""
+    if settings.kind:
+        kind, template = _kind(settings)
+        yield from read_benchmark(kind, location, template, counts)
+        return
+    for row in read_rows(location, WANTED):
+        counts["read"] = counts.get("read", 0) + 1
+        yield row
+
+
+def _kind(settings: EvalSettings) -> tuple[Kind, Template]:
+    if settings.kind not in KINDS:
+        raise UserError(f"kind={settings.kind} is not known; {nearest(settings.kind, KINDS)}")
+    kind = KINDS[settings.kind]
+    first, last = settings.first_date or kind.first, settings.last_date or kind.last
+    for name, day in (("first_date", first), ("last_date", last)):
+        try:
+            day and date.fromisoformat(day)
+        except ValueError as error:
+            raise UserError(f"{name}={day} is not a date such as 2024-08-01") from error
+    if first and last and first > last:
+        raise UserError(f"first_date={first} is after last_date={last}; exchange them")
+    name = settings.template or kind.template
+    if name not in TEMPLATES and not Path(name).expanduser().is_file():
+        raise UserError(f"template={name} is neither a file nor a template; {nearest(name, TEMPLATES)}")
+    template = TEMPLATES[name] if name in TEMPLATES else read_template(Path(name).expanduser())
+    return replace(kind, first=first, last=last), template
