@@ -250,7 +250,8 @@ def _same_answer(settings: EvalSettings) -> SameAnswer:
         return same_text
     from megatron_aspo.rewards.math.verdict import verdict
 
-    return lambda answer, other: verdict(answer, other, settings.data.math).correct
+    # Not by math-verify, which forks: this process has threads.
+    return lambda answer, other: verdict(answer, other, settings.data.math, ask_math_verify=False).correct
 
 
 def _settings_of(out: Path) -> EvalSettings:

@@ -12,6 +12,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt (malloc.h)."""
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(_NEVER), "MALLOC_MMAP_THRESHOLD_": str(_LARGEST_HEAP_BLOCK)}
 """Environment variables with which a new process keeps what it frees."""
+HEAP_HOLES = 1.75
+"""Bytes of heap for a byte of short-lived tensors: blocks of several lengths leave holes. Measured on SmolLM2-135M: 1.4 over the forward
+pass of one micro-batch, 1.7 to 1.9 after micro-batches of several lengths."""
 
 
 def keep_freed_memory() -> None:

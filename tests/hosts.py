@@ -42,6 +42,7 @@ class Hosts:
     def __init__(self, directory: Path, count: int, visible: Sequence[Path] = ()):
         self.directory = directory
         self.addresses = [f"10.77.0.{number}" for number in range(1, count + 1)]
+        self.numbers = range(1, count + 1)
         self.hostfile = directory / "hostfile"
         self._visible = [Path(sys.base_prefix), Path(sys.prefix).resolve(), ROOT, directory, *visible]
         self._processes: dict[int, subprocess.Popen] = {}
@@ -180,7 +181,7 @@ class Hosts:
             time.sleep(0.01)
         self._in_lan("ip", "link", "add", "br0", "type", "bridge")
         self._in_lan("ip", "link", "set", "br0", "up")
-        for host in range(1, len(self.addresses) + 1):
+        for host in self.numbers:
             self.boot(host)
 
     def _init(self, host: int) -> str:

@@ -64,7 +64,7 @@ def ordinary(choose: random.Random) -> Row:
         (f"{a + b}, {a}", f"{a}, {a + b}", True),
         (f"[{b}, {a + b}]", f"[{b},{a + b})", False),
         (rf"{a}\pi", rf"\pi \cdot {a}", True),
-        (rf"{a}\%", f"{a}", True),
+        (rf"{a}\%", f"{a / 100}", True),
         (rf"{a}\text{{ cm}}", f"{a}", True),
         (rf"\begin{{pmatrix}} {a} \\ {b} \end{{pmatrix}}", rf"\begin{{pmatrix}} {a} \\ {b} \end{{pmatrix}}", True),
         (rf"\{{{a}, {a + b}\}}", rf"\{{{a + b}, {a}\}}", True),

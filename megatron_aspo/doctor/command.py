@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from megatron_aspo.doctor.record import Record, failed
 from megatron_aspo.doctor.table import as_json, in_order, table
-from megatron_aspo.doctor.worker import GRACE_S, Request
+from megatron_aspo.doctor.worker import GRACE_S, INTERRUPTS, Request
 from megatron_aspo.errors import UserError
 
 DEFAULT_BANDWIDTH_S = 1.0
@@ -65,13 +66,24 @@ def examine(request: Request) -> Iterator[Record]:
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-m", "megatron_aspo.doctor.worker"], env=environment, **pipes) as child:
-        try:
-            child.stdin.write(json.dumps(vars(request)).encode())
-            child.stdin.close()
-            yield from _read(child)
-        finally:
-            child.kill()
+    with contextlib.ExitStack() as stack:
+        # An interrupt while Popen runs would leave a process that nobody knows of.
+        with _interrupts_wait():
+            child = stack.enter_context(subprocess.Popen([sys.executable, "-m", "megatron_aspo.doctor.worker"], env=environment, **pipes))
+            stack.callback(child.kill)
+        child.stdin.write(json.dumps(vars(request)).encode())
+        child.stdin.close()
+        yield from _read(child)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM at the end of the block. A process that is started in it must allow them again."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _read(child: subprocess.Popen) -> Iterator[Record]:

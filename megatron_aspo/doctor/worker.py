@@ -25,6 +25,9 @@ from megatron_aspo.errors import UserError
 GRACE_S = 5.0
 """Seconds beyond a phase's limit that the command waits for a message."""
 
+INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
+"""Signals that the command blocks while it starts this program."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -64,6 +67,7 @@ class Reporter:
 
 
 def main() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     reporter = Reporter(os.dup(1))
     os.dup2(2, 1)  # what libraries print is no message
     request = Request(**json.load(sys.stdin))

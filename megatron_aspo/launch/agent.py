@@ -5,6 +5,7 @@ import of ours. The request follows on standard input, too: nothing secret is in
 """
 
 import fcntl
+import importlib
 import json
 import os
 import re
@@ -37,6 +38,8 @@ def probe(request: dict) -> dict:
     """Return what is on this host: versions, address, busy ports, and the node that an earlier call started."""
     node = _live_node(request)
     busy = [] if node else [name for name, port in request["ports"].items() if _is_busy(port)]
+    if request["extras"]:
+        _check_extras(request["extras"])
     with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
         floor = int(file.read().split()[0])
     return {
@@ -154,6 +157,15 @@ def follow(request: dict) -> dict:
     while node and _leader_is_alive(node):
         time.sleep(0.5)
     return {"tail": _tail(os.path.join(_node_directory(request), "output.log"))}
+
+
+def _check_extras(options: list[str]) -> None:
+    """Raises Refused when Ray lacks the packages for these options of the launcher: its dashboard and metrics are an extra."""
+    try:
+        importlib.import_module("ray.dashboard.optional_deps")
+    except ImportError as error:
+        install = f"{sys.executable} -m pip install 'ray[default]=={_ray_version()}'"
+        raise Refused(f"{' and '.join(options)} need packages of Ray that are not installed here ({error}): {install}") from error
 
 
 def _authentication(request: dict) -> dict:

@@ -71,7 +71,7 @@ class Launch:
         """Return 1 when this host's node has ended; a signal ends it."""
         this = self.wanted.found.hosts[-1]
         try:
-            last = self.reach.call("follow", this, {}, 1e9)["tail"]
+            last = self.reach.call("follow", this, {}, None)["tail"]
         except BaseException:
             self._begun = [this]
             self._undo()
@@ -110,6 +110,7 @@ class Launch:
                 "peers": [other.name for other in self.wanted.found.hosts if other != host],
                 "ports": self.wanted.ports.of(self._is_head(host)),
                 "token": self.wanted.token,
+                "extras": ["--dashboard"] * self.wanted.dashboard + ["--metrics"] * self.wanted.metrics,
             }
 
         answers = self.reach.call_all("probe", hosts, request, min(_PROBE_S, self.wanted.timeout_s + _SLACK_S))

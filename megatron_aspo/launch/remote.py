@@ -49,11 +49,11 @@ class Reach:
     ssh_options: tuple[str, ...] = ()
 
     def call(
-        self, verb: str, host: Host, request: Mapping[str, Any], limit_s: float, running: set[subprocess.Popen] | None = None
+        self, verb: str, host: Host, request: Mapping[str, Any], limit_s: float | None, running: set[subprocess.Popen] | None = None
     ) -> dict[str, Any]:
         """Let the host's agent do it, and return its answer. Raises HostError when it refuses, fails, cannot be reached or is too slow.
 
-        running: where the process of the call is noted while it lasts.
+        limit_s: None is no limit. running: where the process of the call is noted while it lasts.
         """
         over_ssh = not is_this_machine(host.name)
         whole = {"verb": verb, "host": host.name, "directory": self.directory, "over_ssh": over_ssh, **request}

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.host_memory import HEAP_HOLES
 from megatron_aspo.rollout.engine_settings import GIB, batched_tokens
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.weights.hf_model import HFModel
@@ -21,15 +22,16 @@ class WorkerMemory:
     """As vLLM's loaders cut them. On a CPU a tied output head is there twice: as the embedding, and packed for its product."""
     kv_cache: int
     incoming: int
-    """Buckets of weights on their way in, at most two, in their whole shape."""
+    """Buckets of weights on their way in, at most two, in their whole shape, and the largest tensor once more: vLLM makes a layer anew
+    before it gives up the old one."""
     batch: int
-    """The largest batch: one layer's activations of its tokens, and the logits of all running requests in float32, three times (as they
-    are, as log-probabilities, and as tokens are drawn from them)."""
+    """The largest batch: one layer's activations of its tokens, and the logits of all running requests in float32, five times: as they are,
+    copied, log-probabilities, probabilities, random numbers. On a CPU with the holes that it leaves in the heap."""
 
     @property
     def total(self) -> int:
-        """Engines generate and take weights by turns."""
-        return self.weights + self.kv_cache + max(self.incoming, self.batch)
+        """Engines generate and take weights by turns, but allocators keep what a batch took until they need it for something else."""
+        return self.weights + self.kv_cache + self.incoming + self.batch
 
 
 def kv_bytes_per_token(model: HFModel, options: RolloutOptions) -> int:
@@ -71,6 +73,6 @@ def worker_memory(model: HFModel, options: RolloutOptions, bucket_bytes: int, on
     return WorkerMemory(
         weights=(elements + head) * itemsize,
         kv_cache=int(options.kv_cache_gib * GIB) // options.tensor_parallel,
-        incoming=min(whole, 2 * max(bucket_bytes, largest)),
-        batch=activations + 3 * logits,
+        incoming=min(whole, 2 * max(bucket_bytes, largest)) + largest,
+        batch=int((activations + 5 * logits) * (HEAP_HOLES if on_cpu else 1)),
     )

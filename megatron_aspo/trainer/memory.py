@@ -7,6 +7,7 @@ backward; for experts and for Transformer Engine's layers that is an estimate. E
 import math
 from dataclasses import dataclass, fields
 
+from megatron_aspo.host_memory import HEAP_HOLES
 from megatron_aspo.trainer.host_blocks import pinned_bytes
 from megatron_aspo.trainer.options import TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
@@ -26,6 +27,9 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: int
+    """On a CPU with the holes that they leave in the heap."""
+    reduction: int
+    """Gloo's copy of the gradients while it sums them over data-parallel ranks; on a CPU."""
     logprobs: int
     """Logits of one block, and the gradient of the output matrix."""
     checkpoint: int
@@ -71,13 +75,16 @@ def rank_memory(
     factors = sum(math.prod(shape) for name, shape in layout.parameter_shapes.items() if _is_factor(name)) if options.fp8 != "none" else 0
     away = on_gpu and options.offload_optimizer
     tokens = -(-load.tokens // sizes.context)
+    gradients = count * ITEMSIZE[options.gradient_dtype]
+    activations = _activations(model, options, sizes, at, tokens, load.micro_batches)
     return RankMemory(
         weights=weights + 2 * factors,
         reference=weights + factors if settings.algorithm.has_kl and not (on_gpu and options.offload_reference) else 0,
-        gradients=count * ITEMSIZE[options.gradient_dtype],
+        gradients=gradients,
         # In host memory it comes to the device for the optimizer step, when there are no activations.
         optimizer=0 if away else state,
-        activations=_activations(model, options, sizes, at, tokens, load.micro_batches),
+        activations=activations if on_gpu else int(activations * HEAP_HOLES),
+        reduction=0 if on_gpu or sizes.data * sizes.context == 1 else gradients,
         logprobs=_logprobs(model, options, sizes, tokens) if at.pipeline == sizes.pipeline - 1 else 0,
         checkpoint=(weights + state) if asynchronous else 0,
         pinned=_pinned(layout, settings, shards, expert_shards) if on_gpu else 0,

@@ -81,6 +81,37 @@ def test_a_machine_without_user_namespaces_is_named(monkeypatch, sandboxed, open
     assert "No permissions" in message and "kernel.unprivileged_userns_clone" in message
 
 
+IN_A_CONTAINER = """
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.code.grader import Grader
+from megatron_aspo.rewards.code.options import CodeOptions
+from megatron_aspo.rewards.code.schemas import StdinTest
+try:
+    with Grader(CodeOptions()) as grader:
+        print(grader.grade("print(int(input()) + 1)", [StdinTest("1", "2")]).passed)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("container", "said"),
+    [
+        ([], "True"),
+        (["--ro-bind", "/dev/null", "/proc/version"], "hides parts of /proc"),  # as docker, podman and Kubernetes do
+        (["--disable-userns"], "bubblewrap needs user namespaces"),
+    ],
+    ids=["open", "masked /proc", "no user namespaces"],
+)
+def test_the_sandbox_works_in_a_container_without_root_or_says_what_the_container_lacks(sandboxed, container, said):
+    """The container is one of bubblewrap's own, with a user that is not root."""
+    outer = ["bwrap", "--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--dev-bind", "/", "/", "--proc", "/proc"]
+    command = [*outer, *container, sys.executable, "-c", IN_A_CONTAINER]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+    assert said == "True" or "grade-server" in done.stdout
+
+
 def test_promised_modules_are_there_and_are_checked(sandboxed):
     with Grader(CodeOptions(SandboxOptions(modules=["numpy"]))) as grader:
         assert grader.grade("import numpy as np\nprint(np.arange(4).sum())\n", [StdinTest("", "6")]).passed

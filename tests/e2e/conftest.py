@@ -27,14 +27,17 @@ def whole(workplace) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    """Two hosts. Where the system lets nobody make them, the tests are skipped; anything else that is missing is an error."""
+def hosts(request) -> Iterator[Hosts]:
+    """Two hosts, or as many as the module's HOSTS says.
+
+    Where the system lets nobody make them, the tests are skipped; anything else that is missing is an error.
+    """
     if reason := why_not():
         pytest.skip(reason)
     directory = Path(tempfile.mkdtemp(prefix="aspo-hosts-", dir="/var/tmp"))
     directory.chmod(0o755)
     try:
-        with Hosts(directory, 2) as made:
+        with Hosts(directory, getattr(request.module, "HOSTS", 2)) as made:
             yield made
     finally:
         shutil.rmtree(directory)

@@ -1,5 +1,6 @@
 """tools/start_ray.sh and tools/stop_ray.sh on hosts made of namespaces."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -188,3 +189,37 @@ def test_two_users_of_one_host_do_not_meet(hosts):
     assert "already running: 1 nodes" in call("start_ray.sh", "nobody", *small).stdout
     assert call("stop_ray.sh", "nobody").returncode == 0
     assert nothing_runs(hosts, 1)
+
+
+def test_a_call_that_blocks_ends_its_node_at_a_signal_and_ends_when_the_node_does(hosts):
+    """As the process of a container does; on one host, whose network interface is named."""
+    hostfile = hosts.directory / "one_host"
+    hostfile.write_text("host1\n")
+    small = ("--num-cpus", "1", "--object-store-mb", "100")
+    unknown = start(hosts, "--interface", "eth7", hostfile=hostfile)
+    assert unknown.returncode == 1 and "eth7" in unknown.stderr and "nothing was started" in unknown.stderr
+    for end in ("signal", "node"):
+        words = launcher(hosts, "start_ray.sh", str(hostfile), *small, "--interface", "eth0", "--block")
+        process = hosts.popen(1, *words, env=environment())
+        while "the cluster runs: 1 nodes" not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        assert process.stdout.readline() and process.poll() is None
+        found = names(hosts, 1)
+        if end == "signal":
+            (pid,) = (pid for pid in found if b"megatron_aspo.launch.start" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+            os.kill(pid, signal.SIGTERM)
+        else:
+            os.kill(next(pid for pid, name in found.items() if name == "raylet"), signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == (128 + signal.SIGTERM if end == "signal" else 1), error
+        assert end == "signal" or "host1: the node ended" in error
+        assert nothing_runs(hosts, 1) or end == "node"
+    assert stop(hosts, str(hostfile)).returncode == 0
+    assert nothing_runs(hosts, 1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is not None, reason="Ray's optional packages are installed")
+def test_a_dashboard_without_its_packages_is_refused_before_anything_starts(hosts):
+    refused = start(hosts, "--dashboard", "--metrics")
+    assert refused.returncode == 1 and "error: 10.77.0.1: --dashboard and --metrics need packages of Ray" in refused.stderr
+    assert "pip install 'ray[default]==" in refused.stderr and nothing_runs(hosts, 1, 2)

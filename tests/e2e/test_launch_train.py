@@ -1,4 +1,4 @@
-"""A whole run over two hosts: trainer on one, engines on the other, on a cluster that tools/start_ray.sh built."""
+"""A whole run over three hosts: the trainer on one, an engine on each of the others, on a cluster that tools/start_ray.sh built."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from tests.e2e.workplace import RUN_S, make_workplace, metrics, timeless, wait_f
 from tests.hosts import ROOT, Hosts
 
 pytestmark = pytest.mark.long
+HOSTS = 3
 STEPS = 2
 """As many as it takes to generate from weights that were trained and sent over the link."""
 PORTS = range(6379, 7379)
@@ -36,14 +37,14 @@ class Listener:
 
 @dataclass(frozen=True)
 class Seen:
-    """A run over two hosts, and what was seen while it trained."""
+    """A run over three hosts, and what was seen while it trained."""
 
     directory: Path
     status: int
     error: str
     listeners: list[Listener]
     without_token: dict[tuple[int, int], list[str]]
-    """(host, port) → what a client of the other host was answered."""
+    """(host, port) → what a client of another host was answered."""
     with_token: dict[tuple[int, int], list[str]]
     link_bytes: int
     """What left the trainer's host in all."""
@@ -56,20 +57,20 @@ def seen(hosts) -> Seen:
     place = hosts.directory / "train"
     place.mkdir()
     make_workplace(place)
-    pinned = ["--resources", "trainers=1", "--resources", "engines=2"]
+    pinned = ["--resources", "trainers=1", "--resources", "engines:1=2-3"]
     started = start(hosts, *pinned, "--num-cpus", "6", "--export", f"PYTHONPATH={ROOT}", "--export", "HF_HUB_OFFLINE=1")
     assert started.returncode == 0, started.stdout + started.stderr
-    command = ["-m", "megatron_aspo", "train", "recipe.yaml", "--ray-address", "10.77.0.1:6379", "name=two_hosts", f"steps={STEPS}"]
+    command = ["-m", "megatron_aspo", "train", "recipe.yaml", "--ray-address", "10.77.0.1:6379", "name=three_hosts", f"steps={STEPS}"]
     token = f"{STATE}/nodes/10.77.0.1/token"
     known = environment(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
     driver = hosts.popen(1, sys.executable, *command, "trainer.resource=trainers", "rollout.resource=engines", env=known, cwd=place)
-    run = place / "runs" / "two_hosts"
+    run = place / "runs" / "three_hosts"
     try:
         wait_for(driver, lambda: (run / "metrics.jsonl").exists() and metrics(run))
-        listeners = [listener for host in (1, 2) for listener in listening(hosts, host)]
+        listeners = [listener for host in hosts.numbers for listener in listening(hosts, host)]
         roles = {
-            "trainer": {host for host in (1, 2) if "TrainerActor" in commands(hosts, host)},
-            "engine": {host for host in (1, 2) if "Engine" in commands(hosts, host).replace("EngineCore", "")},
+            "trainer": {host for host in hosts.numbers if "TrainerActor" in commands(hosts, host)},
+            "engine": {host for host in hosts.numbers if "Engine" in commands(hosts, host).replace("EngineCore", "")},
         }
         words = hosts.run(1, "cat", token).stdout
         asked = [ask(hosts, listeners, known) for known in ("", words)]
@@ -98,24 +99,24 @@ def commands(hosts: Hosts, host: int) -> str:
 
 
 def ask(hosts: Hosts, listeners: list[Listener], token: str) -> dict[tuple[int, int], list[str]]:
-    """What a client on the other host is answered by each server that listens on all interfaces."""
+    """What a client on another host is answered by each server that listens on all interfaces."""
     answers = {}
-    for host in (1, 2):
+    for host in hosts.numbers:
         ports = [str(listener.port) for listener in listeners if listener.host == host and listener.open_to_all]
-        done = hosts.run(3 - host, sys.executable, CLIENT, hosts.addresses[host - 1], *ports, env=environment(TOKEN=token))
+        done = hosts.run(host % HOSTS + 1, sys.executable, CLIENT, hosts.addresses[host - 1], *ports, env=environment(TOKEN=token))
         assert done.returncode == 0, done.stderr
         answers |= {(host, int(port)): answer for port, answer in json.loads(done.stdout).items()}
     return answers
 
 
-def test_a_run_over_two_hosts_gives_the_numbers_of_the_run_on_one(seen, whole):
+def test_a_run_over_three_hosts_gives_the_numbers_of_the_run_on_one(seen, whole):
     assert seen.status == 0, seen.error
-    assert seen.nodes == {"trainer": {1}, "engine": {2}}
+    assert seen.nodes == {"trainer": {1}, "engine": {2, 3}}
 
     ours, theirs = timeless(seen.directory), timeless(whole)[:STEPS]
     assert len(ours) == len(theirs) == STEPS
     # A run does not measure the memory of a cluster's machines. On one machine each engine gets the bytes from the ranks; here they cross
-    # the link once, and the engine passes them on.
+    # the link once, and one engine passes them on to the other.
     names = {name for name in ours[0].keys() | theirs[0].keys() if not name.startswith("memory/")} - {"weights/bytes_sent"}
     differ = [(step, name, a.get(name), b.get(name)) for step, (a, b) in enumerate(zip(ours, theirs)) for name in names]
     assert len(names) >= 40 and not [found for found in differ if found[2] != found[3]]
@@ -128,7 +129,8 @@ def test_no_port_of_ours_is_open_to_all(seen):
     private = [listener for listener in seen.listeners if not listener.open_to_all]
     assert not [listener for listener in private if not listener.address.startswith(("127.", "10.77.0.", "[::1"))]
     # Gloo's and the stores' sockets of ranks and engines are among them.
-    assert {1, 2} == {listener.host for listener in private if listener.port > 32767 and listener.address.startswith("10.77.0.")}
+    theirs = [listener for listener in private if listener.port > 32767 and listener.address.startswith("10.77.0.")]
+    assert {listener.host for listener in theirs} == {*range(1, HOSTS + 1)}
 
 
 def test_each_of_rays_servers_refuses_a_client_without_the_token(seen):
@@ -140,4 +142,4 @@ def test_each_of_rays_servers_refuses_a_client_without_the_token(seen):
 
 
 def test_nothing_is_left_on_the_hosts(hosts, seen):
-    assert nothing_runs(hosts, 1, 2)
+    assert nothing_runs(hosts, *hosts.numbers)

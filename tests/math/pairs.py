@@ -371,6 +371,47 @@ TEXT = [
     ("+", "1", N),
 ]
 
+WRITTEN = [
+    ("5:3", "10:6", Y),
+    ("5:3", r"\frac{5}{3}", Y),
+    ("5:3", "3:5", N),
+    ("3:4:5", "6:8:10", Y),
+    ("3:4:5", "3:4:6", N),
+    ("3:4:5", "3:4", N),
+    ("(B) 5", "B", Y),
+    (r"\textbf{(B)}\ 5", "(B)", Y),
+    (r"\text{(B) }5", "5", Y),
+    ("(B) 5", "(C) 5", N),
+    ("(B) 5", "6", N),
+    (r"\text{(B)}", r"\textbf{(C)}", N),
+    ("5th", "5", Y),
+    (r"5^{\text{th}}", r"5\text{th}", Y),
+    ("2.5 million", "2500000", Y),
+    (r"2.5\text{ million}", "2.5", N),
+    (r"\$2.5\text{ million}", "2.5 million dollars", Y),
+    ("3 dozen", "36", Y),
+    ("f'(x)", r"f^{\prime}(x)", Y),
+    ("f'(x)", "f(x)", N),
+    ("f'(x)=2x", "2x", Y),
+    (r"\overline{AB} = 5", "5", Y),
+    (r"\overrightarrow{AB}", r"\overrightarrow{BA}", N),
+    (r"\vec{a}+\vec{b}", r"\vec{b}+\vec{a}", Y),
+    (r"x \not= 3", r"x \neq 3", Y),
+    (r"\mathbb R", r"\mathbb{R}", Y),
+    (r"\mathbb{Z}", r"\mathbb{R}", N),
+    (r"3.14159\ldots", r"\pi", Y),
+    (r"\approx 2.5", "2.5", Y),
+    (r"9.8\ \mathrm{m/s^2}", "9.8", Y),
+    (r"9.8\ \mathrm{m/s^2}", r"9.8\ \mathrm{m/s}", N),
+    (r"100^{\circ}\text{C}", "100", Y),
+    (r"\text{June 20}", "June 20", Y),
+    (r"\text{June 20}", "June 21", N),
+    (r"\text{3:30 PM}", r"\text{3:30 AM}", N),
+    (r"(a,b,c) = (1,2,3)", "(1,2,3)", Y),
+    (r"k\pi, k \in \mathbb{Z}", r"k\pi, k \in \mathbb{Z}", Y),
+    (r"a, b, c", "c, b, a", Y),
+]
+
 ELSEWHERE = [
     (r"\sum_{k=1}^{10} k", "55", Y),
     (r"\sum_{k=1}^{10} k", "56", N),
@@ -381,6 +422,6 @@ ELSEWHERE = [
 
 GROUPS = {
     "field": FIELD, "numbers": NUMBERS, "irrational": IRRATIONAL, "algebra": ALGEBRA, "equations": EQUATIONS, "collections": COLLECTIONS,
-    "intervals": INTERVALS, "units": UNITS, "text": TEXT, "elsewhere": ELSEWHERE,
+    "intervals": INTERVALS, "units": UNITS, "text": TEXT, "written": WRITTEN, "elsewhere": ELSEWHERE,
 }  # fmt: skip
 PAIRS = [pair for pairs in GROUPS.values() for pair in pairs]

@@ -1,6 +1,7 @@
 """Which answers are right: pairs judged by hand, formulas made by SymPy, answers that cost time, answers that are programs."""
 
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import pytest
 import sympy
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.math import verdict as module
 from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.math.verdict import verdict
 from tests.math.pairs import ELSEWHERE, GROUPS, PAIRS
@@ -74,6 +76,21 @@ def test_forms_that_sympy_makes_of_a_formula_are_equal_and_neighbours_are_not():
                 assert not verdict(sympy.latex(other), sympy.latex(formula)).correct, (other, formula)
 
 
+def test_mutilated_answers_are_judged_alike_both_ways_and_raise_nothing(monkeypatch):
+    monkeypatch.setattr(module, "math_verify_says", lambda *_: (False, "not asked here"))
+    choose, texts = random.Random(31), [text for pair in PAIRS for text in pair[:2]]
+    pieces = [piece for text in texts for piece in re.findall(r"\\[A-Za-z]+|\\.|\d+|.", text)]
+    for _ in range(3000):
+        text, other = choose.choice(texts), choose.choice(texts)
+        place = choose.randrange(len(text) + 1)
+        answer = text[:place] + choose.choice(pieces) + text[place + choose.randrange(3) :]
+        if choose.random() < 0.5:
+            answer = "".join(choose.choice(pieces) for _ in range(choose.randrange(1, 14)))
+        for gold in (other, text, answer + " "):
+            assert verdict(answer, gold).correct is verdict(gold, answer).correct, (answer, gold)
+        assert verdict(answer, answer + " ").correct or not answer.strip()
+
+
 COSTLY = [
     *(answer for answer, _, _ in GROUPS["field"]),
     "{" * 100_000,
@@ -128,6 +145,13 @@ def test_what_math_verify_hangs_on_ends_at_the_limit():
     given = verdict(r"\sum_{k=1}^{10^9} \sin(k^k)", "2", MathOptions(limit_s=0.5))
     assert given.reason == "math-verify took more than 0.5 s" and not given.correct
     assert time.monotonic() - began < 3
+
+
+def test_math_verify_is_not_asked_where_the_caller_says_so(monkeypatch):
+    monkeypatch.setattr(module, "math_verify_says", lambda *_: pytest.fail("asked"))
+    total = r"\sum_{k=1}^{10} k"
+    assert not verdict(total, "55", ask_math_verify=False).correct and not verdict("(B) " + total, "55", ask_math_verify=False).correct
+    assert verdict(total, total + " ", ask_math_verify=False).correct and verdict("1/2", "0.5", ask_math_verify=False).correct
 
 
 HOSTILE = [

@@ -13,9 +13,11 @@ import psutil
 import pytest
 
 from megatron_aspo.cli import main
+from megatron_aspo.doctor.command import examine
 from megatron_aspo.doctor.record import failed, ok, warning
 from megatron_aspo.doctor.redact import redactor
 from megatron_aspo.doctor.table import CHECKS, in_order, table
+from megatron_aspo.doctor.worker import Request
 from tests.in_process import run_main
 from tests.models import save_tiny
 
@@ -101,6 +103,22 @@ def test_an_interrupt_ends_the_work_too(tmp_path):
     worker = worker_of(process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
+    assert not worker.is_running()
+
+
+def test_an_interrupt_while_the_work_starts_ends_it_too(monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def _execute_child(self, *arguments) -> None:
+            super()._execute_child(*arguments)
+            started.append(psutil.Process(self.pid))
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(examine(Request("", [], "", 1.0, 10.0, False)))
+    (worker,) = started
     assert not worker.is_running()
 
 

@@ -51,9 +51,17 @@ def test_memory_and_traffic_are_those_of_the_files_on_disk(place):
     assert sum(rank.weights for rank in stages) == 2 * count
     sharded = plan("trainer.data_parallel=2", "trainer.distributed_optimizer=true").ranks[0]
     assert (sharded.weights, sharded.optimizer) == (2 * count, 6 * count)
+    # Gloo sums gradients in a copy of them.
+    assert (sharded.reduction, rank.reduction) == (4 * count, 0)
+    assert plan("trainer.data_parallel=2", device="cuda").ranks[0].reduction == 0
     assert plan("rollout.engines=2").sync[0] == 2 * 2 * count
     assert plan("rollout.dtype=float32").worker.weights == 4 * count
     assert plan("checkpoint.every=1").ranks[0].checkpoint == 14 * count
+
+
+def test_short_lived_tensors_are_counted_with_the_holes_that_they_leave_in_a_heap(place):
+    (on_cpu,), (on_gpu,) = plan().ranks, plan(device="cuda").ranks
+    assert on_cpu.activations == pytest.approx(1.75 * on_gpu.activations, rel=1e-6)
 
 
 def test_nodes_are_shown_with_their_ranks_and_engines_and_what_would_span_them_is_refused(place):

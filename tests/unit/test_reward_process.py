@@ -169,3 +169,40 @@ def test_a_reward_finds_the_files_of_the_directory_from_which_the_run_was_starte
         response = "assert open('table.txt').read() == '12345'"
         assert score(process, response)[0].score == len(response)
     assert Path.cwd() != tmp_path
+
+
+def test_what_a_reward_does_wrong_costs_one_response_where_the_option_says_so():
+    options = DataOptions(reward=DOES, reward_on_error="score", reward_failure_score=-2.5)
+    process = RewardProcess("dataset", options, ".")
+    try:
+        process.start()
+        results = score(process, "1", "1 / 0", "sys.exit(3)", "333")
+    finally:
+        process.close()
+    assert [(result.score, result.failure) for result in results] == [(1.0, ""), (-2.5, "error"), (-2.5, "error"), (3.0, "")]
+    assert results[1].reason == "raised ZeroDivisionError: division by zero; correct the function"
+    assert results[1].details == {"failed": True} and results[0].details["pid"] == results[3].details["pid"]
+
+
+def test_memory_that_leaks_over_responses_costs_none_and_a_response_that_needs_too_much_fails():
+    options = DataOptions(reward=DOES, reward_memory_gib=2.0, reward_failure_score=-2.5)
+    leak = "globals().setdefault('kept', []).append(bytearray(900 << 20))"
+    process = RewardProcess("dataset", options, ".")
+    try:
+        process.start()
+        results = score(process, leak, leak, leak + " ", "bytearray(3 << 30)", "22")
+    finally:
+        process.close()
+    assert [result.failure for result in results] == ["", "", "", "crash", ""]
+    assert results[0].details["pid"] == results[1].details["pid"] != results[2].details["pid"]
+    assert (results[3].score, results[3].reason) == (-2.5, "got no more memory twice")
+
+
+def test_an_async_reward_is_awaited_and_its_loop_stays(tmp_path):
+    module_text = (
+        "import asyncio\nloops = set()\nasync def score(prompt, response, ground_truth, extra):\n"
+        "    await asyncio.sleep(0.01)\n    loops.add(id(asyncio.get_running_loop()))\n    return len(response) / len(loops)\n"
+    )
+    (tmp_path / "later.py").write_text(module_text)
+    with reward_process("later:score", directory=tmp_path) as process:
+        assert [result.score for result in score(process, "1", "22", "333")] == [1.0, 2.0, 3.0]

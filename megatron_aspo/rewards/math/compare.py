@@ -5,6 +5,7 @@
 - An inequality or `x ∈ …` equals its interval, whatever the variable's name where one side has none.
 - `x = 5` equals 5; x = 5 and y = 5 differ. Equations are equal if their sides' differences are proportional, inequalities with a positive
   factor. Names count: x + C and x + K differ.
+- A ratio equals one with proportional terms, and a number if it has two terms.
 - ± stands for both values. A column equals the tuple of its elements.
 """
 
@@ -32,6 +33,8 @@ class Comparison:
         kinds = {a.op, b.op}
         if kinds & {"relation", "member", "interval", "union", "minus", "named_set"} and (verdict := self._as_real_sets(a, b)) is not None:
             return verdict
+        if "ratio" in kinds:
+            return self._ratios(a, b)
         if kinds == {"relation"}:
             return self._relations(a, b)
         if kinds == {"tuple", "interval"} or kinds & {"list", "set", "tuple", "matrix"}:
@@ -80,6 +83,14 @@ class Comparison:
         if sign in _ORDERS and other == _flipped(sign):
             return proportional(left, _difference(Node("relation", b.args[::-1], b.value)), positive=True)
         return sign == other and proportional(left, right, positive=sign in _ORDERS)
+
+    def _ratios(self, a: Node, b: Node) -> bool:
+        """3:4 is 6:8, and 3/4."""
+        if a.op == b.op:
+            crosswise = ((Node("mul", (x, b.args[0])), Node("mul", (y, a.args[0]))) for x, y in zip(a.args[1:], b.args[1:], strict=False))
+            return len(a.args) == len(b.args) and all(same_function(*pair) for pair in crosswise)
+        ratio, other = (a, b) if a.op == "ratio" else (b, a)
+        return len(ratio.args) == 2 and other.op not in ("list", "set", "tuple", "matrix") and self.equal(Node("div", ratio.args), other)
 
     def _collections(self, a: Node, b: Node) -> bool:
         if a.op == "matrix" and b.op == "matrix":
@@ -141,7 +152,7 @@ class Comparison:
         if context.im(exact) != 0 or not context.isfinite(exact):
             return False
         step = context.mpf(10) ** (context.floor(context.log10(evaluator.inexact(value))) - digits + 1)
-        missing = exact * sign - evaluator.inexact(value)
+        missing = context.re(exact) * sign - evaluator.inexact(value)
         return bool(abs(missing) <= step / 2 * (1 + context.mpf(10) ** -30) or 0 <= missing < step)
 
 

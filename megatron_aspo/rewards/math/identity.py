@@ -65,7 +65,7 @@ def _ratio(a: Node, b: Node, point: Point) -> Any:
         return None
     if x == 0 or y == 0 or value.context.im(value.inexact(x)) != 0 or value.context.im(value.inexact(y)) != 0:
         return None
-    return value.inexact(x) / value.inexact(y)
+    return value.context.re(value.inexact(x) / value.inexact(y))
 
 
 def same_function(a: Node, b: Node) -> bool:

@@ -32,6 +32,17 @@ _DROPPED = re.compile(
 _SPACES = re.compile(r"(?P<row>\\\\(?=\s*\S))|\\[,;:!> \n\t]|\\(?:quad|qquad|space|hspace\{[^{}]*\}|enspace)(?![A-Za-z])|~|\s+|\\\\")
 _GROUPED = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ]|\\,)(?=\d{3}(?!\d))")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
+_REWRITTEN = [
+    (re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])"), r"\\mathbb{\1}"),
+    (re.compile(r"\\not\s*="), r"\\ne "),
+    (re.compile(r"\s*\^\s*(?:\\prime(?![A-Za-z])|\{\s*\\prime\s*\})"), "'"),
+    (re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm|textrm)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}?\s*\}?$"), ""),
+    (re.compile(r"(?<=\.\d)(\d*)\s*(?:\\[lc]?dots|\.\.\.+|…)$"), r"\1"),
+    (re.compile(r"^\s*(?:\\approx|\\sim|≈|~)\s*"), ""),
+]
+"""Other ways to write what the parser knows: ℝ without braces, ≠, primes, ordinals, an ellipsis behind a decimal, "about"."""
+_MULTIPLES = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}"}
+_MULTIPLE = re.compile(rf"(?<=\d)\s*(?:\\(?:text|mathrm|textrm)\s*\{{\s*)?({'|'.join(_MULTIPLES)})s?\b(?:\s*\}})?")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
@@ -42,6 +53,11 @@ def clean(text: str) -> str:
     text = _unwrapped(unicodedata.normalize("NFC", text).strip())
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
     text = "".join(_SIGNS.get(sign, sign) for sign in text)
+    for pattern, new in _REWRITTEN:
+        text = pattern.sub(new, text)
+    text = _MULTIPLE.sub(
+        lambda found: r"\cdot " + _MULTIPLES[found[1]] + ("" if found[0].endswith("}") or "{" not in found[0] else r"\text{"), text
+    )
     text = _REPEATING.sub(_repeating, _GROUPED.sub("", text))
     text = _DROPPED.sub("", text)
     text = _COMMAND.sub(_same, text)

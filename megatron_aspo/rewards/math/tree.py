@@ -23,7 +23,7 @@ class Node:
     Operations: add, mul, div, pow, neg, root (radicand, degree), factorial, degree, `call` (value: the function), `function` (value: the
     name of an unknown one), `pm` (value: 1 for ±, -1 for ∓).
     Collections: list, set, tuple, `interval` (value: which ends are closed), `matrix` (value: rows, columns), union, minus, `member`
-    (element, set), `relation` (value: the signs between the arguments).
+    (element, set), `ratio`, `relation` (value: the signs between the arguments).
     """
 
     op: str

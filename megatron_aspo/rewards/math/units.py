@@ -20,7 +20,9 @@ _TABLE = {
 _UNITS = {name: (kind, Fraction(factor)) for kind, rows in _TABLE.items() for names, factor in rows.items() for name in names.split()}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWER = r"(?:\s*\^\s*\{?\s*([23])\s*\}?)?$"
-_WRAPPED = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|textnormal)\s*\{\s*([A-Za-z][A-Za-z ./]*?)\.?\s*\}" + _POWER)
+_WRAPPED = re.compile(
+    r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|textnormal)\s*\{\s*([A-Za-z][A-Za-z ./]*?(?:\^[23])?)\.?\s*\}" + _POWER
+)
 _PLAIN = re.compile(r"(?<=[\d)}\]!]) ([A-Za-z]{2,}(?:[ /][A-Za-z]+)*)\.?" + _POWER)
 _GLUED = re.compile(r"(?<=\d)(mm|cm|dm|km|kg|mg|ml|mL|ft|lb|min)" + _POWER)
 _MODULUS = re.compile(r" *\(?\\?p?mod *\{? *(\d{1,40}) *\}?\)?$")
@@ -66,6 +68,8 @@ def _unit(words: str, power: str | None) -> Unit | None:
         return None
     kind, factor, known = "", Fraction(1), True
     for position, part in enumerate(parts):
+        part, caret, inner = part.partition("^")
+        power = inner if caret else power
         name = part.split()
         exponent = int(power) if power and position == len(parts) - 1 else 1
         if name[0].lower() in _POWERS and len(name) > 1:

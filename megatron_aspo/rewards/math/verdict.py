@@ -25,6 +25,8 @@ _MAX_TEXT = 1 << 20
 _WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox|textnormal|operatorname|mathbf|mathsf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(?([A-Za-z])[).:]?")
 _WORDS = re.compile(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ' ,.()-]*")
+_LABELLED = re.compile(r"(?:\\text(?:bf|rm)? ?\{ ?)?\(([A-Z])\) ?\}? ?(\S.*)")
+"""A choice with its letter: `(B) 5`, `\\textbf{(B)} 5`, `\\text{(B) }5`."""
 _SET_BUILDER = re.compile(r"\\\{ ?([A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?[|:] ?(.*)\\\}")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 _SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}( \d{3})+(\.\d+)?")
@@ -46,10 +48,11 @@ class Reading:
     percent: bool = False
 
 
-def verdict(answer: str, gold: str, options: MathOptions | None = None) -> Verdict:
-    """Compare an answer, as `extract_answer` returns it, with the right one. Symmetric in the two.
+def verdict(answer: str, gold: str, options: MathOptions | None = None, ask_math_verify: bool = True) -> Verdict:
+    """Compare an answer, as `extract_answer` returns it, with the right one, or with another answer. Symmetric in the two.
 
-    Takes at most a second, and `options.limit_s` where math-verify is asked, which happens in a forked process.
+    Takes at most a second, and `options.limit_s` where math-verify is asked, which forks this process: only processes without other threads
+    should do that. ask_math_verify=False compares notations that are not read here as text.
     """
     options = options or MathOptions()
     if max(len(answer), len(gold)) > _MAX_TEXT:
@@ -63,6 +66,9 @@ def verdict(answer: str, gold: str, options: MathOptions | None = None) -> Verdi
         return Verdict(False, "empty")
     if same_words(*texts):
         return Verdict(True, "the same text")
+    labels = [_LABELLED.fullmatch(text) for text in texts]
+    if any(labels):
+        return _of_labelled(texts, labels, options, ask_math_verify)
     if any(is_words(text) for text in texts):
         return Verdict(False, "another text")
     try:
@@ -70,11 +76,30 @@ def verdict(answer: str, gold: str, options: MathOptions | None = None) -> Verdi
     except Unreadable as error:
         if not error.known_elsewhere:
             return Verdict(False, f"not readable: {error}")
+        if not ask_math_verify:
+            return Verdict(False, "another text, in a notation that is not read here")
         return Verdict(*math_verify_says(*texts, options.limit_s))
+    except RecursionError:
+        return Verdict(False, "not readable: nested too deeply")
     comparison = Comparison(options.rounded_digits)
-    if any(_equal(a, b, comparison) for a in readings[0] for b in readings[1]):
-        return Verdict(True, "equal")
-    return Verdict(False, "different")
+    try:
+        equal = any(_equal(a, b, comparison) for a in readings[0] for b in readings[1])
+    except RecursionError:
+        return Verdict(False, "nested too deeply to be compared")
+    return Verdict(equal, "equal" if equal else "different")
+
+
+def _of_labelled(texts: tuple[str, str], labels: list[re.Match | None], options: MathOptions, ask: bool) -> Verdict:
+    """Compare where one or both are a choice with its letter: by the letters if both have one, else by the rest of it."""
+    letters = [label[1] if label else _letter_of(text) for text, label in zip(texts, labels, strict=True)]
+    if all(letters):
+        return Verdict(letters[0] == letters[1], "the letters of the choices")
+    return verdict(*(label[2] if label else text for text, label in zip(texts, labels, strict=True)), options, ask)
+
+
+def _letter_of(text: str) -> str:
+    choice = _CHOICE.fullmatch(_WRAPPED.sub(r"\1", text).strip())
+    return choice[1].upper() if choice else ""
 
 
 def same_words(a: str, b: str) -> bool:
@@ -126,6 +151,9 @@ def _readings(text: str, unit: Unit | None) -> list[Reading]:
     readings = [Reading(node, unit)]
     if node.op == "degree":
         return [Reading(node.args[0], Unit("angle", Fraction(1))), Reading(node)]
+    if node.op == "relation" and node.args[-1].op == "degree":
+        bare = Node("relation", (*node.args[:-1], node.args[-1].args[0]), node.value)
+        return [Reading(bare, Unit("angle", Fraction(1))), Reading(node)]
     if node.op == "based":
         readings.append(Reading(number(int(node.value[0])), Unit(f"base {node.value[1]}", Fraction(1))))
     if node.op == "div" and node.args[1] == number(100) and text.endswith("%"):

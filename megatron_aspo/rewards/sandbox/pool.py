@@ -66,12 +66,21 @@ class SandboxPool:
 
 
 def _cure(error: SandboxError) -> str:
+    """What the machine or the container must allow; where it may not, programs are graded elsewhere."""
     if not str(error).startswith("bwrap:"):
         return ""
-    return (
-        "; bubblewrap needs user namespaces, allow them: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
-        "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), --security-opt seccomp=unconfined (containers)"
-    )
+    if "mount proc" in str(error):
+        allow = (
+            "the container hides parts of /proc, which keeps sandboxes in it from having their own: start it with --security-opt "
+            "systempaths=unconfined (docker), --security-opt unmask=ALL (podman) or procMount: Unmasked (Kubernetes)"
+        )
+    else:
+        allow = (
+            "bubblewrap needs user namespaces, allow them: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
+            "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), --security-opt seccomp=unconfined (containers); in a chroot there "
+            "are none"
+        )
+    return f"; {allow}. Or grade on another machine, by data.reward=remote and megatron-aspo grade-server"
 
 
 def check_modules(sandbox: Sandbox, modules: list[str]) -> None:

@@ -32,6 +32,8 @@ from megatron_aspo.rewards.service.workers import Busy, Workers
 
 SILENCE_S = 30.0
 """A connection on which nothing arrives for so long is closed."""
+_MAX_CONNECTIONS = 1024
+"""Connections, each with a thread, beyond which new ones are closed at once."""
 _DRAINED_BYTES = 1 << 20
 """Of a refused request's body so much is read, so that the client sees the answer and not a broken connection."""
 
@@ -46,7 +48,25 @@ class GradingServer(ThreadingHTTPServer):
         """address: numeric. name: how the reward is called in /health. Raises OSError if the address cannot be had."""
         self.token, self.workers, self.max_body_bytes, self.name = token, workers, max_body_bytes, name
         self.statistics = Statistics()
+        self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         super().__init__(address, Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection, unless there are too many."""
+        if self._connections.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection to its end, in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a client that goes away is no fault of the server, and everything else has an answer."""
 
 
 class Statistics:

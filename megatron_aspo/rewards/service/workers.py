@@ -3,7 +3,6 @@
 Threads live as long as the server: the kernel ends a reward's process, and a sandbox, with the thread that started it.
 """
 
-import contextlib
 import os
 import queue
 import threading
@@ -58,7 +57,13 @@ class _Worker:
             self._sandboxes = SandboxPool(self._options.code.sandbox, self._options.code.limits)
         return run_code(request, self._sandboxes, self._options.code.limits)
 
+    def kill(self) -> None:
+        """End the reward's process, from another thread: what is being graded ends with an error."""
+        if process := self._process:
+            process.close()
+
     def close(self) -> None:
+        """End the reward's process and the sandboxes; for the worker's own thread."""
         for part in (self._process, self._sandboxes):
             if part:
                 part.close()
@@ -130,7 +135,6 @@ class Workers:
         for _ in self._threads:
             self._jobs.put(None)
         for worker in self._workers:
-            with contextlib.suppress(AttributeError):
-                worker._process.close()
+            worker.kill()
         for thread in self._threads:
             thread.join(10.0)
