@@ -5,16 +5,15 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_aspo import __version__
-from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.checkpoint.atomic import disk_errors
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.errors import UserError
@@ -22,25 +21,13 @@ from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan, recipe_of
 from megatron_aspo.evaluation.problems import Problems, load_problems
-from megatron_aspo.evaluation.result import (
-    ProblemResult,
-    SameAnswer,
-    difference,
-    format_difference,
-    format_summary,
-    group_by_problem,
-    problems_csv,
-    same_text,
-    summarize,
-)
+from megatron_aspo.evaluation.report import PARTS, report
 from megatron_aspo.evaluation.sampling import EngineResponder, Evaluator, Part, Responder, Sampling
 from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabulary
-from megatron_aspo.rewards.choice import RewardChoice
 
 if TYPE_CHECKING:
     from megatron_aspo.runtime.cluster import Cluster
 
-RESULT, TABLE, PARTS = "result.json", "problems.csv", "parts"
 _LOOSE = ("settings.engine", "settings.data.eval_path", "settings.data.reward_workers", "settings.data.reward_resource", "versions")
 """Key paths of the record in which a process that goes on may differ."""
 
@@ -58,7 +45,9 @@ def run_eval(parsed: argparse.Namespace) -> int:
     if not parsed.out:
         raise UserError("an evaluation needs a directory to write; name it with --out")
     out = parsed.out.expanduser().absolute()
-    target = find_target(parsed.target)
+    # Who grades needs no model: it may be on other machines alone.
+    elsewhere = parsed.stage == "grade" and not Path(parsed.target).expanduser().exists()
+    target = Target() if elsewhere else find_target(parsed.target)
     plan = make_plan(parsed.protocol, None if parsed.protocol else recipe_of(target, parsed.recipe), parsed.data, parsed.overrides)
     with _owned(out, parsed.stage):
         missing = Evaluation(target, plan, out, parsed).run()
@@ -127,14 +116,12 @@ class Evaluation:
         EvalRecord(self._out).agree(values, loose)
 
     def _check_data(self, problems: Problems) -> None:
-        record = EvalRecord(self._out).read()
-        if not record:
+        """Check that the responses in the directory are to these problems, and that the result's record will be true."""
+        record = EvalRecord(self._out)
+        if not record.read():
             raise UserError(f"{self._out} has no responses to grade; generate them first with --stage generate")
-        if record["data"]["sha256"] != problems.sha256:
-            raise UserError(f"{self._out} holds responses to other problems than these; name the files that they were generated from")
-        for key in ("samples", "part_problems"):
-            if record["settings"][key] != getattr(self._settings, key):
-                raise UserError(f"{self._out} was generated with {key}={record['settings'][key]}; give the same values to grade")
+        values = {"protocol": self._plan.protocol, "settings": dataclasses.asdict(self._settings), "data": {"sha256": problems.sha256}}
+        record.compare(values, values, _LOOSE)
 
     def _sampling(self) -> Sampling:
         s = self._settings
@@ -200,67 +187,6 @@ class _Recorder:
         self._generated += not graded
         done = f"{sum(response.right for response in part.responses)} of {len(part.responses)} right" if graded else "generated"
         print(f"part {part.number}: problems {part.start} to {part.stop - 1}: {done}", flush=True)
-
-
-def report(out: Path, plan: EvalPlan, against: Path | None) -> dict[str, Any]:
-    """Write result.json and problems.csv, print the table, and the result as one JSON line at the end."""
-    settings = plan.settings
-    problems = read_problems(out, settings)
-    _check_failures(problems, settings)
-    result = EvalRecord(out).read() | {"result": summarize(problems)}
-    with disk_errors(out):
-        write_text(out / TABLE, problems_csv(problems))
-        write_text(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    named = ", ".join(f"{key}={value}" for key, value in plan.changed.items())
-    print(f"{plan.protocol}{' with ' + named if named else ''}: {out}")
-    print("\n".join(format_summary(result["result"])))
-    line = {"protocol": plan.protocol, "changed": plan.changed, "out": str(out), **result["result"]}
-    if against:
-        other = against.expanduser().absolute()
-        changes = difference(problems, read_problems(other, _settings_of(other)))
-        print(f"against {other}\n" + "\n".join(format_difference(changes)))
-        line |= {"against": str(other), "difference": changes}
-    print(json.dumps(line, ensure_ascii=False), flush=True)
-    return result
-
-
-def _check_failures(problems: Sequence[ProblemResult], settings: EvalSettings) -> None:
-    """Report responses that the reward gave no score. Raises UserError if these are all."""
-    failed, responses = sum(problem.failed for problem in problems), settings.samples * len(problems)
-    if failed == responses:
-        raise UserError(f"the reward timed out or crashed on all of {failed} responses; correct it, or raise data.reward_timeout_s")
-    if failed:
-        score = settings.data.reward_failure_score
-        print(f"the reward timed out or crashed on {failed} of {responses} responses; their score is {score:g} (data.reward_failure_score)")
-
-
-def read_problems(out: Path, settings: EvalSettings) -> list[ProblemResult]:
-    """Return the results of an evaluation that is complete, problem by problem."""
-    count = EvalRecord(out).read()["data"]["problems"]
-    store = PartStore(out / PARTS, count, settings.part_problems)
-    if store.missing() or any(True for _ in store.ungraded()):
-        raise UserError(f"the evaluation {out} is not complete; run it again with the same values to complete it")
-    groups, same = group_by_problem(store.responses()), _same_answer(settings)
-    return [ProblemResult.of(group, settings.pass_at, settings.majority_at, same) for group in groups]
-
-
-def _same_answer(settings: EvalSettings) -> SameAnswer:
-    """Which wrong answers are one in maj@k: those that the math reward takes for equal, where it grades, else those of the same text."""
-    if "math" not in RewardChoice(settings.data).names:
-        return same_text
-    from megatron_aspo.rewards.math.verdict import verdict
-
-    # Not by math-verify, which forks: this process has threads.
-    return lambda answer, other: verdict(answer, other, settings.data.math, ask_math_verify=False).correct
-
-
-def _settings_of(out: Path) -> EvalSettings:
-    from megatron_aspo.config import build
-
-    record = EvalRecord(out).read()
-    if not record:
-        raise UserError(f"{out} is no evaluation's directory; name one that megatron-aspo eval wrote")
-    return build(EvalSettings, record["settings"], ())
 
 
 @contextmanager

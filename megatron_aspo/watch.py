@@ -24,8 +24,8 @@ from megatron_aspo.checkpoint.atomic import disk_errors, write_text
 from megatron_aspo.checkpoint.manifest import is_checkpoint
 from megatron_aspo.config import Config, load_config
 from megatron_aspo.errors import UserError
-from megatron_aspo.eval_command import RESULT
 from megatron_aspo.evaluation.plan import make_plan
+from megatron_aspo.evaluation.report import RESULT
 from megatron_aspo.evaluation.target import Target
 from megatron_aspo.observe.trackers import TrackedRun, Trackers, check_packages
 

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
 from megatron_aspo.config import build
 from megatron_aspo.errors import UserError
-from megatron_aspo.eval_command import PARTS, RESULT
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.problems import rows_of
 from megatron_aspo.evaluation.records import EvalResponse
+from megatron_aspo.evaluation.report import PARTS, RESULT
 from megatron_aspo.evaluation.result import group_by_problem
 
 

@@ -98,8 +98,12 @@ class EvalRecord:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(self._path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
             return
-        before, now = _flat(written), _flat(values)
-        for key in sorted(before.keys() | now.keys()):
+        self.compare(values, written | values, loose)
+
+    def compare(self, values: dict[str, Any], keys: dict[str, Any], loose: Sequence[str] = ()) -> None:
+        """Compare the record with values. keys: what is compared, by its key paths; loose and errors as for `agree`."""
+        before, now = _flat(self.read()), _flat(json.loads(json.dumps(values)))
+        for key in sorted(_flat(keys)):
             if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in loose):
                 raise UserError(
                     f"{self._path.parent} holds an evaluation with {key}={before.get(key)}, not {now.get(key)}; give the same values to go "

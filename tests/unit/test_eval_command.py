@@ -94,11 +94,11 @@ def make_evaluation(out, right, failure="", **changes):
 
 def report(out, against=None):
     """Report as the command does once everything is graded."""
-    from megatron_aspo import eval_command
+    from megatron_aspo.evaluation import report as module
     from megatron_aspo.evaluation.plan import EvalPlan
 
     settings = build(EvalSettings, EvalRecord(out).read()["settings"], ())
-    return eval_command.report(out, EvalPlan("own", settings, {}), against)
+    return module.report(out, EvalPlan("own", settings, {}), against)
 
 
 def test_a_report_has_metrics_table_and_paired_difference(tmp_path, capsys):

@@ -11,9 +11,6 @@ from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 class CodeOptions:
     """Options of `data.reward: code`."""
 
-    block: str = "last"
-    """The block of a response that is its program. `last`: the last complete Python block after the last `</think>`. `archer`: the last
-    ```python block after the first `</think>`. `livecodebench`: what is between the last two lines with ```."""
     sandbox: SandboxOptions = field(default_factory=SandboxOptions)
     limits: Limits = field(default_factory=Limits)
     """Limits that hold for each test by itself."""
@@ -26,6 +23,9 @@ class CodeOptions:
     lcb_reference: str = ""
     """Directory of a LiveCodeBench checkout whose own grader gives the verdicts, for comparison with published numbers. Not for training:
     it calls many correct programs wrong, and cheats pass."""
+    block: str = "last"
+    """The block of a response that is its program. `last`: the last complete Python block after the last `</think>`. `archer`: the last
+    ```python block after the first `</think>`. `livecodebench`: what is between the last two lines with ```."""
 
     def check(self, prefix: str = "code.") -> None:
         """Raises UserError naming the first option that is out of its bounds."""

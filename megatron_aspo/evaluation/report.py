@@ -1,0 +1,86 @@
+"""What an evaluation leaves for people and programs: result.json, problems.csv, the printed table, and one JSON line."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.config import build
+from megatron_aspo.errors import UserError
+from megatron_aspo.evaluation.options import EvalSettings
+from megatron_aspo.evaluation.parts import PartStore
+from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord
+from megatron_aspo.evaluation.result import (
+    ProblemResult,
+    SameAnswer,
+    difference,
+    format_difference,
+    format_summary,
+    group_by_problem,
+    problems_csv,
+    same_text,
+    summarize,
+)
+from megatron_aspo.rewards.choice import RewardChoice
+
+RESULT, TABLE, PARTS = "result.json", "problems.csv", "parts"
+
+
+def report(out: Path, plan: EvalPlan, against: Path | None) -> dict[str, Any]:
+    """Write result.json and problems.csv, print the table, and the result as one JSON line at the end."""
+    settings = plan.settings
+    problems = read_problems(out, settings)
+    _check_failures(problems, settings)
+    result = EvalRecord(out).read() | {"result": summarize(problems)}
+    with disk_errors(out):
+        write_text(out / TABLE, problems_csv(problems))
+        write_text(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    named = ", ".join(f"{key}={value}" for key, value in plan.changed.items())
+    print(f"{plan.protocol}{' with ' + named if named else ''}: {out}")
+    print("\n".join(format_summary(result["result"])))
+    line = {"protocol": plan.protocol, "changed": plan.changed, "out": str(out), **result["result"]}
+    if against:
+        other = against.expanduser().absolute()
+        changes = difference(problems, read_problems(other, _settings_of(other)))
+        print(f"against {other}\n" + "\n".join(format_difference(changes)))
+        line |= {"against": str(other), "difference": changes}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+    return result
+
+
+def _check_failures(problems: Sequence[ProblemResult], settings: EvalSettings) -> None:
+    """Report responses that the reward gave no score. Raises UserError if these are all."""
+    failed, responses = sum(problem.failed for problem in problems), settings.samples * len(problems)
+    if failed == responses:
+        raise UserError(f"the reward timed out or crashed on all of {failed} responses; correct it, or raise data.reward_timeout_s")
+    if failed:
+        score = settings.data.reward_failure_score
+        print(f"the reward timed out or crashed on {failed} of {responses} responses; their score is {score:g} (data.reward_failure_score)")
+
+
+def read_problems(out: Path, settings: EvalSettings) -> list[ProblemResult]:
+    """Return the results of an evaluation that is complete, problem by problem."""
+    count = EvalRecord(out).read()["data"]["problems"]
+    store = PartStore(out / PARTS, count, settings.part_problems)
+    if store.missing() or any(True for _ in store.ungraded()):
+        raise UserError(f"the evaluation {out} is not complete; run it again with the same values to complete it")
+    groups, same = group_by_problem(store.responses()), _same_answer(settings)
+    return [ProblemResult.of(group, settings.pass_at, settings.majority_at, same) for group in groups]
+
+
+def _same_answer(settings: EvalSettings) -> SameAnswer:
+    """Which wrong answers are one in maj@k: those that the math reward takes for equal, where it grades, else those of the same text."""
+    if "math" not in RewardChoice(settings.data).names:
+        return same_text
+    from megatron_aspo.rewards.math.verdict import verdict
+
+    # Not by math-verify, which forks: this process has threads.
+    return lambda answer, other: verdict(answer, other, settings.data.math, ask_math_verify=False).correct
+
+
+def _settings_of(out: Path) -> EvalSettings:
+    record = EvalRecord(out).read()
+    if not record:
+        raise UserError(f"{out} is no evaluation's directory; name one that megatron-aspo eval wrote")
+    return build(EvalSettings, record["settings"], ())
