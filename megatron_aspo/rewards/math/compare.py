@@ -47,13 +47,18 @@ class Comparison:
         """The last side of an equation where the other answer is none: `x = 5` is 5, also in each element of a list."""
         if other.op in ("relation", "member", "union"):
             return a
-        if a.op == "relation" and set(a.value) <= {"=", "~"} and (a.args[0].symbols() or self.equal(a.args[0], a.args[-1])):
+        if a.op == "relation" and set(a.value) == {"="} and self._is_consistent(a):
             return a.args[-1]
         if a.op == "list" and other.op in ("list", "set", "tuple") and not any(one.op == "relation" for one in other.args):
             names = {one.args[0] for one in a.args if one.op == "relation"}
             if len(names) == 1 or other.op == "tuple":
                 return Node("list", tuple(self._value_of_equation(one, Node("set")) for one in a.args))
         return a
+
+    def _is_consistent(self, equation: Node) -> bool:
+        """Whether no two sides are different numbers: of x = 5 = 6 there is no value."""
+        sides = [side for side in equation.args if not side.symbols()]
+        return all(self.equal(side, equation.args[-1]) for side in sides if side is not equation.args[-1])
 
     def _as_real_sets(self, a: Node, b: Node) -> bool | None:
         """Compare as sets of real numbers; None if one of them is none."""
