@@ -64,6 +64,6 @@ def test_the_last_number_alone():
 @pytest.mark.parametrize("rule", ["boxed", "boxed_or_number"])
 def test_a_long_response_takes_linear_time(rule):
     for text in ("{" * 10**6, "\\boxed{" * 10**5, "1," * 10**6, "9" * 10**6, "<think>" * 10**5, "}" * 10**6, "\\" * 10**6):
-        began = time.monotonic()
+        began = time.process_time()
         extract_answer(text, rule)
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2

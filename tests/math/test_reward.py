@@ -1,17 +1,24 @@
 """The math reward on rows, mixtures of rewards, and rewards for the form of a response."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_aspo.cli import main
 from megatron_aspo.config import check, load_config
+from megatron_aspo.data.dataset import DatasetTask
+from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.errors import UserError
+from megatron_aspo.observe.health import reward_parts
 from megatron_aspo.rewards.choice import RewardChoice
 from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.math.reward import MathReward, check_ground_truth
 from megatron_aspo.rewards.named import build_rewards
+from tests.in_process import run_main
+from tests.tokenizers import byte_tokenizer
 
 REPEATED = "one two three one two three"
 
@@ -169,3 +176,31 @@ def test_a_configuration_that_cannot_be_is_refused(tmp_path, overrides, said):
     with pytest.raises(UserError) as error:
         check(load_config(recipe, overrides))
     assert said in str(error.value)
+
+
+def test_a_row_that_cannot_be_graded_is_refused_at_the_start_with_file_and_line(tmp_path):
+    tokenizer = byte_tokenizer()
+    for bad, said in (("\\frac{1}{", "is no answer that can be read"), ("", "is empty"), ([], "is an empty list")):
+        rows = [{"prompt": "a", "ground_truth": "1/2"}, {"prompt": "b", "ground_truth": bad}]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = DataOptions(path=[str(tmp_path / "train.jsonl")], reward="math")
+        with pytest.raises(UserError) as error:
+            DatasetTask(options, PromptEncoder(tokenizer, len(tokenizer), options), 0)
+        assert "train.jsonl:2: " in str(error.value) and said in str(error.value)
+    options = DataOptions(path=[str(tmp_path / "train.jsonl")], rewards={"poems": "math"})
+    with pytest.raises(UserError, match=r"train.jsonl:1: data_source='dataset' has no reward in data.rewards"):
+        DatasetTask(options, PromptEncoder(tokenizer, len(tokenizer), options), 0)
+
+
+def test_grade_tries_the_reward_that_the_source_names(tmp_path):
+    rows = [{"response": f"\\boxed{{{answer}}}", "ground_truth": "1/2", "data_source": "openai/gsm8k"} for answer in ("2/4", "2")]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_main(main, "grade", "responses.jsonl", cwd=tmp_path)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["verdict"] for line in lines[:2]] == ["right", "wrong"] and lines[2]["summary"]["mean_score"] == 0.5
+
+
+def test_the_mean_of_each_part_is_logged_over_the_responses_that_have_it():
+    details = ({"parts": {"math": 1.0, "format": 0.0}}, {"parts": {"math": 0.0}}, {"parts": "mine"}, {"parts": {"math": "text"}}, {})
+    samples = [SimpleNamespace(reward_details=one) for one in details]
+    assert reward_parts(samples) == {"reward/part/math": 0.5, "reward/part/format": 0.0}

@@ -19,7 +19,7 @@ from tests.math.pairs import ELSEWHERE, GROUPS, PAIRS
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 1.0
-"""Far above what an exact comparison takes, and below what any of these answers takes other graders."""
+"""CPU time: far above what an exact comparison takes, and below what any of these answers takes other graders."""
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -132,19 +132,20 @@ COSTLY = [
 def test_no_answer_takes_long(gold):
     slow = []
     for answer in COSTLY:
-        began = time.monotonic()
+        began = time.process_time()
         verdict(answer, gold)
         verdict(gold, answer)
-        if time.monotonic() - began > LIMIT_S:
-            slow.append((answer[:60], time.monotonic() - began))
+        if (taken := time.process_time() - began) > LIMIT_S:
+            slow.append((answer[:60], taken))
     assert not slow
 
 
 def test_what_math_verify_hangs_on_ends_at_the_limit():
+    module.math_verify_says("1", "1", 60.0)  # it imports for seconds
     began = time.monotonic()
     given = verdict(r"\sum_{k=1}^{10^9} \sin(k^k)", "2", MathOptions(limit_s=0.5))
     assert given.reason == "math-verify took more than 0.5 s" and not given.correct
-    assert time.monotonic() - began < 3
+    assert 0.5 <= time.monotonic() - began < 10
 
 
 def test_math_verify_is_not_asked_where_the_caller_says_so(monkeypatch):

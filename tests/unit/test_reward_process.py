@@ -185,12 +185,12 @@ def test_what_a_reward_does_wrong_costs_one_response_where_the_option_says_so():
 
 
 def test_memory_that_leaks_over_responses_costs_none_and_a_response_that_needs_too_much_fails():
-    options = DataOptions(reward=DOES, reward_memory_gib=2.0, reward_failure_score=-2.5)
-    leak = "globals().setdefault('kept', []).append(bytearray(900 << 20))"
+    options = DataOptions(reward=DOES, reward_memory_gib=1.0, reward_failure_score=-2.5)
+    leak = "globals().setdefault('kept', []).append(bytearray(350 << 20))"
     process = RewardProcess("dataset", options, ".")
     try:
         process.start()
-        results = score(process, leak, leak, leak + " ", "bytearray(3 << 30)", "22")
+        results = score(process, leak, leak, leak + " ", "bytearray(2 << 30)", "22")
     finally:
         process.close()
     assert [result.failure for result in results] == ["", "", "", "crash", ""]

@@ -3,8 +3,8 @@
 - A list without brackets has no order, but a tuple and a list with an ellipsis do; a set has neither order nor repetitions.
 - A list equals a set with the same elements, and a tuple with the same elements in its order. (1, 2) is a pair and an open interval.
 - An inequality or `x ∈ …` equals its interval, whatever the variable's name where one side has none.
-- `x = 5` equals 5; x = 5 and y = 5 differ. Equations are equal if their sides' differences are proportional, inequalities with a positive
-  factor. Names count: x + C and x + K differ.
+- `x = 5` equals 5, and `x = 1, y = 2` the pair (1, 2); x = 5 and y = 5 differ, and x + y = 1 is not 1. Equations are equal if their
+  sides' differences are proportional, inequalities with a positive factor. Names count: x + C and x + K differ.
 - A ratio equals one with proportional terms, and a number if it has two terms.
 - ± stands for both values. A column equals the tuple of its elements.
 """
@@ -44,16 +44,25 @@ class Comparison:
         return self._rounded(a, b) or self._rounded(b, a) or same_function(a, b)
 
     def _value_of_equation(self, a: Node, other: Node) -> Node:
-        """The last side of an equation where the other answer is none: `x = 5` is 5, also in each element of a list."""
+        """The value of what an answer names, `x = 5`, `f(x) = 2x` or `AB = 5`, where the other answer is no equation."""
         if other.op in ("relation", "member", "union"):
             return a
-        if a.op == "relation" and set(a.value) <= {"=", "~"} and (a.args[0].symbols() or self.equal(a.args[0], a.args[-1])):
+        if a.op == "relation" and set(a.value) == {"="} and (_is_name(a.args[0]) or not a.args[0].symbols()) and self._is_consistent(a):
             return a.args[-1]
-        if a.op == "list" and other.op in ("list", "set", "tuple") and not any(one.op == "relation" for one in other.args):
-            names = {one.args[0] for one in a.args if one.op == "relation"}
-            if len(names) == 1 or other.op == "tuple":
-                return Node("list", tuple(self._value_of_equation(one, Node("set")) for one in a.args))
+        equations = [one for one in a.args if one.op == "relation" and one.value == ("=",)]
+        if a.op != "list" or not equations or any(one.op == "relation" for one in other.args):
+            return a
+        values = {one.args[0]: one.args[1] for one in equations}
+        if len(values) == len(a.args) and all(name.op == "symbol" for name in values):
+            return Node("tuple", tuple(values[name] for name in sorted(values, key=lambda name: name.value)))
+        if len(values) == 1:  # the solutions for one unknown
+            return Node("set", tuple(one.args[1] if one.op == "relation" else one for one in a.args))
         return a
+
+    def _is_consistent(self, equation: Node) -> bool:
+        """Whether no two sides are different numbers: of x = 5 = 6 there is no value."""
+        sides = [side for side in equation.args if not side.symbols()]
+        return all(self.equal(side, equation.args[-1]) for side in sides if side is not equation.args[-1])
 
     def _as_real_sets(self, a: Node, b: Node) -> bool | None:
         """Compare as sets of real numbers; None if one of them is none."""
@@ -176,6 +185,15 @@ def _with_sign(node: Node, sign: int) -> Node:
     if node.op == "pm":
         return Node("add", (args[0], args[1] if node.value == sign else negative(args[1])))
     return Node(node.op, args, node.value)
+
+
+def _is_name(node: Node) -> bool:
+    """Whether this names a quantity: x, f(x), AB, P(A), |AB|, (x, y). Any other side makes an equation: x + y = 1 is not 1."""
+    if node.op == "mul":
+        return all(part.op == "mul" or (part.op == "symbol" and part.value[0].isupper()) for part in node.nodes())
+    if node.op == "tuple" or (node.op == "call" and node.value == "abs"):
+        return all(_is_name(part) for part in node.args)
+    return node.op in ("symbol", "function")
 
 
 def _difference(relation: Node) -> Node:

@@ -21,6 +21,8 @@ _ROUNDING = 20
 """Digits that rounding may cost."""
 _POINTS = 7
 Point = Mapping[str, Fraction]
+Values = tuple[Value, Value, Any, Any]
+"""Two values, and the largest summand in each: rounding is a part of that."""
 
 
 def points(names: set[str]) -> Iterator[Point]:
@@ -48,10 +50,11 @@ def proportional(a: Node, b: Node, positive: bool) -> bool:
     if anchor is None or (positive and not _ratio(a, b, anchor) > 0):
         return False
 
-    def crosswise(point: Point, digits: int) -> tuple[Value, Value, Any]:
+    def crosswise(point: Point, digits: int) -> Values:
         value, fixed = Evaluator(point, digits), Evaluator(anchor, digits)
         left, right = value.product(value(a), fixed(b)), value.product(value(b), fixed(a))
-        return left, right, max(value.scale, fixed.scale)
+        scale = max(value.scale, fixed.scale)
+        return left, right, scale, scale
 
     return _agree(crosswise, names)
 
@@ -73,15 +76,14 @@ def same_function(a: Node, b: Node) -> bool:
     if a == b:
         return True
 
-    def both(point: Point, digits: int) -> tuple[Value, Value, Any]:
-        value = Evaluator(point, digits)
-        left, right = value(a), value(b)
-        return left, right, value.scale
+    def both(point: Point, digits: int) -> Values:
+        left, right = Evaluator(point, digits), Evaluator(point, digits)
+        return left(a), right(b), left.scale, right.scale
 
     return _agree(both, a.symbols() | b.symbols())
 
 
-def _agree(both: Callable[[Point, int], tuple[Value, Value, Any]], names: set[str]) -> bool:
+def _agree(both: Callable[[Point, int], Values], names: set[str]) -> bool:
     agreements = 0
     for point in points(names):
         try:
@@ -96,23 +98,26 @@ def _agree(both: Callable[[Point, int], tuple[Value, Value, Any]], names: set[st
     return agreements > 0
 
 
-def _agree_at(both: Callable[[Point, int], tuple[Value, Value, Any]], point: Point) -> bool | None:
+def _agree_at(both: Callable[[Point, int], Values], point: Point) -> bool | None:
     """Whether two values are equal; None if the point says nothing. Raises Undefined and TooLarge."""
-    a, b, _ = both(point, _DIGITS[0])
+    a, b, *_ = both(point, _DIGITS[0])
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    differences = []
+    seen = []
     for digits in _DIGITS:
-        a, b, scale = both(point, digits)
+        a, b, *scales = both(point, digits)
         context = context_of(digits)
         a, b = (context.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in (a, b))
         if not (context.isfinite(a) and context.isfinite(b)):
             return bool(a == b)
-        differences.append(abs(a - b))
-    rounding = max(scale, abs(a), abs(b)) * context.mpf(10) ** (_ROUNDING - _DIGITS[1])
-    if differences[1] <= max(rounding, differences[0] * context.mpf(10) ** (_ROUNDING + _DIGITS[0] - _DIGITS[1])):
+        seen.append((abs(a), abs(b), abs(a - b)))
+    unit, shrunk = context.mpf(10) ** (_ROUNDING - _DIGITS[1]), context.mpf(10) ** (_ROUNDING + _DIGITS[0] - _DIGITS[1])
+    is_zero = [seen[1][n] <= max(scales[n] * unit, seen[0][n] * shrunk) for n in (0, 1)]
+    rounding = max(*scales, abs(a), abs(b)) * unit
+    # 1/2006! is not zero, and what is zero but for rounding is not 1/2006!.
+    if is_zero[0] == is_zero[1] and seen[1][2] <= max(rounding, seen[0][2] * shrunk):
         return True
-    real = [abs(context.im(v)) <= abs(v) * context.mpf(10) ** (_ROUNDING - _DIGITS[1]) for v in (a, b)]
+    real = [abs(context.im(v)) <= abs(v) * unit for v in (a, b)]
     if point and (real[0] != real[1] or not any(real)):
         return None
     return False

@@ -25,9 +25,13 @@ _MAX_TEXT = 1 << 20
 _WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox|textnormal|operatorname|mathbf|mathsf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(?([A-Za-z])[).:]?")
 _WORDS = re.compile(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ' ,.()-]*")
-_LABELLED = re.compile(r"(?:\\text(?:bf|rm)? ?\{ ?)?\(([A-Z])\) ?\}? ?(\S.*)")
+_LABELLED = re.compile(r"(?:\\text(?:bf|rm)? ?\{ ?)?\(([A-J])\) ?\}? ?(\S.*)")
 """A choice with its letter: `(B) 5`, `\\textbf{(B)} 5`, `\\text{(B) }5`."""
+_FORMULA = re.compile(rf"[A-Za-z]?(?:(?:{'|'.join((*FUNCTIONS, *BRACKETED, 'infinity', 'infty', 'pi'))})[A-Za-z]{{0,2}})+")
+"""A word of names of functions with a letter or two behind each: sinx, xlnx, and not single."""
 _SET_BUILDER = re.compile(r"\\\{ ?([A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?[|:] ?(.*)\\\}")
+_BLANKS = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+"""Not between two digits: 1 1/2 is not 11/2."""
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 _SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}( \d{3})+(\.\d+)?")
 
@@ -103,9 +107,9 @@ def _letter_of(text: str) -> str:
 
 
 def same_words(a: str, b: str) -> bool:
-    """Whether two cleaned texts are the same but for blanks; words and the letter of a choice in any case."""
+    """Whether two cleaned texts are the same but for blanks that say nothing; words and the letter of a choice in any case."""
     plain = [_WRAPPED.sub(r"\1", text).strip() for text in (a, b)]
-    if re.sub(r"\s", "", plain[0]) == re.sub(r"\s", "", plain[1]):
+    if _BLANKS.sub("", plain[0]) == _BLANKS.sub("", plain[1]):
         return True
     choices = [_CHOICE.fullmatch(text) for text in plain]
     if all(choices):
@@ -124,9 +128,7 @@ def is_words(text: str) -> bool:
     if not _WORDS.fullmatch(plain):
         return False
     least = 2 if plain != text else 4
-    formula = (*FUNCTIONS, *BRACKETED, "infinity", "infty")
-    words = [word for word in re.findall(r"[A-Za-zÀ-ÿ]+", plain) if not any(name in word.lower() for name in formula)]
-    return any(len(word) >= least for word in words)
+    return any(len(word) >= least and not _FORMULA.fullmatch(word) for word in re.findall(r"[A-Za-zÀ-ÿ]+", plain))
 
 
 def readings_of(text: str) -> list[Reading]:
@@ -151,6 +153,8 @@ def _readings(text: str, unit: Unit | None) -> list[Reading]:
     readings = [Reading(node, unit)]
     if node.op == "degree":
         return [Reading(node.args[0], Unit("angle", Fraction(1))), Reading(node)]
+    if node.op == "relation" and "~" in node.value:
+        return [Reading(part, unit) for part in _exact_and_rounded(node)]
     if node.op == "relation" and node.args[-1].op == "degree":
         bare = Node("relation", (*node.args[:-1], node.args[-1].args[0]), node.value)
         return [Reading(bare, Unit("angle", Fraction(1))), Reading(node)]
@@ -159,6 +163,13 @@ def _readings(text: str, unit: Unit | None) -> list[Reading]:
     if node.op == "div" and node.args[1] == number(100) and text.endswith("%"):
         return [Reading(node.args[0], unit, percent=True)]
     return readings
+
+
+def _exact_and_rounded(node: Node) -> tuple[Node, Node]:
+    """Of x = 1/3 ≈ 0.33: x = 1/3, and x = 0.33."""
+    first = node.value.index("~")
+    exact = Node("relation", node.args[: first + 1], node.value[:first]) if first else node.args[0]
+    return exact, Node("relation", (node.args[0], node.args[-1]), ("=",)) if node.args[0].symbols() else node.args[-1]
 
 
 def _equal(a: Reading, b: Reading, comparison: Comparison) -> bool:
