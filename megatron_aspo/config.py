@@ -241,6 +241,7 @@ def check(config: Config, implied: Values | None = None) -> None:
                 "max_running_requests",
                 "kv_cache_gib",
                 "start_timeout_s",
+                "answer_timeout_s",
             ),
         ),
     ):

@@ -88,6 +88,8 @@ class Engine:
         self._tail: OutputTail | None = None
         self._watcher: asyncio.Task | None = None
         self._holds: set[str] = set()
+        self._asleep: set[str] = set()
+        """Memory that `sleep` has given back: `weights`, `kv_cache`."""
         self._holding = asyncio.Lock()
         self._spoiled: str | None = None
         self._version = INITIAL_VERSION
@@ -182,16 +184,24 @@ class Engine:
     async def sleep(self, level: int = 1) -> None:
         """Halt decoding and give the memory of weights and cache back to the device; on CPU it only halts.
 
-        Level 1 keeps the weights in host memory. Level 2 keeps nothing: they have to be sent again.
+        Level 1 keeps the weights in host memory. Level 2 keeps nothing: they have to be sent again. Sleeping twice is sleeping once.
         """
         async with self._holding:
+            if "sleep" in self._holds:
+                return
             self._holds.add("sleep")
+            self._asleep = {"weights", "kv_cache"}
             await self._llm.sleep(level=level, mode="keep")
 
     async def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
-        """Take the memory back: `weights`, `kv_cache` or both. Decoding goes on once both are there and nothing else holds it."""
+        """Take the memory back: `weights`, `kv_cache` or both. Decoding goes on once both are there and nothing else holds it.
+
+        What is there already is left alone.
+        """
         async with self._holding:
-            if await self._llm.wake_up(list(tags)):  # fully awake: vLLM has resumed by itself
+            missing = [tag for tag in tags if tag in self._asleep]
+            self._asleep.difference_update(missing)
+            if missing and await self._llm.wake_up(missing):  # fully awake: vLLM has resumed by itself
                 self._holds.discard("sleep")
                 if self._holds:
                     await self._llm.pause_generation(mode="keep", clear_cache=False)

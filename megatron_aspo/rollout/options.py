@@ -35,6 +35,8 @@ class RolloutOptions:
     """Custom Ray resource of which each engine takes 1: engines run only on nodes that were started with it. `placement=split` only."""
     start_timeout_s: float = 600.0
     """Seconds that an engine has to start; after that the run ends."""
+    answer_timeout_s: float = 300.0
+    """Seconds without an answer after which an engine counts as frozen and is replaced; more than its longest step takes."""
 
     @property
     def sizes(self) -> EngineSizes:

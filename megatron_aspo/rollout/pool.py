@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from megatron_aspo.data.records import Generation
 from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo, Request
 from megatron_aspo.rollout.engine_settings import EngineSpec, environment
+from megatron_aspo.rollout.liveness import Liveness
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pending import Pending
 from megatron_aspo.rollout.process_tree import Remains, sweep
@@ -34,6 +35,8 @@ _MAX_CONCURRENT_CALLS = 4096
 _SHUTDOWN_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 10.0
 """An engine that does not say in this time how it is counts as dead."""
+_MAX_LOSSES = 3
+"""Losses of engines in one generation after which a request is taken for their cause."""
 
 
 @dataclass
@@ -55,12 +58,15 @@ class _Member:
 
 _Streams = dict[ObjectRefGenerator, tuple[_Member, Sequence[int]]]
 """Calls of `Engine.generate_many` under way, with the engine and the positions of the requests that it was given."""
+_Lost = dict[int, tuple[Any, list[int]]]
+"""Engines that were lost: index → actor, and positions of the requests that it had."""
 
 
 class EnginePool:
     """`start`, then anything, `shutdown` last. Methods may be called from several threads of the driver.
 
-    A dead engine ends every call that depends on it with an EngineError, until `restart_dead` puts a new one in its place.
+    A dead engine ends every call that depends on it with an EngineError, until `restart_dead` puts a new one in its place. Generation goes
+    on by itself where `restore` is set.
     """
 
     def __init__(
@@ -84,7 +90,10 @@ class EnginePool:
         self._options = options
         self.deterministic = deterministic
         """May be changed between calls of `generate`."""
-        self._lock = threading.Lock()
+        self.restore: Callable[[str], None] | None = None
+        """Called with the reason when an engine was lost while it generated: starts it again and brings all engines to the weights in use.
+        Without it a loss ends the generation."""
+        self._lock, self._restoring = threading.Lock(), threading.Lock()
         self.threads = options.threads or _even_threads(options.engines, options.resource)
         """CPU threads of each engine."""
         self._members = [
@@ -131,16 +140,18 @@ class EnginePool:
 
         None is touched, and none named, unless one is dead. The new ones hold the weights of the model's directory. Raises as `start`.
         """
-        unfit, dead = [], False
+        unfit, dead = [], []
         for member in self._members:
             try:
                 self._on("health", [member]).result(_ANSWER_TIMEOUT_S)
-            except (EngineError, TimeoutError):
+            except (EngineError, TimeoutError) as error:
                 unfit.append(member)
-                dead |= not self._is_alive(member)
+                if isinstance(error, TimeoutError) or not self._is_alive(member):
+                    dead.append(member)
         if not dead:
             return []
-        self._end(unfit)
+        self._end([member for member in unfit if member not in dead])
+        self._end(dead, ask=False)
         self._start(unfit)
         return [member.name for member in unfit]
 
@@ -181,7 +192,8 @@ class EnginePool:
         Deterministic: each engine gets its fixed share in one piece and starts it in one step. Otherwise each group goes to the engine with
         the fewest requests under way, at the moment that engine has room for it. on_response: called in this thread with the position and
         the response of each request as soon as it is finished. Raises EngineError when an engine fails, and what on_response raises; the
-        requests that are still under way are then withdrawn.
+        requests that are still under way are then withdrawn. With `restore` the requests of an engine that dies or freezes are given out
+        again, in a deterministic pool its whole share to the engine in its place.
         """
         generations: dict[int, Generation] = {}
         with contextlib.closing(self.stream(requests, group_size)) as responses:
@@ -219,27 +231,27 @@ class EnginePool:
 
     def pause(self) -> None:
         """Halt decoding on every engine; returns when all have halted."""
-        self._on_all("pause").result()
+        self._answers("pause")
 
     def resume(self) -> None:
         """Undo `pause`."""
-        self._on_all("resume").result()
+        self._answers("resume")
 
     def sleep(self, level: int = 1) -> None:
         """Let every engine give its device memory back; of level 2 it forgets its weights."""
-        self._on_all("sleep", level).result()
+        self._answers("sleep", level)
 
     def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
         """Let every engine take back the memory of its `weights`, its `kv_cache` or both."""
-        self._on_all("wake", tags).result()
+        self._answers("wake", tags)
 
     def versions(self) -> list[int]:
         """Version of the weights in use on each engine; 0 are those it started with."""
-        return self._on_all("version").result()
+        return self._answers("version")
 
     def health(self) -> list[dict[str, Any]]:
         """What each engine says of its state. Raises EngineError for a dead one."""
-        return self._on_all("health").result()
+        return self._answers("health")
 
     @property
     def size(self) -> int:
@@ -250,12 +262,14 @@ class EnginePool:
         """End all engines, the processes below them and their shared memory. May be called at any moment, and twice."""
         self._end([member for member in self._members if member.actor is not None])
 
-    def _end(self, running: Sequence[_Member]) -> None:
+    def _end(self, running: Sequence[_Member], ask: bool = True) -> None:
+        """ask: give each the time to end by itself, which one that is dead or frozen would never use."""
         if not running:
             return
         # An engine that is still starting answers once it is up: ended halfway, its engine core would notice only later.
-        stopping = [member.actor.shutdown.remote() for member in running]
-        ray.wait(stopping, num_returns=len(stopping), timeout=_SHUTDOWN_TIMEOUT_S)
+        stopping = [member.actor.shutdown.remote() for member in running] if ask else []
+        if stopping:
+            ray.wait(stopping, num_returns=len(stopping), timeout=_SHUTDOWN_TIMEOUT_S)
         for member in running:
             ray.kill(member.actor)
         # vLLM leaves processes and shared memory behind where it was killed: look on each engine's node.
@@ -267,59 +281,126 @@ class EnginePool:
         ray.get(sweeps, timeout=_SHUTDOWN_TIMEOUT_S)
 
     def _generate_fixed(self, requests: Sequence[Request], placement: list[int]) -> Iterator[tuple[int, Generation]]:
-        under_way: _Streams = {}
-        for member in self._members:
-            if positions := [position for position, engine in enumerate(placement) if engine == member.spec.index]:
+        shares: dict[int, list[int]] = {}
+        for position, engine in enumerate(placement):
+            shares.setdefault(engine, []).append(position)
+        given: set[int] = set()
+        losses: list[EngineError] = []
+        while shares:
+            lost: _Lost = {}
+            under_way: _Streams = {}
+            for engine, positions in shares.items():
+                member = self._members[engine]
                 stream = member.actor.generate_many.remote([requests[position] for position in positions], True)
                 under_way[stream] = (member, positions)
-        try:
-            while under_way:
-                (stream,), _ = ray.wait(list(under_way), num_returns=1)
-                yield from self._next_response(stream, under_way)
-        finally:
-            _withdraw(under_way)
+            liveness = Liveness(self._options.answer_timeout_s)
+            try:
+                while under_way:
+                    for position, generation in self._responses(under_way, liveness, lost, losses):
+                        # The share of an engine that was lost is generated again from its beginning, with the same result.
+                        if position not in given:
+                            given.add(position)
+                            yield position, generation
+            finally:
+                _withdraw(under_way)
+            if lost:
+                self._recover([actor for actor, _ in lost.values()], losses)
+            shares = {engine: positions for engine, (_, positions) in lost.items()}
 
     def _generate_least_loaded(self, requests: Sequence[Request], group_size: int) -> Iterator[tuple[int, Generation]]:
         waiting = deque(range(0, len(requests), group_size))
+        given: set[int] = set()
+        losses: list[EngineError] = []
+        gone: dict[int, Any] = {}
+        """Engines that were lost, and their actors; they get no more requests before they are started again."""
         under_way: _Streams = {}
+        liveness = Liveness(self._options.answer_timeout_s)
         try:
             while waiting or under_way:
-                while waiting and (member := self._claim(group_size)) is not None:
+                while waiting and (member := self._claim(group_size, gone)) is not None:
                     positions = range(first := waiting.popleft(), first + group_size)
                     stream = member.actor.generate_many.remote([requests[position] for position in positions])
                     under_way[stream] = (member, positions)
-                if not under_way:  # other callers fill every engine: look again soon
-                    time.sleep(0.05)
+                if not under_way:
+                    if len(gone) < len(self._members):  # other callers fill every engine: look again soon
+                        time.sleep(0.05)
+                        continue
+                    self._recover(gone.values(), losses)
+                    gone.clear()
                     continue
-                # Woken now and then, as another caller's requests may have made room meanwhile.
-                done, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
-                for stream in done:
-                    member, _ = under_way[stream]
-                    yield from self._next_response(stream, under_way)
-                    if stream not in under_way:
-                        self._give_back(member, group_size)
+                lost: _Lost = {}
+                before = dict(under_way)
+                for position, generation in self._responses(under_way, liveness, lost, losses):
+                    if position not in given:
+                        given.add(position)
+                        yield position, generation
+                for member, _ in (before[stream] for stream in before.keys() - under_way.keys()):
+                    self._give_back(member, group_size)
+                for engine, (actor, positions) in lost.items():
+                    gone[engine] = actor
+                    groups = {position - position % group_size for position in positions}
+                    waiting.extend(first for first in sorted(groups) if not given.issuperset(range(first, first + group_size)))
+            if gone:
+                self._recover(gone.values(), losses)
         finally:
             _withdraw(under_way)
             for member, _ in under_way.values():
                 self._give_back(member, group_size)
 
-    def _next_response(self, stream: ObjectRefGenerator, under_way: _Streams) -> Iterator[tuple[int, Generation]]:
-        """Yield position and response that the stream has ready, or nothing at its end; then it is under way no more."""
-        member, positions = under_way[stream]
-        try:
-            number, generation = ray.get(next(stream))
-        except StopIteration:
-            del under_way[stream]
-            return
-        except (RayActorError, RayTaskError) as error:
-            raise self._explain(member, error) from error
-        yield positions[number], generation
+    def _responses(
+        self, under_way: _Streams, liveness: Liveness, lost: _Lost, losses: list[EngineError]
+    ) -> Iterator[tuple[int, Generation]]:
+        """Wait a moment; yield positions and responses that are ready. Streams that have ended are under way no more.
 
-    def _claim(self, count: int) -> _Member | None:
-        """Count `count` requests on the least loaded engine, or None when even that one has all it can run and a group in reserve."""
+        Streams of an engine that is dead or frozen are not either: their positions are added to `lost`, the reason to `losses`.
+        Raises what an engine fails with that is not dead, and the loss of an engine where nothing can replace it.
+        """
+        # Woken now and then, as another caller's requests may have made room meanwhile, and an engine may be frozen.
+        done, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
+        for stream in done:
+            member, positions = under_way[stream]
+            try:
+                number, generation = ray.get(next(stream))
+            except StopIteration:
+                del under_way[stream]
+                continue
+            except (RayActorError, RayTaskError) as error:
+                reason = self._explain(member, error)
+                if self.restore is None or not isinstance(reason, EngineError) or self._is_alive(member):
+                    raise reason from error
+                self._lose(member, reason, under_way, lost, losses)
+                continue
+            yield positions[number], generation
+        busy = {member.spec.index: member.actor for member, _ in under_way.values()}
+        for index in liveness.frozen(busy):
+            reason = EngineError(f"engine {index} has not answered for {self._options.answer_timeout_s:g} s (rollout.answer_timeout_s)")
+            if self.restore is None:
+                raise reason
+            self._lose(self._members[index], reason, under_way, lost, losses)
+
+    def _lose(self, member: _Member, reason: EngineError, under_way: _Streams, lost: _Lost, losses: list[EngineError]) -> None:
+        losses.append(reason)
+        for stream in [stream for stream, (owner, _) in under_way.items() if owner is member]:
+            lost.setdefault(member.spec.index, (member.actor, []))[1].extend(under_way.pop(stream)[1])
+            _withdraw([stream])  # it may be frozen for a while only
+
+    def _recover(self, lost: Iterable[Any], losses: list[EngineError]) -> None:
+        """Let engines be replaced whose actors were lost, unless another caller saw to it.
+
+        Raises the last loss when there were too many in one call.
+        """
+        if len(losses) > _MAX_LOSSES:
+            raise EngineError(f"engines were lost {len(losses)} times in one generation, at last: {losses[-1]}") from losses[-1]
+        with self._restoring:
+            if not {member.actor for member in self._members}.isdisjoint(lost):
+                self.restore(str(losses[-1]))
+
+    def _claim(self, count: int, gone: Collection[int]) -> _Member | None:
+        """Count `count` requests on the least loaded engine that is not gone, or None when that one has all it can run and a group more."""
         with self._lock:
-            member = min(self._members, key=lambda member: (member.load, member.spec.index))
-            if member.load >= self._options.max_running_requests + count:
+            left = [member for member in self._members if member.spec.index not in gone]
+            member = min(left, key=lambda member: (member.load, member.spec.index), default=None)
+            if member is None or member.load >= self._options.max_running_requests + count:
                 return None
             member.load += count
             return member
@@ -327,6 +408,13 @@ class EnginePool:
     def _give_back(self, member: _Member, count: int) -> None:
         with self._lock:
             member.load -= count
+
+    def _answers(self, method: str, *arguments: Any) -> list[Any]:
+        """Each engine's answer. Raises EngineError for one that does not give it in time."""
+        try:
+            return self._on_all(method, *arguments).result(self._options.answer_timeout_s)
+        except TimeoutError as error:
+            raise EngineError(f"{error} (rollout.answer_timeout_s) to {method}") from error
 
     def _on_all(self, method: str, *arguments: Any) -> Pending:
         return self._on(method, self._members, *arguments)

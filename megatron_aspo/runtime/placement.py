@@ -1,9 +1,10 @@
 """Who has the devices when: training ranks and engines on their own, or by turns on the same."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.engine import EngineError
 from megatron_aspo.weights.holdings import EngineSizes
 from megatron_aspo.weights.publish import Publisher
 
@@ -24,6 +25,12 @@ class Placement(Protocol):
         changed: whether the weights are others than the engines were given last.
         """
 
+    def restore(self, reason: str) -> None:
+        """Replace the engines that were lost while they generated, and bring all to the weights that they had, verified.
+
+        No request may be under way. An engine that was frozen and answers again stays.
+        """
+
 
 class Split:
     """On devices of their own: nobody has to make room."""
@@ -37,6 +44,12 @@ class Split:
     def to_generating(self, version: int, changed: bool) -> int:
         return self._publisher.publish(version) if changed else 0
 
+    def restore(self, reason: str) -> None:
+        _replace_lost(self._publisher, reason)
+        # Version 0 is that of the model's directory, which an engine starts with.
+        if self._publisher.version:
+            self._publisher.publish(self._publisher.version, verify=True)
+
 
 class Colocated:
     """On the same devices. Never more than one side's caches and states lie there; both sides' weights do while they are sent."""
@@ -46,12 +59,16 @@ class Colocated:
         self._trainers, self._engines, self._publisher = trainers, engines, publisher
         self._sleep_level = sleep_level
         self._training = False
+        self._replaced = False
+        """Whether an engine was started again and has not been given weights since."""
+        self._restoring = False
 
     def to_training(self) -> None:
         if self._training:
             return
+        # Before the ranks come back: an engine that starts needs the room.
+        self._surely(lambda: self._engines.sleep(self._sleep_level))
         self._training = True
-        self._engines.sleep(self._sleep_level)
         self._trainers.come_back()
 
     def to_generating(self, version: int, changed: bool) -> int:
@@ -59,11 +76,39 @@ class Colocated:
             return 0
         self._training = False
         self._trainers.leave("optimizer")
-        self._engines.wake(("weights",))
-        sent = self._publisher.publish(version) if changed or self._sleep_level == 2 else 0
+        self._surely(lambda: self._engines.wake(("weights",)))
+        sent = self._publisher.publish(version, verify=self._replaced) if changed or self._replaced or self._sleep_level == 2 else 0
+        self._replaced = False
         self._trainers.leave("weights")
-        self._engines.wake(("kv_cache",))
+        try:
+            self._engines.wake(("kv_cache",))
+        except EngineError as error:
+            if self._restoring:
+                raise
+            self.restore(str(error))
         return sent
+
+    def restore(self, reason: str) -> None:
+        self._restoring = True
+        _replace_lost(self._publisher, reason)
+        self._replaced = True
+        self.to_training()
+        self.to_generating(self._publisher.version, changed=True)
+        self._restoring = False
+
+    def _surely(self, halt: Callable[[], None]) -> None:
+        """Do this to all engines; if one is dead, or does not answer, once more with another in its place."""
+        try:
+            halt()
+        except EngineError as error:
+            _replace_lost(self._publisher, str(error))
+            self._replaced = True
+            halt()
+
+
+def _replace_lost(publisher: Publisher, reason: str) -> None:
+    publisher.say(reason)
+    publisher.replace_dead()
 
 
 def check_places(placement: str, ranks: int, engines: EngineSizes) -> None:

@@ -238,6 +238,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
     spec = transfer_spec(config, model, settings)
     publisher = Publisher(trainers, engines, spec, config.trainer.timeout_s, config.transfer_verify_every, progress.say)
     placement = Colocated(trainers, engines, publisher, config.rollout.sleep_level) if colocated else Split(publisher)
+    engines.restore = placement.restore
     if start.step:
         with progress.waiting("bringing the engines to the checkpoint's weights"):
             placement.to_training()

@@ -43,36 +43,44 @@ class Publisher:
         timeout_s: how long a rank waits for another; verify_every: as config.transfer_verify_every; say: told what happens to engines.
         """
         self._trainers, self._engines, self._spec, self._timeout_s = trainers, engines, spec, timeout_s
-        self._verify_every, self._say = verify_every, say
+        self._verify_every, self.say = verify_every, say
         self._published = 0
         self.version = 0
         """What the engines have now; 0 is what they started with."""
         self._connect()
 
-    def publish(self, version: int) -> int:
-        """Bring every engine to the current weights as `version`; returns the bytes sent.
+    def publish(self, version: int, verify: bool = False) -> int:
+        """Bring every engine to the current weights as `version`; returns the bytes sent. verify: now, whatever the recipe says.
 
         When an engine dies meanwhile, or answers no more, it is started again, with those that its death left half-way, and all are brought
         to `version`, verified. Raises PublishError when no engine is dead, a training rank is, or it fails a second time.
         """
-        verify = self._published % self._verify_every == 0 if self._verify_every else self._published == 0
+        verify |= self._published % self._verify_every == 0 if self._verify_every else self._published == 0
         self._published += 1
         try:
             sent = self._transfer(version, verify)
         except PublishError as error:
-            self._say(str(error))
+            self.say(str(error))
             ranks_are_silent = any(name.startswith("training") for name in error.silent)
-            restarted = [] if ranks_are_silent else self._engines.restart_dead()
-            if not restarted:
+            if ranks_are_silent or not self.replace_dead():
                 raise
-            self._say(f"started again: {', '.join(restarted)}")
-            self._connect()
             sent = self._transfer(version, verify=True)
         versions = self._engines.versions()
         if any(reported != version for reported in versions):
             raise RuntimeError(f"weights were published as version {version}, but the engines report {versions}")
         self.version = version
         return sent
+
+    def replace_dead(self) -> bool:
+        """Start again the engines that are dead or answer no more, and let all meet anew; returns whether there were any.
+
+        The new engines hold the weights of the model's directory until the next version is published.
+        """
+        if not (restarted := self._engines.restart_dead()):
+            return False
+        self.say(f"started again: {', '.join(restarted)}")
+        self._connect()
+        return True
 
     def _connect(self) -> None:
         host, port = self._trainers.address(self._timeout_s)

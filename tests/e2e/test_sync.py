@@ -1,5 +1,6 @@
 """Weights from real Megatron ranks to real vLLM engines: every number read back, and what dies on the way comes back."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -17,9 +18,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.rollout.engine import Request
+from megatron_aspo.rollout import pool as pool_module
+from megatron_aspo.rollout.engine import EngineError, Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.runtime.placement import Split
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
@@ -181,6 +184,70 @@ def test_an_engine_that_is_frozen_is_replaced_after_the_timeout(publisher, engin
     assert re.search(r"bucket \d+ of \d+ of version 3, step 0: .*weight.* engine 0 failed after \d+.\d s .timeout 8 s", said[-2])
     assert "engine 0" in said[-1]
     assert logprob_error(engines, trained) < 1e-4
+
+
+@pytest.fixture
+def restoring(publisher, engines) -> Iterator[EnginePool]:
+    """The engines as a run has them, on whom nothing is under way."""
+    engines.restore = Split(publisher).restore
+    yield engines
+    engines.restore, engines.deterministic = None, False
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(f"{time.monotonic()}-{i}", PROMPT, i, 150, 1.0) for i in range(count)]
+
+
+def test_a_deterministic_generation_in_which_an_engine_is_killed_gives_what_the_undisturbed_one_gives(restoring, publisher, said):
+    restoring.deterministic = True
+    undisturbed = restoring.generate(requests(8), group_size=4)
+    killed: list[psutil.Process] = []
+
+    def kill(position: int, generation: object) -> None:
+        if not killed:
+            killed.append(core_of(restoring, 0))
+            killed[0].kill()
+
+    pid = restoring.infos[0].pid
+    again = restoring.generate(requests(8), group_size=4, on_response=kill)
+    assert killed and restoring.infos[0].pid != pid and restoring.versions() == [publisher.version] * 2
+    assert any("engine 0" in line for line in said[-2:]) and said[-1] == "started again: engine 0"
+    for one, other in zip(undisturbed, again, strict=True):
+        assert np.array_equal(one.token_ids, other.token_ids) and np.array_equal(one.logprobs, other.logprobs)
+        assert one.versions == other.versions
+
+
+def test_an_engine_that_freezes_while_it_generates_is_replaced_and_its_requests_are_answered(restoring, publisher, said, monkeypatch):
+    monkeypatch.setattr(restoring, "_options", dataclasses.replace(restoring._options, answer_timeout_s=TIMEOUT_S))
+    frozen: list[psutil.Process] = []
+
+    def freeze(position: int, generation: object) -> None:
+        if not frozen:
+            frozen.append(core_of(restoring, 1))
+            frozen[0].suspend()
+
+    answered = restoring.generate(requests(24), group_size=2, on_response=freeze)
+    assert len(answered) == 24 and all(len(generation.token_ids) for generation in answered)
+    assert any("engine 1 has not answered for 8 s (rollout.answer_timeout_s)" in line for line in said[-3:])
+    assert restoring.versions() == [publisher.version] * 2 and not frozen[0].is_running()
+
+
+def test_an_engine_that_is_lost_again_and_again_ends_the_generation_with_the_cause(restoring, monkeypatch):
+    monkeypatch.setattr(pool_module, "_MAX_LOSSES", 1)
+    pids = [info.pid for info in restoring.infos]
+    killed: list[int] = []
+
+    def kill(position: int, generation: object) -> None:
+        """The first engine, and the one in its place."""
+        if restoring.infos[0].pid not in killed:
+            killed.append(restoring.infos[0].pid)
+            core_of(restoring, 0).kill()
+
+    restoring.deterministic = True
+    with pytest.raises(EngineError, match=r"engines were lost 2 times in one generation, at last: engine 0 died"):
+        restoring.generate(requests(8), group_size=4, on_response=kill)
+    assert len(killed) == 2 and killed[0] == pids[0]
+    restoring.restore("engine 0 is gone")
 
 
 def test_a_frozen_training_rank_ends_the_transfer_within_the_timeout_and_is_named(publisher, engines):
