@@ -195,7 +195,8 @@ def restoring(publisher, engines) -> Iterator[EnginePool]:
 
 
 def requests(count: int) -> list[Request]:
-    return [Request(f"{time.monotonic()}-{i}", PROMPT, i, 150, 1.0) for i in range(count)]
+    """Of several lengths, so that some are under way when the first is answered."""
+    return [Request(f"{time.monotonic()}-{i}", PROMPT, i, 40 * (1 + i % 4), 1.0) for i in range(count)]
 
 
 def test_a_deterministic_generation_in_which_an_engine_is_killed_gives_what_the_undisturbed_one_gives(restoring, publisher, said):

@@ -3,27 +3,35 @@
 import pytest
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.rollout.engine import EngineError
 from megatron_aspo.runtime.placement import Colocated, Split, check_places, shared_places
 from megatron_aspo.weights.holdings import EngineSizes
 
 
 class Recorder:
-    """Writes down every call of whatever method; `publish` says how many bytes it sent."""
+    """Writes down every call of whatever method; `publish` says how many bytes it sent. A call in `failing` raises when it comes first."""
 
-    def __init__(self, name: str, calls: list[tuple]):
-        self._name, self._calls = name, calls
+    version = 5
+
+    def __init__(self, name: str, calls: list[tuple], failing: list[tuple] = ()):
+        self._name, self._calls, self._failing = name, calls, failing
 
     def __getattr__(self, method: str):
-        def call(*arguments):
-            self._calls.append((f"{self._name}.{method}", *arguments))
+        def call(*arguments, **options):
+            words = (f"{self._name}.{method}", *arguments, *(name for name, value in options.items() if value))
+            self._calls.append(words)
+            if words in self._failing:
+                self._failing.remove(words)
+                raise EngineError("engine 0 died")
             return 7
 
         return call
 
 
-def colocated(sleep_level: int) -> tuple[Colocated, list[tuple]]:
+def colocated(sleep_level: int, *failing: tuple) -> tuple[Colocated, list[tuple]]:
     calls: list[tuple] = []
-    sides = [Recorder(name, calls) for name in ("trainers", "engines", "publisher")]
+    left = list(failing)
+    sides = [Recorder(name, calls, left) for name in ("trainers", "engines", "publisher")]
     return Colocated(*sides, sleep_level), calls
 
 
@@ -66,6 +74,41 @@ def test_on_devices_of_their_own_only_changed_weights_move():
     placement.to_training()
     assert (placement.to_generating(1, changed=True), placement.to_generating(1, changed=False)) == (7, 0)
     assert calls == [("publisher.publish", 1)]
+
+
+def test_lost_engines_of_their_own_devices_are_replaced_and_given_the_weights_that_all_had():
+    calls: list[tuple] = []
+    publisher = Recorder("publisher", calls)
+    placement = Split(publisher)
+    placement.restore("engine 0 died")
+    assert calls == [("publisher.say", "engine 0 died"), ("publisher.replace_dead",), ("publisher.publish", 5, "verify")]
+    calls.clear()
+    publisher.version = 0  # what every engine starts with
+    placement.restore("engine 0 died")
+    assert calls[-1] == ("publisher.replace_dead",)
+
+
+@pytest.mark.parametrize("sleep_level", [1, 2])
+def test_an_engine_that_is_lost_as_it_falls_asleep_is_replaced_before_the_ranks_come_back_and_then_given_weights(sleep_level):
+    placement, calls = colocated(sleep_level, ("engines.sleep", sleep_level))
+    placement.to_training()
+    replaced = [("engines.sleep", sleep_level), ("publisher.say", "engine 0 died"), ("publisher.replace_dead",)]
+    assert calls == [*replaced, ("engines.sleep", sleep_level), ("trainers.come_back",)]
+    assert placement.to_generating(5, changed=False) == 7  # its weights are those of the model's directory
+    assert ("publisher.publish", 5, "verify") in calls
+    placement.to_training()
+    assert placement.to_generating(5, changed=False) == (7 if sleep_level == 2 else 0)
+
+
+@pytest.mark.parametrize("tag", ["weights", "kv_cache"])
+def test_an_engine_that_is_lost_as_it_wakes_is_replaced_and_given_the_weights(tag):
+    placement, calls = colocated(2, ("engines.wake", (tag,)))
+    placement.to_training()
+    placement.to_generating(5, changed=True)
+    assert ("publisher.replace_dead",) in calls and ("publisher.publish", 5, "verify") in calls
+    assert calls[-1] == ("engines.wake", ("kv_cache",))
+    # Whoever has the devices at the end: the engines.
+    assert [name for name, *_ in calls if name.startswith("trainers")][-1] == "trainers.leave"
 
 
 RANKS = [("a", "0"), ("a", "1"), ("a", "2"), ("b", "0")]
