@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _GRACE_S = 30.0
 """Who is not frozen fails within this time after the first failure, as the ranks that fail leave the group."""
 _FAILURES_TOLD = 4
+_REPEATS = 3
+"""How often a transfer is begun anew with engines in the place of dead ones."""
 
 
 class PublishError(RuntimeError):
@@ -53,23 +55,31 @@ class Publisher:
         """Bring every engine to the current weights as `version`; returns the bytes sent. verify: now, whatever the recipe says.
 
         When an engine dies meanwhile, or answers no more, it is started again, with those that its death left half-way, and all are brought
-        to `version`, verified. Raises PublishError when no engine is dead, a training rank is, or it fails a second time.
+        to `version`, verified. Raises PublishError when no engine is dead, a training rank is, or it fails too often.
         """
         verify |= self._published % self._verify_every == 0 if self._verify_every else self._published == 0
         self._published += 1
         try:
             sent = self._transfer(version, verify)
         except PublishError as error:
-            self.say(str(error))
-            ranks_are_silent = any(name.startswith("training") for name in error.silent)
-            if ranks_are_silent or not self.replace_dead():
-                raise
-            sent = self._transfer(version, verify=True)
+            sent = self._repeat(version, error)
         versions = self._engines.versions()
         if any(reported != version for reported in versions):
             raise RuntimeError(f"weights were published as version {version}, but the engines report {versions}")
         self.version = version
         return sent
+
+    def _repeat(self, version: int, failure: PublishError) -> int:
+        """After a transfer that failed: replace what is dead, and send all of it again."""
+        for _ in range(_REPEATS):
+            self.say(str(failure))
+            try:
+                if any(name.startswith("training") for name in failure.silent) or not self.replace_dead():
+                    break
+                return self._transfer(version, verify=True)
+            except PublishError as error:
+                failure = error
+        raise failure
 
     def replace_dead(self) -> bool:
         """Start again the engines that are dead or answer no more, and let all meet anew; returns whether there were any.

@@ -79,12 +79,18 @@ def test_after_a_restart_all_meet_again_and_the_transfer_is_verified():
     assert ends.said == ["the weights of version 2 did not arrive: engine 0: died", "started again: engine 0"]
 
 
+def test_an_engine_that_dies_while_it_is_brought_up_to_date_is_replaced_too():
+    ends = Ends(*[{"engine 0": RuntimeError("died")}] * 3, dead=["engine 0"] * 3)
+    assert ends.publisher().publish(1) == 100
+    assert ends.sent == [(1, True)] * 4 and ends.connected == 4
+
+
 @pytest.mark.parametrize(
     ("failures", "dead"),
     [
         ([{"training rank 1": RuntimeError("of one's own")}], []),  # no engine is dead
         ([{"engine 0": RuntimeError("died"), "training rank 1": TimeoutError("frozen")}], ["engine 0"]),
-        ([{"engine 0": RuntimeError("died")}] * 2, ["engine 0"] * 2),  # twice
+        ([{"engine 0": RuntimeError("died")}] * 4, ["engine 0"] * 4),  # again and again
     ],
 )
 def test_what_a_restart_cannot_cure_is_raised(failures, dead):
