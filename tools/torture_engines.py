@@ -3,8 +3,9 @@
     .venv/bin/python tools/torture_engines.py [--rounds 30] [--seed 0] [key.path=value …]
 
 The run is deterministic: real Ray, vLLM and Megatron-Core, two engines. Each round waits until the run has recovered from the last one,
-then for a random while, picks an engine, and sends its engine core, or the Ray actor before it, SIGKILL or SIGSTOP: while it generates,
-takes weights, sleeps or wakes, as it happens. The run must replace it by itself. With `placement=colocated` engines sleep while ranks train.
+then for a random while, picks an engine, and sends its engine core, or the Ray actor before it, SIGKILL or SIGSTOP: while it
+generates, takes weights, sleeps or wakes, as it happens. The run must replace it by itself. With `placement=colocated`
+engines sleep while ranks train.
 
 The last line is one JSON object: rounds by signal, `restarts` counted in the run's output, `numbers_equal` (metrics without timings,
 rollouts with token ids and log-probabilities), `left_processes`, `minutes`. Exit status 1 if the run failed, hung or differed.

@@ -36,7 +36,7 @@ def launch(script: Path, *arguments: str, cwd: Path = ROOT, **variables: str) ->
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")}
     environment = kept | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        ["bash", str(script), *arguments], cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=120, check=False
+        ["bash", str(script), *arguments], cwd=cwd, env=environment | {"RESTART_DELAY": "0"} | variables, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -61,7 +61,7 @@ def called(commands: Path, script: Path, *arguments: str, status: int = 0, **var
 
 
 def test_each_recipe_for_gpus_has_a_script_and_each_script_a_recipe():
-    recipes = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")} - {"quickstart", "laptop_code"}
+    recipes = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")} - {"quickstart", "laptop_code", "laptop_math"}
     assert {path.stem.removeprefix("run_") for path in SCRIPTS} == recipes and len(recipes) == 8
 
 
@@ -170,9 +170,41 @@ def test_an_argument_of_the_user_comes_last_and_the_status_is_the_runs(commands)
         assert words[-2:] == ["steps=5", "optimizer.lr=2e-6"] and "--ray-address" not in words
 
 
+DIES = """#!/usr/bin/env bash
+echo run >>"$COUNT"
+set -- $STATUSES
+shift $(($(wc -l <"$COUNT") - 1))
+[[ $1 == killed ]] && kill -KILL $$
+exit "$1"
+"""
+
+
+@pytest.mark.parametrize(
+    ("statuses", "variables", "status", "runs"),
+    [
+        ("killed 1 0", {}, 0, 3),
+        ("1 1 1 1", {}, 1, 4),
+        ("killed 0", {"MAX_RESTARTS": "0"}, 137, 1),
+        ("1 0", {"RESUME": "never"}, 1, 1),
+        ("1 2 0", {}, 2, 2),
+        ("1 143 0", {}, 143, 2),
+    ],
+)
+def test_a_run_that_died_is_started_again_and_one_that_was_ended_is_not(tmp_path, statuses, variables, status, runs):
+    command = tmp_path / "bin" / "megatron-aspo"
+    command.parent.mkdir()
+    command.write_text(DIES)
+    command.chmod(0o755)
+    known = {"PATH": f"{command.parent}:{os.environ['PATH']}", "COUNT": str(tmp_path / "count"), "STATUSES": statuses, "RESTART_DELAY": "0"}
+    done = launch(EXAMPLES / "run_aspo_qwen2.5_1.5b_code.sh", **known, **variables)
+    assert done.returncode == status and (tmp_path / "count").read_text().count("run") == runs
+    assert done.stderr.count("starting it again from its newest checkpoint") == runs - 1
+
+
 @pytest.mark.parametrize(
     ("variables", "arguments", "said"),
     [
+        ({"MAX_RESTARTS": "many"}, [], "MAX_RESTARTS=many is not a whole number from 0"),
         ({"NNODES": "2"}, [], "NNODES=2, but neither RAY_ADDRESS (HOST:PORT) nor HOSTFILE is set; set one of them"),
         ({"NNODES": "two"}, [], "NNODES=two is not a whole number from 1"),
         ({"GPUS_PER_NODE": "0"}, [], "GPUS_PER_NODE=0 is not a whole number from 1"),
