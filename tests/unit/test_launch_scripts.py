@@ -35,8 +35,9 @@ def launch(script: Path, *arguments: str, cwd: Path = ROOT, **variables: str) ->
     """Call a script as a user does, with the command of this environment."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")}
     environment = kept | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    environment |= {"RESTART_DELAY": "0"} | variables
     return subprocess.run(
-        ["bash", str(script), *arguments], cwd=cwd, env=environment | {"RESTART_DELAY": "0"} | variables, capture_output=True, text=True, timeout=120, check=False
+        ["bash", str(script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
