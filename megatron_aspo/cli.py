@@ -17,6 +17,32 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 a check failed, 2 a mistake the user can cure, 130 interrupted, 143 terminated; else 1."""
+    parser = command_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # Overrides may also stand behind an option.
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    known = {
+        "train": _train,
+        "plan": _plan,
+        "data": _data,
+        "doctor": _doctor,
+        "check-loss": _check_loss,
+        "grade": _grade,
+        "eval": _eval,
+        "grade-server": _grade_server,
+        "convert": _convert,
+    }
+    command = known[parsed.command]
+    if rest:
+        if not hasattr(parsed, "overrides"):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parsed.overrides += rest
+    sys.exit(_guarded(command, parsed))
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="megatron-aspo", description="Reinforcement learning of language models on Megatron-Core.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -45,27 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     _add_eval(commands)
     _add_grade_server(commands)
     _add_convert(commands)
-    parsed, rest = parser.parse_known_args(arguments)
-    # Overrides may also stand behind an option.
-    if unknown := [word for word in rest if word.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    known = {
-        "train": _train,
-        "plan": _plan,
-        "data": _data,
-        "doctor": _doctor,
-        "check-loss": _check_loss,
-        "grade": _grade,
-        "eval": _eval,
-        "grade-server": _grade_server,
-        "convert": _convert,
-    }
-    command = known[parsed.command]
-    if rest:
-        if not hasattr(parsed, "overrides"):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        parsed.overrides += rest
-    sys.exit(_guarded(command, parsed))
+    return parser
 
 
 def _add_data(commands) -> None:

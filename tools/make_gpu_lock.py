@@ -1,8 +1,8 @@
 """Write tools/locks/gpu-py312.txt, every package of `megatron_aspo[gpu]` for CUDA 13, Python 3.12 and Linux x86_64:
 python tools/make_gpu_lock.py [--check] [--upgrade]
 
-Needs uv (`pip install uv`) and a package index; nothing is installed. The lock's versions stay where they still resolve; --upgrade takes the
-newest. With --check nothing is written; the exit status is 1 if what resolves is not what the lock says.
+Needs uv (`pip install uv`) and a package index; nothing is installed. The lock's versions stay where they still resolve; --upgrade takes
+the newest. With --check nothing is written; the exit status is 1 if what resolves is not what the lock says.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HEADER = """\
 
 
 def resolve(upgrade: bool) -> list[str]:
-    """Return `name==version` for each package, sorted; as locked where that resolves, unless upgrade. Raises SystemExit with uv's words if it does not resolve."""
+    """Return `name==version` for each package, sorted; as locked where that resolves, unless upgrade. Raises SystemExit with uv's words."""
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     if not Path(uv).is_file():
         raise SystemExit("make_gpu_lock: error: uv is not installed; pip install uv")

@@ -21,7 +21,7 @@ from megatron_aspo.config import Config, load_config, to_yaml
 from megatron_aspo.errors import UserError
 from tests.unit.test_packaging import ROOT, load_tool
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md", ROOT / "docker/README.md"])
 QUICKSTART = ROOT / "examples/recipes/quickstart.yaml"
 TAKES_OVERRIDES = {"tools/verify_sync.py", "tools/torture.py", "tools/quickstart.sh"}
 
