@@ -103,7 +103,7 @@ def test_two_watchers_evaluate_each_checkpoint_once(place):
 
 
 def test_a_watcher_that_is_killed_leaves_its_evaluation_to_end_and_the_rest_to_the_other(place):
-    first, second = start(place, 0.4), start(place, 0.4)
+    first, second = start(place, 0.2), start(place, 0.2)
     wait_for(lambda: len(log(place, "started")) >= 3)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
@@ -114,17 +114,17 @@ def test_a_watcher_that_is_killed_leaves_its_evaluation_to_end_and_the_rest_to_t
 def test_an_evaluation_whose_watcher_was_killed_is_not_begun_a_second_time(tmp_path):
     (tmp_path / "evaluation.py").write_text(EVALUATION)
     make_hugging_face(tmp_path / "run" / "step_1")
-    first = start(tmp_path, 3)
+    first = start(tmp_path, 1.5)
     wait_for(lambda: log(tmp_path, "started"))
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert start(tmp_path, 3).wait(60) == 0
+    assert start(tmp_path, 1.5).wait(60) == 0
     assert log(tmp_path, "started") == log(tmp_path, "finished") == [1]
     assert (tmp_path / "told").read_text() == "1\n"
 
 
 def test_an_evaluation_that_is_killed_with_its_watcher_is_done_again(place):
-    first, second = start(place, 0.4), start(place, 0.4)
+    first, second = start(place, 0.2), start(place, 0.2)
     wait_for(lambda: len(log(place, "started")) >= 3)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
