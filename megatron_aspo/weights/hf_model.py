@@ -39,6 +39,7 @@ class HFModel:
 
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
@@ -117,13 +118,12 @@ def _settings(config: Any, architecture: str) -> list[tuple[str, Any, tuple]]:
             ("mlp_only_layers", config.mlp_only_layers, ([],)),
             ("shared_expert_intermediate_size", getattr(config, "shared_expert_intermediate_size", None) or None, (None,)),
         ]
-    if architecture == "MixtralForCausalLM":
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
         # A window that no sequence outgrows changes nothing.
         window = config.sliding_window
-        settings += [
-            ("sliding_window", None if window is None or window >= config.max_position_embeddings else window, (None,)),
-            ("router_jitter_noise", config.router_jitter_noise, (0.0,)),
-        ]
+        settings.append(("sliding_window", None if window is None or window >= config.max_position_embeddings else window, (None,)))
+    if architecture == "MixtralForCausalLM":
+        settings.append(("router_jitter_noise", config.router_jitter_noise, (0.0,)))
     return settings
 
 

@@ -1,4 +1,4 @@
-"""A Llama / Qwen2 / Qwen3 / Qwen3-MoE / Mixtral decoder in plain PyTorch and float64: the independent truth for logits and gradients.
+"""Dense and mixture-of-experts decoders of the supported families in plain PyTorch and float64: the independent truth for logits and gradients.
 
 Reads Hugging Face tensors by name from a dict; knows nothing of Megatron, of packing or of any module of the project.
 """
