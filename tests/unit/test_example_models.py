@@ -14,6 +14,7 @@ from tests.unit.test_plan_command import RECIPE
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 PUBLISHED = {
     "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+    "llama-3.1-405b": 405_853_388_800,
     "mistral-7b-v0.3": 7_248_023_552,
     "mixtral-8x7b": 46_702_792_704,
     "qwen2.5-1.5b": 1_543_714_304,

@@ -51,7 +51,7 @@ def test_a_box_is_read_as_the_slice_of_the_tensor(model):
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type=yarn is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "rope_type=dynamic is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config="),
     ],
@@ -87,7 +87,6 @@ def read_config(directory: Path, config: dict):
         ("llama", {"model_type": "mistral"}, "model_type=mistral is not supported for LlamaForCausalLM; expected llama"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4}, "rope_type=linear"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
