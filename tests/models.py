@@ -27,9 +27,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 32},
     "llama": {"head_dim": 32},
+    "mistral": {"head_dim": 32, "sliding_window": None},
     "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "mixtral": {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+
+ROPE_SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 3.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+}
+"""Settings of rotary embeddings by type, with an original length at which the tiny models have frequencies in every band."""
+
+
+def rope_scaling(kind: str, **changes: Any) -> dict[str, Any]:
+    """Overrides of `save_tiny` for this type of scaled rotary embeddings (a key of ROPE_SCALINGS)."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **ROPE_SCALINGS[kind], **changes}}
 
 
 def save_tiny(

@@ -45,6 +45,7 @@ MODEL = {
 }
 FAMILIES = {
     "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
     "Qwen2ForCausalLM": {"qkv_bias": True, "tied": True},
     "Qwen3ForCausalLM": {"qk_norm": True},
     "Qwen3MoeForCausalLM": {"qk_norm": True, "experts": 4, "moe_ffn": 48},

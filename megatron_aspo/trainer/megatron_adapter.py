@@ -281,3 +281,14 @@ def hidden_state_model() -> type:
             return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
     return HiddenStateModel
+
+
+def set_rotary_frequencies(model: torch.nn.Module, frequencies: tuple[float, ...]) -> None:
+    """Give a GPTModel that has not run yet these radians per position of each pair of channels [head size / 2].
+
+    Megatron has options for some scalings of rotary embeddings, with constants that other models set otherwise (weights/rope.py).
+    """
+    rotary = model.rotary_pos_emb
+    if rotary.inv_freq.shape != (len(frequencies),):
+        raise ValueError(f"{len(frequencies)} rotary frequencies for a model of {len(rotary.inv_freq)}")
+    rotary.inv_freq = torch.tensor(frequencies, dtype=torch.float32, device=rotary.inv_freq.device)

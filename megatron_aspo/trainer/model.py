@@ -1,5 +1,6 @@
 """Megatron's GPT model for a Hugging Face model directory."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.layers import LAYER_SPECS
-from megatron_aspo.trainer.megatron_adapter import hidden_state_model
+from megatron_aspo.trainer.megatron_adapter import hidden_state_model, set_rotary_frequencies
 from megatron_aspo.trainer.options import TrainerOptions
 from megatron_aspo.trainer.parallel import ParallelState
 from megatron_aspo.weights.hf_model import HFModel
@@ -88,7 +89,15 @@ def transformer_config(
         apply_rope_fusion=fused,
         persist_layer_norm=False,
         attention_softmax_in_fp32=True,
+        softmax_scale=_softmax_scale(model),
     )
+
+
+def _softmax_scale(model: HFModel) -> float | None:
+    """Factor of queries times keys, None for Megatron's 1 / √(head size). Scaled cosines and sines scale both queries and keys."""
+    if model.rope_scaling is None:
+        return None
+    return model.rope_scaling.attention_factor**2 / math.sqrt(model.dims.head_dim)
 
 
 def _moe_config(model: HFModel, layer_spec: str) -> dict[str, Any]:
@@ -150,6 +159,8 @@ def _build_chunk(model: HFModel, config: TransformerConfig, parallel: ParallelSt
         parallel_output=True,
         vp_stage=chunk,
     )
+    if model.rope_scaling is not None:
+        set_rotary_frequencies(built, model.rope_scaling.frequencies)
     # Megatron's schedule asks for it; the class attribute differs between versions.
     built.model_type = ModelType.encoder_or_decoder
     return built

@@ -177,7 +177,7 @@ def _swiglu(hf: str, gate: str, up: str, down: str, mcore: str, ffn: Callable[[M
 
 
 def _decoder() -> tuple[Rule, ...]:
-    """Llama, Qwen2, Qwen3."""
+    """Llama, Mistral, Qwen2, Qwen3."""
     return (
         _EMBEDDING,
         *_ATTENTION_RULES,
@@ -221,6 +221,7 @@ def _moe_decoder(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
 FAMILIES: dict[str, tuple[Rule, ...]] = {
     "LlamaForCausalLM": _decoder(),
+    "MistralForCausalLM": _decoder(),
     "Qwen2ForCausalLM": _decoder(),
     "Qwen3ForCausalLM": _decoder(),
     "Qwen3MoeForCausalLM": _moe_decoder("mlp", "gate_proj", "up_proj", "down_proj"),

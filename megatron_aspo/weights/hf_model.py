@@ -8,6 +8,7 @@ from typing import Any
 from megatron_aspo.errors import UserError
 from megatron_aspo.weights.families import FAMILIES, tensor_shapes
 from megatron_aspo.weights.layout import ModelDims
+from megatron_aspo.weights.rope import RopeScaling, read_rope_scaling
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class HFModel:
     experts_per_token: int = 0
     norm_topk_prob: bool = True
     """The weights of a token's experts are divided by their sum."""
+    rope_scaling: RopeScaling | None = None
+    """None: the rotary frequencies are those of `rope_theta`."""
 
     @property
     def pair_cost(self) -> float:
@@ -39,6 +42,7 @@ class HFModel:
 
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
@@ -81,16 +85,19 @@ def read_model(directory: Path) -> HFModel:
         if not dims.experts:
             raise UserError(f"{directory}/config.json: num_local_experts=0 is not supported for {architecture}; expected 1 or more")
         _check_top_k(directory, config.num_experts_per_tok, dims.experts, norm_topk_prob)
+    rope_scaling = read_rope_scaling(config, f"{directory}/config.json")
+    longest = rope_scaling.longest if rope_scaling else None
     return HFModel(
         directory=directory,
         architecture=architecture,
         dims=dims,
         rope_theta=float(config.rope_parameters["rope_theta"]),
         norm_eps=config.rms_norm_eps,
-        max_positions=config.max_position_embeddings,
+        max_positions=min(config.max_position_embeddings, longest or config.max_position_embeddings),
         tensor_shapes=tensor_shapes(architecture, dims),
         experts_per_token=config.num_experts_per_tok if dims.experts else 0,
         norm_topk_prob=norm_topk_prob,
+        rope_scaling=rope_scaling,
     )
 
 
@@ -101,7 +108,6 @@ def _settings(config: Any, architecture: str) -> list[tuple[str, Any, tuple]]:
         ("model_type", config.model_type, (_MODEL_TYPES[architecture],)),
         ("quantization_config", getattr(config, "quantization_config", None), (None,)),
         ("hidden_act", config.hidden_act, ("silu", "swish")),
-        ("rope_type", rope.get("rope_type", "default"), ("default",)),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
         ("use_sliding_window", getattr(config, "use_sliding_window", False) or False, (False,)),
         ("layer_types", sorted(set(getattr(config, "layer_types", None) or ["full_attention"])), (["full_attention"],)),
@@ -117,13 +123,13 @@ def _settings(config: Any, architecture: str) -> list[tuple[str, Any, tuple]]:
             ("mlp_only_layers", config.mlp_only_layers, ([],)),
             ("shared_expert_intermediate_size", getattr(config, "shared_expert_intermediate_size", None) or None, (None,)),
         ]
-    if architecture == "MixtralForCausalLM":
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
         # A window that no sequence outgrows changes nothing.
         window = config.sliding_window
-        settings += [
-            ("sliding_window", None if window is None or window >= config.max_position_embeddings else window, (None,)),
-            ("router_jitter_noise", config.router_jitter_noise, (0.0,)),
-        ]
+        idle = window is None or window >= config.max_position_embeddings
+        settings.append(("sliding_window", None if idle else window, (None,)))
+    if architecture == "MixtralForCausalLM":
+        settings.append(("router_jitter_noise", config.router_jitter_noise, (0.0,)))
     return settings
 
 

@@ -21,7 +21,7 @@ from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.rollout.process_tree import mapped_segments
 from tests.e2e.loopback import assert_only_loopback
 from tests.e2e.workplace import STEPS, metrics, start, train, wait_for
-from tests.models import save_tiny
+from tests.models import rope_scaling, save_tiny
 
 HEALTH = [
     "reward/mean",
@@ -142,12 +142,15 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
 
 @pytest.mark.long
 def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
-    """Llama, whose vocabulary is in tokenizer.model alone; prompts are plain strings."""
+    """A Llama whose vocabulary is in tokenizer.model alone, with Llama 3's scaled rotary embeddings over 300 tokens of 64 times 8; prompts
+    are plain strings.
+    """
     pieces = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-    save_tiny("llama", workplace / "pieces", vocab_size=32000, tied=True, eos_token_ids=[2])
+    rope = rope_scaling("llama3", original_max_position_embeddings=64)
+    save_tiny("llama", workplace / "pieces", vocab_size=32000, tied=True, eos_token_ids=[2], **rope)
     shutil.copyfile(pieces, workplace / "pieces" / "tokenizer.model")
     (workplace / "pieces" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    rows = [{"prompt": f"{i}: " + "the quick brown fox " * 8, "ground_truth": "aeiou"} for i in range(8)]
+    rows = [{"prompt": f"{i}: " + "the quick brown fox " * 49, "ground_truth": "aeiou"} for i in range(8)]
     (workplace / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["steps=1", "trainer.tensor_parallel=1", "rollout.engines=1", "evaluation.draws=0", "rollout.max_response_tokens=64"]
     status, out, error = train(workplace, "name=pieces", "model=pieces", "data.path=plain.jsonl", "data.weights=", "data.eval_path=", *few)
@@ -160,6 +163,7 @@ def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
     # AutoTokenizer alone would order the merges of tokenizer.model in another way than it was trained on.
     assert AutoTokenizer.from_pretrained(exported)("a  b   c")["input_ids"] == SentencePieceProcessor(str(pieces)).encode("a  b   c")
     rows = parquet.read_table(workplace / "runs" / "pieces" / "rollouts" / "step_0.parquet").to_pylist()
+    assert max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows) >= 300
     processor = SentencePieceProcessor(model_file=str(pieces))
     assert all(row["prompt_ids"][-20:] == processor.encode(row["prompt"])[-20:] for row in rows)
 

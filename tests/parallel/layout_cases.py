@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.models import rope_scaling
 from tests.parallel.test_one_step import Case, Truth, make_case, relative_error
 
 BAR = 1e-5
@@ -31,6 +32,9 @@ SUITE = """
     qwen2     tied    CP2 DP2 distributed
     llama     untied  PP2 CP2
     qwen2     tied    PP2 VPP2 CP2
+    llama     untied  TP2 SP rope=llama3
+    qwen2     tied    CP2 shared rope=yarn
+    mistral   untied  PP2 shared rope=linear
     qwen3_moe tied
     qwen3_moe tied    DP2 EP2
     mixtral   untied  DP2 EP2
@@ -120,7 +124,7 @@ class LayoutCase:
     tied: bool
     options: dict[str, Any] = field(default_factory=dict)
     """Of TrainerOptions."""
-    overrides: dict[str, int] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
     """Of the model's configuration."""
 
     @property
@@ -145,7 +149,7 @@ def read_table(table: str) -> list[LayoutCase]:
 def _read_line(words: list[str]) -> LayoutCase:
     family, tying, *layout = words
     options: dict[str, Any] = {}
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for word in layout:
         size, value = re.fullmatch(r"([A-Z]+)(\d+)", word), word.partition("=")[2]
         if size:
@@ -156,6 +160,8 @@ def _read_line(words: list[str]) -> LayoutCase:
             options["micro_batch_tokens"] = int(value)
         elif word.startswith("recompute="):
             options["recompute"] = value
+        elif word.startswith("rope="):
+            overrides |= rope_scaling(value)
         elif word.partition("=")[0] in _MODEL:
             overrides[_MODEL[word.partition("=")[0]]] = int(value)
         else:

@@ -9,10 +9,10 @@ from tests.parallel import workloads
 VOCAB = 131
 
 
-def assert_logits_are_those_of_transformers(pools, settings: RankSettings, reference) -> None:
+def assert_logits_are_those_of_transformers(pools, settings: RankSettings, reference, lengths=(7, 1, 40, 12)) -> None:
     """On packed sequences of several lengths, to 1e-5 of float32."""
     random = np.random.default_rng(0)
-    sequences = [random.integers(0, VOCAB, n).tolist() for n in (7, 1, 40, 12)]
+    sequences = [random.integers(0, VOCAB, n).tolist() for n in lengths]
     shares = pools(settings.sizes.world).run(workloads.logits, settings, sequences)
     ours = np.concatenate(shares, axis=1)[:, :VOCAB]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A Llama / Qwen2 / Qwen3 / Qwen3-MoE / Mixtral decoder in plain PyTorch and float64: the independent truth for logits and gradients.
+"""Decoders of the supported families in plain PyTorch and float64: the independent truth for logits and gradients.
 
 Reads Hugging Face tensors by name from a dict; knows nothing of Megatron, of packing or of any module of the project.
 """
@@ -20,7 +20,7 @@ class Decoder:
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.heads
         self.eps = config["rms_norm_eps"]
-        self.theta = config["rope_parameters"]["rope_theta"]
+        self.frequencies, self.attention_factor = rotary_frequencies(config["rope_parameters"], self.head_dim)
         self.tied = config["tie_word_embeddings"]
         self.experts_per_token = config.get("num_experts_per_tok", 0)
         self.weights_sum_to_one = config["model_type"] == "mixtral" or config.get("norm_topk_prob", False)
@@ -86,10 +86,39 @@ class Decoder:
 
     def _rotate(self, x: Tensor) -> Tensor:
         half = self.head_dim // 2
-        frequencies = self.theta ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.arange(x.shape[0], dtype=torch.float64)[:, None, None] * frequencies
+        angles = torch.arange(x.shape[0], dtype=torch.float64)[:, None, None] * self.frequencies
         a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+        rotated = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+        return self.attention_factor * rotated
+
+
+def rotary_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
+    """(radians per position of each pair of channels, float64; factor of the rotated vectors).
+
+    linear: https://arxiv.org/abs/2306.15595. llama3: `apply_scaling` in Meta's Llama 3.1, whose three bands are one clamp. yarn:
+    https://arxiv.org/abs/2309.00071, with the ramp over pairs of channels of the authors' code.
+    """
+    half, base = head_dim // 2, rope["rope_theta"]
+    pairs = torch.arange(half, dtype=torch.float64)
+    frequencies, kind = base ** (-pairs / half), rope.get("rope_type", "default")
+    if kind == "default":
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / rope["factor"], 1.0
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+    turns = original * frequencies / (2 * math.pi)
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / factor), 1.0
+
+    def pair_that_turns(times: float) -> float:
+        return half * math.log(original / (2 * math.pi * times), base)
+
+    first, last = math.floor(pair_that_turns(rope.get("beta_fast", 32))), math.ceil(pair_that_turns(rope.get("beta_slow", 1)))
+    first, last = max(first, 0), min(last, head_dim - 1)
+    kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor), rope.get("attention_factor", 0.1 * math.log(factor) + 1)
 
 
 def token_logprobs(decoder: Decoder, prompt: list[int], response: list[int], temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
 }
-DENSE, MOE = ("llama", "qwen2", "qwen3"), ("qwen3_moe", "mixtral")
+DENSE, MOE = ("llama", "mistral", "qwen2", "qwen3"), ("qwen3_moe", "mixtral")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 # What a model directory holds beside weights; bytes that no JSON or text round trip would leave alone.
@@ -74,6 +75,7 @@ class Model:
         experts: dict[str, Any] = {
             "qwen3_moe": {"num_experts": self.experts, "moe_intermediate_size": self.ffn, "num_experts_per_tok": 2, "norm_topk_prob": True},
             "mixtral": {"num_local_experts": self.experts, "num_experts_per_tok": 2},
+            "mistral": {"sliding_window": None},
         }.get(self.family, {})
         return {
             "architectures": [ARCHITECTURES[self.family]],

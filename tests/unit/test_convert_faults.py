@@ -142,15 +142,9 @@ def rope(kind: str, **more) -> dict:
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("llama", rope("linear"), "rope_type=linear is not supported for LlamaForCausalLM; expected default"),
-        ("qwen2", rope("dynamic"), "rope_type=dynamic is not supported"),
-        ("qwen3", rope("yarn", original_max_position_embeddings=32), "rope_type=yarn is not supported"),
-        (
-            "llama",
-            rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
-            "rope_type=llama3 is not supported",
-        ),
-        ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear is not supported"),
+        ("qwen2", rope("dynamic"), "rope_type=dynamic is not supported; expected one of default, linear, llama3, yarn"),
+        ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic is not supported"),
+        ("llama", rope("linear", factor=0.5), "factor=0.5 is not supported with rope_type=linear; expected a number"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu is not supported for LlamaForCausalLM; expected silu"),
         ("mixtral", {"hidden_act": "relu"}, "hidden_act=relu is not supported for MixtralForCausalLM; expected silu"),
         ("qwen3_moe", {"hidden_act": "gelu_new"}, "hidden_act=gelu_new is not supported for Qwen3MoeForCausalLM; expected silu"),

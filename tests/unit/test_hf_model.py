@@ -51,7 +51,7 @@ def test_a_box_is_read_as_the_slice_of_the_tensor(model):
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type=yarn is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "rope_type=dynamic is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config="),
     ],
@@ -66,7 +66,7 @@ def test_a_config_that_the_family_does_not_support_is_refused_by_the_setting(mod
 def saved_configs(tmp_path_factory) -> dict[str, dict]:
     """The config of each family, as transformers writes it."""
     configs = {}
-    for family in ("llama", "qwen3", "qwen3_moe", "mixtral"):
+    for family in ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral"):
         directory = tmp_path_factory.mktemp(family)
         save_tiny(family, directory, vocab_size=64)
         configs[family] = json.loads((directory / "config.json").read_text())
@@ -87,7 +87,6 @@ def read_config(directory: Path, config: dict):
         ("llama", {"model_type": "mistral"}, "model_type=mistral is not supported for LlamaForCausalLM; expected llama"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4}, "rope_type=linear"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
@@ -99,6 +98,7 @@ def read_config(directory: Path, config: dict):
         ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 is not supported with 4 experts .* expected 2 to 4"),
         ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
         ("qwen3_moe", {"num_local_experts": 0}, "num_local_experts=0"),
+        ("mistral", {"sliding_window": 512}, "sliding_window=512 is not supported for MistralForCausalLM"),
         ("mixtral", {"sliding_window": 512}, "sliding_window=512"),
         ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise=0.01"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act=gelu"),
@@ -124,8 +124,9 @@ def test_an_expert_is_as_wide_as_its_family_says(saved_configs, tmp_path):
     assert not read_config(tmp_path, saved_configs["qwen3_moe"] | {"norm_topk_prob": False}).norm_topk_prob
 
 
-def test_a_window_as_long_as_the_longest_sequence_is_none(saved_configs, tmp_path):
-    assert read_config(tmp_path, saved_configs["mixtral"] | {"sliding_window": 1024}).max_positions == 1024
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_a_window_as_long_as_the_longest_sequence_is_none(saved_configs, tmp_path, family):
+    assert read_config(tmp_path, saved_configs[family] | {"sliding_window": 1024}).max_positions == 1024
 
 
 @pytest.mark.parametrize("family", FAMILIES)
