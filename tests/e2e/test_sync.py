@@ -38,7 +38,9 @@ from tests.unit.test_packaging import load_tool
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 TP2_PP2 = ("trainer.tensor_parallel=2", "trainer.pipeline_parallel=2")
-MIXTURE = (*TP2_PP2, "trainer.sequence_parallel=true", "trainer.expert_parallel=2", "trainer.expert_tensor_parallel=1")
+EXPERTS = ("trainer.sequence_parallel=true", "trainer.expert_parallel=2", "trainer.expert_tensor_parallel=1")
+MIXTURE = (*TP2_PP2, *EXPERTS)
+TWO_RANKS = ("trainer.tensor_parallel=2", *EXPERTS)
 BFLOAT16 = ("trainer.dtype=bfloat16", "rollout.dtype=bfloat16")
 RECIPE = {
     "model": "model",
@@ -64,7 +66,8 @@ def verify_sync(place: Path, family: str, *overrides: str) -> tuple[int, dict, s
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
-        ("qwen3_moe", (*MIXTURE, "rollout.tensor_parallel=2")),
+        ("qwen3_moe", (*TWO_RANKS, "rollout.tensor_parallel=2")),
+        pytest.param("qwen3_moe", (*MIXTURE, "rollout.tensor_parallel=2"), marks=pytest.mark.nightly),
         pytest.param("qwen2", (*TP2_PP2, "rollout.engines=2"), marks=pytest.mark.nightly),
         pytest.param("mixtral", (*MIXTURE, *BFLOAT16, "rollout.engines=2"), marks=pytest.mark.nightly),
     ],
@@ -233,6 +236,7 @@ def test_an_engine_that_freezes_while_it_generates_is_replaced_and_its_requests_
     assert restoring.versions() == [publisher.version] * 2 and not frozen[0].is_running()
 
 
+@pytest.mark.nightly
 def test_an_engine_that_is_lost_again_and_again_ends_the_generation_with_the_cause(restoring, monkeypatch):
     monkeypatch.setattr(pool_module, "_MAX_LOSSES", 1)
     pids = [info.pid for info in restoring.infos]
