@@ -4,7 +4,7 @@
 #   bash tools/run_eval_pipeline.sh MODEL_ROOT [key=value …]
 #
 # Environment: TARGET_DIRS (names of directories below MODEL_ROOT, separated by blanks; default all), TASKS (default: aime24 aime25 for a
-# directory with Math in its name, else livecodebench_v5), DATA_DIR (./data/test), RECIPE (of directories that are no runs of ours),
+# directory with math in its name, else livecodebench_v5), DATA_DIR (./data/test), RECIPE (of directories that are no runs of ours),
 # ACCEPT_COUNT (empty; 1 accepts another number of problems), POLL_S (60), ONCE (empty; 1 evaluates what is there and ends).
 #
 # For each directory and task, MODEL_ROOT/DIR/evaluations/TASK has results.csv, and of each step step_N/output/TASK.parquet, .pass.csv and
@@ -59,7 +59,7 @@ while true; do
     if [[ -n ${TARGET_DIRS:-} ]]; then read -ra names <<<"$TARGET_DIRS"; else mapfile -t names < <(find -L "$models" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' | sort); fi
     for name in "${names[@]}"; do
         [[ -d $models/$name ]] || fail "there is no directory $models/$name; correct TARGET_DIRS"
-        if [[ $name == *Math* ]]; then tasks="aime24 aime25"; else tasks=livecodebench_v5; fi
+        if [[ ${name,,} == *math* ]]; then tasks="aime24 aime25"; else tasks=livecodebench_v5; fi
         for task in ${TASKS:-$tasks}; do
             evaluate "$models/$name" "$task" "$@"
         done

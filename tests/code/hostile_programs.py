@@ -5,7 +5,10 @@ MARK stands for a word that is new in each run: nothing outside may have it afte
 
 CONTAINED = {
     "reads the machine's users": "PATHS = ['/etc/passwd', '/etc/shadow', '/etc/hostname', '/proc/1/root/etc/passwd', '/proc/2/root/etc/passwd']\n",
-    "lists homes and mounts": "PATHS = ['/home', '/mnt', '/var', '/opt', '/sys', '/run', '/work', '/etc', '/usr/bin', '/oldroot', '/newroot']\n",
+    "lists homes and mounts": "import os, sys\nPATHS = ['/home', '/mnt', '/var', '/opt', '/sys', '/run', '/work', '/etc', '/oldroot', '/newroot']\n"
+    # Where the interpreter is the system's, it alone is there.
+    "if os.path.isdir('/usr/bin') and ['/usr/bin/' + name for name in os.listdir('/usr/bin')] != [os.path.realpath(sys.executable)]:\n"
+    "    PATHS.append('/usr/bin')\n",
     "reads keys of the worker": "PATHS = ['/root/.ssh', '/root/.aws', '/root/.netrc', '/root/.cache', '/root/.bash_history']\n",
     "reads kernel memory": "PATHS = ['/dev/mem', '/dev/kmem', '/dev/port', '/proc/kcore', '/proc/kmsg', '/dev/sda', '/dev/vda', '/dev/fuse', '/dev/kvm']\n",
 }
@@ -196,7 +199,8 @@ STOPPED = {
     ),
     "a memory bomb that catches MemoryError": (
         "x = []\nwhile True:\n    try:\n        x.append(bytearray(1 << 20))\n    except MemoryError:\n        pass\n",
-        ("time limit",),
+        # Its address space ends before its memory does, but for what the look at the memory counts twice where there are no control groups.
+        ("time limit", "memory limit"),
     ),
     "shared anonymous memory": (
         "import mmap\nx = []\nwhile True:\n    m = mmap.mmap(-1, 64 << 20)\n    m.write(b'x' * (64 << 20))\n    x.append(m)\n",
