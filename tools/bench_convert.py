@@ -97,7 +97,7 @@ def layers_of(gb: float) -> int:
 
 def run_conversion(name: str, room: Path, target: Path) -> None:
     source, tensor = CONVERSIONS[name]
-    convert(open_source(room / source), target, to_megatron=tensor is not None, sizes=ParallelSizes(tensor or 1))
+    convert(open_source(room / source), target, to="huggingface" if tensor is None else "megatron", sizes=ParallelSizes(tensor or 1))
 
 
 def load_and_save(room: Path, target: Path, *, fsync: bool) -> None:
@@ -167,8 +167,8 @@ def child(name: str, room: Path) -> None:
     """One conversion, after the parent has seen what the process holds without it."""
     with tempfile.TemporaryDirectory(dir=room) as small:
         write_model(Path(small, "hf"), 1, vocab=2)
-        convert(open_source(Path(small, "hf")), Path(small, "tp1"), to_megatron=True, sizes=ParallelSizes())
-        convert(open_source(Path(small, "tp1")), Path(small, "back"), to_megatron=False, sizes=ParallelSizes())
+        convert(open_source(Path(small, "hf")), Path(small, "tp1"), to="megatron", sizes=ParallelSizes())
+        convert(open_source(Path(small, "tp1")), Path(small, "back"), to="huggingface", sizes=ParallelSizes())
     print("ready", flush=True)
     sys.stdin.read()
     run_conversion(name, room, room / "target")

@@ -120,7 +120,7 @@ def test_a_checkpoint_converts_to_the_weights_that_the_ranks_held(saved, case, t
     checkpoint, held = saved(case)
     source = open_source(checkpoint)
     assert source.dtype == case.split()[0]
-    convert(source, tmp_path / "hf", to_megatron=False, sizes=ParallelSizes(), dtype="float32")
+    convert(source, tmp_path / "hf", to="huggingface", sizes=ParallelSizes(), dtype="float32")
     tensors = read_tensors(tmp_path / "hf")
     assert tensors.keys() == held["saved"]["weights"].keys()
     for name, tensor in tensors.items():
