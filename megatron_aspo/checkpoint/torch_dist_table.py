@@ -40,9 +40,8 @@ class Shard:
     def read(self) -> torch.Tensor:
         """Raises UserError when the file is not whole."""
         try:
-            with self.file.open("rb") as file:
-                file.seek(self.offset)
-                tensor = torch.load(io.BytesIO(file.read(self.length)), map_location="cpu", weights_only=True)
+            with self.file.open("rb", buffering=0) as file:
+                tensor = torch.load(_Window(file, self.offset, self.length), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.file} cannot be read ({_one_line(error)}); the file is damaged or incomplete, copy it again") from error
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != tuple(stop - start for start, stop in self.box):
@@ -84,6 +83,33 @@ def read_table(directory: Path) -> dict[str, StoredTensor]:
         return tensors
     except Exception as error:
         raise UserError(f"{path} cannot be read ({_one_line(error)}); it is damaged, or of another kind of checkpoint") from error
+
+
+class _Window(io.RawIOBase):
+    """Bytes [start, start + length) of a file, as a file; torch.load reads from it into the tensor, without a copy between."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int):
+        self._file, self._start, self._length = file, start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._position)])
+        self._position += count
+        return count
 
 
 class _TableUnpickler(pickle.Unpickler):
