@@ -176,10 +176,13 @@ def _add_convert(commands) -> None:
         description="Convert a Hugging Face model to a Megatron checkpoint at any layout, or a checkpoint back; all of it, or nothing.",
     )
     convert.add_argument(
-        "source", help="Hugging Face directory or hub name, or a Megatron checkpoint such as runs/NAME/checkpoints/step_10"
+        "source", help="Hugging Face directory or hub name, a checkpoint such as runs/NAME/checkpoints/step_10, or a torch_dist checkpoint"
     )
     convert.add_argument("target", type=Path, help="directory to make; must not exist")
-    convert.add_argument("--to", choices=("megatron", "huggingface"), help="default: what the source is not")
+    convert.add_argument("--to", choices=("megatron", "torch_dist", "huggingface"), help="default: huggingface, or from there megatron")
+    convert.add_argument(
+        "--config-from", metavar="MODEL", help="directory or hub name with config and tokenizer of a torch_dist source that Megatron wrote"
+    )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="element type of all tensors; default: the source's")
     convert.add_argument("--verify", action="store_true", help="compare the logits of both models on random tokens")
     convert.add_argument("--max-shard-gb", type=float, metavar="GB", help="largest file of a Hugging Face target (default 5)")

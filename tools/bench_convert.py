@@ -13,7 +13,8 @@ Memory. Each conversion runs in a child, and its anonymous memory (RssAnon in /p
 taken at its highest, less what it was before, with everything imported and one tiny conversion done. Pages of mapped files are left out:
 the system takes them back whenever it needs them. 2 is twice the largest tensor of the Hugging Face model; the bar allows one shard on top.
 
-The last line is one JSON object.
+Both are of checkpoints of ours. `torch_dist_over_ours` is the time of a conversion to or from `torch_dist` over the time of the same one
+with a checkpoint of ours at TP1, the larger of the two. The last line is one JSON object.
 """
 
 import argparse
@@ -38,13 +39,14 @@ from megatron_aspo.weights.layout import ParallelSizes
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 896, 4864, 14, 2, 64, 151_936
 
-CONVERSIONS: dict[str, tuple[str, int | None]] = {
-    "hf_to_tp1": ("hf", 1),
-    "tp1_to_hf": ("tp1", None),
-    "hf_to_tp2": ("hf", 2),
-    "tp2_to_hf": ("tp2", None),
+OURS: dict[str, tuple[str, str, int]] = {
+    "hf_to_tp1": ("hf", "megatron", 1),
+    "tp1_to_hf": ("tp1", "huggingface", 1),
+    "hf_to_tp2": ("hf", "megatron", 2),
+    "tp2_to_hf": ("tp2", "huggingface", 1),
 }
-"""Name → (source, tensor-parallel size of a Megatron target, None for a Hugging Face target)."""
+"""Name → (source, format of the target, its tensor-parallel size)."""
+CONVERSIONS = OURS | {"hf_to_dist": ("hf", "torch_dist", 1), "dist_to_hf": ("dist", "huggingface", 1)}
 
 
 def write_model(directory: Path, layers: int, vocab: int = VOCAB) -> int:
@@ -96,8 +98,8 @@ def layers_of(gb: float) -> int:
 
 
 def run_conversion(name: str, room: Path, target: Path) -> None:
-    source, tensor = CONVERSIONS[name]
-    convert(open_source(room / source), target, to_megatron=tensor is not None, sizes=ParallelSizes(tensor or 1))
+    source, to, tensor = CONVERSIONS[name]
+    convert(open_source(room / source), target, to=to, sizes=ParallelSizes(tensor))
 
 
 def load_and_save(room: Path, target: Path, *, fsync: bool) -> None:
@@ -167,8 +169,8 @@ def child(name: str, room: Path) -> None:
     """One conversion, after the parent has seen what the process holds without it."""
     with tempfile.TemporaryDirectory(dir=room) as small:
         write_model(Path(small, "hf"), 1, vocab=2)
-        convert(open_source(Path(small, "hf")), Path(small, "tp1"), to_megatron=True, sizes=ParallelSizes())
-        convert(open_source(Path(small, "tp1")), Path(small, "back"), to_megatron=False, sizes=ParallelSizes())
+        convert(open_source(Path(small, "hf")), Path(small, "tp1"), to="megatron", sizes=ParallelSizes())
+        convert(open_source(Path(small, "tp1")), Path(small, "back"), to="huggingface", sizes=ParallelSizes())
     print("ready", flush=True)
     sys.stdin.read()
     run_conversion(name, room, room / "target")
@@ -189,16 +191,17 @@ def main() -> None:
         largest = write_model(room / "hf", layers_of(parsed.gb))
         size = (room / "hf" / "model.safetensors").stat().st_size
         print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, in {room}", flush=True)
-        for tensor in (1, 2):
-            run_conversion(f"hf_to_tp{tensor}", room, room / f"tp{tensor}")
+        for made in ("tp1", "tp2", "dist"):
+            run_conversion(f"hf_to_{made}", room, room / made)
         memory = {conversion: measure_memory(conversion, room) / largest for conversion in CONVERSIONS}
         print("peak / largest tensor: " + ", ".join(f"{conversion} {peak:.2f}" for conversion, peak in memory.items()), flush=True)
         seconds = measure_speed(room, parsed.rounds)
     speeds = {conversion: seconds["safetensors"] / seconds[conversion] for conversion in CONVERSIONS}
-    slowest = min(speeds, key=lambda conversion: speeds[conversion])
+    slowest = min(OURS, key=lambda conversion: speeds[conversion])
     figures = {
         "speed_over_safetensors": speeds[slowest],
-        "peak_over_largest_tensor": max(memory.values()),
+        "peak_over_largest_tensor": max(memory[name] for name in OURS),
+        "torch_dist_over_ours": max(seconds["hf_to_dist"] / seconds["hf_to_tp1"], seconds["dist_to_hf"] / seconds["tp1_to_hf"]),
         "speed_over_safetensors_and_fsync": seconds["safetensors_and_fsync"] / seconds[slowest],
         "slowest": slowest,
         **{f"speed_{conversion}": speed for conversion, speed in speeds.items()},

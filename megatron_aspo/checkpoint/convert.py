@@ -1,9 +1,11 @@
-"""Conversion between Hugging Face directories and Megatron checkpoints, at any layout: all of the model, proved, or nothing.
+"""Conversion between Hugging Face directories, checkpoints of ours at any layout, and Megatron-Core's `torch_dist`: all of the model,
+proved, or nothing.
 
 Every element is accounted for before the first byte is written; what was written is read back and each Hugging Face tensor's SHA-256
 compared with the source's before the directory gets its name. Memory holds one tensor of each side at a time.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file
 from megatron_aspo.checkpoint.proof import compare, in_bands
 from megatron_aspo.checkpoint.small_files import copy_small_files, stated_dtype
 from megatron_aspo.checkpoint.tensor_file import TensorFileWriter
+from megatron_aspo.checkpoint.torch_dist import HASHES, TorchDistReader, find_torch_dist, read_hashes, write_torch_dist
 from megatron_aspo.data.model_directory import resolve_model
 from megatron_aspo.errors import UserError
 from megatron_aspo.weights.buckets import TensorMeta
@@ -28,8 +31,10 @@ from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.layout import ParallelSizes, check_divisible
 from megatron_aspo.weights.transfer import in_parts
 
+FORMATS = ("huggingface", "megatron", "torch_dist")
+"""What can be converted to what: a Hugging Face directory, a checkpoint of ours, Megatron-Core's distributed checkpoint."""
 Verify = Callable[[Path, Path, torch.dtype], None]
-"""(a Hugging Face directory, a Megatron checkpoint, the element type of both) → raises UserError when their logits differ."""
+"""(a Hugging Face directory, a checkpoint of either other format, the element type of both) → raises UserError when their logits differ."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ class Source:
     """A model to convert, accounted for."""
 
     directory: Path
-    megatron: bool
-    """A checkpoint of ours, rather than a Hugging Face directory."""
+    format: str
+    """One of FORMATS."""
     model: HFModel
     reader: Reader
     dtype: str
@@ -49,52 +54,79 @@ class Source:
     """Waits until the source's files, which are read beside, are known to be whole; raises UserError naming the one that is not."""
 
 
-def open_source(path: str | Path, dtype: str | None = None) -> Source:
+def open_source(path: str | Path, dtype: str | None = None, config_from: str | Path | None = None) -> Source:
     """Check a model directory, hub name or checkpoint as a whole; dtype: what the tensors are to become, None to keep theirs.
 
+    config_from: model directory or hub name whose config and tokenizer describe a `torch_dist` checkpoint; None: those beside its tensors.
     Raises UserError naming what is missing, unknown, damaged, of another shape or element type, and what the family does not support.
     """
     asked, path = path, Path(path).expanduser()
+    if (torch_dist := find_torch_dist(path)) is not None:
+        return _open_torch_dist(torch_dist, dtype, config_from)
+    if config_from is not None:
+        raise UserError(f"--config-from is about a torch_dist source, but {asked} is none; leave it out")
     if is_checkpoint(path):
         manifest, check_files = open_manifest(path)
         with _damage_first(check_files):
             model = read_model(path / "huggingface")
             reader = MegatronReader(path, manifest, model)
-        return Source(path, True, model, reader, manifest.dtype, manifest.tensors, check_files)
+        return Source(path, "megatron", model, reader, manifest.dtype, manifest.tensors, check_files)
     model = read_model(resolve_model(asked))  # as given: a Path drops the "./" that tells a directory from a name on the hub
     reader = TensorReader.checked(model)
     stated = stated_dtype(model.directory) or next(iter(reader.dtypes.values()))
+    _check_one_dtype(model.directory, reader, stated, dtype)
+    return Source(model.directory, "huggingface", model, reader, stated, {})
+
+
+def _open_torch_dist(directory: Path, dtype: str | None, config_from: str | Path | None) -> Source:
+    beside = directory / "huggingface"
+    if config_from is None and not beside.is_dir():
+        raise UserError(f"{directory} has no config and tokenizer; name a model directory or hub name that has them with --config-from")
+    model = read_model(beside if config_from is None else resolve_model(config_from))
+    reader = TorchDistReader(directory, model)
+    stored = next(iter(reader.dtypes.values()))
+    _check_one_dtype(directory, reader, stored, dtype)
+    return Source(directory, "torch_dist", model, reader, stored, read_hashes(directory))
+
+
+def _check_one_dtype(directory: Path, reader: TensorReader | TorchDistReader, stated: str, chosen: str | None) -> None:
     for name, stored in reader.dtypes.items():
-        if stored != stated and dtype is None:
-            raise UserError(f"{model.directory}: {name} is {stored}, the model {stated}; choose one element type for all with --dtype")
-    return Source(model.directory, False, model, reader, stated, {})
+        if stored != stated and chosen is None:
+            raise UserError(f"{directory}: {name} is {stored}, the model {stated}; choose one element type for all with --dtype")
 
 
 def convert(
     source: Source,
     target: Path,
     *,
-    to_megatron: bool,
-    sizes: ParallelSizes,
+    to: str,
+    sizes: ParallelSizes = ParallelSizes(),  # noqa: B008 (frozen)
     naming: str = "local",
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: Verify | None = None,
 ) -> None:
-    """Write `source` to the new directory `target`. sizes, naming: of a Megatron target; shard_bytes: of a Hugging Face target."""
+    """Write `source` to the new directory `target`, in the format `to`.
+
+    sizes: of a checkpoint of ours; naming: of that or torch_dist; shard_bytes: of a Hugging Face target.
+    """
     chosen, dtype = dtype, dtype or source.dtype
     if dtype not in DTYPES.values():
         raise UserError(f"--dtype {dtype} is not known; expected one of {', '.join(DTYPES.values())}")
-    if to_megatron:
+    if to == "megatron":
         check_divisible(source.model.dims, sizes)
+    # torch_dist keeps them beside its tensors
+    small = {"huggingface": ".", "megatron": "huggingface", "torch_dist": "release/huggingface"}[to]
     with new_directory(target) as directory, _damage_first(source.check_files):
-        copy_small_files(source.model.directory, directory / "huggingface" if to_megatron else directory, chosen)
-        if to_megatron:
+        if to == "torch_dist":
+            _write_torch_dist(source, directory, naming, dtype)
+        copy_small_files(source.model.directory, directory / small, chosen)
+        if to == "megatron":
             _write_megatron(source, directory, sizes, naming, dtype)
-        else:
+        elif to == "huggingface":
             _write_hugging_face(source, directory, dtype, shard_bytes)
         if verify is not None:
-            verify(*((source.directory, directory) if to_megatron else (directory, source.directory)), getattr(torch, dtype))
+            verify(*((directory, source.directory) if to == "huggingface" else (source.directory, directory)), getattr(torch, dtype))
         source.check_files()
 
 
@@ -137,10 +169,21 @@ def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, namin
     write_manifest(directory, replace(manifest, tensors=hashes), files)
 
 
+def _write_torch_dist(source: Source, directory: Path, naming: str, dtype: str) -> None:
+    model = source.model
+    metas = [TensorMeta(name, dtype, shape) for name, shape in model.tensor_shapes.items()]
+    written = write_torch_dist(directory, model, source.reader, dtype, naming)
+    with ThreadPoolExecutor(1) as beside:
+        synced = beside.submit(sync_files, directory)
+        hashes = _prove(source, TorchDistReader(written, model), metas)
+        synced.result()
+    (written / HASHES).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+
+
 def _prove(source: Source, written: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
     """What was written is the source, byte by byte, and the source is what its hashes say; returns tensor → SHA-256."""
     hashes = compare(source.reader, written, metas)
-    if source.hashes.keys() - hashes.keys() or (source.megatron and hashes.keys() - source.hashes.keys()):
+    if source.hashes.keys() - hashes.keys() or (source.hashes and hashes.keys() - source.hashes.keys()):
         raise UserError(f"{source.directory}: the manifest lists other tensors than a {source.model.architecture} has; it was changed")
     if metas[0].dtype == source.dtype:
         for name, digest in source.hashes.items():

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,31 +52,20 @@ class _Run:
     key: str
 
 
-class MegatronReader:
-    """`read` as `TensorReader` has it. One reader for each kind of tensor: `model`, or one of OPTIMIZER_KINDS."""
+class LayoutReader(ABC):
+    """`read` as `TensorReader` has it, of Hugging Face tensors that lie in the parameters of some ranks."""
 
-    def __init__(self, directory: Path, manifest: Manifest, model: HFModel, kind: str = "model"):
-        """Reads the headers of all files; raises UserError unless they hold exactly what the manifest's layout says."""
-        self._layouts = replica_layouts(model.architecture, model.dims, manifest.sizes, manifest.naming)
+    def __init__(self, layouts: dict[int, Layout]):
+        """layouts: rank → what it holds; together the whole model."""
+        self._layouts = layouts
         self._homes: dict[str, dict[Box, tuple[int, Piece]]] = {}
-        for rank, layout in self._layouts.items():
+        for rank, layout in layouts.items():
             for piece in layout.pieces:
                 self._homes.setdefault(piece.tensor, {}).setdefault(piece.box, (rank, piece))
-        self.dtypes = dict.fromkeys(model.tensor_shapes, manifest.dtype if kind == "model" else "float32")
-        """Element type of each tensor, as torch names it."""
-        self._kind = kind
-        runs = _model_runs(directory, self._layouts) if kind == "model" else _optimizer_runs(directory, manifest.sizes, self._layouts, kind)
-        self._runs = {home: sorted(found, key=lambda run: run.start) for home, found in runs.items()}
-        self._check_cover(directory)
 
-    def _check_cover(self, directory: Path) -> None:
-        for rank, layout in self._layouts.items():
-            for parameter, shape in layout.parameter_shapes.items():
-                edges = [0]
-                for run in self._runs.get((rank, parameter), []):
-                    edges.append(run.stop if run.start == edges[-1] else -1)
-                if edges[-1] != torch.Size(shape).numel():
-                    raise UserError(f"{directory} does not hold {self._kind} of {parameter} {shape} of rank {rank} exactly once")
+    @abstractmethod
+    def _local(self, rank: int, parameter: str, box: Box) -> torch.Tensor:
+        """A box of one parameter."""
 
     def read(self, wanted: Sequence[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
         for name, box in wanted:
@@ -104,6 +94,29 @@ class MegatronReader:
         if found != volume(box):
             raise RuntimeError(f"{found} of the {volume(box)} elements of {name} {box} were found")
         return result
+
+
+class MegatronReader(LayoutReader):
+    """A checkpoint of ours. One reader for each kind of tensor: `model`, or one of OPTIMIZER_KINDS."""
+
+    def __init__(self, directory: Path, manifest: Manifest, model: HFModel, kind: str = "model"):
+        """Reads the headers of all files; raises UserError unless they hold exactly what the manifest's layout says."""
+        super().__init__(replica_layouts(model.architecture, model.dims, manifest.sizes, manifest.naming))
+        self.dtypes = dict.fromkeys(model.tensor_shapes, manifest.dtype if kind == "model" else "float32")
+        """Element type of each tensor, as torch names it."""
+        self._kind = kind
+        runs = _model_runs(directory, self._layouts) if kind == "model" else _optimizer_runs(directory, manifest.sizes, self._layouts, kind)
+        self._runs = {home: sorted(found, key=lambda run: run.start) for home, found in runs.items()}
+        self._check_cover(directory)
+
+    def _check_cover(self, directory: Path) -> None:
+        for rank, layout in self._layouts.items():
+            for parameter, shape in layout.parameter_shapes.items():
+                edges = [0]
+                for run in self._runs.get((rank, parameter), []):
+                    edges.append(run.stop if run.start == edges[-1] else -1)
+                if edges[-1] != torch.Size(shape).numel():
+                    raise UserError(f"{directory} does not hold {self._kind} of {parameter} {shape} of rank {rank} exactly once")
 
     def _local(self, rank: int, parameter: str, box: Box) -> torch.Tensor:
         """A box of one parameter: whole rows are read, then columns are taken."""

@@ -47,20 +47,18 @@ def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) 
     from megatron_aspo.trainer import megatron_adapter
 
     megatron_adapter.prepare()
-    from megatron_aspo.checkpoint.manifest import read_manifest
-    from megatron_aspo.checkpoint.megatron_files import MegatronReader
+    from megatron_aspo.checkpoint.convert import open_source
     from megatron_aspo.trainer import parallel as parallel_states
     from megatron_aspo.trainer.attention import causal_params
     from megatron_aspo.trainer.device import select_device
     from megatron_aspo.trainer.model import build_model, transformer_config
     from megatron_aspo.weights.families import layout
-    from megatron_aspo.weights.hf_model import read_model
     from megatron_aspo.weights.layout import ParallelSizes
     from megatron_aspo.weights.transfer import assemble
 
     megatron_adapter.prepare()  # again, for the modules imported since
-    manifest = read_manifest(directory)
-    model, sizes, device = read_model(directory / "huggingface"), ParallelSizes(), select_device()
+    source = open_source(directory)
+    model, sizes, device = source.model, ParallelSizes(), select_device()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     parallel = parallel_states.initialize(0, sizes, dist.HashStore(), device, 60.0, seed=0)
     try:
@@ -68,7 +66,7 @@ def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) 
         built = built.to(device.torch_device).eval()
         here = layout(model.architecture, model.dims, sizes, sizes.coordinates(0))
         parameters = dict(built.named_parameters())
-        for name, values in assemble(here, MegatronReader(directory, manifest, model), dict.fromkeys(parameters, dtype)):
+        for name, values in assemble(here, source.reader, dict.fromkeys(parameters, dtype)):
             parameters[name].copy_(values)
         tokens = tokens.to(device.torch_device)
         hidden = built(

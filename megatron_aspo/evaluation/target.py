@@ -84,7 +84,7 @@ def hugging_face(target: Target, beside: Path) -> Iterator[Path]:
     from megatron_aspo.weights.layout import ParallelSizes
 
     if not beside.exists():
-        convert(open_source(target.checkpoint), beside, to_megatron=False, sizes=ParallelSizes())
+        convert(open_source(target.checkpoint), beside, to="huggingface", sizes=ParallelSizes())
     yield beside
     shutil.rmtree(beside)
 

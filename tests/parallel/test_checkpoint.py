@@ -12,7 +12,6 @@ from megatron_aspo.checkpoint.request import ATTEMPT
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.layout import ParallelSizes
 from tests.models import save_tiny
 from tests.parallel import checkpoint_workloads
 from tests.parallel.test_update import VOCAB, batch
@@ -120,11 +119,14 @@ def test_a_checkpoint_converts_to_the_weights_that_the_ranks_held(saved, case, t
     checkpoint, held = saved(case)
     source = open_source(checkpoint)
     assert source.dtype == case.split()[0]
-    convert(source, tmp_path / "hf", to_megatron=False, sizes=ParallelSizes(), dtype="float32")
-    tensors = read_tensors(tmp_path / "hf")
-    assert tensors.keys() == held["saved"]["weights"].keys()
-    for name, tensor in tensors.items():
-        assert np.array_equal(tensor.numpy(), held["saved"]["weights"][name]), name
+    convert(source, tmp_path / "hf", to="huggingface", dtype="float32")
+    convert(source, tmp_path / "torch_dist", to="torch_dist")
+    convert(open_source(tmp_path / "torch_dist", "float32"), tmp_path / "by_way_of_torch_dist", to="huggingface", dtype="float32")
+    for directory in ("hf", "by_way_of_torch_dist"):
+        tensors = read_tensors(tmp_path / directory)
+        assert tensors.keys() == held["saved"]["weights"].keys()
+        for name, tensor in tensors.items():
+            assert np.array_equal(tensor.numpy(), held["saved"]["weights"][name]), name
 
 
 def test_a_process_that_was_replaced_cannot_finish_its_checkpoint(pools, models, tmp_path):

@@ -27,12 +27,12 @@ MEMORY = Path("/dev/shm")
 
 
 def to_megatron(source: Path, target: Path, sizes: ParallelSizes = ParallelSizes(), naming: str = "local", **options) -> Path:  # noqa: B008
-    convert(open_source(source, options.get("dtype")), target, to_megatron=True, sizes=sizes, naming=naming, **options)
+    convert(open_source(source, options.get("dtype")), target, to="megatron", sizes=sizes, naming=naming, **options)
     return target
 
 
 def to_hugging_face(source: Path, target: Path, **options) -> Path:
-    convert(open_source(source, options.get("dtype")), target, to_megatron=False, sizes=ParallelSizes(), **options)
+    convert(open_source(source, options.get("dtype")), target, to="huggingface", sizes=ParallelSizes(), **options)
     return target
 
 

@@ -27,7 +27,7 @@ def whole_checkpoint(tmp_path_factory) -> Path:
     """Converted once; tests damage copies."""
     room = tmp_path_factory.mktemp("whole")
     write_model(room / "hf", Model(layers=2), files=2)
-    convert(open_source(room / "hf"), room / "step_1", to_megatron=True, sizes=ParallelSizes(tensor=2, pipeline=2))
+    convert(open_source(room / "hf"), room / "step_1", to="megatron", sizes=ParallelSizes(tensor=2, pipeline=2))
     return room / "step_1"
 
 
@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_ends_the_conversion_and_nothing_is_left(tmp_path, k
     source = tmp_path / "hf"
     write_model(source, model)
     if kind == "megatron":
-        convert(open_source(source), tmp_path / "megatron", to_megatron=True, sizes=ParallelSizes(pipeline=2))
+        convert(open_source(source), tmp_path / "megatron", to="megatron", sizes=ParallelSizes(pipeline=2))
         source = tmp_path / "megatron"
     room = tmp_path / "room"
     room.mkdir()
@@ -181,7 +181,7 @@ from megatron_aspo.checkpoint import atomic, manifest, tensor_file
 from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.weights.layout import ParallelSizes
 torch.set_num_threads(1)
-source, room, to_megatron = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "megatron"
+source, room, to = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 
 def run(n):
     count = itertools.count()
@@ -193,7 +193,7 @@ def run(n):
         return call
     tensor_file.TensorFileWriter.write = dying(tensor_file.TensorFileWriter.write)
     os.fsync, os.rename, Path.write_text = dying(os.fsync), dying(os.rename), dying(Path.write_text)
-    convert(open_source(source), room / str(n), to_megatron=to_megatron, sizes=ParallelSizes(), shard_bytes=2000)
+    convert(open_source(source), room / str(n), to=to, sizes=ParallelSizes(), shard_bytes=2000)
 
 open_source(source)  # imports once for all children
 for n in itertools.count(0, 3):
@@ -208,10 +208,10 @@ for n in itertools.count(0, 3):
 """
 
 
-@pytest.mark.parametrize("target", ["megatron", "hugging_face"])
+@pytest.mark.parametrize("target", ["megatron", "torch_dist", "huggingface"])
 def test_a_conversion_killed_at_any_step_leaves_no_target(tmp_path, whole_checkpoint, target):
     tensors = write_model(tmp_path / "hf", Model(layers=2))
-    source = tmp_path / "hf" if target == "megatron" else whole_checkpoint
+    source = whole_checkpoint if target == "huggingface" else tmp_path / "hf"
     (tmp_path / "room").mkdir()
     result = subprocess.run(
         [sys.executable, "-c", KILL, source, tmp_path / "room", target],
@@ -247,5 +247,5 @@ def test_a_conversion_killed_from_outside_leaves_no_target_and_can_be_run_again(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "target"], "what the killed one left is still there"
-    convert(open_source(tmp_path / "target"), tmp_path / "back", to_megatron=False, sizes=ParallelSizes())
+    convert(open_source(tmp_path / "target"), tmp_path / "back", to="huggingface", sizes=ParallelSizes())
     assert_same(read_tensors(tmp_path / "back"), tensors)

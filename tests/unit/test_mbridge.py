@@ -58,7 +58,7 @@ CASES = [
 @pytest.mark.parametrize(("model", "sizes"), CASES)
 def test_every_parameter_of_every_rank_is_as_mbridge_cuts_it(tmp_path, monkeypatch, model, sizes, dtype):
     write_model(tmp_path / "hf", model, dtype, files=2)
-    convert(open_source(tmp_path / "hf"), tmp_path / "megatron", to_megatron=True, sizes=sizes, naming="transformer_engine")
+    convert(open_source(tmp_path / "hf"), tmp_path / "megatron", to="megatron", sizes=sizes, naming="transformer_engine")
     files = {int(file.stem.removeprefix("rank_")): load(file) for file in (tmp_path / "megatron" / "model").iterdir()}
     ways = sizes.expert_tensor_size if model.moe else 1
     compared = 0
