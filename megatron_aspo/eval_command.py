@@ -21,7 +21,7 @@ from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan, recipe_of
 from megatron_aspo.evaluation.problems import Problems, load_problems
-from megatron_aspo.evaluation.report import PARTS, report
+from megatron_aspo.evaluation.report import GENERATED, PARTS, report
 from megatron_aspo.evaluation.sampling import EngineResponder, Evaluator, Part, Responder, Sampling
 from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabulary
 
@@ -51,6 +51,8 @@ def run_eval(parsed: argparse.Namespace) -> int:
     plan = make_plan(parsed.protocol, None if parsed.protocol else recipe_of(target, parsed.recipe), parsed.data, parsed.overrides)
     with _owned(out, parsed.stage):
         missing = Evaluation(target, plan, out, parsed).run()
+        if not missing:
+            (out / GENERATED).touch()
         if parsed.stage == "generate":
             return 0
         if missing:

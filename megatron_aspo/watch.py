@@ -3,6 +3,9 @@
 A watcher claims a checkpoint by an flock on OUT/NAME.claim, which its child process inherits: the claim ends when both are gone, however
 they end, so a checkpoint whose watcher was killed is evaluated by another, and never by two at a time. OUT has to be on a file system with
 locks that hold between hosts (NFS since version 4, Lustre with -o flock); checkpoints are evaluated in processes of their own.
+
+With `--stage generate` and `--stage grade` two kinds of watchers share the work: one on machines with GPUs, which needs the checkpoints,
+and one on machines without, which needs OUT alone.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from megatron_aspo.checkpoint.manifest import is_checkpoint
 from megatron_aspo.config import Config, load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.plan import make_plan
-from megatron_aspo.evaluation.report import RESULT
+from megatron_aspo.evaluation.report import GENERATED, RESULT
 from megatron_aspo.evaluation.target import Target
 from megatron_aspo.observe.trackers import TrackedRun, Trackers, check_packages
 
@@ -76,6 +79,12 @@ def _is_whole(path: Path) -> bool:
     return all((path / name).is_file() for name in files)
 
 
+def generated(out: Path, directory: Path) -> list[Candidate]:
+    """Return, by step, the checkpoints all of whose responses are generated; they need not be on this machine."""
+    names = (path.parent.name for path in out.glob(f"step_*/{GENERATED}"))
+    return sorted((Candidate(directory / name, int(name.removeprefix("step_"))) for name in names), key=lambda found: found.step)
+
+
 class Watcher:
     """Evaluates what is new in a directory; `look` once, or again and again."""
 
@@ -85,11 +94,16 @@ class Watcher:
         out: Path,
         command: Callable[[Candidate, Path], Sequence[str]],
         on_result: Callable[[int, dict[str, Any]], None],
+        stage: str = "all",
     ):
         """command: the words of the process that evaluates a candidate into a directory. on_result: called with step and result.json of
-        each evaluation, once by all watchers together, unless a watcher is killed as it calls.
+        each evaluation, once by all watchers together, unless a watcher is killed as it calls. stage: as of `megatron-aspo eval`.
         """
         self._directory, self._out, self._command, self._on_result = directory, out, command, on_result
+        self._stage, self._end = stage, GENERATED if stage == "generate" else RESULT
+
+    def _candidates(self) -> list[Candidate]:
+        return generated(self._out, self._directory) if self._stage == "grade" else candidates(self._directory)
 
     def look(self) -> list[str]:
         """Evaluate each checkpoint that is not evaluated and that no other watcher has claimed. Return the names of those that failed too
@@ -98,31 +112,35 @@ class Watcher:
         with disk_errors(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
         self._record()
-        for candidate in candidates(self._directory):
+        for candidate in self._candidates():
             if self._is_due(candidate):
                 with self._claim(candidate) as claim:
                     if claim and self._is_due(candidate):  # else another watcher was faster
                         self._evaluate(candidate, claim)
                         self._record()
-        return [name for candidate in candidates(self._directory) if not self._is_done(name := candidate.name) and self._gave_up(name)]
+        return [name for candidate in self._candidates() if not self._is_done(name := candidate.name) and self._gave_up(name)]
 
     def _is_due(self, candidate: Candidate) -> bool:
-        return candidate.path.exists() and not self._is_done(candidate.name) and not self._gave_up(candidate.name)
+        there = self._stage == "grade" or candidate.path.exists()
+        return there and not self._is_done(candidate.name) and not self._gave_up(candidate.name)
 
     def _is_done(self, name: str) -> bool:
-        return (self._out / name / RESULT).exists()
+        return any((self._out / name / end).exists() for end in (self._end, RESULT))
 
     def _gave_up(self, name: str) -> bool:
         return len(self._failures(name)) >= TRIES
 
     def _failures(self, name: str) -> list[str]:
-        path = self._out / f"{name}.failures"
+        path = self._failures_path(name)
         return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    def _failures_path(self, name: str) -> Path:
+        return self._out / (f"{name}.failures" if self._stage == "all" else f"{name}.{self._stage}.failures")
 
     @contextmanager
     def _claim(self, candidate: Candidate) -> Iterator[IO[str] | None]:
-        """Yield the claim's file, or None while another watcher has it."""
-        with (self._out / f"{candidate.name}.claim").open("a", encoding="utf-8") as file:
+        """Yield the claim's file, or None while another watcher has it. Who generates and who grades claim apart."""
+        with (self._out / f"{candidate.name}{'.grade' if self._stage == 'grade' else ''}.claim").open("a", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -136,7 +154,7 @@ class Watcher:
         if status or not self._is_done(candidate.name):
             failures = [*self._failures(candidate.name), f"exit status {status}"]
             with disk_errors(self._out):
-                write_text(self._out / f"{candidate.name}.failures", "\n".join(failures) + "\n")
+                write_text(self._failures_path(candidate.name), "\n".join(failures) + "\n")
             print(f"{candidate.name}: exit status {status}, {len(failures)} of {TRIES} tries", flush=True)
 
     def _record(self) -> None:
@@ -178,20 +196,25 @@ def format_table(results: dict[int, dict[str, Any]]) -> str:
 def run_watch(parsed: argparse.Namespace) -> int:
     """Watch `parsed.target` until a signal comes, or look once. Returns 1 if an evaluation failed too often."""
     directory = Path(parsed.target).expanduser().absolute()
-    if not directory.is_dir():
+    if parsed.stage != "grade" and not directory.is_dir():
         raise UserError(f"--watch {directory}: there is no such directory; name a run, or a directory in which checkpoints appear")
-    if parsed.against or parsed.stage != "all":
-        raise UserError("--watch generates and grades each checkpoint by itself; leave --against and --stage out")
+    if parsed.against:
+        raise UserError("--watch evaluates each checkpoint by itself; leave --against out")
     recipe = parsed.recipe or next((path for path in [directory / "config.yaml"] if path.is_file()), None)
     config = load_config(recipe) if recipe else None
+    if parsed.stage == "grade" and not parsed.protocol:
+        parsed.recipe = recipe  # the checkpoints, which have it too, may not be here
     if config:
         check_packages(config.observe.trackers)
     plan = make_plan(parsed.protocol, None if parsed.protocol else config, parsed.data, parsed.overrides)  # refuse mistakes before waiting
     out = (parsed.out or directory / "evaluations" / plan.protocol).expanduser().absolute()
     log = (lambda step, result: log_result(config, directory, step, result)) if config else (lambda step, result: None)
-    watcher = Watcher(directory, out, lambda candidate, to: child_command(parsed, candidate, to), log)
+    watcher = Watcher(directory, out, lambda candidate, to: child_command(parsed, candidate, to), log, parsed.stage)
     while True:
         failed = watcher.look()
+        if parsed.once and parsed.stage == "generate":
+            print(f"{out}: {len(generated(out, directory))} generated" + (f"; failed: {', '.join(failed)}" if failed else ""))
+            return 1 if failed else 0
         if parsed.once:
             print(f"{out / TABLE}: {len(_recorded(out / TABLE))} evaluations" + (f"; failed: {', '.join(failed)}" if failed else ""))
             return 1 if failed else 0
@@ -211,7 +234,7 @@ def log_result(config: Config, directory: Path, step: int, result: dict[str, Any
 
 def child_command(parsed: argparse.Namespace, candidate: Candidate, out: Path) -> list[str]:
     """Return the words that evaluate one candidate as the watcher was told to."""
-    words = [sys.executable, "-m", "megatron_aspo", "eval", str(candidate.path), "--out", str(out)]
+    words = [sys.executable, "-m", "megatron_aspo", "eval", str(candidate.path), "--out", str(out), "--stage", parsed.stage]
     recipe = None if parsed.protocol else parsed.recipe  # with a protocol it only says where results are logged
     for option, value in (("--protocol", parsed.protocol), ("--recipe", recipe), ("--ray-address", parsed.ray_address)):
         words += [option, str(value)] if value else []

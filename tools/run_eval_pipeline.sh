@@ -5,7 +5,8 @@
 #
 # Environment: TARGET_DIRS (names of directories below MODEL_ROOT, separated by blanks; default all), TASKS (default: aime24 aime25 for a
 # directory with math in its name, else livecodebench_v5), DATA_DIR (./data/test), RECIPE (of directories that are no runs of ours),
-# ACCEPT_COUNT (empty; 1 accepts another number of problems), POLL_S (60), ONCE (empty; 1 evaluates what is there and ends).
+# ACCEPT_COUNT (empty; 1 accepts another number of problems), POLL_S (60), ONCE (empty; 1 evaluates what is there and ends), STAGE (all; with
+# `generate` here and `grade` in a second call on another machine, which needs MODEL_ROOT but neither checkpoints nor GPUs).
 #
 # For each directory and task, MODEL_ROOT/DIR/evaluations/TASK has results.csv, and of each step step_N/output/TASK.parquet, .pass.csv and
 # .results.json. Any number of these may run at the same time, on several hosts too. Status with ONCE=1: 0, or 1 if an evaluation failed three
@@ -45,6 +46,7 @@ evaluate() { # DIRECTORY TASK [key=value …]: evaluates the checkpoints that ar
     [[ ${#words[@]} -gt 0 || $task == humaneval ]] || fail "there is no $data_dir/$task.parquet, .jsonl or .json; set DATA_DIR"
     [[ -z ${RECIPE:-} ]] || words+=(--recipe "$RECIPE")
     [[ -z ${ACCEPT_COUNT:-} ]] || words+=(--accept-count)
+    [[ -z ${STAGE:-} ]] || words+=(--stage "$STAGE")
     [[ $# -eq 0 ]] || words+=(--set "$@")
     "$python" -m megatron_aspo eval "$directory" --watch --once --protocol "$protocol" --out "$out" "${words[@]}" || result=$?
     [[ $result -le 1 ]] || exit "$result"

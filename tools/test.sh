@@ -5,7 +5,7 @@
 #   bash tools/test.sh -m nightly                       repetitions, on more cases, of what the tests of .ci/run hold
 #   bash tools/test.sh -m gpu                           tests that need a CUDA device
 #   bash tools/test.sh tests/unit/test_losses.py -k clip   files, or some of their tests; nightly and GPU tests only with -m
-# Without files, tests/unit runs two at a time, then the others, which use both cores or limit a program's seconds, one after the other.
+# Without files, tests/unit and tests/math run two at a time, then the others one after the other: they use both cores, or limit seconds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
@@ -24,6 +24,6 @@ run() {
     if ((result != 5 && (result != 0 || status == 5))); then status=$result; fi
 }
 # loadfile: a file's tests share its fixtures.
-OMP_NUM_THREADS=1 run -n 2 --dist loadfile tests/unit "$@"
+OMP_NUM_THREADS=1 run -n 2 --dist loadfile tests/unit tests/math "$@"
 run tests/code tests/parallel tests/e2e tests/gpu "$@"
 exit "$status"

@@ -25,6 +25,8 @@ from megatron_aspo.evaluation.result import (
 from megatron_aspo.rewards.choice import RewardChoice
 
 RESULT, TABLE, PARTS = "result.json", "problems.csv", "parts"
+GENERATED = "generated"
+"""A file of this name says that all parts are there, graded or not."""
 
 
 def report(out: Path, plan: EvalPlan, against: Path | None) -> dict[str, Any]:

@@ -89,3 +89,21 @@ def test_a_watcher_evaluates_what_is_there_as_the_command_does(workplace, checkp
     assert responses(watched / "evaluations" / "held_out" / f"step_{STEPS}") == undisturbed[1]
     (row,) = csv.DictReader((watched / "evaluations" / "held_out" / "results.csv").open())
     assert float(row["avg@2"]) == undisturbed[0]["metrics"]["avg@2"]["mean"] and row["step"] == str(STEPS)
+
+
+@pytest.mark.nightly
+def test_watchers_that_generate_and_grade_apart_give_what_one_gives(workplace, checkpoint, undisturbed):
+    """Who grades sees the evaluations alone: the checkpoint is gone by then."""
+    watched, out = workplace / "apart", workplace / "apart_evaluations"
+    watched.mkdir()
+    (watched / f"step_{STEPS}").symlink_to(checkpoint)
+    words = ["eval", str(watched), "--watch", "--once", "--recipe", "recipe.yaml", "--out", str(out), *ONE_BY_ONE]
+    generating = start_command(workplace, *words, "--stage", "generate")
+    said, error = generating.communicate(timeout=RUN_S)
+    assert generating.returncode == 0 and said.splitlines()[-1] == f"{out}: 1 generated", error
+    (watched / f"step_{STEPS}").unlink()
+    watched.rmdir()
+    grading = start_command(workplace, *words, "--stage", "grade")
+    said, error = grading.communicate(timeout=RUN_S)
+    assert grading.returncode == 0 and said.splitlines()[-1].endswith("results.csv: 1 evaluations"), error
+    assert responses(out / f"step_{STEPS}") == undisturbed[1]

@@ -146,6 +146,40 @@ def test_an_evaluation_that_ends_well_without_a_result_has_failed(tmp_path):
     assert (tmp_path / "out" / "step_4.failures").read_text() == "exit status 0\n"
 
 
+STAGE = """
+import sys
+from pathlib import Path
+out, stage = Path(sys.argv[1]), sys.argv[2]
+out.mkdir(parents=True, exist_ok=True)
+with open(out / "log", "a") as file:
+    file.write(stage + "\\n")
+if stage == "generate":
+    (out / "generated").touch()
+else:
+    metrics = '{"avg@2": {"mean": 0.5, "low": 0.0, "high": 1.0}}'
+    result = '{"problems": 3, "metrics": ' + metrics + ', "tokens_mean": 5.0, "truncated_share": 0.5, "repetition_share": 0.0}'
+    (out / "result.json").write_text('{"protocol": "p", "model": {"sha256": "m"}, "result": ' + result + "}")
+"""
+
+
+def test_one_watcher_generates_and_another_grades_without_the_checkpoints(tmp_path):
+    for step in (3, 20):
+        make_hugging_face(tmp_path / "run" / f"step_{step}")
+    told = []
+
+    def watcher(stage: str, directory: Path) -> Watcher:
+        command = lambda candidate, out: [sys.executable, "-c", STAGE, str(out), stage]  # noqa: E731
+        return Watcher(directory, tmp_path / "out", command, lambda step, result: told.append(step), stage)
+
+    graders = watcher("grade", tmp_path / "nowhere")
+    assert graders.look() == [] and not [*(tmp_path / "out").glob("step_*/")]  # nothing is generated yet
+    generators = watcher("generate", tmp_path / "run")
+    assert [generators.look(), generators.look()] == [[], []] and told == []
+    assert [graders.look(), graders.look()] == [[], []] and told == [3, 20]
+    assert generators.look() == []
+    assert [(tmp_path / "out" / f"step_{step}" / "log").read_text().split() for step in (3, 20)] == [["generate", "grade"]] * 2
+
+
 def test_only_whole_checkpoints_are_candidates_each_step_once(tmp_path):
     for name in ("checkpoints/step_2", "checkpoints/step_10"):
         (tmp_path / name / "huggingface").mkdir(parents=True)
@@ -172,7 +206,7 @@ def test_a_child_gets_the_watchers_words(tmp_path):
     given = parsed(protocol="aime24", data=["a", "b"], overrides=["samples=4"], accept_count=True)
     words = child_command(given, candidates(tmp_path)[0], tmp_path / "out" / "step_3")
     head = [sys.executable, "-m", "megatron_aspo", "eval", str(tmp_path / "step_3"), "--out", str(tmp_path / "out" / "step_3")]
-    assert words == [*head, "--protocol", "aime24", "--data", "a", "b", "--set", "samples=4", "--accept-count"]
+    assert words == [*head, "--stage", "all", "--protocol", "aime24", "--data", "a", "b", "--set", "samples=4", "--accept-count"]
 
 
 def test_an_evaluation_goes_to_the_trackers_of_the_training_run(tmp_path, monkeypatch):
@@ -201,8 +235,8 @@ def test_mistakes_are_refused_before_the_wait(tmp_path):
         run_watch(parsed(target=str(tmp_path / "none"), protocol="aime24"))
     with pytest.raises(UserError, match="unknown key sample; did you mean samples"):
         run_watch(parsed(target=str(tmp_path), protocol="aime24", overrides=["sample=4"]))
-    with pytest.raises(UserError, match="leave --against and --stage out"):
-        run_watch(parsed(target=str(tmp_path), protocol="aime24", stage="grade"))
+    with pytest.raises(UserError, match="leave --against out"):
+        run_watch(parsed(target=str(tmp_path), protocol="aime24", against=tmp_path))
 
 
 def test_a_directory_without_checkpoints_ends_at_once(tmp_path, capsys):
