@@ -22,7 +22,7 @@ def place(source: Path, target: Path, sizes: ParallelSizes | None):
     """The reader of a model, at a layout."""
     if sizes is None:
         return open_source(source).reader
-    convert(open_source(source), target, to_megatron=True, sizes=sizes)
+    convert(open_source(source), target, to="megatron", sizes=sizes)
     return open_source(target).reader
 
 
