@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv if needed, then runs ruff and tests. Arguments go to pytest.
 #   bash tools/test.sh                                  the short tier, under 10 minutes on 2 cores: most tests, and one short whole run
-#   .ci/run                                             all but nightly and GPU tests, about 32 minutes; the same as -m "not gpu and not nightly"
+#   .ci/run                                             all but nightly and GPU tests, about 45 minutes; the same as -m "not gpu and not nightly"
 #   bash tools/test.sh -m nightly                       repetitions, on more cases, of what the tests of .ci/run hold
 #   bash tools/test.sh -m gpu                           tests that need a CUDA device
 #   bash tools/test.sh tests/unit/test_losses.py -k clip   files, or some of their tests; nightly and GPU tests only with -m

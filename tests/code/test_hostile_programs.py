@@ -45,7 +45,10 @@ def nothing_left(grader: Grader) -> Iterator[None]:
     assert before["processes"] and before["cgroups"] and not before["marked"]
     yield
     assert grader.grade("print(1)", [StdinTest("", "1")]).passed
-    assert traces() == before
+    after = traces()
+    # Fewer where what an earlier test had open is closed meanwhile.
+    assert after.pop("descriptors") <= before.pop("descriptors")
+    assert after == before
 
 
 @pytest.fixture(scope="module", autouse=True)
