@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TAG = "megatron_aspo:check"
 OPEN = ["--security-opt", "seccomp=unconfined", "--security-opt", "unmask=ALL"]
-"""What the code sandbox needs, as podman calls it."""
+"""Options of podman that the code sandbox needs."""
 _CERTIFICATES = "/etc/host-certificates.crt"
 
 
@@ -91,7 +91,7 @@ def podman(runtime: str) -> list[str]:
 
 
 def sandbox(container: Container, options: list[str]) -> str:
-    """What `megatron-aspo doctor` says of the code sandbox in a container."""
+    """Return the status and detail that `megatron-aspo doctor` reports for the code sandbox in a container."""
     done = container.run("megatron-aspo", "doctor", "--json", options=options, timeout_s=300)
     (record,) = (record for record in json.loads(done.stdout)["checks"] if record["check"] == "sandbox")
     return f"{record['status']}: {record['detail']}"

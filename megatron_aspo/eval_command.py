@@ -52,7 +52,8 @@ def run_eval(parsed: argparse.Namespace) -> int:
     with _owned(out, parsed.stage):
         missing = Evaluation(target, plan, out, parsed).run()
         if not missing:
-            (out / GENERATED).touch()
+            with disk_errors(out):
+                (out / GENERATED).touch()
         if parsed.stage == "generate":
             return 0
         if missing:

@@ -34,7 +34,7 @@ from megatron_aspo.observe.trackers import TrackedRun, Trackers, check_packages
 
 TABLE = "results.csv"
 _PATTERNS = ("exports/step_*", "checkpoints/step_*", "step_*", "global_step_*")
-"""Where checkpoints are looked for below the directory."""
+"""Patterns of checkpoint directories below the watched directory."""
 _POLL_S = 60.0
 TRIES = 3
 """Failed evaluations of one checkpoint, by all watchers together, after which it is left alone."""

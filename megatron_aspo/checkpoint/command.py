@@ -53,7 +53,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
 
 
 def _notes(source: Source, to: str, target: Path) -> Iterator[str]:
-    """What the target does not hold, or other programs read otherwise."""
+    """Yield remarks on data that the target format cannot hold, and on fields that other programs interpret differently."""
     if to == "huggingface" and (note := auto_tokenizer_note(target)):
         yield note
     if to == "torch_dist":

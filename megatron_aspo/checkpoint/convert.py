@@ -32,7 +32,7 @@ from megatron_aspo.weights.layout import ParallelSizes, check_divisible
 from megatron_aspo.weights.transfer import in_parts
 
 FORMATS = ("huggingface", "megatron", "torch_dist")
-"""What can be converted to what: a Hugging Face directory, a checkpoint of ours, Megatron-Core's distributed checkpoint."""
+"""The formats that can be converted into each other: a Hugging Face directory, our checkpoint, Megatron-Core's distributed checkpoint."""
 Verify = Callable[[Path, Path, torch.dtype], None]
 """(a Hugging Face directory, a checkpoint of either other format, the element type of both) → raises UserError when their logits differ."""
 

@@ -48,7 +48,7 @@ _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter of the whole model lies: in the tensor `key`, at `index` of axes of these `extents` before its own."""
+    """The location of one parameter of the whole model: the tensor `key`, at `index` along leading axes with these `extents`."""
 
     key: str
     index: tuple[int, ...] = ()
@@ -56,8 +56,10 @@ class _Place:
 
 
 def _place(parameter: str, dims: ModelDims, naming: str) -> _Place:
-    """Of a parameter under the local layers' names. Keys are Transformer Engine's but for the norm before experts: with local layers
-    Megatron-Core files it under the name that it has before a dense feed-forward network.
+    """Return the location of a parameter that has the local layers' name.
+
+    Keys are Transformer Engine's but for the norm before experts: with local layers Megatron-Core files it under the name that it has
+    before a dense feed-forward network.
     """
     if (layer := _LAYER.fullmatch(parameter)) is None:
         return _Place(parameter)

@@ -55,7 +55,7 @@ class DataOptions:
     reward_failure_score: float = 0.0
     """Reward of a response on which the reward timed out, or crashed its process twice, or failed where `reward_on_error` is `score`."""
     reward_on_error: str = "stop"
-    """What happens when a reward raises an exception or returns no finite number: `stop` ends the run and names the prompt; `score` gives
+    """The action when a reward raises an exception or returns no finite number: `stop` ends the run and names the prompt; `score` gives
     the response `reward_failure_score`, and names it."""
     reward_memory_gib: float = 0.0
     """Upper bound of the memory of a reward's process, in GiB; 0: none. One that exceeds it counts as crashed, and is replaced."""

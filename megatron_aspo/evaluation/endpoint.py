@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import openai
 
 _RETRIES = 8
-"""Of one request, after a lost connection, a time-out, status 429 or 5xx; the pauses double up to 8 s, or are what the server says."""
+"""Retries of a request after a lost connection, a timeout, or status 429 or 5xx. The pause doubles up to 8 s, or is set by the server."""
 _TIMEOUT_S = 3600.0
 """For one response: 32,768 tokens at 10 a second take 55 minutes."""
 

@@ -40,7 +40,7 @@ class EngineChoice:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What an evaluation asks, how it samples and how it grades. A protocol by name gives these values; `key=value` replaces one."""
+    """Prompts, sampling and grading of an evaluation. A named protocol sets these values; `key=value` on the command line replaces one."""
 
     task: str = "dataset"
     """`dataset`, or the name of a task that makes its prompts, whose held-out prompts are asked."""

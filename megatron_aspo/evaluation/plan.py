@@ -1,4 +1,4 @@
-"""What an evaluation is to do, from the words of the command line: its settings, and what its directory must agree with."""
+"""The plan of an evaluation, made from the command line: its settings, and the record that its output directory must match."""
 
 import dataclasses
 import json

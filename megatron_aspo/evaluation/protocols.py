@@ -1,4 +1,4 @@
-"""Evaluations by name. Each value that a protocol sets stands beside the place that it comes from."""
+"""Named evaluation protocols. Each value is recorded together with its source."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -44,7 +44,7 @@ class EvalResponse:
     position: int
     """Position of the problem in the evaluation, from 0."""
     index: int
-    """Which of the problem's n responses this is."""
+    """Index among the problem's n responses."""
     problem: str
     """The prompt's id."""
     data_source: str
@@ -69,7 +69,7 @@ class EvalResponse:
     failure: str | None = None
     """`timeout` or `crash` where the reward gave no score; else empty."""
     details: str | None = None
-    """What else the reward gave, as JSON."""
+    """Further details from the reward, as JSON."""
 
     @property
     def graded(self) -> bool:

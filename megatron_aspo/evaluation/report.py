@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people and programs: result.json, problems.csv, the printed table, and one JSON line."""
+"""The results of an evaluation: result.json, problems.csv, the printed table, and one JSON line."""
 
 import json
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def read_problems(out: Path, settings: EvalSettings) -> list[ProblemResult]:
 
 
 def _same_answer(settings: EvalSettings) -> SameAnswer:
-    """Which wrong answers are one in maj@k: those that the math reward takes for equal, where it grades, else those of the same text."""
+    """Return the test by which maj@k counts wrong answers as one: the math reward's equality if it grades, else equal text."""
     if "math" not in RewardChoice(settings.data).names:
         return same_text
     from megatron_aspo.rewards.math.verdict import verdict

@@ -20,7 +20,7 @@ RIGHT_ANSWER = ("right",)
 
 
 def same_text(answer: str, other: str) -> bool:
-    """Whether two answers are one but for blanks."""
+    """Return whether two answers differ only in blanks."""
     return "".join(answer.split()) == "".join(other.split())
 
 

@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a responder gives back for one request."""
+    """The reply of a responder to one request."""
 
     text: str
     token_ids: list[int] | None

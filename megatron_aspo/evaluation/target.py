@@ -1,4 +1,4 @@
-"""What is evaluated: a Hugging Face directory or hub name, a checkpoint of ours, a run, or an OpenAI-compatible endpoint."""
+"""The model under evaluation: a Hugging Face directory or hub name, a checkpoint of ours, a run, or an OpenAI-compatible endpoint."""
 
 import hashlib
 import json

@@ -21,7 +21,7 @@ from megatron_aspo.dotted import one_line
 from megatron_aspo.errors import UserError, nearest
 
 _CLOSE_S = 30.0
-"""How long the end of a run waits for a tracker."""
+"""Seconds that the end of a run waits for a tracker."""
 CHARTS = (
     "reward/mean",
     "evaluation/accuracy",
@@ -41,7 +41,7 @@ CHARTS = (
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker needs to know of a run. Every process that names the same run adds to it."""
+    """Data about a run for its trackers. Every process that names the same run adds to it."""
 
     name: str
     directory: Path

@@ -1,4 +1,4 @@
-"""Which rewards score a data source, and with what weights: read from `data.reward` or `data.rewards`, checked before a run starts."""
+"""The rewards that score each data source, and their weights: read from `data.reward` or `data.rewards`, checked before a run starts."""
 
 import difflib
 from collections.abc import Mapping

@@ -40,6 +40,9 @@ _SHUTDOWN_GRACE_S = 5.0
 _REPLY_GRACE_S = 1.0
 """Time between noticing a dead engine core and the actor's exit, so that calls under way can still answer why."""
 
+_MEMORY = {"weights", "kv_cache"}
+"""vLLM's names for the memory that a sleeping engine gives back."""
+
 
 class EngineError(RuntimeError):
     """An engine failed after it had started; names the engine and its own words."""
@@ -89,7 +92,7 @@ class Engine:
         self._watcher: asyncio.Task | None = None
         self._holds: set[str] = set()
         self._asleep: set[str] = set()
-        """Memory that `sleep` has given back: `weights`, `kv_cache`."""
+        """The part of `_MEMORY` that `sleep` has given back."""
         self._holding = asyncio.Lock()
         self._spoiled: str | None = None
         self._version = INITIAL_VERSION
@@ -187,10 +190,12 @@ class Engine:
         Level 1 keeps the weights in host memory. Level 2 keeps nothing: they have to be sent again. Sleeping twice is sleeping once.
         """
         async with self._holding:
-            if "sleep" in self._holds:
+            if self._asleep == _MEMORY:
                 return
+            if self._asleep:  # half awake, and vLLM's allocator sleeps whole
+                await self._llm.wake_up(sorted(self._asleep))
             self._holds.add("sleep")
-            self._asleep = {"weights", "kv_cache"}
+            self._asleep = set(_MEMORY)
             await self._llm.sleep(level=level, mode="keep")
 
     async def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:

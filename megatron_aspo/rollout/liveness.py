@@ -1,4 +1,4 @@
-"""Which engines answer no more, while they generate."""
+"""Detection of engines that freeze while they generate."""
 
 import time
 from collections.abc import Mapping

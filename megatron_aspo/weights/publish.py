@@ -14,7 +14,7 @@ _GRACE_S = 30.0
 """Who is not frozen fails within this time after the first failure, as the ranks that fail leave the group."""
 _FAILURES_TOLD = 4
 _REPEATS = 3
-"""How often a transfer is begun anew with engines in the place of dead ones."""
+"""Retries of a transfer after dead engines were replaced."""
 
 
 class PublishError(RuntimeError):

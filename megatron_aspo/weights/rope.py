@@ -15,7 +15,7 @@ _SETTINGS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings", *_YARN_OPTIONS},
 }
-"""What transformers and vLLM both read, by rope_type."""
+"""Parameters that both transformers and vLLM read, by rope_type."""
 _OF_EVERY_TYPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
 

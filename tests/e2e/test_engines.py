@@ -281,6 +281,23 @@ def test_nothing_is_generated_between_halting_and_going_on(tied, halt, go, fixed
         assert [len(generation.token_ids) for generation in running.result(30)] == [2] * 4
 
 
+def test_an_engine_that_is_half_awake_sleeps_whole_and_wakes_whole(tied):
+    """As it happens when another engine is lost between the two halves."""
+    for _ in range(2):
+        tied.pool.sleep()
+    tied.pool.wake(("weights",))
+    tied.pool.sleep()
+    assert [state["held_by"] for state in tied.pool.health()] == [["sleep"]] * tied.pool.size
+    running = tied.in_background(tied.pool.generate, requests("half awake", 4, max_tokens=2))
+    tied.pool.wake(("kv_cache",))  # what was awake before sleeps again
+    time.sleep(1.0)
+    assert not running.done()
+    for _ in range(2):
+        tied.pool.wake(("weights",))
+    assert [len(generation.token_ids) for generation in running.result(30)] == [2] * 4
+    assert [state["held_by"] for state in tied.pool.health()] == [[]] * tied.pool.size
+
+
 class HaltedAtTheFirst:
     """A reward pool that has the first response scored while the engines are halted in the middle of others."""
 

@@ -66,7 +66,7 @@ class SandboxPool:
 
 
 def _cure(error: SandboxError) -> str:
-    """What the machine or the container must allow; where it may not, programs are graded elsewhere."""
+    """Return the permissions that the machine or container must grant, and the alternative where that is forbidden."""
     if not str(error).startswith("bwrap:"):
         return ""
     if "mount proc" in str(error):
