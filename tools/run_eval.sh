@@ -15,36 +15,16 @@ if [[ $# -lt 2 || $1 == -* ]]; then
     echo "usage: bash tools/run_eval.sh MODEL_PATH DATASET [key=value …]" >&2
     exit 2
 fi
-# Paths are meant from where the caller stands: no cd.
-root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
-python=$root/.venv/bin/python
-[[ -x $python ]] || python=python
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# shellcheck source=tools/eval_common.sh
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/eval_common.sh"
 model=$1 dataset=$2
 shift 2
-output=${OUTPUT_DIR:-$model/output} data_dir=${DATA_DIR:-./data/test}
-
-fail() {
-    echo "run_eval.sh: error: $*" >&2
-    exit 2
-}
-
-case $dataset in
-aime24 | aime25 | humaneval) protocol=$dataset ;;
-livecodebench_v5 | livecodebench_v6) protocol=archer_lcb_${dataset#livecodebench_} ;;
-*) fail "dataset $dataset is not known; choose aime24, aime25, livecodebench_v5, livecodebench_v6 or humaneval" ;;
-esac
+output=${OUTPUT_DIR:-$model/output}
 if [[ -e $output/$dataset.pass.csv ]]; then
     echo "$output/$dataset.pass.csv is there: nothing to do"
     exit 0
 fi
-data=()
-for suffix in parquet jsonl json; do
-    [[ -e $data_dir/$dataset.$suffix ]] && data=(--data "$data_dir/$dataset.$suffix") && break
-done
-[[ ${#data[@]} -gt 0 || $dataset == humaneval ]] || fail "there is no $data_dir/$dataset.parquet, .jsonl or .json; set DATA_DIR"
-accept=()
-[[ -z ${ACCEPT_COUNT:-} ]] || accept=(--accept-count)
-"$python" -m megatron_aspo eval "$model" --protocol "$protocol" --out "$output/$dataset" "${data[@]}" "${accept[@]}" \
+choose_dataset "$dataset"
+"$python" -m megatron_aspo eval "$model" --protocol "$protocol" --out "$output/$dataset" "${words[@]}" \
     --set "engine.tensor_parallel=${TP_SIZE:-1}" "engine.engines=${ENGINES:-1}" "$@"
 "$python" "$root/tools/export_eval.py" "$output/$dataset" --to "$output/$dataset.parquet" --model "$model"

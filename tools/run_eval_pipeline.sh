@@ -16,36 +16,18 @@ if [[ $# -lt 1 || $1 == -* ]]; then
     echo "usage: bash tools/run_eval_pipeline.sh MODEL_ROOT [key=value …]" >&2
     exit 2
 fi
-root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
-python=$root/.venv/bin/python
-[[ -x $python ]] || python=python
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# shellcheck source=tools/eval_common.sh
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/eval_common.sh"
 models=$1
 shift
-data_dir=${DATA_DIR:-./data/test}
-
-fail() {
-    echo "run_eval_pipeline.sh: error: $*" >&2
-    exit 2
-}
-
 [[ -d $models ]] || fail "there is no directory $models"
 status=0
 
 evaluate() { # DIRECTORY TASK [key=value …]: evaluates the checkpoints that are there
-    local directory=$1 task=$2 protocol=$2 out=$1/evaluations/$2 words=() result=0 suffix step
+    local directory=$1 task=$2 out=$1/evaluations/$2 result=0 step
     shift 2
-    case $task in
-    aime24 | aime25 | humaneval) ;;
-    livecodebench_v5 | livecodebench_v6) protocol=archer_lcb_${task#livecodebench_} ;;
-    *) fail "task $task is not known; choose aime24, aime25, livecodebench_v5, livecodebench_v6 or humaneval" ;;
-    esac
-    for suffix in parquet jsonl json; do
-        [[ -e $data_dir/$task.$suffix ]] && words=(--data "$data_dir/$task.$suffix") && break
-    done
-    [[ ${#words[@]} -gt 0 || $task == humaneval ]] || fail "there is no $data_dir/$task.parquet, .jsonl or .json; set DATA_DIR"
+    choose_dataset "$task"
     [[ -z ${RECIPE:-} ]] || words+=(--recipe "$RECIPE")
-    [[ -z ${ACCEPT_COUNT:-} ]] || words+=(--accept-count)
     [[ -z ${STAGE:-} ]] || words+=(--stage "$STAGE")
     [[ $# -eq 0 ]] || words+=(--set "$@")
     "$python" -m megatron_aspo eval "$directory" --watch --once --protocol "$protocol" --out "$out" "${words[@]}" || result=$?

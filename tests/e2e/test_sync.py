@@ -231,7 +231,8 @@ def test_an_engine_that_freezes_while_it_generates_is_replaced_and_its_requests_
             frozen.append(core_of(restoring, 1))
             frozen[0].suspend()
 
-    answered = restoring.generate(requests(24), group_size=2, on_response=freeze)
+    with ThreadPoolExecutor(1) as thread:
+        answered = thread.submit(restoring.generate, requests(24), 2, freeze).result(180)
     assert len(answered) == 24 and all(len(generation.token_ids) for generation in answered)
     assert any("engine 1 has not answered for 8 s (rollout.answer_timeout_s)" in line for line in said[before:])
     assert restoring.versions() == [publisher.version] * 2 and not frozen[0].is_running()
