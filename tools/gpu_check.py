@@ -81,6 +81,7 @@ def watch_section(section: str, small: bool, budget_s: float) -> list[dict]:
                     say(entry)
         except queue.Empty:
             os.killpg(process.pid, signal.SIGKILL)  # engines and ranks that it started too
+            process.wait()
             found.append(_unfinished(section, running, f"the section's budget of {budget_s:g} s is spent"))
             return found
         if process.wait() and running is not None:
