@@ -20,11 +20,11 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 
 from plan_sync import places, planned
 
+from megatron_aspo.hf.model import read_sizes
+from megatron_aspo.sync.plan import in_buckets, moves_of
 from megatron_aspo.weights.families import homes
-from megatron_aspo.weights.hf_model import read_sizes
 from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
 from megatron_aspo.weights.layout import ParallelSizes
-from megatron_aspo.weights.plan import in_buckets, moves_of
 
 MODEL = Path(__file__).parents[1] / "examples/models/qwen3-moe-deepseek-v3-size"
 TRAINING = ParallelSizes(tensor=8, pipeline=16, data=8, expert=8)

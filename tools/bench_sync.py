@@ -31,15 +31,16 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megatron_aspo.common.network import free_port
+from megatron_aspo.hf.model import read_model
 from megatron_aspo.rollout.engine_settings import KEEP_FREED_MEMORY
 from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.sync.group import stateless_group
+from megatron_aspo.sync.plan import least_traffic
+from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.weights.families import layout, tensor_shapes
-from megatron_aspo.weights.group import free_port, stateless_group
-from megatron_aspo.weights.hf_model import read_model
 from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
 from megatron_aspo.weights.layout import ParallelSizes
-from megatron_aspo.weights.plan import least_traffic
-from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
@@ -81,11 +82,11 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
     import torch
     import torch.distributed as dist
 
-    from megatron_aspo.weights.buckets import TensorMeta
-    from megatron_aspo.weights.exchange import LocalTensors, WeightSender
-    from megatron_aspo.weights.hf_files import TensorReader
-    from megatron_aspo.weights.messages import view
-    from megatron_aspo.weights.transfer import Gather, load
+    from megatron_aspo.hf.tensor_files import TensorReader
+    from megatron_aspo.hf.tensor_meta import TensorMeta
+    from megatron_aspo.hf.transfer import Gather, load
+    from megatron_aspo.sync.endpoints import LocalTensors, WeightSender
+    from megatron_aspo.sync.messages import view
 
     torch.set_num_threads(1)
     described = read_model(model)
@@ -130,7 +131,7 @@ def receiving_worker(worker: int, spec: TransferSpec, pipe) -> None:
     """Receives and throws away; copies as much."""
     import torch
 
-    from megatron_aspo.weights.exchange import WeightReceiver
+    from megatron_aspo.sync.endpoints import WeightReceiver
 
     torch.set_num_threads(1)
     found: dict = {}

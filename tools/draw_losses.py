@@ -29,7 +29,7 @@ from megatron_aspo.losses import names
 from megatron_aspo.losses.custom import find_policy_loss
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import PolicyTokens
-from megatron_aspo.presets import LOSS_DEFAULTS
+from megatron_aspo.losses.presets import LOSS_DEFAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "figures" / "losses"

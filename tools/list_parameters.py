@@ -146,11 +146,11 @@ def describe(architecture: str, sizes, rank: int, layer_spec: str) -> dict:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from megatron_aspo.hf.model import HFModel
     from megatron_aspo.trainer.device import select_device
     from megatron_aspo.trainer.layers import LAYER_SPECS
     from megatron_aspo.trainer.model import transformer_config
     from megatron_aspo.trainer.parallel import ParallelState, destroy
-    from megatron_aspo.weights.hf_model import HFModel
     from megatron_aspo.weights.layout import ModelDims, padded_vocab
 
     megatron_adapter.prepare()

@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_aspo.data.reasoning_gym import _import_package  # noqa: E402
+from megatron_aspo.tasks.reasoning_gym import _import_package  # noqa: E402
 
 SIZES = {"train": 40, "heldout": 10}
 """Problems of each task."""

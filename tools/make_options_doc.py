@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_aspo.common.errors import UserError  # noqa: E402
 from megatron_aspo.config import Config, check  # noqa: E402
-from megatron_aspo.errors import UserError  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
 HEADER = """# Options

@@ -32,7 +32,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_aspo.rollout.process_tree import mapped_segments, unlink  # noqa: E402
+from megatron_aspo.common.process_tree import mapped_segments, unlink  # noqa: E402
 
 FAULTS = "tools/planted_faults.yaml"
 LINKED = (".venv", "models")

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_aspo.checkpoint.manifest import read_manifest  # noqa: E402
-from megatron_aspo.errors import UserError  # noqa: E402
+from megatron_aspo.common.errors import UserError  # noqa: E402
 from megatron_aspo.runtime.ledger import history, read_ledger  # noqa: E402
 from tests.e2e.workplace import make_workplace, start, timeless  # noqa: E402
 

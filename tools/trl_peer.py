@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.data.tasks import build_reward, build_task
+from megatron_aspo.tasks.task import build_reward, build_task
 
 
 def say(**values) -> None:

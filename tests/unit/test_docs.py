@@ -17,8 +17,8 @@ import yaml
 
 import megatron_aspo
 from megatron_aspo import cli
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config, to_yaml
-from megatron_aspo.errors import UserError
 from tests.unit.test_packaging import ROOT, load_tool
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md", ROOT / "docker/README.md"])

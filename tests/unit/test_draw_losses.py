@@ -6,11 +6,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.losses import names
 from megatron_aspo.losses.check import check_algorithm
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.presets import LOSS_DEFAULTS
+from megatron_aspo.losses.presets import LOSS_DEFAULTS
 from tests.unit.test_packaging import ROOT, load_tool
 
 TOOL = load_tool("draw_losses")

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +59,7 @@ def test_the_gpu_lock_holds_what_setup_py_asks_for_and_one_transformer_engine():
 
 def test_importing_the_package_and_its_records_imports_nothing_heavy():
     heavy = ("torch", "transformers", "ray", "vllm")
-    code = f"import sys, megatron_aspo, megatron_aspo.data.tasks; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, megatron_aspo, megatron_aspo.tasks.task; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

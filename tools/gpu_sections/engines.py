@@ -69,13 +69,13 @@ async def _through(spec, other, models, dtype: str, bound: float) -> dict:
 
 async def _receive(running, directory, dtype: str) -> None:
     """Bring the engine to the weights in `directory`, from a training rank in another process."""
+    from megatron_aspo.common.network import free_port
+    from megatron_aspo.hf.model import read_sizes
     from megatron_aspo.losses.options import AlgorithmOptions
+    from megatron_aspo.sync.schedule import TransferSpec
     from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
     from megatron_aspo.trainer.settings import RankSettings
-    from megatron_aspo.weights.group import free_port
-    from megatron_aspo.weights.hf_model import read_sizes
     from megatron_aspo.weights.holdings import EngineSizes
-    from megatron_aspo.weights.schedule import TransferSpec
     from tests.parallel import workloads
     from tests.parallel.pool import Pool
     from tests.parallel.test_weight_transfer import HOST
