@@ -126,4 +126,4 @@ def test_ray_is_started_in_one_place():
         if re.search(r"\bray\.init\(", file.read_text())
     ]
     # The benchmark of the start measures a bare Ray, on loopback too, beside ours.
-    assert [str(file.relative_to(ROOT)) for file in calls] == ["megatron_aspo/runtime/cluster.py", "tools/bench_start.py"]
+    assert [str(file.relative_to(ROOT)) for file in calls] == ["megatron_aspo/runtime/cluster.py", "tools/bench/bench_start.py"]

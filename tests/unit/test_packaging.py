@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    (file,) = (ROOT / "tools").rglob(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -26,7 +27,9 @@ def load_tool(name):
 
 def test_the_lock_is_the_closure_of_what_setup_py_asks_for_at_the_installed_versions():
     make_lock = load_tool("make_lock")
-    assert make_lock.LOCK.read_text() == make_lock.render(make_lock.resolve(make_lock.ROOT)), "run .venv/bin/python tools/make_lock.py"
+    assert make_lock.LOCK.read_text() == make_lock.render(make_lock.resolve(make_lock.ROOT)), (
+        "run .venv/bin/python tools/maintain/make_lock.py"
+    )
 
 
 def test_a_copy_later_on_the_path_is_not_what_is_installed(tmp_path, monkeypatch):
@@ -46,7 +49,7 @@ def test_the_lock_is_exact_and_without_cuda():
 
 
 def test_the_gpu_lock_holds_what_setup_py_asks_for_and_one_transformer_engine():
-    """Whether it still resolves is for tools/make_gpu_lock.py --check, which needs a package index."""
+    """Whether it still resolves is for tools/maintain/make_gpu_lock.py --check, which needs a package index."""
     pins = dict(line.split("==") for line in (ROOT / "tools/locks/gpu-py312.txt").read_text().splitlines() if line[0] != "#")
     setup = (ROOT / "setup.py").read_text()
     for part in (r'"gpu": \[(.*?)\],\n', r"install_requires=\[(.*?)\n    \]"):
