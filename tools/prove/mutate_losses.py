@@ -35,7 +35,7 @@ from typing import NamedTuple
 import yaml
 from mutants import Key, Mutant, mutants
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOSSES = "megatron_aspo/losses"
 TESTS = ["tests/unit/test_losses*.py", "tests/unit/test_config.py"]
 EQUIVALENT = "tools/prove/mutants_equivalent.yaml"
