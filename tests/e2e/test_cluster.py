@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.machine import _RAY_SOCKET, _SOCKET_PATH_BYTES
+from megatron_aspo.tasks.options import DataOptions
 from tests.e2e.loopback import assert_only_loopback
 
 pytestmark = pytest.mark.long
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import subprocess, sys, time
 import ray  # before ours: what Ray reads when it is imported was read without us
-from megatron_aspo.data.options import DataOptions
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.cluster import open_cluster
 

@@ -8,10 +8,10 @@ import psutil
 import pytest
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards import process as module
 from megatron_aspo.rewards.process import RewardProcess, check_reward
+from megatron_aspo.tasks.options import DataOptions
 
 DOES = "tests.unit.user_rewards:does"
 PROMPT = Prompt("train/1", (1, 2), "the words", 7, "dataset")
