@@ -11,6 +11,7 @@ makes a frozen dataclass that pydantic checks whenever one is constructed. Every
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cache
@@ -50,7 +51,10 @@ class Choice:
         self.values = values
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.literal_schema([*self.values])
+        return core_schema.chain_schema([handler(source), core_schema.literal_schema([*self.values])])
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: Any) -> dict[str, Any]:
+        return handler(core_schema.literal_schema([*self.values]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +153,18 @@ def build(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
 def _read(value: Any, wanted: Any) -> Any:
     """Return a value of a YAML file as the type that a field wants, where YAML reads such a value as another."""
     if get_origin(wanted) is list:
-        entries = value if isinstance(value, list) else [value] if value != "" else []  # one entry may be without brackets
-        return [_read(entry, get_args(wanted)[0]) for entry in entries]
+        (entry,) = get_args(wanted)
+        if isinstance(value, list):
+            return [_read(each, entry) for each in value]
+        one = _read(value, entry)  # which may be without brackets
+        return [] if value == "" else [one] if type(one) in (entry, int if entry is float else entry) else value
     if get_origin(wanted) is dict and isinstance(value, dict):
         return {name: number_if_one(entry) for name, entry in value.items()}
     if wanted is str and type(value) is date:  # YAML reads 2024-08-01 as one
         return value.isoformat()
-    if wanted is float and type(value) is str:
+    if wanted is float and type(value) is str:  # YAML reads 1e-6, without a point, as one
         with contextlib.suppress(ValueError):
-            return float(value)
+            return float(value) if math.isfinite(float(value)) else value
     return value
 
 
@@ -174,8 +181,7 @@ def _refusal(kind: type, error: ErrorDetails, named: Mapping[str, Any]) -> str:
         return f"{key}={value} {context['words']}"
     if error["type"] == "literal_error":
         (choice,) = (mark for mark in field.metadata if isinstance(mark, Choice))
-        if type(value) is type(choice.values[0]):
-            return f"{key}={value} is not known; {_valid(value, choice.values)}"
+        return f"{key}={value} is not known; {_valid(value, choice.values)}"
     if error["loc"][-1] == "[key]":
         return f"{key}={value!r} has a name that is not text"
     return f"{key}={value!r} is not {_TYPE_NAMES.get(wanted) or _TYPE_NAMES[get_origin(wanted)]}"
