@@ -11,9 +11,9 @@ release/ or iter_0000010/
 import json
 from pathlib import Path
 
-from megatron_aspo.checkpoint.atomic import new_directory
 from megatron_aspo.checkpoint.convert import convert, open_source
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.atomic import new_directory
+from megatron_aspo.common.errors import UserError
 
 _COPY, _SOURCE = "hugging_face_model", "source.json"
 

@@ -4,10 +4,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from megatron_aspo.data.model_directory import find_torch_dist
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.sources import HUB
 from megatron_aspo.doctor.record import Record, failed, ok, refused, warning
-from megatron_aspo.errors import UserError
+from megatron_aspo.hf.model_directory import find_torch_dist
 
 _READ_BYTES = 1 << 16
 _SHARE = "put it on a file system that all nodes share, or copy it to the same path on each node, readable for the user of Ray"

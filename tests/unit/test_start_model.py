@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.checkpoint.start_model import hugging_face_copy
 from megatron_aspo.cli import main
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
 from megatron_aspo.doctor.files import check_model
 from megatron_aspo.doctor.recipe import check_placement
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.target import find_target, hugging_face
 from megatron_aspo.runtime import run
 from megatron_aspo.runtime.checks import check_run
