@@ -34,7 +34,7 @@ def mutated(source: str) -> list[str]:
     for mutant in mutants_of(source):
         old = mutant.apply()
         texts.append(ast.unparse(mutant.tree))
-        mutants._replace(mutant.place, old)
+        mutants._replace(mutant.target, old)
         assert ast.unparse(mutant.tree) == ast.unparse(ast.parse(source)), "a mutant is to leave no trace"
     return texts
 

@@ -1,9 +1,9 @@
 """Measure memory and time of the log-probabilities: .venv/bin/python tools/bench/bench_logprobs.py [--rounds 3] [--chunks 64 128 256]
 [--device cuda]
 
-One forward and backward of 4,096 tokens over a vocabulary of 151,936 with hidden size 1,536, in float32: log-probability and entropy of
-each target, and the gradients of the log-probability for the hidden states and the whole output matrix. The baseline is PyTorch's autograd
-over `(hidden @ weightᵀ).log_softmax(-1)`, its entropy detached; ours is `megatron_aspo.trainer.logprobs` at several sizes of
+One forward and backward of 4,096 tokens over a vocabulary of 151,936 with hidden size 1,536, in float32: the log-probability of
+each target, the entropy, and the gradients of the former for the hidden states and the whole output matrix. The baseline is PyTorch's
+autograd over `(hidden @ weightᵀ).log_softmax(-1)`, its entropy detached; ours is `megatron_aspo.trainer.logprobs` at several sizes of
 `chunk_tokens`.
 
 Every measurement has its own process with 2 threads, warmed up with a small case. Contestants alternate, and each result is the median over
