@@ -43,9 +43,8 @@ def cluster() -> Iterator[dict]:
     """Two nodes: address of the head, pid of its GCS; id of the second node and pid of its raylet. No process is left afterwards."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_DISABLE_IMPORT_WARNING": "1"} | TOKEN
     environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
-    temporary = tempfile.mkdtemp(
-        prefix="d", dir="/tmp"
-    )  # short, because socket paths are limited; and separate from other clusters of this user
+    # Short, because socket paths are limited; and separate from other clusters of this user.
+    temporary = tempfile.mkdtemp(prefix="d", dir="/tmp")
     environment["RAY_TMPDIR"] = temporary
     process = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     family: list[psutil.Process] = []
