@@ -1,4 +1,4 @@
-"""The whole command on this machine: real Ray, vLLM and Megatron, driven as a user drives it."""
+"""The whole command on this machine: real Ray, vLLM and Megatron, called as a user calls it."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ HEALTH = [
     "seconds/publish",
     "seconds/step",
 ]
-"""ALGORITHM's health figures, by our names."""
+"""Health metrics of the algorithm, by our names."""
 
 
 def test_engine_and_trainer_agree_on_every_token_of_every_step(whole):
@@ -76,11 +76,11 @@ def test_engine_and_trainer_agree_on_every_token_of_every_step(whole):
     for step in steps:
         assert step["mismatch/max"] <= 1e-4, step
         assert step["train/updates"] == 4
-    # The weights did move, or agreement would prove nothing.
+    # The weights did change, otherwise agreement would prove nothing.
     assert steps[2]["train/kl"] > 1e-3
 
 
-def test_every_health_figure_is_logged_and_training_is_off_policy(whole):
+def test_every_health_metric_is_logged_and_training_is_off_policy(whole):
     for step in metrics(whole):
         assert set(HEALTH) <= set(step)
         assert step["train/weight_distance"] > 1e-3
@@ -112,8 +112,8 @@ def test_transformers_and_a_fresh_vllm_load_the_checkpoint(whole, ray_cluster):
 
 
 @pytest.mark.long
-def test_another_loss_and_another_task_are_one_override_away(workplace):
-    """On the tied model's byte tokenizer nothing is ever right: no group tells its responses apart, and the run says so and ends well."""
+def test_another_loss_and_another_task_need_one_override_each(workplace):
+    """On the tied model's byte tokenizer no response is right, so that no group has different rewards; the run reports it and ends well."""
     overrides = [
         "algorithm.policy_loss=ppo_clip",
         "task=largest_of_three",
@@ -162,7 +162,7 @@ def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
     assert step["mismatch/max"] <= 1e-4 and step["train/updates"] == 4 and step["reward/mean"] > 0
     exported = workplace / "runs" / "pieces" / "exports" / "step_1"
     assert (exported / "tokenizer.model").read_bytes() == pieces.read_bytes()
-    # AutoTokenizer alone would order the merges of tokenizer.model in another way than it was trained on.
+    # AutoTokenizer alone would order the merges of tokenizer.model differently from its training.
     assert AutoTokenizer.from_pretrained(exported)("a  b   c")["input_ids"] == SentencePieceProcessor(str(pieces)).encode("a  b   c")
     rows = parquet.read_table(workplace / "runs" / "pieces" / "rollouts" / "step_0.parquet").to_pylist()
     assert max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows) >= 300
@@ -190,7 +190,7 @@ def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(workplace
     ],
 )
 def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
-    """Nor shared memory; and until then it listened on loopback only: Ray's processes, training ranks, engines and their workers."""
+    """Nor shared memory; and until then it listens on loopback only: Ray's processes, training ranks, engines and their workers."""
     name = f"stopped_{int(number)}"
     process = start(workplace, f"name={name}", "steps=1000", "rollout.engines=1", "trainer.tensor_parallel=1", "evaluation.draws=0")
     metrics_file = workplace / "runs" / name / "metrics.jsonl"
@@ -207,5 +207,5 @@ def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert not any((Path("/dev/shm") / segment).exists() for segment in segments)
-    # What was done is whole.
+    # The completed steps are complete on disk.
     assert all(np.isfinite(step["train/loss"]) for step in metrics(workplace / "runs" / name))
