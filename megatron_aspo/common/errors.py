@@ -1,4 +1,4 @@
-"""The one exception meant for the user, and the hint for a mistyped name."""
+"""The one exception meant for the user, and parts of error messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,11 @@ class UserError(Exception):
     The message is one line that names the thing, what was expected, and the cure. The command line prints it without a traceback and exits
     with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's text, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def nearest(wrong: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -1,10 +1,11 @@
-"""Custom functions, named in a configuration as `package.module:function`."""
+"""Import of custom functions, named in a configuration as `package.module:function`, and of this package in child processes."""
 
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_aspo.common.errors import UserError
@@ -12,6 +13,11 @@ from megatron_aspo.common.errors import UserError
 _MISSING = object()
 _LONGEST_MESSAGE = 600
 """Maximum number of characters of an exception that are shown."""
+
+
+def child_python_path() -> str:
+    """Return PYTHONPATH for a child process, with the directory of this package first."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))))
 
 
 def load_function(path: str, key: str, allow_async: bool = False) -> Callable:

@@ -38,7 +38,7 @@ def read_lines(path: Path, wanted: str) -> Iterator[tuple[int, Fields]]:
                 raise UserError(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from error
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not valid JSON ({error}); expected one JSON object on each line") from error
-            yield number, _checked(row, b"\\u" in line, where, wanted)
+            yield number, _check_row(row, b"\\u" in line, where, wanted)
 
 
 def read_array(path: Path, wanted: str) -> Iterator[tuple[int, Fields]]:
@@ -60,7 +60,7 @@ def read_array(path: Path, wanted: str) -> Iterator[tuple[int, Fields]]:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise UserError(f"{where}: not valid JSON ({reason}); expected an array of objects, or one object on each line") from error
             number += 1
-            yield number, _checked(row, escaped, where, wanted)
+            yield number, _check_row(row, escaped, where, wanted)
 
 
 def json_type(value: Any) -> str:
@@ -130,7 +130,7 @@ class _Array:
         return bool(more)
 
 
-def _checked(row: Any, escaped: bool, where: str, wanted: str) -> Fields:
+def _check_row(row: Any, escaped: bool, where: str, wanted: str) -> Fields:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {json_type(row)}, expected an object with {wanted}")
     if escaped:

@@ -153,7 +153,7 @@ def _longest_first(bins: Bins, lengths: list[int]) -> Bins:
 
 
 def best_fit(lengths: list[int], budget: int) -> Bins:
-    """Best-fit decreasing: the longest first, each into the fullest bin that still fits it; of equally full bins, into the oldest."""
+    """Pack by best-fit decreasing: the longest first, each into the fullest bin that fits it; of equally full bins, into the oldest."""
     bins: Bins = []
     room: list[tuple[int, int]] = []  # (left, bin), ascending
     for i in _descending(lengths):
@@ -187,7 +187,7 @@ def _descending(weights: list[int]) -> list[int]:
 
 
 def difference(weights: list[int], count: int, equal_counts: bool = False) -> Bins:
-    """The largest differencing method, for `count` bins, by Karmarkar and Karp (1982): initially each weight is a partition of its own, or,
+    """Return `count` bins by Karmarkar and Karp's largest differencing method (1982): initially each weight is a separate partition, or,
     with `equal_counts`, each run of `count` weights in descending order. The two partitions whose bins differ most are joined, the fullest
     bin of one with the emptiest of the other, until one is left. Ties go to the oldest partition.
     """

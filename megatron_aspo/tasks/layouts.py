@@ -96,14 +96,14 @@ def _read_prompt(prompt: Any, layout: str, where: str) -> tuple[list[Message] | 
     _check_text(prompt, "prompt", where)
     if layout != "archer2":
         return None, prompt
-    messages = _messages_in(prompt)
+    messages = _parse_messages(prompt)
     if messages is None:
         return [{"role": "user", "content": prompt}], prompt
     _check_messages(messages, where)
     return messages, messages[-1]["content"]
 
 
-def _messages_in(text: str) -> list[Any] | None:
+def _parse_messages(text: str) -> list[Any] | None:
     """Return the messages that the text encodes as JSON; None if it is a question in words."""
     if not text.lstrip().startswith("["):
         return None

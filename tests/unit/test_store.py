@@ -1,4 +1,4 @@
-"""Which checkpoints stay, how they are found, and what a killed process leaves."""
+"""Which checkpoints are kept, how they are found, and the cleanup after a killed process."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_later_checkpoints_and_exports_are_set_aside_and_stay(run):
     (run / "exports" / "step_2").mkdir()
     (run / "checkpoints" / "step_9.superseded").mkdir()
     aside = set_aside(run, 2)
-    # One was set aside before: it stays, too.
+    # One was set aside earlier and stays, too.
     expected = ["step_10.superseded", "step_12.superseded", "step_9.superseded", "step_9.superseded-2"]
     assert sorted(path.name for path in aside) == expected
     assert list(find_checkpoints(run)) == [2]
@@ -84,7 +84,7 @@ def test_later_checkpoints_and_exports_are_set_aside_and_stay(run):
 
 
 def test_rollouts_and_evaluations_of_steps_that_are_done_again_are_set_aside(tmp_path):
-    """A checkpoint after step 2 stands beside the evaluation after it and the rollouts that made it: those of steps 0 and 1."""
+    """A checkpoint after step 2 belongs to the evaluation after it and the rollouts that made it: those of steps 0 and 1."""
     for room, suffix in (("rollouts", ".parquet"), ("evaluations", ".json")):
         (tmp_path / room).mkdir()
         for step in range(4):
