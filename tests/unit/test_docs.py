@@ -21,7 +21,9 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config, to_yaml
 from tests.unit.test_packaging import ROOT, load_tool
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md", ROOT / "docker/README.md"])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md", ROOT / "docker/README.md", ROOT / "tools/README.md"]
+)
 QUICKSTART = ROOT / "examples/recipes/quickstart.yaml"
 TAKES_OVERRIDES = {"tools/verify_sync.py", "tools/prove/torture.py", "tools/quickstart.sh"}
 
@@ -291,6 +293,13 @@ def test_a_room_imports_only_rooms_below_it():
     assert upward == UPWARD
 
 
+def test_every_tool_is_listed():
+    listed = set(re.findall(r"\]\(([\w./-]+)\)", (ROOT / "tools/README.md").read_text()))
+    files = subprocess.run(["git", "ls-files", "tools"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tools = {file.removeprefix("tools/") for file in files if Path(file).parts[1] not in ("README.md", "locks")}
+    assert {tool if "gpu_sections" not in tool else "prove/gpu_sections" for tool in tools} == {name.rstrip("/") for name in listed}
+
+
 def marks_of(source: str, test: str) -> set[str]:
     """The markers that every case of a test has: its own and its file's; those of single cases are not among them."""
     module = ast.parse(source)
@@ -327,6 +336,6 @@ def test_continuous_integration_leaves_out_nightly_and_gpu_tests_alone():
     """The three scripts' choices; a marker that is misspelt in them would choose tests that it should not."""
     assert 'tools/test.sh -m "not gpu and not nightly"' in (ROOT / ".ci/run").read_text()
     script = (ROOT / "tools/test.sh").read_text()
-    markers = set(re.findall(r"^    (\w+): ", (ROOT / "pytest.ini").read_text(), re.MULTILINE))
+    markers = set(re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     chosen = re.findall(r'-m "([^"]+)"', script)
     assert len(chosen) >= 3 and {name for choice in chosen for name in choice.replace("not ", "").split(" and ")} == markers

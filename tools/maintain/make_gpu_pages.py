@@ -70,7 +70,7 @@ UNPROVEN = [
     Part("engines on CUDA, with sleep and wake and new weights", ("engines/",)),
     Part("whole runs, with engines that share the trainer's GPUs or have their own"),
     Part("expert-parallel engines"),
-    Part("the `gpu` extra of `setup.py` and its lock, `tools/locks/gpu-py312.txt`, which resolve (`tools/maintain/make_gpu_lock.py`)"),
+    Part("the `gpu` extra of `setup.py` and its lock, `tools/locks/gpu-py312.txt`, which resolve (`tools/maintain/make_locks.py`)"),
     Part("runs over several nodes"),
 ]
 """The list of docs/README.md while nothing has run."""
