@@ -20,7 +20,7 @@ def _epoch_order(seed: int | str, epoch: int, size: int) -> "array[int]":
     return order
 
 
-def mixed(weights: Sequence[float], index: int) -> tuple[int, int]:
+def choose_source(weights: Sequence[float], index: int) -> tuple[int, int]:
     """Return the source of draw number `index` (from 0) of a mixture, and the number of earlier draws from that source.
 
     weights: above 0, one for each source. The first source is drawn whenever its share of the draws so far reaches a whole number; the

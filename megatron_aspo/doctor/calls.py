@@ -29,6 +29,6 @@ def gather(calls: Mapping[Key, ray.ObjectRef], limit_s: float) -> tuple[dict[Key
     return answers, failures
 
 
-def reason(error: BaseException | None, limit_s: float) -> str:
+def describe_failure(error: BaseException | None, limit_s: float) -> str:
     """Return why a call has no answer."""
     return f"no answer within {limit_s:g} s" if error is None else one_line(error)

@@ -11,11 +11,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
 from megatron_aspo.doctor.agreement import compare_nodes
-from megatron_aspo.doctor.calls import gather, reason
+from megatron_aspo.doctor.calls import describe_failure, gather
 from megatron_aspo.doctor.clock import judge_skew, measure_skew
 from megatron_aspo.doctor.links import Phase, try_links
 from megatron_aspo.doctor.needs import NodeContext, RunNeeds
-from megatron_aspo.doctor.pairs import rounds
+from megatron_aspo.doctor.pairs import pair_rounds
 from megatron_aspo.doctor.probe import LinkEnd, NodeProbe
 from megatron_aspo.doctor.recipe import NodeCapacity, check_placement
 from megatron_aspo.doctor.record import Record, broken, failed, ok, refused, warning
@@ -150,7 +150,7 @@ class ClusterDoctor:
         self.nodes = [node for node in self.nodes if node.context.label in probes]
         if len(self.nodes) > 1:
             ends = yield from self._start(LinkEnd, "importing torch on each node", "gloo")
-            yield from try_links(ends, rounds([*ends]), self._bandwidth_s, "gloo", self._phase)
+            yield from try_links(ends, pair_rounds([*ends]), self._bandwidth_s, "gloo", self._phase)
             for end in ends.values():
                 ray.kill(end)
         yield from self._check_gpu_links()
@@ -168,11 +168,11 @@ class ClusterDoctor:
         ready, failures = gather({name: end.ready.remote() for name, end in ends.items()}, limit_s)
         for name, error in failures.items():
             cure = "see what uses the GPUs (ray status); end it, or leave this check out"
-            yield replace(warning("nccl", f"no process with a free GPU: {reason(error, limit_s)}", cure), node=name)
+            yield replace(warning("nccl", f"no process with a free GPU: {describe_failure(error, limit_s)}", cure), node=name)
         inside = [(f"{label} GPU 0", f"{label} GPU 1") for label in gpus]
         plan = [
             [pair for pair in inside if ready.keys() >= {*pair}],
-            *rounds([f"{label} GPU 0" for label in gpus if f"{label} GPU 0" in ready]),
+            *pair_rounds([f"{label} GPU 0" for label in gpus if f"{label} GPU 0" in ready]),
         ]
         yield from try_links(ends, [pairs for pairs in plan if pairs], self._bandwidth_s, "nccl", self._phase)
 
@@ -205,7 +205,7 @@ def start_on(node: str, kind: type, options: dict) -> object:
 
 def unresponsive_node(check: str, label: str, error: BaseException | None, limit_s: float) -> Record:
     """Return the record of a node on which none of the doctor's processes answers."""
-    detail = reason(error, limit_s)
+    detail = describe_failure(error, limit_s)
     if "its node has died" in detail:
         detail = "the node left the cluster, or stopped answering Ray, while it was checked"
     if "No module named 'megatron_aspo" in str(error):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import child_python_path
 from megatron_aspo.doctor.record import Record, failed
-from megatron_aspo.doctor.table import as_json, in_order, table
+from megatron_aspo.doctor.table import as_json, format_table, sort_records
 from megatron_aspo.doctor.worker import GRACE_S, INTERRUPTS, Request
 
 DEFAULT_BANDWIDTH_S = 1.0
@@ -35,11 +35,11 @@ def run_doctor(parsed: argparse.Namespace) -> int:
             print(f"\r\033[K{len(records)} checks done", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    records = in_order(records)
+    records = sort_records(records)
     if parsed.json:
         print(json.dumps(as_json(records, time.monotonic() - started), indent=1, ensure_ascii=False))
     else:
-        print("\n".join(table(records)))
+        print("\n".join(format_table(records)))
     return 1 if any(record.status == "failed" for record in records) else 0
 
 

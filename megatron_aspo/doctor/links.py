@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from megatron_aspo.doctor.calls import gather, reason
+from megatron_aspo.doctor.calls import describe_failure, gather
 from megatron_aspo.doctor.record import Record, failed, ok, warning
 from megatron_aspo.doctor.table import PAIR
 
@@ -75,7 +75,7 @@ def _failure(pair: Pair, failures: dict, silent_ends: list[str], backend: str, l
             f"{labels}: no answer within {limit_s:g} s; left out of the other connections",
             f"see whether {labels} is frozen, swapping or overloaded; its processes of Ray may have to be started again",
         )
-    message = next(reason(failures[pair, rank], limit_s) for rank in (1, 0) if (pair, rank) in failures)
+    message = next(describe_failure(failures[pair, rank], limit_s) for rank in (1, 0) if (pair, rank) in failures)
     return failed(backend, message, _NCCL_CURE if backend == "nccl" else _CURE)
 
 

@@ -22,7 +22,7 @@ def check_ports(ray_ports: Mapping[int, str], wanted: tuple[int, ...] = (HEAD_PO
     A Ray server on a port of the ephemeral range cannot restart there once another process has been assigned that port.
     """
     first, last = map(int, ephemeral.read_text().split())
-    taken = listeners()
+    taken = find_listeners()
     detail = f"ephemeral range {first}–{last}"
     if first < WORKER_PORTS.stop:
         return warning(
@@ -52,7 +52,7 @@ def check_ports(ray_ports: Mapping[int, str], wanted: tuple[int, ...] = (HEAD_PO
     return ok("ports", ", ".join([*findings, detail]))
 
 
-def listeners() -> dict[int, str]:
+def find_listeners() -> dict[int, str]:
     """Return the TCP ports on which a process listens, with its name, which is empty if this user may not see it."""
     names: dict[int, str] = {}
     found: dict[int, str] = {}

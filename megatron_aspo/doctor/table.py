@@ -39,7 +39,7 @@ CHECKS = (
 """The checks' names, in the order of the table."""
 
 
-def table(records: Sequence[Record]) -> Iterator[str]:
+def format_table(records: Sequence[Record]) -> Iterator[str]:
     """Yield a line for each record, followed by the cure for a warning or failure."""
     checks = max((len(record.check) for record in records), default=0)
     nodes = max((len(record.node) for record in records if PAIR not in record.node), default=0)  # pairs may exceed the column
@@ -48,15 +48,15 @@ def table(records: Sequence[Record]) -> Iterator[str]:
         if record.cure:
             yield f"{'':<8} {'':<{checks}}  → {record.cure}"
     yield ""
-    yield summary(records)
+    yield format_summary(records)
 
 
-def summary(records: Iterable[Record]) -> str:
+def format_summary(records: Iterable[Record]) -> str:
     counts = Counter(record.status for record in records)
     return f"{counts['ok']} ok, {counts['warning']} warnings, {counts['failed']} failed"
 
 
-def in_order(records: Iterable[Record]) -> list[Record]:
+def sort_records(records: Iterable[Record]) -> list[Record]:
     """Sort the records by check, in the order of `CHECKS`, keeping the order of the nodes."""
     positions = {check: position for position, check in enumerate(CHECKS)}
     return sorted(records, key=lambda record: positions.get(record.check, len(CHECKS)))

@@ -64,7 +64,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def reach_of(parsed: argparse.Namespace, kept: Reach | None = None) -> Reach:
+def make_reach(parsed: argparse.Namespace, kept: Reach | None = None) -> Reach:
     """Return how hosts are reached: by the given options, else as in the kept record."""
     kept = kept or Reach(parsed.dir, "python3" if parsed.env else sys.executable)
     return Reach(

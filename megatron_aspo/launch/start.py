@@ -11,7 +11,7 @@ from megatron_aspo.common.auth_token import find_token
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.launch.cluster import ClusterSpec, Launch, LaunchError
 from megatron_aspo.launch.hosts import Host, HostList, choose_hosts, find_hosts
-from megatron_aspo.launch.options import Record, add_common, reach_of
+from megatron_aspo.launch.options import Record, add_common, make_reach
 from megatron_aspo.launch.ports import PortMap
 
 _DESCRIPTION = """Build a Ray cluster over hosts and wait until every node has joined. Safe to run twice: on a running cluster it says
@@ -113,7 +113,7 @@ def _launch(parsed: argparse.Namespace, found: HostList) -> Launch:
         metrics=parsed.metrics,
         temp_dir=parsed.temp_dir or f"/tmp/ray-{os.getuid()}-{parsed.port}",
     )
-    return Launch(spec, reach_of(parsed))
+    return Launch(spec, make_reach(parsed))
 
 
 def parse_resources(given: Sequence[str], hosts: Sequence[Host]) -> dict[str, dict[str, int | None]]:

@@ -6,7 +6,7 @@ import sys
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.launch.hosts import find_hosts
-from megatron_aspo.launch.options import Record, add_common, reach_of
+from megatron_aspo.launch.options import Record, add_common, make_reach
 from megatron_aspo.launch.remote import failures
 
 _LIMIT_S = 60.0
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         record = Record.read(parsed.dir)
         found = find_hosts("", os.environ) if not parsed.hostfile and record is None else None
         hosts = list(found.hosts if found else record.hosts if not parsed.hostfile else find_hosts(parsed.hostfile, {}).hosts)
-        reach = reach_of(parsed, record.reach if record else None)
+        reach = make_reach(parsed, record.reach if record else None)
     except UserError as error:
         print(f"stop_ray.sh: error: {error}", file=sys.stderr)
         return 2

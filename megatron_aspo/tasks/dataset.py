@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import REASONING_GYM_OPTIONS, DataOptions
-from megatron_aspo.data.order import mixed, shuffled_position
+from megatron_aspo.data.order import choose_source, shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.sources import Row, read_rows, short_name
 from megatron_aspo.data.store import PromptStore
@@ -63,7 +63,7 @@ class DatasetTask:
         """Return training prompt number `index`. Its ground truth is a `StoredAnswer`, which `store.with_answer` reads."""
         if not self._weights:
             return self._store.read(shuffled_position(self._seed, index, self._training[-1].stop))
-        source, draw = mixed(self._weights, index)
+        source, draw = choose_source(self._weights, index)
         part = self._training[source]
         return self._store.read(part.start + shuffled_position(f"{self._seed} {source}", draw, part.stop - part.start))
 
@@ -78,7 +78,7 @@ class DatasetTask:
         """Report lines: rows left out as too long, repeated prompts, held-out prompts that are also training prompts."""
         parts = [*self._training, *self._held_out]
         long = [f"{part.location}: {part.too_long} rows left out, longer than data.max_prompt_tokens" for part in parts if part.too_long]
-        return [*long, *repetitions(self._store)]
+        return [*long, *find_repetitions(self._store)]
 
 
 class Loader:
@@ -97,7 +97,7 @@ class Loader:
 
     def load(self, split: str, locations: Sequence[str]) -> list[Part]:
         """Add all rows, with ids `SPLIT/ID`, or `SPLIT/NAME/ID` if there are several locations. Raises UserError for a faulty row."""
-        names = distinct([short_name(location) for location in locations])
+        names = make_distinct([short_name(location) for location in locations])
         return [self._load_one(split, location, names[n] if len(names) > 1 else "") for n, location in enumerate(locations)]
 
     def _load_one(self, split: str, location: str, name: str) -> Part:
@@ -150,7 +150,7 @@ class Loader:
             raise UserError(f"{row.where}: {error}") from error
 
 
-def repetitions(store: PromptStore) -> list[str]:
+def find_repetitions(store: PromptStore) -> list[str]:
     """Report training prompts that occur twice, and held-out prompts that are also training prompts, by tokens and by id."""
     found = []
     for column, what in (("hash", "text"), ("known_as", "id")):
@@ -174,7 +174,7 @@ def repetitions(store: PromptStore) -> list[str]:
     return [f"data: {line}" for line in found]
 
 
-def distinct(names: Sequence[str]) -> list[str]:
+def make_distinct(names: Sequence[str]) -> list[str]:
     """Return the names, with the number of the occurrence appended to those that repeat an earlier one."""
     return [name if name not in names[:n] else f"{name}-{names[: n + 1].count(name)}" for n, name in enumerate(names)]
 

@@ -18,7 +18,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.data import store
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.data.order import mixed
+from megatron_aspo.data.order import choose_source
 from megatron_aspo.data.store import with_answer
 from megatron_aspo.tasks.task import build_task
 from tests.tokenizers import byte_tokenizer
@@ -356,7 +356,7 @@ def test_a_mixture_is_never_a_draw_or_more_from_its_shares_for_each_other_source
     seen = [0] * len(weights)
     total = sum(Fraction(str(weight)) for weight in weights)
     for index in range(3000):
-        source, before = mixed(weights, index)
+        source, before = choose_source(weights, index)
         assert before == seen[source]
         seen[source] += 1
         shares = [(index + 1) * Fraction(str(weight)) / total for weight in weights]

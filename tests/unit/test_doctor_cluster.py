@@ -17,7 +17,7 @@ from megatron_aspo.doctor.gpus import gpu_devices
 from megatron_aspo.doctor.link import measure_link
 from megatron_aspo.doctor.links import Speed, judge_speeds
 from megatron_aspo.doctor.local_pair import check_pair
-from megatron_aspo.doctor.pairs import rounds
+from megatron_aspo.doctor.pairs import pair_rounds
 from megatron_aspo.doctor.recipe import NodeCapacity, check_fit, check_placement, run_needs
 from megatron_aspo.doctor.record import Record, ok
 from megatron_aspo.rollout.options import RolloutOptions
@@ -30,7 +30,7 @@ NAMES = ("node a", "node b")
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7, 16])
 def test_each_pair_is_tried_once_and_no_node_is_in_two_concurrent_pairs(count):
-    plan = rounds(range(count))
+    plan = pair_rounds(range(count))
     assert sorted(tuple(sorted(pair)) for pairs in plan for pair in pairs) == [*combinations(range(count), 2)]
     assert all(len({*sum(pairs, ())}) == 2 * len(pairs) for pairs in plan)
     assert len(plan) <= count

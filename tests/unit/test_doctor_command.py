@@ -16,7 +16,7 @@ from megatron_aspo.cli import main
 from megatron_aspo.doctor.command import examine
 from megatron_aspo.doctor.record import failed, ok, warning
 from megatron_aspo.doctor.redact import redactor
-from megatron_aspo.doctor.table import CHECKS, in_order, table
+from megatron_aspo.doctor.table import CHECKS, format_table, sort_records
 from megatron_aspo.doctor.worker import Request
 from tests.in_process import run_main
 from tests.models import save_tiny
@@ -147,7 +147,7 @@ def test_misuse_is_one_line_and_status_2(tmp_path, recipe, arguments, message):
 
 def test_the_table_groups_records_by_check_and_has_a_cure_below_each_fault():
     records = [warning("ports", "taken", "end it"), ok("versions", "fine"), failed("torch", "broken", "mend it"), ok("ports", "free")]
-    lines = [*table(in_order(records))]
+    lines = [*format_table(sort_records(records))]
     assert [line.split()[0] for line in lines[:-2]] == ["ok", "failed", "→", "warning", "→", "ok"]
     assert lines[-1] == "2 ok, 1 warnings, 1 failed"
 

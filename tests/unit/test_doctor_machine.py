@@ -15,7 +15,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.doctor.files import check_data, check_model
 from megatron_aspo.doctor.limits import cgroup_processes, check_open_files
 from megatron_aspo.doctor.needs import RunNeeds
-from megatron_aspo.doctor.ports import HEAD_PORT, check_ports, listeners
+from megatron_aspo.doctor.ports import HEAD_PORT, check_ports, find_listeners
 from megatron_aspo.doctor.record import Record, ok
 from megatron_aspo.doctor.runner import run_checks
 from megatron_aspo.doctor.sandbox import check_sandbox
@@ -139,7 +139,7 @@ def test_a_port_taken_by_another_program_is_named_with_the_program():
         other.listen()
         port = other.getsockname()[1]
         name = psutil.Process().name()
-        assert name in listeners()[port]
+        assert name in find_listeners()[port]
         record = check_ports(NO_PORTS, (port,))
     assert record.status == "warning" and f"port {port} of a Ray head is taken by" in record.detail and name in record.detail
     assert f"--port={port + 1}" in record.cure

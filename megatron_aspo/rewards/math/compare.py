@@ -12,7 +12,7 @@
 from collections.abc import Sequence
 
 from megatron_aspo.rewards.math.evaluate import Evaluator, TooLarge, Undefined
-from megatron_aspo.rewards.math.identity import proportional, same_function
+from megatron_aspo.rewards.math.identity import is_proportional, is_same_function
 from megatron_aspo.rewards.math.real_sets import Part, as_real_set
 from megatron_aspo.rewards.math.tree import Node, negative
 
@@ -41,7 +41,7 @@ class Comparison:
             return self._collections(a, b)
         if "dots" in kinds or kinds & {"relation", "member", "interval", "union", "minus", "named_set"}:
             return False
-        return self._rounded(a, b) or self._rounded(b, a) or same_function(a, b)
+        return self._rounded(a, b) or self._rounded(b, a) or is_same_function(a, b)
 
     def _value_of_equation(self, a: Node, other: Node) -> Node:
         """Return the value that an answer names, as in `x = 5`, `f(x) = 2x` or `AB = 5`, if the other answer is no equation."""
@@ -90,14 +90,14 @@ class Comparison:
         (sign,), (other,) = a.value, b.value
         left, right = _difference(a), _difference(b)
         if sign in _ORDERS and other == _flipped(sign):
-            return proportional(left, _difference(Node("relation", b.args[::-1], b.value)), positive=True)
-        return sign == other and proportional(left, right, positive=sign in _ORDERS)
+            return is_proportional(left, _difference(Node("relation", b.args[::-1], b.value)), positive=True)
+        return sign == other and is_proportional(left, right, positive=sign in _ORDERS)
 
     def _ratios(self, a: Node, b: Node) -> bool:
         """Compare ratios: 3:4 equals 6:8, and 3/4."""
         if a.op == b.op:
             crosswise = ((Node("mul", (x, b.args[0])), Node("mul", (y, a.args[0]))) for x, y in zip(a.args[1:], b.args[1:], strict=False))
-            return len(a.args) == len(b.args) and all(same_function(*pair) for pair in crosswise)
+            return len(a.args) == len(b.args) and all(is_same_function(*pair) for pair in crosswise)
         ratio, other = (a, b) if a.op == "ratio" else (b, a)
         return len(ratio.args) == 2 and other.op not in ("list", "set", "tuple", "matrix") and self.equal(Node("div", ratio.args), other)
 

@@ -43,7 +43,7 @@ def points(names: set[str]) -> Iterator[Point]:
         yield point
 
 
-def proportional(a: Node, b: Node, positive: bool) -> bool:
+def is_proportional(a: Node, b: Node, positive: bool) -> bool:
     """Return whether a = c·b at all points for one number c ≠ 0, which must be positive if that is required."""
     names = a.symbols() | b.symbols()
     anchor = next((point for point in points(names) if _ratio(a, b, point) is not None), None)
@@ -71,7 +71,7 @@ def _ratio(a: Node, b: Node, point: Point) -> Any:
     return value.context.re(value.inexact(x) / value.inexact(y))
 
 
-def same_function(a: Node, b: Node) -> bool:
+def is_same_function(a: Node, b: Node) -> bool:
     """Return whether a = b wherever both have a real value. Equal trees are the same function, however large its values are."""
     if a == b:
         return True

@@ -69,7 +69,7 @@ def verdict(answer: str, gold: str, options: MathOptions | None = None, ask_math
     texts = clean(answer), clean(gold)
     if not all(texts):
         return Verdict(False, "empty")
-    if same_words(*texts):
+    if is_same_text(*texts):
         return Verdict(True, "the same text")
     labels = [_LABELLED.fullmatch(text) for text in texts]
     if any(labels):
@@ -107,7 +107,7 @@ def _choice_letter(text: str) -> str:
     return choice[1].upper() if choice else ""
 
 
-def same_words(a: str, b: str) -> bool:
+def is_same_text(a: str, b: str) -> bool:
     """Return whether two cleaned texts agree up to insignificant blanks; words and the letter of a choice in either case."""
     plain = [_WRAPPED.sub(r"\1", text).strip() for text in (a, b)]
     if _BLANKS.sub("", plain[0]) == _BLANKS.sub("", plain[1]):
