@@ -39,7 +39,7 @@ class Config:
     resume: Annotated[str, suggested("never", "auto")] = "never"
     """`never`; `auto`, which resumes from the newest checkpoint of the run directory, if any; or the path of a checkpoint or a run."""
     model: str = ""
-    """A local Hugging Face model directory, or a hub name."""
+    """A local Hugging Face model directory, a hub name, or a `torch_dist` checkpoint that has a config and tokenizer beside it."""
     task: Annotated[str, suggested("single_digit_addition", "largest_of_three", "dataset")] = ""
     """The source of prompts and rewards: `single_digit_addition | largest_of_three | dataset | reasoning_gym:NAME`."""
     steps: Positive[int] = 100
@@ -108,7 +108,7 @@ def to_yaml(config: Config) -> str:
 def check(config: Config, implied: Values | None = None) -> None:
     """Refuse combinations that cannot work or have no effect, with the rule and the cure. implied: values that the recipe did not set."""
     implied = implied or {}
-    require(config.model, "model is empty; name a local Hugging Face model directory or a hub name")
+    require(config.model, "model is empty; name a local Hugging Face model directory, a hub name or a torch_dist checkpoint")
     require(config.task, "task is empty; choose one of single_digit_addition, largest_of_three, dataset, reasoning_gym:NAME")
     require(config.resume, "resume is empty; set never, auto, or the path of a checkpoint or a run")
     require(

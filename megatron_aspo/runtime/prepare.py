@@ -1,9 +1,10 @@
 """The first step of a run: everything that can be checked and read before a process of the run starts, in the order of its cost."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from megatron_aspo.checkpoint.torch_dist import TorchDistReader
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
 from megatron_aspo.data.encoder import PromptEncoder
@@ -13,7 +14,7 @@ from megatron_aspo.hf.tensor_file import sha256_of_parts
 from megatron_aspo.hf.tensor_files import TensorReader
 from megatron_aspo.observe.trackers import check_packages
 from megatron_aspo.rewards.process import check_reward
-from megatron_aspo.runtime.checks import check_run, expected_device
+from megatron_aspo.runtime.checks import CheckedRecipe, check_run, expected_device
 from megatron_aspo.runtime.machine import check_can_be_made
 from megatron_aspo.runtime.plan import Plan, check_room
 from megatron_aspo.runtime.start import Start, find_start
@@ -33,8 +34,7 @@ class Prepared:
 
     config: Config
     start: Start
-    model: HFModel
-    settings: RankSettings
+    checked: CheckedRecipe
     tokenizer: "PreTrainedTokenizerBase"
     chat_template: str
     """The one that `data.chat_template` named, as it was at the start; empty if it names none."""
@@ -43,6 +43,18 @@ class Prepared:
     """Values that a resumed run must have in common with the one that wrote its checkpoint."""
     remarks: tuple[str, ...]
     """Report lines about the data, for the user to read before the run."""
+
+    @property
+    def model(self) -> HFModel:
+        return self.checked.model
+
+    @property
+    def settings(self) -> RankSettings:
+        return self.checked.settings
+
+    def in_hugging_face_format(self) -> "Prepared":
+        """Return the same with a model that ranks and engines can load: a `torch_dist` checkpoint is converted at its first use."""
+        return replace(self, checked=self.checked.in_hugging_face_format())
 
 
 def prepare(config: Config) -> Prepared:
@@ -69,10 +81,10 @@ def prepare(config: Config) -> Prepared:
     if config.evaluation.draws:
         _check_held_out(task.held_out())
     remarks = tuple(filter(None, (encoder.remark, *task.remarks)))
-    return Prepared(config, start, checked.model, checked.settings, tokenizer, encoder.given_template, task, identity, remarks)
+    return Prepared(config, start, checked, tokenizer, encoder.given_template, task, identity, remarks)
 
 
-def _identity(config: Config, task: Task, reader: TensorReader) -> dict[str, Any]:
+def _identity(config: Config, task: Task, reader: TensorReader | TorchDistReader) -> dict[str, Any]:
     """Return digests of the prompts in their order and of the model's small tensors, with the values that decide the order."""
     digest = hashlib.sha256()
     vectors = [(name, home) for name in reader.dtypes for home in reader.homes(name) if len(home) == 1]

@@ -51,6 +51,9 @@ def open_run(config: Config) -> Iterator["Run"]:
             prepared = prepare(config)
             for remark in prepared.remarks:
                 progress.say(remark)
+        if prepared.checked.torch_dist:
+            with progress.waiting("bringing the checkpoint into Hugging Face format"):
+                prepared = prepared.in_hugging_face_format()
         at_the_end.callback(progress.close)
         with (
             start(prepared, progress) as processes,

@@ -1,4 +1,4 @@
-"""Options of the reward that asks a grading server."""
+"""Options of the reward that calls a grading server."""
 
 from typing import Annotated
 
@@ -20,8 +20,8 @@ class ServiceOptions:
     attempt_s: Positive[float] = 30.0
     """Longest time for one request, in seconds."""
     give_up_s: Positive[float] = 50.0
-    """A server that cannot be reached, is overloaded or does not answer is asked again, with pauses that grow to 5 s, until so many seconds
-    have gone by; then the run ends."""
+    """A server that is unreachable, overloaded or silent is retried, with pauses that grow to 5 s, for this many seconds; then the run
+    ends."""
 
     def check(self) -> None:
         """Raise UserError for an address that is none."""
