@@ -69,17 +69,17 @@ class Colocated:
         # Before the ranks come back: an engine that starts needs the room.
         self._surely(lambda: self._engines.sleep(self._sleep_level))
         self._training = True
-        self._trainers.come_back()
+        self._trainers.reload()
 
     def to_generating(self, version: int, changed: bool) -> int:
         if not self._training:
             return 0
         self._training = False
-        self._trainers.leave("optimizer")
+        self._trainers.offload("optimizer")
         self._surely(lambda: self._engines.wake(("weights",)))
         sent = self._publisher.publish(version, verify=self._replaced) if changed or self._replaced or self._sleep_level == 2 else 0
         self._replaced = False
-        self._trainers.leave("weights")
+        self._trainers.offload("weights")
         try:
             self._engines.wake(("kv_cache",))
         except EngineError as error:

@@ -218,8 +218,8 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
             trainers = Trainers.start(settings, cluster.device, threads["trainer"], start.checkpoint, reserve)
             stack.callback(_undisturbed, trainers.close)
             if colocated:
-                trainers.leave("optimizer")
-                trainers.leave("weights")
+                trainers.offload("optimizer")
+                trainers.offload("weights")
             started = engines.start(shared_places(trainers.places(), config.rollout.sizes)) if colocated else starting.result()
             if not config.ray_address:
                 rewards.ready()
