@@ -262,10 +262,10 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _print_plan(config: "Config", device: str, nodes: int, as_json: bool) -> None:
-    from megatron_aspo.runtime.plan import figures, make_plan, told
+    from megatron_aspo.runtime.plan import format_plan, make_plan, plan_as_json
 
     plan = make_plan(config, device, nodes)
-    print(json.dumps(figures(plan)) if as_json else "\n".join(told(plan)))
+    print(json.dumps(plan_as_json(plan)) if as_json else "\n".join(format_plan(plan)))
 
 
 def _check_loss(parsed: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face directory and a Megatron checkpoint are the same model: logits of both on random tokens."""
+"""Verifies that a Hugging Face directory and a Megatron checkpoint are the same model, by their logits on random tokens."""
 
 import os
 import warnings
@@ -11,15 +11,15 @@ from megatron_aspo.common.errors import UserError
 
 SEQUENCES, TOKENS = 2, 48
 TOLERANCE = 1e-4
-"""Of the largest logit, in float32: rounding of two implementations stays below it by far, a misplaced tensor is above it."""
+"""Tolerated difference relative to the largest logit, in float32: rounding stays far below it, a misplaced tensor exceeds it."""
 
 
 def verify(hugging_face: Path, megatron: Path, dtype: torch.dtype) -> None:
-    """Compute both models' logits in float32, transformers' from one directory and Megatron-Core's from the other, weights cast to `dtype`.
+    """Compare the float32 logits of transformers from one directory and Megatron-Core from the other, weights cast to `dtype`.
 
-    Raises UserError with the difference when it is more than rounding. Needs memory for one float32 model at a time.
+    Raises UserError with the difference if it exceeds rounding. Needs memory for one float32 model at a time.
     """
-    with warnings.catch_warnings(action="ignore"):  # at import Megatron warns of each optional package that is absent
+    with warnings.catch_warnings(action="ignore"):  # on import Megatron warns of each missing optional package
         expected, tokens = _transformers_logits(hugging_face, dtype)
         found = _megatron_logits(megatron, tokens, dtype)
     scale = float(expected.abs().max())
