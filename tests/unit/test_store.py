@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from megatron_aspo.checkpoint.find import find_checkpoints
 from megatron_aspo.checkpoint.options import CheckpointOptions
-from megatron_aspo.runtime.checkpoint_store import set_aside, sweep_unfinished, steps_to_remove
+from megatron_aspo.runtime.checkpoint_store import set_aside, steps_to_remove, sweep_unfinished
 
 
 def kept(accuracies: dict, **options) -> list[int]:
