@@ -11,7 +11,7 @@ from functools import partial
 
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.batch import make_train_batch
-from megatron_aspo.evaluation.accuracy import Evaluation, write_evaluation
+from megatron_aspo.evaluation.accuracy import Evaluation, keep
 from megatron_aspo.observe.health import rollout_health, staleness
 from megatron_aspo.observe.metrics import count_updates, read_metrics, training_metrics
 from megatron_aspo.observe.model_card import model_card
@@ -108,7 +108,7 @@ def evaluate(run: Run, done: int) -> Evaluation | None:
     when = "before training" if not done else "after training" if done == run.config.steps else f"after step {done}"
     with run.progress.waiting(f"evaluation {when}") as phase:
         responses = run.evaluate(phase)
-    result = write_evaluation(run.evaluation_path(done), responses)
+    result = keep(run.evaluation_path(done), responses)
     accuracy = result.accuracy
     run.trackers.log(done, {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error})
     run.progress.say(f"held-out accuracy {when}: {accuracy} ({accuracy.prompts} prompts × {accuracy.draws} draws)")

@@ -1,4 +1,4 @@
-"""A process beside the driver that ends the processes of a Ray cluster that the driver started when the driver has ended for any reason.
+"""A process beside the driver that ends the Ray cluster that the driver started, as soon as the driver has ended for any reason.
 
 Ray's own agents notice only after a minute that their driver was killed, and vLLM's engine cores leave shared memory behind. The guard
 finds the cluster's processes by a mark in their environment, so it never touches a cluster that the driver only joined, nor other

@@ -1,4 +1,4 @@
-"""Device placement: training ranks and engines on separate devices, or time-sharing the same."""
+"""Which side uses the devices when: training ranks and engines have their own, or time-share the same."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -17,23 +17,23 @@ class Placement(Protocol):
     """Switches between training and generating. A run starts with the engines ready to generate."""
 
     def to_training(self) -> None:
-        """Stop generation; afterwards ranks may train, save and export."""
+        """Stop generating; afterwards ranks may train, save and export."""
 
     def to_generating(self, version: int, changed: bool) -> int:
-        """Make the engines ready to generate from the ranks' weights as `version`; return the bytes sent.
+        """Let engines generate with the ranks' weights as `version`; return the bytes sent.
 
-        changed: whether the weights differ from those sent last.
+        changed: whether the weights differ from those that the engines were sent last.
         """
 
     def restore(self, reason: str) -> None:
-        """Replace the engines that were lost during generation, and send all engines their current version of the weights, verified.
+        """Replace the engines that were lost while they generated, and bring all to the weights that they had, verified.
 
-        No request may be in flight. An engine that was frozen and answers again is kept.
+        No request may be running. An engine that was frozen and answers again is kept.
         """
 
 
 class Split:
-    """Separate devices: neither side has to free memory for the other."""
+    """Engines and training ranks have separate devices: no side has to free memory."""
 
     def __init__(self, publisher: Publisher):
         self._publisher = publisher
@@ -46,28 +46,28 @@ class Split:
 
     def restore(self, reason: str) -> None:
         _replace_lost(self._publisher, reason)
-        # An engine starts with version 0, the model directory's weights.
+        # Version 0 is that of the model's directory, with which an engine starts.
         if self._publisher.version:
             self._publisher.publish(self._publisher.version, verify=True)
 
 
 class Colocated:
-    """Shared devices. They never hold the caches and states of both sides at once; during a sync they hold both sides' weights."""
+    """Engines and training ranks share devices. At most one side's caches and states are on them; both sides' weights during a transfer."""
 
     def __init__(self, trainers: "Trainers", engines: "EnginePool", publisher: Publisher, sleep_level: int):
-        """Take over the sides. The engines must be up, and the training ranks offloaded."""
+        """The engines must have started, and the training ranks must have offloaded their memory."""
         self._trainers, self._engines, self._publisher = trainers, engines, publisher
         self._sleep_level = sleep_level
         self._training = False
         self._replaced = False
-        """Whether an engine was restarted and has not received weights since."""
+        """Whether an engine was restarted and has not been sent weights since."""
         self._restoring = False
 
     def to_training(self) -> None:
         if self._training:
             return
         # Before the ranks reload: an engine that starts needs the memory.
-        self._with_replacement(lambda: self._engines.sleep(self._sleep_level))
+        self._retry_with_replacement(lambda: self._engines.sleep(self._sleep_level))
         self._training = True
         self._trainers.reload()
 
@@ -76,7 +76,7 @@ class Colocated:
             return 0
         self._training = False
         self._trainers.offload("optimizer")
-        self._with_replacement(lambda: self._engines.wake(("weights",)))
+        self._retry_with_replacement(lambda: self._engines.wake(("weights",)))
         sent = self._publisher.publish(version, verify=self._replaced) if changed or self._replaced or self._sleep_level == 2 else 0
         self._replaced = False
         self._trainers.offload("weights")
@@ -96,14 +96,14 @@ class Colocated:
         self.to_generating(self._publisher.version, changed=True)
         self._restoring = False
 
-    def _with_replacement(self, action: Callable[[], None]) -> None:
-        """Run an action on all engines; if one is dead or does not answer, replace it and run the action once more."""
+    def _retry_with_replacement(self, call: Callable[[], None]) -> None:
+        """Call this on all engines; if one is dead or silent, replace it and call once more."""
         try:
-            action()
+            call()
         except EngineError as error:
             _replace_lost(self._publisher, str(error))
             self._replaced = True
-            action()
+            call()
 
 
 def _replace_lost(publisher: Publisher, reason: str) -> None:
@@ -112,7 +112,7 @@ def _replace_lost(publisher: Publisher, reason: str) -> None:
 
 
 def check_places(placement: str, ranks: int, engines: EngineSizes) -> None:
-    """Raise UserError if engines are to share more devices than the training ranks have."""
+    """Raise UserError when engines would share devices that do not exist."""
     if placement == "colocated" and engines.world > ranks:
         raise UserError(
             f"placement=colocated: {engines.engines} engines of {engines.tensor} devices need {engines.world} training ranks to share them "
@@ -121,18 +121,18 @@ def check_places(placement: str, ranks: int, engines: EngineSizes) -> None:
 
 
 def shared_places(ranks: Sequence[tuple[str, str]], engines: EngineSizes) -> list[tuple[str, str]]:
-    """Return each engine's node and its devices there, joined by commas: those of consecutive ranks.
+    """Return the node and the devices, separated by commas, of each engine: those of as many consecutive ranks.
 
-    ranks: node and device of each rank. Raises UserError if an engine's devices would be on two nodes.
+    ranks: node and device of each training rank. Raises UserError when the devices of an engine would be on several nodes.
     """
     found = []
     for engine in range(engines.engines):
         first = engine * engines.tensor
-        mine = ranks[first : first + engines.tensor]
-        if len({node for node, _ in mine}) > 1:
+        own = ranks[first : first + engines.tensor]
+        if len({node for node, _ in own}) > 1:
             raise UserError(
-                f"placement=colocated: engine {engine} would share the devices of training ranks {first} to {first + len(mine) - 1}, which "
+                f"placement=colocated: engine {engine} would share the devices of training ranks {first} to {first + len(own) - 1}, which "
                 "live on several nodes; an engine lives on one: lower rollout.tensor_parallel, or set placement=split"
             )
-        found.append((mine[0][0], ",".join(device for _, device in mine if device)))
+        found.append((own[0][0], ",".join(device for _, device in own if device)))
     return found

@@ -155,7 +155,7 @@ class Trainers:
         return self._get([actor.place.remote() for actor in self._actors])
 
     def offload(self, part: str) -> None:
-        """Free the device memory of the `optimizer` or of the `weights` on every rank."""
+        """Let every rank free the device memory of its `optimizer` or its `weights`."""
         self._get([actor.offload.remote(part) for actor in self._actors])
 
     def reload(self) -> None:
