@@ -74,9 +74,9 @@ def fp8_copies(rank: int, meeting: str, settings, batch) -> dict[str, tuple[int,
         found = {"modules": tuple(map(len, multiplying))}
         trainer.update(batch, 0)
         found["after a step"] = copies()
-        trainer.leave("weights")
+        trainer.offload("weights")
         found["parked"] = copies()
-        trainer.come_back()
+        trainer.reload()
         trainer.update(batch, 1)
         found["after another"] = copies()
         return found
