@@ -100,9 +100,10 @@ def _disk_bytes(config: Config, model: Path) -> int:
     """Estimate the bytes that the run writes: its checkpoints, one more during a save, the final model. 0 if the model is unreadable."""
     from megatron_aspo.common.errors import UserError
     from megatron_aspo.hf.model import read_model
+    from megatron_aspo.hf.model_directory import resolve_model
 
     try:
-        parameters = sum(math.prod(shape) for shape in read_model(model).tensor_shapes.values())
+        parameters = sum(math.prod(shape) for shape in read_model(resolve_model(model)).tensor_shapes.values())
     except UserError:
         return 0  # reported by the checks of the model and the placement
     options = config.checkpoint

@@ -27,7 +27,7 @@ INTERFACES = {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "eth1"}
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "^NVLS"}
 
 
-def test_both_sides_listen_on_the_private_network_and_allocate_nccl_memory_the_same_way():
+def test_both_sides_listen_on_the_private_network_and_configure_nccl_memory_alike():
     rank, engine = rank_environment("eth1", 1, 1, False, {}), engine_environment("eth1", {})
     assert rank == INTERFACES | {"NCCL_CUMEM_ENABLE": "0"}
     assert engine == {"NCCL_SOCKET_IFNAME": "eth1", "NCCL_CUMEM_ENABLE": "0"}
@@ -42,7 +42,7 @@ def test_kernels_start_in_order_if_megatron_overlaps_communication(tensor, conte
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in rank_environment("lo", tensor, context, False, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
 
 
-def test_a_deterministic_rank_overrides_nondeterministic_settings():
+def test_a_deterministic_rank_overrides_settings_that_would_change_its_results():
     given = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
     assert rank_environment("lo", 1, 1, True, given).items() >= DETERMINISTIC.items()
     assert not rank_environment("lo", 1, 1, False, {}).keys() & DETERMINISTIC.keys()
