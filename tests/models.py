@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "llama": {"head_dim": 32},
     "mistral": {"head_dim": 32, "sliding_window": None},
+    "seed_oss": {"head_dim": 64, "attention_bias": True},
     "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "mixtral": {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
 }

@@ -1,10 +1,14 @@
 """The algorithm's options in whole runs: their effect on the loop, the data and the metrics."""
 
+import json
+
 import pyarrow.parquet as parquet
 import pytest
 import yaml
 
 from tests.e2e.workplace import metrics, train, train_here
+from tests.models import rope_scaling, save_tiny
+from tests.tokenizers import byte_tokenizer
 
 pytestmark = pytest.mark.long
 
@@ -57,10 +61,21 @@ def test_a_custom_loss_trains_on_resampled_groups(workplace):
     assert first["groups/resampled"] + second["groups/resampled"] > 0
 
 
-def test_archers_reference_starts_at_learning_rate_zero_and_keeps_its_values(workplace):
-    """On Qwen3, whose engine must agree after a transfer too."""
+@pytest.mark.parametrize("kind", ["yarn", pytest.param("linear", marks=pytest.mark.nightly)])
+def test_archers_reference_starts_at_learning_rate_zero_and_keeps_its_values(workplace, kind):
+    """On Qwen3 with scaled rotary embeddings, over 300 tokens of 64 times 8, whose engine must agree after a transfer too."""
+    rope = rope_scaling(kind, factor=8.0, **{"original_max_position_embeddings": 64} if kind == "yarn" else {})
+    tokenizer = byte_tokenizer()
+    save_tiny("qwen3", workplace / kind, tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **rope)
+    tokenizer.save_pretrained(workplace / kind)
+    rows = [{"prompt": f"{i}: " + "the quick brown fox " * 15, "ground_truth": "aeiou"} for i in range(8)]
+    (workplace / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [
-        "model=qwen3",
+        f"model={kind}",
+        "data.path=long.jsonl",
+        "data.weights=",
+        "data.eval_path=",
+        "data.max_prompt_tokens=400",
         "preset=archer_reference",
         "steps=3",
         "evaluation.draws=0",
@@ -68,9 +83,9 @@ def test_archers_reference_starts_at_learning_rate_zero_and_keeps_its_values(wor
         "trainer.tensor_parallel=1",
     ]
     shaping = ["algorithm.overlong_buffer_tokens=8", "algorithm.overlong_factor=0.5"]
-    status, _out, error = train(workplace, "name=archer", *overrides, *shaping)
+    status, _out, error = train(workplace, f"name={kind}", *overrides, *shaping)
     assert status == 0, error
-    run = workplace / "runs" / "archer"
+    run = workplace / "runs" / kind
     first, second, third = metrics(run)
     assert (first["train/learning_rate"], second["train/learning_rate"]) == (0.0, 2e-3)
     assert third["train/kl"] > 1e-4 and third["mismatch/max"] <= 1e-4
@@ -78,6 +93,7 @@ def test_archers_reference_starts_at_learning_rate_zero_and_keeps_its_values(wor
     assert first["train/kl"] == pytest.approx(0, abs=1e-6) and first["train/weight_distance"] < 1e-4 < second["train/weight_distance"]
     assert yaml.safe_load((run / "config.yaml").read_text())["algorithm"]["kl_value_clamp"] == 10.0
     rows = [row for step in range(3) for row in parquet.read_table(run / "rollouts" / f"step_{step}.parquet").to_pylist()]
+    assert max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows) >= 300
     for row in rows:
         penalty = min(0, -(len(row["response_ids"]) - (16 - 8)) / 8) * 0.5
         assert row["shaped_reward"] == pytest.approx(row["reward"] + penalty, abs=1e-12)

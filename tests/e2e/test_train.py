@@ -15,6 +15,7 @@ import yaml
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.common.process_tree import mapped_segments
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
@@ -142,18 +143,19 @@ def test_another_loss_and_another_task_need_one_override_each(workplace):
 
 @pytest.mark.long
 def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
-    """A Llama whose vocabulary is in tokenizer.model alone, with Llama 3's scaled rotary embeddings over 300 tokens of 64 times 8; prompts
-    are plain strings.
+    """A Llama whose vocabulary is in tokenizer.model alone, with Llama 3's scaled rotary embeddings over 300 tokens of 64 times 8, given as
+    a torch_dist checkpoint; prompts are plain strings.
     """
     pieces = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     rope = rope_scaling("llama3", original_max_position_embeddings=64)
     save_tiny("llama", workplace / "pieces", vocab_size=32000, tied=True, eos_token_ids=[2], **rope)
     shutil.copyfile(pieces, workplace / "pieces" / "tokenizer.model")
     (workplace / "pieces" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    convert(open_source(workplace / "pieces"), workplace / "dist", to="torch_dist")
     rows = [{"prompt": f"{i}: " + "the quick brown fox " * 49, "ground_truth": "aeiou"} for i in range(8)]
     (workplace / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["steps=1", "trainer.tensor_parallel=1", "rollout.engines=1", "evaluation.draws=0", "rollout.max_response_tokens=64"]
-    status, out, error = train(workplace, "name=pieces", "model=pieces", "data.path=plain.jsonl", "data.weights=", "data.eval_path=", *few)
+    status, out, error = train(workplace, "name=pieces", "model=dist", "data.path=plain.jsonl", "data.weights=", "data.eval_path=", *few)
     assert status == 0, error
     assert "plain-text prompts: no token is put first" in out
     (step,) = metrics(workplace / "runs" / "pieces")

@@ -30,7 +30,8 @@ def logits(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    importlib.import_module("megatron.core.dist_checkpointing.strategies.torch")  # otherwise imported lazily
+    for late in ("torch", "filesystem_async", "state_dict_saver"):  # otherwise imported lazily
+        importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{late}")
     megatron_adapter.prepare()  # again, for modules imported since
     world = sizes["tensor_model_parallel_size"] * sizes["pipeline_model_parallel_size"] * sizes.get("expert_model_parallel_size", 1)
     dist.init_process_group("gloo", store=dist.FileStore(meeting, world), rank=rank, world_size=world)

@@ -20,7 +20,10 @@ def settings(directory, dtype: str = "float32", **layout) -> RankSettings:
     return RankSettings(directory, TrainerOptions(dtype=dtype, **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
 
 
-@pytest.fixture(scope="module", params=["llama untied", "llama tied", "qwen2 untied", "qwen2 tied", "qwen3 untied", "mistral untied"])
+MODELS = ("llama untied", "llama tied", "qwen2 untied", "qwen2 tied", "qwen3 untied", "mistral untied", "seed_oss untied")
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
     family, tying = request.param.split()
     directory = tmp_path_factory.mktemp("model")

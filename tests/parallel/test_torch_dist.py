@@ -53,7 +53,13 @@ def transformers_logits(reference) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "sizes"), [("qwen2", True, TP2_PP2), ("llama", False, TP2_PP2), ("qwen3_moe", False, PP2_EP2)], ids=str
+    ("family", "tied", "sizes"),
+    [
+        ("qwen2", True, TP2_PP2),
+        pytest.param("llama", False, TP2_PP2, marks=pytest.mark.nightly),  # the attention of the one, the output matrix of the other
+        ("qwen3_moe", False, PP2_EP2),
+    ],
+    ids=str,
 )
 def test_megatron_core_loads_a_conversion_at_another_layout_and_computes_the_same(pools, tmp_path, family, tied, sizes):
     reference = save_tiny(family, tmp_path / "hf", tied=tied, vocab_size=VOCAB)

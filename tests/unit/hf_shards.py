@@ -22,8 +22,9 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
 }
-DENSE, MOE = ("llama", "mistral", "qwen2", "qwen3"), ("qwen3_moe", "mixtral")
+DENSE, MOE = ("llama", "mistral", "qwen2", "qwen3", "seed_oss"), ("qwen3_moe", "mixtral")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 # Files of a model directory beside the weights; bytes that any JSON or text round trip would change.
@@ -118,7 +119,7 @@ class Model:
             else:
                 here |= {f"mlp.{part}": shape for part, shape in feed_forward.items()}
             shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in here.items()}
-            if self.family == "qwen2":
+            if self.family in ("qwen2", "seed_oss"):
                 rows = {"q": q, "k": kv, "v": kv}
                 shapes |= {f"model.layers.{layer}.self_attn.{part}_proj.bias": (n,) for part, n in rows.items()}
         return shapes

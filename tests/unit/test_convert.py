@@ -134,7 +134,7 @@ def test_the_names_and_shapes_of_these_tests_are_those_of_transformers(tmp_path,
     assert {name: tuple(t.shape) for name, t in read_tensors(tmp_path).items()} == model.tensor_shapes()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "seed_oss"])
 def test_a_model_of_transformers_survives_a_round_trip_and_loads_again(tmp_path, family):
     expected = save_tiny(family, tmp_path / "hf", tied=family == "qwen2", vocab_size=301)
     save_byte_tokenizer(tmp_path / "hf")

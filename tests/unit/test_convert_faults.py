@@ -236,7 +236,7 @@ def test_a_layout_that_cannot_split_the_model_is_refused_with_the_choices(tmp_pa
         (["--to", "huggingface", "--max-shard-gb", -1], "must be above 0"),
         (["--to", "huggingface", "--max-shard-gb", "nan"], "must be above 0"),
         (["--to", "huggingface", "--max-shard-gb", "1e-12"], "--max-shard-gb"),
-        (["--to", "huggingface", "--verify"], "source and target are of one kind"),
+        (["--to", "huggingface", "--verify"], "needs Hugging Face on one side"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(hf, tmp_path, refused, arguments, said):

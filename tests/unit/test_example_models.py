@@ -20,6 +20,7 @@ PUBLISHED = {
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen3-8b": 8_190_735_360,
     "qwen3-30b-a3b": 30_532_122_624,
+    "seed-oss-36b": 36_151_104_512,
 }
 """Number of parameters in the safetensors summaries of the model cards."""
 

@@ -66,7 +66,7 @@ def test_a_config_that_the_family_does_not_support_is_refused_by_the_setting(mod
 def saved_configs(tmp_path_factory) -> dict[str, dict]:
     """Return the config of each family, as transformers writes it."""
     configs = {}
-    for family in ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral"):
+    for family in ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral", "seed_oss"):
         directory = tmp_path_factory.mktemp(family)
         save_tiny(family, directory, vocab_size=64)
         configs[family] = json.loads((directory / "config.json").read_text())
@@ -102,11 +102,22 @@ def read_config(directory: Path, config: dict):
         ("mixtral", {"sliding_window": 512}, "sliding_window=512"),
         ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise=0.01"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias=True"),
+        ("seed_oss", {"mlp_bias": True}, "mlp_bias=True"),
     ],
 )
 def test_a_setting_that_would_change_the_mathematics_is_refused_by_its_name(saved_configs, tmp_path, family, changes, message):
     with pytest.raises(UserError, match=message):
         read_config(tmp_path, saved_configs[family] | changes)
+
+
+def test_bias_and_dropout_of_seed_oss(saved_configs, tmp_path):
+    """Query, key and value have a bias where the config says so; dropout, which its models state, is of pretraining."""
+    config = saved_configs["seed_oss"]
+    assert config["attention_dropout"] == config["residual_dropout"] == 0.1
+    for bias in (True, False):
+        described = read_config(tmp_path, config | {"attention_bias": bias})
+        assert described.dims.qkv_bias == bias == ("model.layers.0.self_attn.q_proj.bias" in described.tensor_shapes)
 
 
 def test_experts_are_counted_under_either_name(saved_configs, tmp_path):

@@ -50,6 +50,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": {"qk_norm": True},
     "Qwen3MoeForCausalLM": {"qk_norm": True, "experts": 4, "moe_ffn": 48},
     "MixtralForCausalLM": {"experts": 4, "moe_ffn": 80},
+    "SeedOssForCausalLM": {"qkv_bias": True},
 }
 LAYOUTS = (
     ({}, [0]),

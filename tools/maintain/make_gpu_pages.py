@@ -41,7 +41,11 @@ PARKING = Part("memory that leaves and comes back", ("parking/leave and come bac
 STEP = Part("one step of a small Qwen2", ("trainer/local bfloat16",))
 NCCL = Part("NCCL")
 STATUS: list[tuple[str, str, tuple[Part, ...]]] = [
-    ("Llama, Mistral, Qwen2 and 2.5, Qwen3, Qwen3-MoE, Mixtral; others are refused", "small random weights; SmolLM2-135M (Llama)", (STEP,)),
+    (
+        "Llama, Mistral, Qwen2 and 2.5, Qwen3, Qwen3-MoE, Mixtral, Seed-OSS; others are refused",
+        "small random weights; SmolLM2-135M (Llama)",
+        (STEP,),
+    ),
     ("tensor, sequence, pipeline, interleaved, context, data and expert parallelism, combined", "up to 8 ranks", ()),
     ("weight sync", "shared memory and gloo", (CUDA_IPC, NCCL)),
     ("checkpoints, bit-identical resume, conversion to and from Hugging Face and Megatron-Core's `torch_dist`", "yes", ()),
