@@ -24,8 +24,8 @@ def plain(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def refused(said: str, engines: EngineSizes = ONE) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def refused(message: str, engines: EngineSizes = ONE) -> None:
+    with pytest.raises(UserError, match=message) as error:
         check_machine(engines)
     assert "\n" not in str(error.value)
 

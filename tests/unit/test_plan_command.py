@@ -124,7 +124,7 @@ def test_fp8_copies_of_the_factors_of_matrix_products_are_counted(directory):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["trainer.tensor_parallel=3"], "trainer.tensor_parallel=3 does not divide .*; choose one of"),
         (["trainer.pipeline_parallel=3"], "trainer.pipeline_parallel=3 does not divide"),
@@ -151,9 +151,9 @@ def test_fp8_copies_of_the_factors_of_matrix_products_are_counted(directory):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_recipe_that_cannot_work_is_refused_with_the_cure(directory, monkeypatch, overrides, said):
+def test_a_recipe_that_cannot_work_is_refused_with_the_cure(directory, monkeypatch, overrides, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         plan(*overrides)
 
 
@@ -184,8 +184,8 @@ def test_the_command_prints_the_plan_and_starts_nothing(directory, capsys):
     assert ended.value.code == 0 and len(printed["ranks"]) == 2 and printed["groups"] == {"pipeline": [[0, 1]]}
     with pytest.raises(SystemExit) as ended:
         main(["train", "recipe.yaml", "--dry-run", "trainer.tensor_parallel=2"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and "tensor         1 × 2: [0 1]" in said and "engine worker" in said
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "tensor         1 × 2: [0 1]" in text and "engine worker" in text
     with pytest.raises(SystemExit) as ended:
         main(["plan", "recipe.yaml", "rollout.tensor_parallel=3"])
     assert ended.value.code == 2 and "does not divide" in capsys.readouterr().err

@@ -166,7 +166,7 @@ def test_a_name_that_is_not_in_the_list_is_refused(checkout):
 
 def test_an_entry_with_another_field_and_a_name_that_is_there_twice_are_refused(tmp_path):
     entry = fault("a", "b", "c", "d")
-    for entries, said in (([entry | {"why": "so"}], "an entry has name, file"), ([entry, entry], "listed twice: a")):
+    for entries, message in (([entry | {"why": "so"}], "an entry has name, file"), ([entry, entry], "listed twice: a")):
         (tmp_path / "faults.yaml").write_text(yaml.safe_dump(entries))
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             tool.read_faults(tmp_path / "faults.yaml")
