@@ -71,7 +71,7 @@ def test_keys_match_both_layer_specs(tmp_path):
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_keys_are_the_parameters_of_transformer_engines_layers(tmp_path, family):
-    """Without the numbers of layers and experts, which are axes; experts have another name too, as in Megatron-Core's sharded state dicts."""
+    """Without the numbers of layers and experts, which are axes; experts have a second name, as in Megatron-Core's state dicts."""
     write_model(tmp_path / "hf", Model(family, tied=family == "qwen2"))
     convert(open_source(tmp_path / "hf"), tmp_path / "dist", to="torch_dist", naming="transformer_engine")
     listing = LISTINGS / "0.16.1" / "transformer_engine" / f"{ARCHITECTURES[family]}.json"
