@@ -167,7 +167,7 @@ def test_a_head_size_that_engines_lack_is_refused_before_they_start(directory):
     convert()  # Megatron has no such limit
 
 
-def test_more_memory_than_the_machine_has_is_refused_by_train_as_by_plan(directory):
+def test_more_memory_than_the_machine_has_is_refused_by_train_and_plan(directory):
     (line,) = refusals([plan, train, resume], "rollout.kv_cache_gib=100000")
     assert "GB on this machine" in line
 

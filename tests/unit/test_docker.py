@@ -61,7 +61,7 @@ def test_images_install_the_locks_of_the_repository():
     assert pinned, "the CUDA image compiles this one by its name in the lock"
 
 
-def test_the_toy_cluster_starts_what_the_launcher_and_the_grading_server_accept(compose):
+def test_the_launcher_and_the_grading_server_accept_the_toy_clusters_commands(compose):
     for name in ("head", "worker"):
         service = compose["services"][name]
         bash, script, *options = shlex.split(service["command"])

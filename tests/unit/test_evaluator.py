@@ -85,7 +85,7 @@ def test_a_part_is_reported_when_it_is_generated_and_again_when_it_is_graded():
     assert [(r.seed, r.response, r.response_ids) for r in ungraded] == [(r.seed, r.response, r.response_ids) for r in graded(reported)]
 
 
-def test_each_response_goes_to_the_reward_at_once():
+def test_each_response_is_sent_to_the_reward_immediately():
     stub = Stub()
     evaluate(stub)
     assert [event.split()[0] for event in stub.events] == ["reply", "score"] * 15

@@ -64,7 +64,7 @@ def test_temporary_tensors_are_counted_with_the_fragmentation_of_the_heap(direct
     assert on_cpu.activations == pytest.approx(1.75 * on_gpu.activations, rel=1e-6)
 
 
-def test_nodes_are_shown_with_their_ranks_and_engines_and_what_would_span_them_is_refused(directory):
+def test_nodes_are_shown_with_their_ranks_and_engines_and_groups_that_would_span_nodes_are_refused(directory):
     words = ["trainer.data_parallel=4", "rollout.engines=4"]
     shown = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "2", cwd=directory).stdout
     assert "  node 0           ranks 0 to 3, no engines\n  node 1           no ranks, engines 0 to 3\n" in shown
@@ -96,7 +96,7 @@ def test_groups_have_megatrons_rank_numbers(directory):
     assert plan("trainer.data_parallel=4", "trainer.expert_parallel=2").groups["expert"] == [[0, 1], [2, 3]]
 
 
-def test_a_micro_batch_is_as_large_as_it_may_be_and_no_larger_than_there_are_tokens(directory):
+def test_a_micro_batch_is_as_large_as_allowed_but_not_larger_than_the_batch(directory):
     assert (plan().load.tokens, plan().load.micro_batches) == (512, 4)  # 4 prompts × 4 responses × 100 tokens
     assert plan("trainer.micro_batch_tokens=1").load.tokens == 100
     assert plan("trainer.micro_batch_tokens=100000").load.tokens == 1600

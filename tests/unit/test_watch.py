@@ -209,7 +209,7 @@ def test_a_child_gets_the_watchers_arguments(tmp_path):
     assert words == [*head, "--stage", "all", "--protocol", "aime24", "--data", "a", "b", "--set", "samples=4", "--accept-count"]
 
 
-def test_an_evaluation_goes_to_the_trackers_of_the_training_run(tmp_path, monkeypatch):
+def test_an_evaluation_is_logged_to_the_trackers_of_the_training_run(tmp_path, monkeypatch):
     logged = []
 
     class Tracker:
