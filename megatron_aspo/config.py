@@ -17,9 +17,11 @@ from megatron_aspo.common.errors import UserError, nearest
 from megatron_aspo.common.strict_yaml import load_recipe_yaml, number_if_one
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.evaluation.options import EvaluationOptions
-from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
+from megatron_aspo.losses import registry
+from megatron_aspo.losses.check import check_algorithm
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.presets import LOSS_DEFAULTS, PRESETS, Values
+from megatron_aspo.losses.presets import PRESETS, Values
+from megatron_aspo.losses.section import gather_loss_options, lift_loss_options
 from megatron_aspo.observe.options import ObserveOptions
 from megatron_aspo.observe.trackers import check_names
 from megatron_aspo.rewards.choice import RewardChoice
@@ -107,16 +109,20 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {recipe} must be a mapping of keys to values")
-    written, given = values, {}
+    written, given = _lift(values), {}
     values = copy.deepcopy(written)
     for override in overrides:
         _apply(values, override)
         _apply(given, override)
+        values, given = _lift(values, replace=True), _lift(given, replace=True)
     _check_switch(written, given)
     preset = str(values.get("preset", "paper"))
     _require(preset in PRESETS, f"preset={preset} is not known; {nearest(preset, PRESETS)}")
     implied = _over(_loss_defaults(values), PRESETS[preset])
-    config = _build(Config, _over(implied, values), "")
+    values = _over(implied, values)
+    if isinstance(algorithm := values.get("algorithm", {}), dict):
+        values["algorithm"] = gather_loss_options(algorithm, implied.get("algorithm", {}))
+    config = _build(Config, values, "")
     _check_preset(config)
     check(config, implied)
     return config
@@ -148,13 +154,13 @@ def _check_switch(written: dict, given: dict) -> None:
     The resolved recipe of a run writes every value down: replayed with another loss it would keep the bounds of the old one.
     """
     written, given = _flat(written), _flat(given)
-    for key, default, sets in (
-        ("algorithm.policy_loss", AlgorithmOptions().policy_loss, LOSS_DEFAULTS),
-        ("preset", Config.preset, PRESETS),
+    for key, default, sets_of in (
+        ("algorithm.policy_loss", AlgorithmOptions.policy_loss, _own_defaults),
+        ("preset", Config.preset, lambda preset: PRESETS.get(preset, {})),
     ):
         old, new = str(written.get(key, default)), str(given.get(key, written.get(key, default)))
         for name in (old, new) if old != new else ():
-            for stale in sorted(_flat(sets.get(name, {})).keys() & written.keys() - given.keys()):
+            for stale in sorted(_flat(sets_of(name)).keys() & written.keys() - given.keys()):
                 raise UserError(
                     f"{key}={new} takes the place of {old}, but the recipe sets {stale}={written[stale]}, which goes with {name}; "
                     "set it too, or remove it from the recipe"
@@ -169,9 +175,20 @@ def _flat(values: dict, prefix: str = "") -> dict:
     return result
 
 
+def _lift(values: dict, *, replace: bool = False) -> dict:
+    """Return the recipe with the options of the policy loss beside the other keys of `algorithm`."""
+    algorithm = values.get("algorithm")
+    return values | {"algorithm": lift_loss_options(algorithm, replace=replace)} if isinstance(algorithm, dict) else values
+
+
+def _own_defaults(policy_loss: str) -> Values:
+    own = registry.own_defaults(policy_loss)
+    return {"algorithm": own} if own else {}
+
+
 def _loss_defaults(values: dict) -> Values:
     algorithm = values.get("algorithm")
-    return LOSS_DEFAULTS.get(str(algorithm.get("policy_loss")), {}) if isinstance(algorithm, dict) else {}
+    return _own_defaults(str(algorithm.get("policy_loss"))) if isinstance(algorithm, dict) else {}
 
 
 def _over(below: dict, above: dict) -> dict:
@@ -184,13 +201,14 @@ def _over(below: dict, above: dict) -> dict:
 
 def _check_preset(config: Config) -> None:
     _require(
-        not PRESETS[config.preset] or reads_entropy_classes(config.algorithm),
-        f"preset={config.preset} fixes ε by entropy class, which policy_loss={config.algorithm.policy_loss} does not know; take aspo or "
-        "archer, or set preset=paper",
+        not PRESETS[config.preset] or registry.declaration(config.algorithm.policy_loss).entropy_classes,
+        f"preset={config.preset} fixes ε by entropy class, which policy_loss={config.algorithm.policy_loss} does not know; take "
+        f"{' or '.join(registry.losses_that_declare('entropy_classes'))}, or set preset=paper",
     )
     for section, keys in PRESETS[config.preset].items():
         for key, fixed in keys.items():
-            value = getattr(getattr(config, section), key)
+            options = getattr(config, section)
+            value = getattr(options, key) if hasattr(options, key) else config.algorithm.policy_loss_options.get(key, fixed)
             _require(
                 value == fixed, f"preset={config.preset} fixes {section}.{key}={fixed}, not {value}; remove the key, or set preset=paper"
             )

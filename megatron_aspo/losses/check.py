@@ -5,59 +5,44 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_aspo.common.errors import UserError, nearest
-from megatron_aspo.losses import names
+from megatron_aspo.losses import registry
+from megatron_aspo.losses.declaration import Declaration
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.section import check_loss_options
 
-_CHOICES = {
-    "advantage": names.ADVANTAGE_NAMES,
-    "aggregation": names.AGGREGATIONS,
-    "sequence_count": names.SEQUENCE_COUNTS,
-    "entropy_quantile_scope": names.ENTROPY_SCOPES,
-    "kl_estimator": names.KL_ESTIMATORS,
-    "kl_in": names.KL_PLACES,
-    "old_logprobs": names.OLD_LOGPROBS,
-    "rollout_correction": names.ROLLOUT_CORRECTIONS,
-    "batch_order": names.BATCH_ORDERS,
-    "group_filter": names.GROUP_FILTERS,
+CHOICES = {
+    "advantage": ("grpo", "rloo", "reinforce_plus_plus"),
+    "aggregation": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"),
+    "sequence_count": ("counted", "full_mini_batch"),
+    "entropy_quantile_scope": ("response", "mini_batch"),
+    "kl_estimator": ("k1", "k2", "k3"),
+    "kl_in": ("loss", "reward"),
+    "old_logprobs": ("recompute", "rollout"),
+    "rollout_correction": ("none", "tis", "mask"),
+    "batch_order": ("shuffled", "data_index"),
+    "group_filter": ("none", "drop", "resample", "drop_zero_or_one"),
 }
-
-_CLASSES = ("low_entropy_quantile", "entropy_quantile_scope", "high_entropy_clip_low", "high_entropy_clip_high")
-_CLIP = ("clip_low", "clip_high")
-_READ_BY_LOSS = {
-    "aspo": {*_CLIP, *_CLASSES, "dual_clip_neg", "dual_clip_pos"},
-    "ppo_clip": {*_CLIP, "dual_clip_neg"},
-    "archer": {*_CLIP, *_CLASSES, "dual_clip_neg", "high_entropy_kl_coef"},
-    "gspo": {*_CLIP},
-    "cispo": {*_CLIP},
-    "reinforce": set(),
-    "no_is": {*_CLIP},
-}
-"""Which options of a policy loss each one looks at."""
-
-
-def reads_entropy_classes(options: AlgorithmOptions) -> bool:
-    """Whether the policy loss may tell low-entropy tokens from others: two of ours do, and one of the user's own may."""
-    return options.policy_loss in names.ENTROPY_CLASS_LOSSES or ":" in options.policy_loss
+"""Options with a fixed set of values."""
 
 
 def check_algorithm(
     options: AlgorithmOptions, responses_per_prompt: int, max_response_tokens: int, implied: Mapping[str, Any] | None = None
 ) -> None:
-    """Raises UserError for values and combinations that cannot work or would have no effect, with the rule and the cure.
+    """Raise UserError for values and combinations that cannot work or would have no effect, with the rule and the cure.
 
-    implied: values that a preset or the policy loss set, which may stand without effect.
+    implied: values that a preset or the policy loss set; they may be without effect.
     """
-    for name, valid in _CHOICES.items():
+    for name, valid in CHOICES.items():
         value = getattr(options, name)
         _require(value in valid, f"algorithm.{name}={value} is not known; {nearest(value, valid)}")
     loss = options.policy_loss
-    own = ":" in loss
     _require(
-        own or loss in names.POLICY_LOSS_NAMES,
-        f"algorithm.policy_loss={loss} is not known; {nearest(loss, names.POLICY_LOSS_NAMES)}; one of your own is package.module:function",
+        registry.is_custom(loss) or loss in registry.POLICY_LOSSES,
+        f"algorithm.policy_loss={loss} is not known; {nearest(loss, registry.POLICY_LOSSES)}; one of your own is package.module:function",
     )
+    check_loss_options(options)
     _check_ranges(options)
-    _check_effect(options, own, implied or {})
+    _check_effect(options, registry.declaration(loss), implied or {})
     _check_combinations(options, responses_per_prompt, max_response_tokens)
 
 
@@ -65,10 +50,6 @@ def _check_ranges(options: AlgorithmOptions) -> None:
     for name in ("epochs", "mini_batch_prompts", "resample_rounds", "overlong_factor"):
         _require(getattr(options, name) > 0, f"algorithm.{name}={getattr(options, name)} must be greater than 0")
     for name in (
-        "clip_low",
-        "clip_high",
-        "high_entropy_clip_low",
-        "high_entropy_clip_high",
         "kl_coef",
         "high_entropy_kl_coef",
         "kl_value_clamp",
@@ -76,34 +57,31 @@ def _check_ranges(options: AlgorithmOptions) -> None:
         "overlong_buffer_tokens",
     ):
         _require(getattr(options, name) >= 0, f"algorithm.{name}={getattr(options, name)} must not be negative")
-    for name in ("clip_low", "high_entropy_clip_low"):
-        _require(getattr(options, name) <= 1, f"algorithm.{name}={getattr(options, name)} must be at most 1: a ratio is positive")
-    for name in ("dual_clip_neg", "dual_clip_pos", "rollout_correction_cap"):
-        _require(getattr(options, name) > 1, f"algorithm.{name}={getattr(options, name)} must be greater than 1, the weight on policy")
+    cap = options.rollout_correction_cap
+    _require(cap > 1, f"algorithm.rollout_correction_cap={cap} must be greater than 1, the weight on policy")
     q = options.low_entropy_quantile
     _require(0 <= q <= 1, f"algorithm.low_entropy_quantile={q} must be in [0, 1]")
 
 
-def _check_effect(options: AlgorithmOptions, own: bool, implied: Mapping[str, Any]) -> None:
-    """An option that nothing would read is a mistake of whoever set it."""
+def _check_effect(options: AlgorithmOptions, declared: Declaration, implied: Mapping[str, Any]) -> None:
+    """Refuse an option that nothing would read: whoever set it was mistaken."""
 
     def needs(reason: str, *unread: str) -> None:
         for field in fields(options):
             value = getattr(options, field.name)
-            default = field.default_factory() if field.name == "policy_loss_options" else field.default
-            if field.name in unread and value not in (default, implied.get(field.name)):
+            if field.name in unread and value not in (field.default, implied.get(field.name)):
                 raise UserError(f"algorithm.{field.name}={value} has no effect: it needs {reason}; remove it")
 
-    if own:
-        needs("policy_loss=archer", "high_entropy_kl_coef")
-    else:
-        needs("a policy loss of your own", "policy_loss_options")
-        read = _READ_BY_LOSS[options.policy_loss]
-        for name in sorted(set().union(*_READ_BY_LOSS.values()) - read):
-            readers = [loss for loss, its in _READ_BY_LOSS.items() if name in its]
-            needs(f"policy_loss {' or '.join(readers)}, not {options.policy_loss}", name)
-    if options.policy_loss == "reinforce":
-        needs("a policy loss with a ratio, not reinforce", "old_logprobs")
+    def losses_that_declare(what: str) -> str:
+        names = " or ".join(registry.losses_that_declare(what))
+        return f"policy_loss={names}" if registry.is_custom(options.policy_loss) else f"policy_loss {names}, not {options.policy_loss}"
+
+    if not declared.entropy_classes:
+        needs(losses_that_declare("entropy_classes"), "entropy_quantile_scope", "low_entropy_quantile")
+    if not declared.kl_by_entropy_class:
+        needs(losses_that_declare("kl_by_entropy_class"), "high_entropy_kl_coef")
+    if not declared.ratio:
+        needs(f"a policy loss with a ratio, not {options.policy_loss}", "old_logprobs")
     if options.aggregation == "token_mean":
         needs("a seq_mean aggregation", "sequence_count")
     if options.advantage != "grpo":
@@ -126,8 +104,8 @@ def _check_combinations(options: AlgorithmOptions, responses_per_prompt: int, ma
         "algorithm.kl_estimator=k1 in the loss has no useful gradient: its mean over samples is zero; take k2 or k3, or kl_in=reward",
     )
     _require(
-        not (options.policy_loss == "archer" and options.kl_in == "reward"),
-        "algorithm.policy_loss=archer weights the KL term by token, which a reward cannot; set kl_in=loss",
+        not (registry.declaration(options.policy_loss).kl_by_entropy_class and options.kl_in == "reward"),
+        f"algorithm.policy_loss={options.policy_loss} weights the KL term by token, which a reward cannot; set kl_in=loss",
     )
     _require(
         options.old_logprobs == "recompute" or options.rollout_correction == "none",

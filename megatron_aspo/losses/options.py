@@ -1,4 +1,7 @@
-"""Options of the algorithm: what is optimized. Formulas and pictures: docs/losses.md. Which go together: `check.py` beside this file."""
+"""Options of the algorithm around the policy loss. Formulas and pictures: docs/losses.md. Which go together: `check.py` beside this file.
+
+The options of a policy loss stand in its own signature (builtin/).
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,25 +12,13 @@ class AlgorithmOptions:
     policy_loss: str = "aspo"
     """`aspo | ppo_clip | archer | gspo | cispo | reinforce | no_is`, or `package.module:function` for a custom loss."""
     policy_loss_options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a custom policy loss, by name."""
-    clip_low: float = 0.2
-    """Lower ε: the ratio is clipped at 1 − ε. With entropy classes, for low-entropy tokens. Default of `gspo` 3e-4, of `cispo` 1.0 (no
-    lower bound)."""
-    clip_high: float = 0.2
-    """Upper ε: the ratio is clipped at 1 + ε. With entropy classes, for low-entropy tokens. Default of `gspo` 4e-4."""
-    high_entropy_clip_low: float = 0.4
-    """`aspo`, `archer`: lower ε of high-entropy tokens."""
-    high_entropy_clip_high: float = 0.4
-    """`aspo`, `archer`: upper ε of high-entropy tokens."""
+    """Options of the policy loss, by name. An option of a built-in loss may also stand beside the other keys, as in
+    `algorithm.clip_low`."""
     low_entropy_quantile: float = 0.8
     """`aspo`, `archer`: tokens whose entropy is at or below this quantile are low-entropy."""
     entropy_quantile_scope: str = "response"
     """The quantile is taken over the counted tokens of the `response` or of the `mini_batch`; the latter costs one more forward pass
     per update."""
-    dual_clip_neg: float = 3.0
-    """`aspo`, `ppo_clip`, `archer`: c_neg, upper bound of the weight where A < 0."""
-    dual_clip_pos: float = 3.0
-    """`aspo`: c_pos, upper bound of the inverted weight where A > 0."""
     aggregation: str = "token_mean"
     """The one mean over the mini-batch: `token_mean | seq_mean_token_mean | seq_mean_token_sum | seq_mean_token_sum_norm`. Default of
     `gspo`: `seq_mean_token_mean`."""

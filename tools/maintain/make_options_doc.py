@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/options.md, the table of every option, from the options' dataclasses and the docstrings of their fields.
+"""Write docs/options.md, the table of every option: from the dataclasses and the docstrings of their fields, and the signatures of losses.
 
     python tools/maintain/make_options_doc.py
 
@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import make_losses_doc  # noqa: E402
 
 from megatron_aspo.common.errors import UserError  # noqa: E402
 from megatron_aspo.config import Config, check  # noqa: E402
+from megatron_aspo.losses.options import AlgorithmOptions  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
 HEADER = """# Options
@@ -131,6 +134,8 @@ def page() -> str:
             key = f"{section}.{field.name}" if section else field.name
             meaning = docstrings(kind).get(field.name, "").replace("|", "\\|")
             parts.append(f"| `{key}` | {shown(default)} | {meaning_with_rule(meaning, bounds(section, field))} |\n")
+        if kind is AlgorithmOptions:
+            parts.append(make_losses_doc.option_rows())
     return "".join(parts)
 
 
