@@ -44,7 +44,7 @@ COMMON = {
 def algorithm(**given: Any) -> AlgorithmOptions:
     """Options under the names of a recipe, over COMMON. The policy loss gets the options that it reads."""
     loss = given.get("policy_loss", AlgorithmOptions.policy_loss)
-    chosen = {name: value for name, value in (COMMON | given).items() if name in registry.signature(loss).options}
+    chosen = {name: (COMMON | given).get(name, option.default) for name, option in registry.signature(loss).options.items()}
     return AlgorithmOptions(policy_loss_options=chosen, **{name: value for name, value in given.items() if name in FIELDS})
 
 

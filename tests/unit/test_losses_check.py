@@ -142,7 +142,7 @@ def test_an_unknown_policy_loss_is_refused_with_the_nearest_and_the_form_of_one_
         "algorithm.policy_loss=asbo is not known; did you mean aspo?; one of your own is package.module:function"
     )
     assert refusal(policy_loss="") == (
-        "algorithm.policy_loss= is not known; valid: archer, aspo, cispo, gspo, no_is, ppo_clip, reinforce; "
+        f"algorithm.policy_loss= is not known; valid: {', '.join(sorted(registry.POLICY_LOSSES))}; "
         "one of your own is package.module:function"
     )
 
