@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         "eval": _eval,
         "grade-server": _grade_server,
         "convert": _convert,
+        "config": _config,
     }
     command = known[parsed.command]
     if rest:
@@ -71,6 +72,9 @@ def command_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_grade_server(commands)
     _add_convert(commands)
+    config = commands.add_parser("config", help="print the JSON Schema of a recipe", description="Describe recipes to other programs.")
+    schema = "print the JSON Schema of a recipe, by which editors complete and check one"
+    config.add_argument("--schema", action="store_true", required=True, help=schema)
     return parser
 
 
@@ -241,6 +245,12 @@ def _convert(parsed: argparse.Namespace) -> None:
     from megatron_aspo.commands.convert import run_convert
 
     run_convert(parsed)
+
+
+def _config(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.commands.config import print_schema
+
+    print_schema()
 
 
 def _train(parsed: argparse.Namespace) -> None:

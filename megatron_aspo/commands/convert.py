@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.tokenizer_export import auto_tokenizer_note
 from megatron_aspo.hf.model_directory import find_torch_dist
 from megatron_aspo.hf.writer import SHARD_BYTES
-from megatron_aspo.weights.layout import ModelDims, ParallelSizes, check_divisible
+from megatron_aspo.weights.layout import LayoutError, ModelDims, ParallelSizes, check_divisible
 
 _LAYOUT = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "expert_parallel", "expert_tensor_parallel", "naming")
 
@@ -93,9 +92,8 @@ def _sizes(parsed: argparse.Namespace) -> ParallelSizes:
 
 
 def _check_layout(dims: ModelDims, sizes: ParallelSizes) -> None:
-    """As a run does, but in the words of this command."""
+    """Raise UserError, in the words of this command, when the model cannot be cut this way."""
     try:
         check_divisible(dims, sizes)
-    except UserError as error:
-        said = re.sub(r"trainer\.(\w+)=", lambda match: f"--{match[1].replace('_', '-')} ", str(error))
-        raise UserError(said) from error
+    except LayoutError as error:
+        raise error.worded(lambda name, value: f"--{name.replace('_', '-')} {value}") from None

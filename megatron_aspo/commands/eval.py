@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_aspo import __version__
+from megatron_aspo.commands.eval_recipe import recipe_of, recipe_settings
 from megatron_aspo.common.atomic import disk_errors
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
-from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan, recipe_of
+from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan
 from megatron_aspo.evaluation.problems import Problems, load_problems
 from megatron_aspo.evaluation.report import GENERATED, PARTS, report
 from megatron_aspo.evaluation.sampling import EngineResponder, Evaluator, Part, Responder, Sampling
@@ -48,7 +49,8 @@ def run_eval(parsed: argparse.Namespace) -> int:
     # Who grades needs no model: it may be on other machines alone.
     elsewhere = parsed.stage == "grade" and not Path(parsed.target).expanduser().exists()
     target = Target() if elsewhere else find_target(parsed.target)
-    plan = make_plan(parsed.protocol, None if parsed.protocol else recipe_of(target, parsed.recipe), parsed.data, parsed.overrides)
+    recipe = None if parsed.protocol else recipe_of(target, parsed.recipe)
+    plan = make_plan(parsed.protocol, recipe_settings(recipe) if recipe else None, parsed.data, parsed.overrides)
     with _owned(out, parsed.stage):
         missing = Evaluation(target, plan, out, parsed).run()
         if not missing:

@@ -12,13 +12,13 @@ from typing import Any
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_optional
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.sources import read_rows
 from megatron_aspo.rewards.by_source import reward_of_source
 from megatron_aspo.rewards.choice import NAMES
 from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.response_row import ResponseRow
 from megatron_aspo.rewards.result import RewardResult
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.tasks.task import TASKS
 
 

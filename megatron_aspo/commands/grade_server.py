@@ -7,10 +7,10 @@ from pathlib import Path
 from megatron_aspo.common.auth_token import find_token
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_optional
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.rewards.process import reward_name
 from megatron_aspo.rewards.service.server import GradingServer
 from megatron_aspo.rewards.service.workers import Workers
+from megatron_aspo.tasks.options import DataOptions
 
 ALL = "all"
 """The word for every interface."""

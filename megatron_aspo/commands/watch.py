@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_aspo.checkpoint.manifest import is_checkpoint
+from megatron_aspo.commands.eval_recipe import recipe_settings
 from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config
@@ -206,7 +207,9 @@ def run_watch(parsed: argparse.Namespace) -> int:
         parsed.recipe = recipe  # the checkpoints, which have it too, may not be here
     if config:
         check_packages(config.observe.trackers)
-    plan = make_plan(parsed.protocol, None if parsed.protocol else config, parsed.data, parsed.overrides)  # refuse mistakes before waiting
+    # Refuse mistakes before waiting.
+    held_out = recipe_settings(config) if config and not parsed.protocol else None
+    plan = make_plan(parsed.protocol, held_out, parsed.data, parsed.overrides)
     out = (parsed.out or directory / "evaluations" / plan.protocol).expanduser().absolute()
     log = (lambda step, result: log_result(config, directory, step, result)) if config else (lambda step, result: None)
     watcher = Watcher(directory, out, lambda candidate, to: child_command(parsed, candidate, to), log, parsed.stage)

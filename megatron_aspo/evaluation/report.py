@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.config import build
+from megatron_aspo.common.options import build
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord
@@ -85,4 +85,4 @@ def _settings_of(out: Path) -> EvalSettings:
     record = EvalRecord(out).read()
     if not record:
         raise UserError(f"{out} is no evaluation's directory; name one that megatron-aspo eval wrote")
-    return build(EvalSettings, record["settings"], ())
+    return build(EvalSettings, record["settings"])

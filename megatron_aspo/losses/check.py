@@ -1,76 +1,41 @@
 """Which options of the algorithm go together; light, so that a recipe is checked without importing torch."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from megatron_aspo.common.errors import UserError, nearest
+from megatron_aspo.common.errors import UserError, nearest, require
+from megatron_aspo.common.options import default_of, option_fields
 from megatron_aspo.losses import registry
 from megatron_aspo.losses.declaration import Declaration
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.section import check_loss_options
 
-CHOICES = {
-    "advantage": ("grpo", "rloo", "reinforce_plus_plus"),
-    "aggregation": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"),
-    "sequence_count": ("counted", "full_mini_batch"),
-    "entropy_quantile_scope": ("response", "mini_batch"),
-    "kl_estimator": ("k1", "k2", "k3"),
-    "kl_in": ("loss", "reward"),
-    "old_logprobs": ("recompute", "rollout"),
-    "rollout_correction": ("none", "tis", "mask"),
-    "batch_order": ("shuffled", "data_index"),
-    "group_filter": ("none", "drop", "resample", "drop_zero_or_one"),
-}
-"""Options with a fixed set of values."""
-
 
 def check_algorithm(
     options: AlgorithmOptions, responses_per_prompt: int, max_response_tokens: int, implied: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise UserError for values and combinations that cannot work or would have no effect, with the rule and the cure.
+    """Raise UserError for combinations that cannot work or would have no effect, with the rule and the cure.
 
     implied: values that a preset or the policy loss set; they may be without effect.
     """
-    for name, valid in CHOICES.items():
-        value = getattr(options, name)
-        _require(value in valid, f"algorithm.{name}={value} is not known; {nearest(value, valid)}")
     loss = options.policy_loss
-    _require(
+    require(
         registry.is_custom(loss) or loss in registry.POLICY_LOSSES,
         f"algorithm.policy_loss={loss} is not known; {nearest(loss, registry.POLICY_LOSSES)}; one of your own is package.module:function",
     )
     check_loss_options(options)
-    _check_ranges(options)
     _check_effect(options, registry.declaration(loss), implied or {})
     _check_combinations(options, responses_per_prompt, max_response_tokens)
-
-
-def _check_ranges(options: AlgorithmOptions) -> None:
-    for name in ("epochs", "mini_batch_prompts", "resample_rounds", "overlong_factor"):
-        _require(getattr(options, name) > 0, f"algorithm.{name}={getattr(options, name)} must be greater than 0")
-    for name in (
-        "kl_coef",
-        "high_entropy_kl_coef",
-        "kl_value_clamp",
-        "entropy_coef",
-        "overlong_buffer_tokens",
-    ):
-        _require(getattr(options, name) >= 0, f"algorithm.{name}={getattr(options, name)} must not be negative")
-    cap = options.rollout_correction_cap
-    _require(cap > 1, f"algorithm.rollout_correction_cap={cap} must be greater than 1, the weight on policy")
-    q = options.low_entropy_quantile
-    _require(0 <= q <= 1, f"algorithm.low_entropy_quantile={q} must be in [0, 1]")
 
 
 def _check_effect(options: AlgorithmOptions, declared: Declaration, implied: Mapping[str, Any]) -> None:
     """Refuse an option that nothing would read: whoever set it was mistaken."""
 
     def needs(reason: str, *unread: str) -> None:
-        for field in fields(options):
-            value = getattr(options, field.name)
-            if field.name in unread and value not in (field.default, implied.get(field.name)):
-                raise UserError(f"algorithm.{field.name}={value} has no effect: it needs {reason}; remove it")
+        for name in (name for name in option_fields(options) if name in unread):
+            value = getattr(options, name)
+            if value not in (default_of(AlgorithmOptions, name), implied.get(name)):
+                raise UserError(f"algorithm.{name}={value} has no effect: it needs {reason}; remove it")
 
     def losses_that_declare(what: str) -> str:
         names = " or ".join(registry.losses_that_declare(what))
@@ -99,26 +64,26 @@ def _check_effect(options: AlgorithmOptions, declared: Declaration, implied: Map
 
 
 def _check_combinations(options: AlgorithmOptions, responses_per_prompt: int, max_response_tokens: int) -> None:
-    _require(
+    require(
         not (options.has_kl and options.kl_in == "loss" and options.kl_estimator == "k1"),
         "algorithm.kl_estimator=k1 in the loss has no useful gradient: its mean over samples is zero; take k2 or k3, or kl_in=reward",
     )
-    _require(
+    require(
         not (registry.declaration(options.policy_loss).kl_by_entropy_class and options.kl_in == "reward"),
         f"algorithm.policy_loss={options.policy_loss} weights the KL term by token, which a reward cannot; set kl_in=loss",
     )
-    _require(
+    require(
         options.old_logprobs == "recompute" or options.rollout_correction == "none",
         f"algorithm.rollout_correction={options.rollout_correction} corrects π_old against the engine, but old_logprobs=rollout takes the "
         "engine's own: there is nothing to correct; set one of them back",
     )
-    _require(
+    require(
         options.overlong_buffer_tokens <= max_response_tokens,
         f"algorithm.overlong_buffer_tokens={options.overlong_buffer_tokens} is more than rollout.max_response_tokens={max_response_tokens}",
     )
     if responses_per_prompt == 1:
         alone = "rollout.responses_per_prompt=1 leaves nothing to compare within a group, but"
-        _require(
+        require(
             options.advantage == "reinforce_plus_plus" and not options.subtract_group_mean,
             f"{alone} algorithm.advantage={options.advantage} subtract_group_mean={options.subtract_group_mean} does so; "
             "take at least 2, or advantage=reinforce_plus_plus without the group mean",
@@ -128,13 +93,8 @@ def _check_combinations(options: AlgorithmOptions, responses_per_prompt: int, ma
         ("advantage=reinforce_plus_plus without subtract_group_mean", whitened),
         ("kl_in=reward", options.kl_in == "reward"),
     ):
-        _require(
+        require(
             not carries or options.group_filter == "none",
             f"algorithm.group_filter={options.group_filter} leaves out groups by their rewards alone, but with {reason} such groups carry "
             "gradient; set group_filter=none",
         )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
+from pydantic import Field
+
+from megatron_aspo.common.options import Rule
+
 Function = TypeVar("Function", bound=Callable)
 
 
@@ -40,20 +44,11 @@ def declares(**declared: bool | str) -> Callable[[Function], Function]:
     return mark
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A rule for the value of an option, and how a refusal words it."""
-
-    holds: Callable[[float], bool]
-    rule: str
-
-
-NOT_NEGATIVE = Bound(lambda value: value >= 0, "must not be negative")
-LowerClip = Annotated[float, NOT_NEGATIVE, Bound(lambda value: value <= 1, "must be at most 1: a ratio is positive")]
+LowerClip = Annotated[float, Field(ge=0, le=1), Rule("must be at most 1: a ratio is positive", "le")]
 """ε of a lower bound 1 − ε on the ratio."""
-UpperClip = Annotated[float, NOT_NEGATIVE]
+UpperClip = Annotated[float, Field(ge=0)]
 """ε of an upper bound 1 + ε on the ratio."""
-Cap = Annotated[float, Bound(lambda value: value > 1, "must be greater than 1, the weight on policy")]
+Cap = Annotated[float, Field(gt=1), Rule("must be greater than 1, the weight on policy")]
 """Upper bound of a token's weight."""
 OPTION_TYPES = {"LowerClip": LowerClip, "UpperClip": UpperClip, "Cap": Cap}
 """Annotations of options that carry bounds, by name."""

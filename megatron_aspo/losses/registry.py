@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from megatron_aspo.losses.declaration import CUSTOM, Declaration
+from megatron_aspo.losses.declaration import CUSTOM, OPTION_TYPES, Declaration
 from megatron_aspo.losses.signature import LossOption, LossSignature, read_signature
 
 POLICY_LOSSES = {
@@ -50,6 +50,19 @@ def builtin_options() -> dict[str, dict[str, LossOption]]:
         for name, option in signature(loss).options.items():
             readers.setdefault(name, {})[loss] = option
     return readers
+
+
+def option_type(option: LossOption) -> Any:
+    """Return the type of an option: its annotation where that carries bounds, else the type of its default."""
+    return OPTION_TYPES.get(option.annotation, type(option.default))
+
+
+def option_meaning(name: str) -> str:
+    """Return what an option means under each built-in loss that reads it, as one sentence."""
+    losses_of: dict[str, list[str]] = {}
+    for loss, option in builtin_options()[name].items():
+        losses_of.setdefault(option.meaning.rstrip("."), []).append(f"`{loss}`")
+    return "; ".join(f"{', '.join(losses)}: {text[0].lower()}{text[1:]}" for text, losses in losses_of.items()) + "."
 
 
 @cache

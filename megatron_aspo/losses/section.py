@@ -4,21 +4,20 @@ A recipe writes an option of its loss like any other key, `algorithm.clip_low`, 
 become one. Light, so that a recipe is checked without importing torch.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, get_args
+from dataclasses import asdict
+from typing import Any
 
 from megatron_aspo.common.errors import UserError, nearest
+from megatron_aspo.common.options import build, option_fields, options
 from megatron_aspo.common.strict_yaml import number_if_one
 from megatron_aspo.losses import registry
 from megatron_aspo.losses.declaration import OPTION_TYPES
 from megatron_aspo.losses.options import AlgorithmOptions
 
-FIELDS = frozenset(f.name for f in fields(AlgorithmOptions))
+FIELDS = frozenset(option_fields(AlgorithmOptions))
 INSIDE = "policy_loss_options"
-TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-"""Types that an option of a built-in loss may have."""
+SECTION = "algorithm"
 
 
 def lift_loss_options(section: dict[str, Any], *, replace: bool = False) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def gather_loss_options(section: dict[str, Any], implied: Mapping[str, Any]) -> 
         if unknown := inside.keys() - signature.options.keys():
             raise UserError(_no_effect(INSIDE, {name: inside[name] for name in inside if name in unknown}, loss))
         given = chosen | inside
-        chosen = {name: _typed(name, given.get(name, option.default), type(option.default)) for name, option in signature.options.items()}
+        chosen = asdict(build(option_class(loss), {name: given[name] for name in signature.options if name in given}))
         inside = {}
     rest = {key: value for key, value in section.items() if key in FIELDS and key != INSIDE}
     return rest | {INSIDE: chosen | inside}
@@ -79,30 +78,31 @@ def algorithm_options(**section: Any) -> AlgorithmOptions:
 
 
 def check_loss_options(options: AlgorithmOptions) -> None:
-    """Raise UserError for an option that the policy loss does not read, and for a value out of its bounds."""
-    signature = registry.signature(options.policy_loss)
-    for name, value in options.policy_loss_options.items() if signature else ():
-        if name not in signature.options:
-            if not registry.is_custom(options.policy_loss):
-                known = name in registry.builtin_options()
-                raise UserError(_no_effect(name if known else INSIDE, value if known else {name: value}, options.policy_loss))
-            continue  # the function itself is asked when it is bound: find.py
-        for bound in get_args(OPTION_TYPES.get(signature.options[name].annotation))[1:]:
-            if not bound.holds(_typed(name, value, float)):
-                raise UserError(f"algorithm.{name}={value} {bound.rule}")
+    """Raise UserError for an option that the policy loss does not read, and for a value of another type or out of its bounds."""
+    loss, given = options.policy_loss, options.policy_loss_options
+    signature = registry.signature(loss)
+    if signature is None:
+        return
+    if loss in registry.POLICY_LOSSES:
+        for name in given.keys() - signature.options.keys():
+            known = name in registry.builtin_options()
+            raise UserError(_no_effect(name if known else INSIDE, given[name] if known else {name: given[name]}, loss))
+    kind = option_class(loss)
+    kind(**{name: value for name, value in given.items() if name in option_fields(kind)})
+
+
+def option_class(policy_loss: str) -> type:
+    """Return the class of a loss's options, which checks types and bounds. Of a custom loss it has those with an annotation of ours."""
+    fields = {
+        name: (registry.option_type(option), option.default)
+        for name, option in registry.signature(policy_loss).options.items()
+        if policy_loss in registry.POLICY_LOSSES or option.annotation in OPTION_TYPES
+    }
+    defaults = {name: default for name, (_, default) in fields.items()}
+    return options(SECTION)(type("LossOptions", (), {"__annotations__": {n: kind for n, (kind, _) in fields.items()}} | defaults))
 
 
 def _no_effect(name: str, value: Any, loss: str) -> str:
     readers = registry.builtin_options().get(name, {})
     needs = "a policy loss of your own" if name == INSIDE else f"policy_loss {' or '.join(readers)}, not {loss}"
     return f"algorithm.{name}={value} has no effect: it needs {needs}; remove it"
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    """Return the value as the type of the option's default; a float also takes a whole number. Raises UserError for anything else."""
-    value = number_if_one(value)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"algorithm.{name}={value!r} is not {TYPE_NAMES[kind]}")
-    return value

@@ -8,7 +8,7 @@ from megatron_aspo.data.packing import PackingFigures
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
-from megatron_aspo.weights.layout import ModelDims, ParallelSizes, check_divisible
+from megatron_aspo.weights.layout import LayoutError, ModelDims, ParallelSizes, check_divisible
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ class RankSettings:
 
     def check_model(self, dims: ModelDims) -> None:
         """Raises UserError when a model of these sizes cannot be trained with these options."""
-        check_divisible(dims, self.sizes)
+        try:
+            check_divisible(dims, self.sizes)
+        except LayoutError as error:
+            raise error.worded(lambda name, value: f"trainer.{name}={value}") from None
         trainer = self.trainer
         if not dims.experts and trainer.expert_tensor_parallel:
             raise UserError(f"trainer.expert_tensor_parallel={trainer.expert_tensor_parallel}: the model has no experts; leave it out")

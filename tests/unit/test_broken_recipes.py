@@ -4,7 +4,7 @@ import pytest
 
 from megatron_aspo import cli
 from megatron_aspo.config import load_config
-from megatron_aspo.runtime import run
+from megatron_aspo.runtime import processes
 from tests.in_process import run_main
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
@@ -35,7 +35,7 @@ def directory(tmp_path, model, monkeypatch):
     def started(*_):
         raise AssertionError("Ray was about to be started")
 
-    monkeypatch.setattr(run, "open_cluster", started)
+    monkeypatch.setattr(processes, "open_cluster", started)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "model").symlink_to(model)
     (tmp_path / "my_rewards.py").write_text(REWARDS)

@@ -16,7 +16,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
 from megatron_aspo.hf.model import read_model
 from megatron_aspo.hf.tensor_files import TensorReader
-from megatron_aspo.runtime import run
+from megatron_aspo.runtime import processes, run
 from megatron_aspo.runtime.plan import make_plan
 from megatron_aspo.runtime.start import Ownership
 from tests.models import save_tiny
@@ -34,7 +34,7 @@ def directory(tmp_path, monkeypatch) -> Path:
         raise AssertionError("Ray was about to be started")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "open_cluster", started)
+    monkeypatch.setattr(processes, "open_cluster", started)
     save_tiny("qwen2", tmp_path / "model", tied=True)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return tmp_path
@@ -69,7 +69,7 @@ def verify_sync(*overrides: str) -> None:
     spec = importlib.util.spec_from_file_location("verify_sync", file)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    tool.open_cluster = run.open_cluster
+    tool.open_cluster = processes.open_cluster
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         said: list[str] = []
         patch.setattr(sys, "argv", ["verify_sync", "recipe.yaml", *overrides])

@@ -19,7 +19,7 @@ def summary(directory: Path, capsys, steps: list[dict]) -> tuple[dict, str]:
     metrics = MetricsFile(directory / "metrics.jsonl")
     for number, step in enumerate(steps):
         metrics.write({"step": number} | step)
-    run = SimpleNamespace(config=Config(name="run", steps=len(steps)), directory=directory, memory=None, metrics=metrics)
+    run = SimpleNamespace(config=Config(name="run", steps=len(steps) or 1), directory=directory, memory=None, metrics=metrics)
     print_summary(run, None, None, 1.0, 10, directory / "exports")
     metrics.close()
     *before, last = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megatron_aspo.losses import registry  # noqa: E402
-from megatron_aspo.losses.declaration import OPTION_TYPES, Declaration  # noqa: E402
+from megatron_aspo.losses.declaration import Declaration  # noqa: E402
 
 PAGE = ROOT / "docs" / "losses.md"
 START, END = "## The family\n", "## A loss of your own\n"
@@ -58,28 +58,6 @@ def _wrapped(block: str) -> str:
     if block.startswith("    "):
         return block.rstrip()
     return textwrap.fill(" ".join(block.split()), 120, break_long_words=False, break_on_hyphens=False)
-
-
-def option_rows() -> str:
-    """Return the rows of the options of all built-in losses for the table of every option: key, defaults, meanings with the bounds."""
-    rows = []
-    for name, readers in registry.builtin_options().items():
-        shared = registry.shared_defaults()[name]
-        others = [f"`{option.default}` (`{loss}`)" for loss, option in readers.items() if option.default != shared]
-        default = ", ".join([f"`{shared}`", *others])
-        meanings: dict[str, list[str]] = {}
-        for loss, option in readers.items():
-            meanings.setdefault(option.meaning.rstrip("."), []).append(f"`{loss}`")
-        meaning = "; ".join(f"{', '.join(losses)}: {text[0].lower()}{text[1:]}" for text, losses in meanings.items())
-        rows.append(f"| `algorithm.{name}` | {default} | {meaning}.{_bounds(readers)} |\n")
-    return "".join(rows)
-
-
-def _bounds(readers: dict[str, registry.LossOption]) -> str:
-    annotation = next(iter(readers.values())).annotation
-    rules = [bound.rule.partition(":")[0].partition(",")[0] for bound in getattr(OPTION_TYPES.get(annotation), "__metadata__", ())]
-    words = [rule.removeprefix("must ").removeprefix("be ").replace("not be negative", "at least 0") for rule in rules]
-    return f" {'; '.join(words).replace('greater than', 'above').capitalize()}." if words else ""
 
 
 if __name__ == "__main__":
