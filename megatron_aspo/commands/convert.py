@@ -1,4 +1,4 @@
-"""`megatron-aspo convert`: from the words of the command line to a conversion."""
+"""`megatron-aspo convert`: checks the command line and runs the conversion."""
 
 import argparse
 import math
@@ -19,8 +19,8 @@ _LAYOUT = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "expert_p
 
 
 def run_convert(parsed: argparse.Namespace) -> None:
-    """Raises UserError for anything that the user can cure; then no target is left."""
-    # Copying and comparing wait for memory: threads of torch's would only spin beside the ones that hash.
+    """Convert `parsed.source`. Raises UserError for anything that the user can cure; then no target is left."""
+    # Copying and comparing are limited by memory bandwidth: torch's threads would only compete with those that hash.
     torch.set_num_threads(1)
     path = Path(parsed.source).expanduser()
     from_hugging_face = find_torch_dist(path) is None and not is_checkpoint(path)
@@ -52,7 +52,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
 
 
 def _notes(source: Source, to: str, target: Path) -> Iterator[str]:
-    """Yield remarks on data that the target format cannot hold, and on fields that other programs interpret differently."""
+    """Yield notes on data that the target format cannot hold and on fields that other programs interpret differently."""
     if to == "huggingface" and (note := auto_tokenizer_note(target)):
         yield note
     if to == "torch_dist":
@@ -63,7 +63,7 @@ def _notes(source: Source, to: str, target: Path) -> Iterator[str]:
 
 
 def _check(parsed: argparse.Namespace, from_hugging_face: bool, to: str, target: Path) -> None:
-    """What can be refused before the source is read, which takes long."""
+    """Raise UserError for mistakes that show before the source is read, which takes long."""
     given = [f"--{name.replace('_', '-')}" for name in _LAYOUT if getattr(parsed, name) is not None]
     if to == "huggingface" and given:
         raise UserError(f"{given[0]} is about a Megatron target, but {parsed.target} is to be a Hugging Face directory; leave it out")
@@ -83,7 +83,7 @@ def _sizes(parsed: argparse.Namespace) -> ParallelSizes:
     return ParallelSizes(
         tensor=tensor,
         pipeline=parsed.pipeline_parallel or 1,
-        # Experts are spread over the ranks of a stage: as many data-parallel replicas as they need.
+        # Experts are sharded over the ranks of a stage: add as many data-parallel replicas as they need.
         data=math.lcm(tensor, expert * expert_tensor) // tensor,
         virtual=parsed.virtual_pipeline or 1,
         expert=expert,

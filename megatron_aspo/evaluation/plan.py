@@ -18,7 +18,7 @@ HELD_OUT = "held_out"
 """Name of the protocol of a recipe's own held-out prompts, as they are evaluated during training."""
 RECORD = "evaluation.json"
 _NOT_OF_THE_PROTOCOL = ("data.eval_path", "data.reward_workers", "data.reward_resource")
-"""Options that say where and how fast, beside those of `engine`."""
+"""Options, beside those of `engine`, that affect location and speed but not results."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class EvalPlan:
     protocol: str
     settings: EvalSettings
     changed: dict[str, Any]
-    """Key path → value of what differs from the protocol of that name."""
+    """Key path → value of the settings that differ from the protocol of that name."""
 
 
 def make_plan(protocol: str, recipe: dict[str, Any] | None, data: Sequence[str], overrides: Sequence[str]) -> EvalPlan:
@@ -46,7 +46,7 @@ def make_plan(protocol: str, recipe: dict[str, Any] | None, data: Sequence[str],
 
 
 class EvalRecord:
-    """OUT/evaluation.json: what the responses in the directory belong to. A second process that goes on must agree with it."""
+    """OUT/evaluation.json, which describes the evaluation in the directory. A process that continues it must have the same values."""
 
     def __init__(self, directory: Path):
         self._path = directory / RECORD
@@ -56,9 +56,9 @@ class EvalRecord:
         return json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
 
     def agree(self, values: dict[str, Any], loose: Sequence[str] = ()) -> None:
-        """Write the record, or compare with the one that is there.
+        """Write the record, or compare with an existing one.
 
-        loose: key paths below which a process that goes on may differ. Raises UserError naming the first other value that differs.
+        loose: key paths below which a continuing process may differ. Raises UserError naming the first other value that differs.
         """
         written = self.read()
         values = json.loads(json.dumps(values))
@@ -70,7 +70,7 @@ class EvalRecord:
         self.compare(values, written | values, loose)
 
     def compare(self, values: dict[str, Any], keys: dict[str, Any], loose: Sequence[str] = ()) -> None:
-        """Compare the record with values. keys: what is compared, by its key paths; loose and errors as for `agree`."""
+        """Compare the record with `values` at the key paths of `keys`; loose and errors as for `agree`."""
         before, now = flatten(self.read()), flatten(json.loads(json.dumps(values)))
         for key in sorted(flatten(keys)):
             if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in loose):

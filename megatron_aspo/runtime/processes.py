@@ -101,8 +101,8 @@ def _start_trainers_and_engines(
             trainers = Trainers.start(settings, cluster.device, threads, prepared.start.checkpoint, reserve)
             stack.callback(call_with_signals_ignored, trainers.close)
             if colocated:
-                trainers.leave("optimizer")
-                trainers.leave("weights")
+                trainers.offload("optimizer")
+                trainers.offload("weights")
             started = engines.start(shared_places(trainers.places(), config.rollout.sizes)) if colocated else starting.result()
             if not config.ray_address:
                 rewards.ready()

@@ -52,7 +52,7 @@ def data(**changes: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("recipe", "message"),
     [
         # YAML that means something other than it seems to.
         (HEAD + "steps: 1\nseed: 0\nsteps: 2\n", "steps occurs twice, in lines 3 and 5; keep one"),
@@ -98,12 +98,12 @@ def data(**changes: str) -> str:
     ],
     ids=lambda value: value[-40:],
 )
-def test_a_broken_recipe_ends_with_one_line_that_names_the_mistake(directory, recipe, said):
+def test_a_broken_recipe_ends_with_one_line_that_names_the_mistake(directory, recipe, message):
     (directory / "recipe.yaml").write_text(recipe)
     done = run_main(cli.main, "train", "recipe.yaml", cwd=directory)
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith("megatron-aspo: error: ") and said in line
+    assert line.startswith("megatron-aspo: error: ") and message in line
     assert not (directory / "runs").exists()
 
 

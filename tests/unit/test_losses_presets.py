@@ -1,5 +1,6 @@
 """Names, presets, and what `archer_reference` computes, by hand."""
 
+from dataclasses import asdict
 from math import exp
 from pathlib import Path
 

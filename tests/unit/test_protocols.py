@@ -23,7 +23,7 @@ def planned(protocol, *overrides, data=()):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_every_protocol_is_valid_as_it_is_and_names_the_source_of_each_value(name):
+def test_every_protocol_is_valid_and_names_the_source_of_each_value(name):
     plan = planned(name)
     assert plan.changed == {} and plan.protocol == name
     assert all(len(value.source) >= 4 for value in PROTOCOLS[name].values.values())
@@ -97,7 +97,7 @@ def load(protocol, path, *overrides, accept=True):
     return load_problems(planned(protocol, *overrides, data=[str(path)]).settings, None, accept)
 
 
-def test_livecodebench_rows_are_taken_by_date_both_ends_included(tmp_path):
+def test_livecodebench_rows_are_selected_by_date_inclusively(tmp_path):
     row = FIXTURE["livecodebench_v5"].rows[0]
     days = ["2024-07-31", "2024-08-01", "2024-12-24T00:00:00", "2025-02-01", "2025-02-02", "2025-05-01", "2025-05-02"]
     save_lines(tmp_path / "raw.jsonl", [row | {"question_id": day, "contest_date": day} for day in days])

@@ -63,7 +63,7 @@ def test_a_ledger_that_lost_lines_since_the_checkpoint_is_refused_by_the_counts(
 
 
 @pytest.mark.parametrize(
-    ("deterministic", "threads", "layout", "said"),
+    ("deterministic", "threads", "layout", "message"),
     [
         (True, {"trainer": 1, "rollout": 2}, {}, []),
         (True, {"trainer": 2, "rollout": 2}, {}, ["trainer.threads was 1, is 2"]),
@@ -76,14 +76,14 @@ def test_a_ledger_that_lost_lines_since_the_checkpoint_is_refused_by_the_counts(
         (False, {"trainer": 2, "rollout": 2}, {"tensor_parallel": 2}, []),
     ],
 )
-def test_a_deterministic_run_reports_why_it_is_not_the_undisturbed_one(tmp_path, capsys, deterministic, threads, layout, said):
+def test_a_deterministic_run_reports_why_it_is_not_the_undisturbed_one(tmp_path, capsys, deterministic, threads, layout, message):
     manifest = Manifest("LlamaForCausalLM", "float32", "local", ParallelSizes(), {}, {"threads": {"trainer": 1, "rollout": 2}})
     settings = RankSettings(tmp_path, TrainerOptions(**layout), OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 1, 1)
     progress = Progress(1)
     warn_if_not_bitwise_resumable(Start(True, tmp_path, manifest), Config(deterministic=deterministic), settings, threads, progress)
     progress.close()
     printed = " ".join("".join(capsys.readouterr()).split())
-    assert ("not the undisturbed one" in printed) == bool(said) and all(part in printed for part in said), printed
+    assert ("not the undisturbed one" in printed) == bool(message) and all(part in printed for part in message), printed
 
 
 @pytest.mark.parametrize(("flags", "has"), [("avx2 avx512f", False), ("avx2 avx512_bf16 f16c", True), ("amx_bf16 amx_tile", True)])

@@ -22,7 +22,7 @@ def test_an_unknown_word_is_refused_with_the_cure(name):
 
 
 @pytest.mark.parametrize(("name", "choice"), [(name, choice) for name, choices in CHOICES.items() for choice in choices])
-def test_every_known_word_is_taken(name, choice):
+def test_every_known_word_is_accepted(name, choice):
     assert getattr(TrainerOptions(**{name: choice}), name) == choice
 
 
