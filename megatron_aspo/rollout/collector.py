@@ -36,6 +36,8 @@ def request_seed(*parts: object) -> int:
 class Collected:
     """Scored groups and how long their parts took."""
 
+    first: int
+    """Position of the first group's prompt among all training prompts of the run."""
     groups: list[Group]
     """Everything that was generated."""
     kept: list[Group]
@@ -50,6 +52,14 @@ class Collected:
     """Response tokens generated."""
     worker_restarts: int = 0
     """Reward workers that were lost and replaced."""
+
+    def prompts(self) -> dict[str, int]:
+        """Return which of the run's training prompts the groups answer, as the ledger records it."""
+        return {"first": self.first, "count": len(self.groups)}
+
+    def used(self) -> list[int]:
+        """Return the positions, among the run's training prompts, of those whose groups are trained on."""
+        return [self.first + position for position, group in enumerate(self.groups) if any(group is kept for kept in self.kept)]
 
 
 class Rollouts:
@@ -96,6 +106,7 @@ class Rollouts:
                 break
             more = self._collect(missing, f"step {step}, extra {extra}", phase)
             collected = Collected(
+                first=collected.first,
                 groups=collected.groups + more.groups,
                 kept=collected.kept + more.kept,
                 resampled=collected.resampled + missing,
@@ -107,14 +118,15 @@ class Rollouts:
         return collected
 
     def _collect(self, count: int, purpose: str, phase: Callable[[str], None]) -> Collected:
-        prompts = [self._task.prompt(self.drawn + i) for i in range(count)]
+        first = self.drawn
+        prompts = [self._task.prompt(first + i) for i in range(count)]
         self.drawn += count
-        collected = self._respond(prompts, self._options.responses_per_prompt, self._options.temperature, purpose, phase)
+        collected = self._respond(first, prompts, self._options.responses_per_prompt, self._options.temperature, purpose, phase)
         collected.kept = [group for group in collected.groups if is_trained_on(group.shaped_rewards, self._algorithm.group_filter)]
         return collected
 
     def _respond(
-        self, prompts: Sequence[Prompt], responses: int, temperature: float, purpose: str, phase: Callable[[str], None]
+        self, first: int, prompts: Sequence[Prompt], responses: int, temperature: float, purpose: str, phase: Callable[[str], None]
     ) -> Collected:
         requests = [
             Request(
@@ -147,6 +159,7 @@ class Rollouts:
         ]
         groups = [Group(prompt, tuple(samples[n * responses : (n + 1) * responses])) for n, prompt in enumerate(prompts)]
         return Collected(
+            first,
             groups,
             groups,
             seconds=seconds,

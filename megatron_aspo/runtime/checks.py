@@ -58,7 +58,7 @@ def check_run(config: Config, device: str, *, weights_required: bool = True) -> 
     else:
         reader = TensorReader.checked(model) if weights_required or has_weights(model.directory) else None
     if ":" in config.algorithm.policy_loss:
-        from megatron_aspo.losses.custom import find_policy_loss
+        from megatron_aspo.losses.find import find_policy_loss
 
         find_policy_loss(config.algorithm)
     return CheckedRecipe(model, settings, reader, torch_dist)
