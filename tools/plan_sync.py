@@ -21,15 +21,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.hf.tensor_meta import torch_dtype
-from megatron_aspo.sync.plan import Where, in_buckets, least_traffic, traffic
+from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
+from megatron_aspo.sync.plan import RankNodes, count_least_traffic, count_traffic, fill_buckets
 from megatron_aspo.weights.families import homes
-from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
+from megatron_aspo.weights.holdings import TrainingHoldings
 from megatron_aspo.weights.layout import ParallelSizes, check_divisible
 
 AXES = ("tensor", "pipeline", "data", "virtual", "expert", "expert_tensor", "context")
 
 
-def places(training: int, workers: int, node_devices: int, colocated: bool) -> Where:
+def places(training: int, workers: int, node_devices: int, colocated: bool) -> RankNodes:
     """Nodes filled in order."""
     nodes = [rank // node_devices for rank in range(training)]
     if colocated:
@@ -37,29 +38,31 @@ def places(training: int, workers: int, node_devices: int, colocated: bool) -> W
             raise UserError(
                 f"{workers} engine workers cannot share the devices of {training} training ranks; start fewer, or leave --colocated out"
             )
-        return Where((*nodes, *nodes[:workers]), {training + worker: worker for worker in range(workers)})
+        return RankNodes((*nodes, *nodes[:workers]), {training + worker: worker for worker in range(workers)})
     first = nodes[-1] + 1
-    return Where((*nodes, *(first + worker // node_devices for worker in range(workers))), {})
+    return RankNodes((*nodes, *(first + worker // node_devices for worker in range(workers))), {})
 
 
-def planned(architecture: str, dims, sizes: ParallelSizes, engines: EngineSizes, where: Where, itemsize: int, bucket_bytes: int) -> dict:
+def planned(
+    architecture: str, dims, sizes: ParallelSizes, engines: EngineSizes, where: RankNodes, itemsize: int, bucket_bytes: int
+) -> dict:
     """The figures, in bytes."""
     check_divisible(dims, sizes)
     source, target = TrainingHoldings(architecture, dims, sizes), EngineHoldings(architecture, dims, engines)
     order = source.in_turns()
     places = homes(architecture, dims)
-    buckets = in_buckets(order, target, lambda name: math.prod(places[name][0].rule.shape(dims)) * itemsize, bucket_bytes)
-    added = traffic(order, source, target, where)
+    buckets = fill_buckets(order, target, lambda name: math.prod(places[name][0].rule.shape(dims)) * itemsize, bucket_bytes)
+    added = count_traffic(order, source, target, where)
     senders = added.sent[: source.world] * itemsize
     received = added.received * itemsize
-    least = least_traffic(order, source, target, where) * itemsize
+    least = count_least_traffic(order, source, target, where) * itemsize
     passing = bool(added.sent[source.world :].any())
-    within = np.maximum(added.sent - added.sent_away, added.received - added.received_from_away) * itemsize
-    between = np.maximum(added.sent_away, added.received_from_away) * itemsize
+    within = np.maximum(added.sent - added.sent_between_nodes, added.received - added.received_between_nodes) * itemsize
+    between = np.maximum(added.sent_between_nodes, added.received_between_nodes) * itemsize
     return {
         "bytes": int(received.sum()),
         "least_bytes": least,
-        "bytes_between_nodes": int(added.sent_away.sum()) * itemsize,
+        "bytes_between_nodes": int(added.sent_between_nodes.sum()) * itemsize,
         "busiest_sender": int(senders.max()),
         "mean_sender": float(senders.mean()),
         "busiest_receiver": int(received.max()),

@@ -26,7 +26,7 @@ from megatron_aspo.rollout.output_tail import OutputTail, second_hand
 if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    from megatron_aspo.sync.schedule import TransferSpec
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
     from megatron_aspo.weights.layout import Box
 
 INITIAL_VERSION = 0

@@ -7,8 +7,7 @@ has the checkpoint's name, and the shape of this worker's part. Pure: no vLLM, n
 import re
 from dataclasses import dataclass
 
-from megatron_aspo.sync.schedule import TransferSpec
-from megatron_aspo.weights.holdings import EngineHoldings
+from megatron_aspo.rollout.engine_layout import EngineHoldings
 from megatron_aspo.weights.layout import Box
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -35,10 +34,9 @@ class Place:
 class EngineMemory:
     """The memory of one worker."""
 
-    def __init__(self, spec: TransferSpec, worker: int):
-        """worker: its number among the workers of all engines. Raises UserError when engines cannot cut the model as the spec says."""
-        self._holdings = EngineHoldings(spec.architecture, spec.dims, spec.engines)
-        self._worker = worker
+    def __init__(self, holdings: EngineHoldings, worker: int):
+        """worker: its number among the workers of all engines."""
+        self._holdings, self._worker = holdings, worker
 
     def held(self, tensor: str) -> Box | None:
         """The part of a tensor that this worker has, if any."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.host_memory import HEAP_HOLES
 from megatron_aspo.hf.model import HFModel
+from megatron_aspo.rollout.engine_layout import EngineHoldings
 from megatron_aspo.rollout.engine_settings import GIB, batched_tokens
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.weights.holdings import EngineHoldings
 from megatron_aspo.weights.layout import ITEMSIZE, volume
 
 _FLOAT32 = 4

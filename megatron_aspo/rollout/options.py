@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_aspo.weights.holdings import EngineSizes
+from megatron_aspo.rollout.engine_layout import EngineSizes
 
 
 @dataclass(frozen=True)

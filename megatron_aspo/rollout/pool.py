@@ -29,7 +29,7 @@ from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.share import share
 
 if TYPE_CHECKING:
-    from megatron_aspo.sync.schedule import TransferSpec
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
 
 _MAX_CONCURRENT_CALLS = 4096
 _SHUTDOWN_TIMEOUT_S = 30.0

@@ -39,12 +39,13 @@ from vllm.v1.engine import utils as engine_utils
 
 from megatron_aspo.common.host_memory import release_freed_memory
 from megatron_aspo.hf.tensor_meta import torch_dtype
+from megatron_aspo.rollout.engine_layout import EngineHoldings
 from megatron_aspo.rollout.engine_memory import EngineMemory
 from megatron_aspo.rollout.engine_settings import READABLE, TRANSFER_BACKEND
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import WeightReceiver
 from megatron_aspo.sync.group import StatelessGroup, stateless_group
 from megatron_aspo.sync.messages import digest, view, written
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.weights.layout import Box
 
 
@@ -94,9 +95,9 @@ class PieceTransferEngine(WeightTransferEngine[JoinInfo, VersionInfo]):
         rank = spec.training.world + worker
         backend = "nccl" if self.device.type == "cuda" and not spec.colocated else "gloo"
         where = init_info.host, init_info.port
-        self._group = stateless_group(*where, rank, spec.world, init_info.timeout_s, backend, init_info.place, spec.name)
-        self._receiver = WeightReceiver(Schedule(spec, rank, where_of(self._group.places)), self._group, self.device)
-        self._memory, self._spec = EngineMemory(spec, worker), spec
+        self._group = stateless_group(*where, rank, spec.world, init_info.timeout_s, backend, init_info.place, spec.rank_name)
+        self._receiver = WeightReceiver(spec.schedule(rank, self._group.places), self._group, self.device)
+        self._memory, self._spec = EngineMemory(EngineHoldings(spec.architecture, spec.dims, spec.engines), worker), spec
 
     def start_weight_update(self) -> None:
         """Make the model's layers ready to be loaded."""

@@ -13,10 +13,10 @@ from megatron_aspo.config import Config
 from megatron_aspo.hf.model import HFModel, read_model
 from megatron_aspo.hf.model_directory import resolve_model
 from megatron_aspo.hf.tensor_files import TensorReader, has_weights
+from megatron_aspo.rollout.engine_layout import check_engine, check_engine_on
 from megatron_aspo.rollout.memory import check_cache
 from megatron_aspo.runtime.placement import check_places
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.holdings import check_engine, check_engine_on
 
 
 @dataclass(frozen=True)

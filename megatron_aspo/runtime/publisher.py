@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_aspo.common.pending import Pending
     from megatron_aspo.rollout.pool import EnginePool
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
     from megatron_aspo.runtime.trainers import Trainers
-    from megatron_aspo.sync.schedule import TransferSpec
 
 
 _GRACE_S = 30.0

@@ -35,6 +35,7 @@ from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rewards.process import check_reward
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.runtime.checkpoint_store import CheckpointStore, set_aside, sweep_unfinished
 from megatron_aspo.runtime.checks import check_recipe, check_run, expected_device
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
@@ -45,7 +46,6 @@ from megatron_aspo.runtime.plan import Plan, check_room
 from megatron_aspo.runtime.publisher import Publisher
 from megatron_aspo.runtime.start import Ownership, Start, directory_exists, find_start
 from megatron_aspo.runtime.trainers import Trainers
-from megatron_aspo.sync.schedule import TransferSpec
 from megatron_aspo.tasks.task import Task, build_task
 from megatron_aspo.trainer.settings import RankSettings
 

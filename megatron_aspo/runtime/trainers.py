@@ -22,7 +22,7 @@ from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 
 if TYPE_CHECKING:
     from megatron_aspo.data.batch import TrainBatch
-    from megatron_aspo.sync.schedule import TransferSpec
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
 
 
 class TrainerError(RuntimeError):

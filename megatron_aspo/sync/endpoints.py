@@ -45,7 +45,7 @@ class WeightSender:
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
         self._schedule, self._group = schedule, group
-        group.connect(schedule.routes)
+        group.connect(schedule.connections)
         self._outbox = Outbox(schedule, group, device)
 
     def send(self, read: Read, version: int, verify: bool) -> int:
@@ -68,8 +68,8 @@ class WeightReceiver:
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
         self._schedule, self._group, self._device = schedule, group, device
-        self._dtype = torch_dtype(schedule.spec.dtype)
-        group.connect(schedule.routes)
+        self._dtype = torch_dtype(schedule.dtype)
+        group.connect(schedule.connections)
         self._outbox = Outbox(schedule, group, device)
         self._segments: dict[int, Tensor] = {}
         self.received_bytes = 0

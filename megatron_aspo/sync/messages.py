@@ -44,7 +44,7 @@ class Outbox:
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
         self._group = group
-        self._dtype = torch_dtype(schedule.spec.dtype)
+        self._dtype = torch_dtype(schedule.dtype)
         self._under_way: deque[list[Transfer]] = deque()
         self._at_the_top = True
         # Of two buckets that are under way one lies at the bottom of the memory, the next at its top.

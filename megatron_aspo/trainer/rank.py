@@ -34,9 +34,9 @@ from megatron_aspo.losses.objective import ObjectiveTokens, objective
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally, add_tallies
 from megatron_aspo.losses.terms import kl_estimate, quantile
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import LocalTensors, WeightSender
 from megatron_aspo.sync.group import stateless_group
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.trainer import parallel as parallel_states
 from megatron_aspo.trainer.attention import packed_params
 from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_attention, packing_rules
@@ -334,8 +334,8 @@ class TrainerRank:
         rank, timeout_s = self.parallel.rank, self.settings.trainer.timeout_s
         self._sender = None  # first give back what an earlier one holds
         backend = "gloo" if spec.colocated else self.device.backend
-        group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.name)
-        self._sender = WeightSender(Schedule(spec, rank, where_of(group.places)), group, self.device.torch_device)
+        group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.rank_name)
+        self._sender = WeightSender(spec.schedule(rank, group.places), group, self.device.torch_device)
 
     def publish(self, version: int, verify: bool) -> int:
         """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""

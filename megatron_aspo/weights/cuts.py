@@ -63,18 +63,6 @@ def vocab_rows(multiple: int | None = None) -> Cut:
     return Cut(runs, extent, padded=True)
 
 
-def head_rows(heads: Extent) -> Cut:
-    """Whole heads, as many for each rank; of fewer heads than ranks each is held by several ranks (vLLM)."""
-
-    def runs(d: ModelDims, size: int, rank: int) -> list[Run]:
-        return [Run(rank * heads(d) // size * d.head_dim, 0, extent(d, size))]
-
-    def extent(d: ModelDims, size: int) -> int:
-        return max(heads(d) // size, 1) * d.head_dim
-
-    return Cut(runs, extent)
-
-
 def qkv_rows(part: str) -> Cut:
     """`q | k | v`: its rows of the fused matrix, which is cut evenly wherever the cut falls.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_aspo.weights.cuts import Cut, even, gate_up_rows, head_rows, qkv_rows, vocab_rows, whole
+from megatron_aspo.weights.cuts import Cut, even, gate_up_rows, qkv_rows, vocab_rows, whole
 from megatron_aspo.weights.layout import (
     Box,
     Coordinates,
@@ -21,8 +21,6 @@ from megatron_aspo.weights.layout import (
 )
 
 NAMINGS = ("local", "transformer_engine")
-VLLM_VOCAB_MULTIPLE = 64
-"""vLLM pads the vocabulary to a multiple of this before it shares it out (DEFAULT_VOCAB_PADDING_SIZE)."""
 
 Shape = tuple[int, ...]
 
@@ -45,8 +43,6 @@ class Rule:
     when: Callable[[ModelDims], bool] = lambda dims: True
     stage: str = "layer"
     """`first | layer | last | last_if_apart`: which pipeline stage holds it."""
-    engine_cut: Cut | None = None
-    """How vLLM's tensor-parallel workers share it, where that differs from `cut`."""
 
     @property
     def of_experts(self) -> bool:
@@ -72,7 +68,6 @@ def _qkv(part: str, heads: Callable[[ModelDims], int]) -> tuple[Rule, ...]:
             _ATTENTION + "linear_qkv.weight",
             lambda d: (heads(d) * d.head_dim, d.hidden),
             qkv_rows(part),
-            engine_cut=head_rows(heads),
         ),
         Rule(
             f"{_HF}self_attn.{part}_proj.bias",
@@ -80,7 +75,6 @@ def _qkv(part: str, heads: Callable[[ModelDims], int]) -> tuple[Rule, ...]:
             lambda d: (heads(d) * d.head_dim,),
             qkv_rows(part),
             when=lambda d: d.qkv_bias,
-            engine_cut=head_rows(heads),
         ),
     )
 
@@ -101,7 +95,6 @@ _EMBEDDING = Rule(
     lambda d: (d.vocab, d.hidden),
     vocab_rows(),
     stage="first",
-    engine_cut=vocab_rows(VLLM_VOCAB_MULTIPLE),
 )
 
 # Grouped-query attention with the norm before it; optional bias of query, key and value; optional norm of query and key heads.
@@ -135,7 +128,6 @@ _OUTPUT = (
         vocab_rows(),
         stage="last",
         when=lambda d: not d.tied,
-        engine_cut=vocab_rows(VLLM_VOCAB_MULTIPLE),
     ),
     # Tied and cut into stages: the last stage keeps its own copy of the embedding as its output matrix.
     Rule(

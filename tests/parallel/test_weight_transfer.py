@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from megatron_aspo.common.network import free_port
 from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.rollout.engine_layout import EngineSizes
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import WeightReceiver
 from megatron_aspo.sync.group import stateless_group
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.holdings import EngineSizes
 from tests.models import save_tiny
 from tests.parallel import workloads
 
@@ -28,8 +28,8 @@ def received(
 ) -> dict[str, torch.Tensor]:
     """What this worker, on this device, has after the last version."""
     rank = spec.training.world + worker
-    group = stateless_group(HOST, port, rank, spec.world, 150.0, backend, names=spec.name)
-    schedule = Schedule(spec, rank, where_of(group.places))
+    group = stateless_group(HOST, port, rank, spec.world, 150.0, backend, names=spec.rank_name)
+    schedule = spec.schedule(rank, group.places)
     assert len(schedule.buckets) > 3
     receiver = WeightReceiver(schedule, group, torch.device(device))
     for version in versions:

@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.network import free_port
+from megatron_aspo.rollout.engine_layout import EngineSizes
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import WeightReceiver, WeightSender
 from megatron_aspo.sync.group import StatelessGroup, TransferError, stateless_group
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
+from megatron_aspo.sync.schedule import Schedule
 from megatron_aspo.sync.segment import Segment
 from megatron_aspo.weights.families import tensor_shapes
-from megatron_aspo.weights.holdings import EngineSizes
 from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes
 from tests.unit.test_layout import numbered
 from tests.unit.test_plan import engine_ids, training_ids, transfers
@@ -35,9 +36,9 @@ def together(
     port = free_port(HOST)
 
     def run(rank: int):
-        group = stateless_group(HOST, port, rank, spec.world, timeout_s, place=places[rank], names=spec.name)
+        group = stateless_group(HOST, port, rank, spec.world, timeout_s, place=places[rank], names=spec.rank_name)
         try:
-            return work(rank, group, Schedule(spec, rank, where_of(group.places)))
+            return work(rank, group, spec.schedule(rank, group.places))
         except TransferError as error:
             return error
         finally:
@@ -91,7 +92,7 @@ def test_every_worker_gets_its_part_bit_for_bit_and_nan_elsewhere(transfer, buck
         assert receive_all(receiver, 1, verify, len(schedule.buckets)).keys() == receiver.tensors
         return receive_all(receiver, 2, verify, len(schedule.buckets)), receiver.received_bytes
 
-    results = together(spec, [f"node {node}" for node in where.nodes], work)
+    results = together(spec, [f"node {node}" for node in where.node_of], work)
     errors = [result for result in results if isinstance(result, TransferError)]
     assert not errors, errors
     needed = 0
@@ -170,11 +171,11 @@ def test_ranks_that_connect_at_their_first_transfer_do_not_wait_in_a_circle():
     def work(rank, group, _):
         connections.install(group)
         # Both engines on one node of which no training rank is: each passes on to the other, as on GPUs through the group.
-        schedule = Schedule(PAIR, rank, where_of(["a", "a", "b", "b"]))
+        schedule = PAIR.schedule(rank, ["a", "a", "b", "b"])
         if rank < 2:
             return WeightSender(schedule, group, CPU).send(view(state), 1, True)
         receiver = WeightReceiver(schedule, group, CPU)
-        assert {(2, 3), (3, 2)} <= schedule.routes
+        assert {(2, 3), (3, 2)} <= schedule.connections
         received = receive_all(receiver, 1, True, len(schedule.buckets))
         assert all(torch.equal(received[name], tensor.bfloat16()) for name, tensor in state.items())
         return None

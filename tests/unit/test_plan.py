@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.sync.plan import Move, Where, in_buckets, least_traffic, moves_of, traffic
+from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
+from megatron_aspo.sync.plan import Move, RankNodes, count_least_traffic, count_traffic, fill_buckets, plan_moves
 from megatron_aspo.weights.families import tensor_shapes
-from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
+from megatron_aspo.weights.holdings import TrainingHoldings
 from megatron_aspo.weights.layout import ModelDims, ParallelSizes
 from tests.unit.test_layout import dims, family_dims, has_experts, layouts, megatron_parameters, numbered
 
@@ -55,7 +56,7 @@ def training_ids(family: str, d: ModelDims, whole: dict[str, np.ndarray], sizes:
 
 
 @st.composite
-def transfers(draw) -> tuple[str, ModelDims, ParallelSizes, EngineSizes, Where]:
+def transfers(draw) -> tuple[str, ModelDims, ParallelSizes, EngineSizes, RankNodes]:
     family, d, sizes = draw(layouts())
     expert_parallel = has_experts(family) and draw(st.booleans())
     fitting = []
@@ -74,15 +75,15 @@ def transfers(draw) -> tuple[str, ModelDims, ParallelSizes, EngineSizes, Where]:
         if with_trainer:
             device_of[sizes.world + worker] = free.pop(draw(st.integers(0, len(free) - 1)))
         nodes.append(nodes[device_of[sizes.world + worker]] if with_trainer else draw(st.integers(0, 3)))
-    return family, d, sizes, engines, Where(tuple(nodes), device_of)
+    return family, d, sizes, engines, RankNodes(tuple(nodes), device_of)
 
 
-def plans_of_all(family: str, d: ModelDims, sizes: ParallelSizes, engines: EngineSizes, where: Where) -> dict[int, list[Move]]:
+def plans_of_all(family: str, d: ModelDims, sizes: ParallelSizes, engines: EngineSizes, where: RankNodes) -> dict[int, list[Move]]:
     tensors = list(tensor_shapes(family, d))
     plans = {}
     for rank in range(sizes.world + engines.world):
         # Each rank for itself.
-        plans[rank] = moves_of(rank, tensors, TrainingHoldings(family, d, sizes), EngineHoldings(family, d, engines), where)
+        plans[rank] = plan_moves(rank, tensors, TrainingHoldings(family, d, sizes), EngineHoldings(family, d, engines), where)
     return plans
 
 
@@ -125,7 +126,7 @@ def test_every_destination_gets_each_of_its_elements_once_from_one_who_has_it(tr
                 got[move.target].update(ids)
                 if where.device_of.get(move.target) != move.source:
                     sent += len(ids)
-                    across += len(ids) * (where.nodes[move.source] != where.nodes[move.target])
+                    across += len(ids) * (where.node_of[move.source] != where.node_of[move.target])
     for rank, tensors in needs.items():
         assert got[rank] == Counter(i for ids in tensors.values() for i in ids)  # nothing missing, nothing twice, nothing else
 
@@ -136,30 +137,30 @@ def test_every_destination_gets_each_of_its_elements_once_from_one_who_has_it(tr
     there = {rank: has[where.device_of[rank]] for rank in where.device_of}
     assert sent == sum(len(union(need) - union(there.get(rank, {}))) for rank, need in needs.items())
     least_across = 0
-    for node in set(where.nodes):
-        wanted = union(*(need for rank, need in needs.items() if where.nodes[rank] == node))
-        least_across += len(wanted - union(*(held for rank, held in has.items() if where.nodes[rank] == node)))
+    for node in set(where.node_of):
+        wanted = union(*(need for rank, need in needs.items() if where.node_of[rank] == node))
+        least_across += len(wanted - union(*(held for rank, held in has.items() if where.node_of[rank] == node)))
     assert across == least_across
 
     # What the summary adds up is what the ranks do.
     source, target = TrainingHoldings(family, d, sizes), EngineHoldings(family, d, engines)
-    added = traffic(list(whole), source, target, where)
+    added = count_traffic(list(whole), source, target, where)
     for rank, moves in plans.items():
         for mine, theirs, away, figures in (
             ("source", "target", False, added.sent),
             ("target", "source", False, added.received),
-            ("source", "target", True, added.sent_away),
-            ("target", "source", True, added.received_from_away),
+            ("source", "target", True, added.sent_between_nodes),
+            ("target", "source", True, added.received_between_nodes),
         ):
             counted = [
                 m
                 for m in moves
                 if getattr(m, mine) == rank
                 and where.device_of.get(m.target) != m.source
-                and (not away or where.nodes[rank] != where.nodes[getattr(m, theirs)])
+                and (not away or where.node_of[rank] != where.node_of[getattr(m, theirs)])
             ]
             assert figures[rank] == elements(counted)
-    assert least_traffic(list(whole), source, target, where) == sent
+    assert count_least_traffic(list(whole), source, target, where) == sent
 
 
 CASES = {
@@ -176,7 +177,7 @@ def test_replicas_send_evenly(name, engines):
     family, changes, sizes = CASES[name]
     d = family_dims(family, experts=8, moe_ffn=96, hidden=96, heads=8, kv_heads=4, head_dim=16, ffn=96, vocab=640, **changes)
     nodes = [rank // 4 for rank in range(sizes.world)] + [100 + worker // 4 for worker in range(engines.world)]
-    plans = plans_of_all(family, d, sizes, engines, Where(tuple(nodes), {}))
+    plans = plans_of_all(family, d, sizes, engines, RankNodes(tuple(nodes), {}))
     sent = {rank: elements(move for move in plans[rank] if move.source == rank) for rank in range(sizes.world)}
     # Ranks of one place of the model hold the same dense weights, and as many experts each.
     stages = defaultdict(list)
@@ -191,7 +192,7 @@ def test_replicas_send_evenly(name, engines):
 def test_a_node_is_sent_one_copy_which_its_destinations_pass_on_in_equal_parts():
     sizes, engines = ParallelSizes(), EngineSizes(1, engines=4)
     d = dims(hidden=64, vocab=256, head_dim=8)
-    where = Where((0, 1, 1, 1, 2), {})
+    where = RankNodes((0, 1, 1, 1, 2), {})
     plans = plans_of_all("LlamaForCausalLM", d, sizes, engines, where)
     total = sum(int(np.prod(shape)) for shape in tensor_shapes("LlamaForCausalLM", d).values())
 
@@ -210,7 +211,7 @@ def test_buckets_hold_every_tensor_once_and_no_more_than_their_size_on_any_desti
     whole = numbered(tensor_shapes(family, d))
     order = TrainingHoldings(family, d, sizes).in_turns()
     assert sorted(order) == sorted(whole)
-    buckets = in_buckets(order, EngineHoldings(family, d, engines), lambda tensor: whole[tensor].size, bound)
+    buckets = fill_buckets(order, EngineHoldings(family, d, engines), lambda tensor: whole[tensor].size, bound)
     assert list(itertools.chain(*buckets)) == order
     held = [engine_ids(family, d, whole, engines, place) for place in range(engines.tensor)]
 

@@ -21,9 +21,10 @@ sys.path.insert(1, str(Path(__file__).parents[2]))
 from plan_sync import places, planned
 
 from megatron_aspo.hf.model import read_sizes
-from megatron_aspo.sync.plan import in_buckets, moves_of
+from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
+from megatron_aspo.sync.plan import fill_buckets, plan_moves
 from megatron_aspo.weights.families import homes
-from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
+from megatron_aspo.weights.holdings import TrainingHoldings
 from megatron_aspo.weights.layout import ParallelSizes
 
 MODEL = Path(__file__).parents[2] / "examples/models/qwen3-moe-deepseek-v3-size"
@@ -45,8 +46,8 @@ def view(rank: int, count: int) -> dict:
     architecture, dims = read_sizes(MODEL)
     source, target = TrainingHoldings(architecture, dims, TRAINING), EngineHoldings(architecture, dims, EngineSizes(8, engines=count))
     order, known = source.in_turns(), homes(architecture, dims)
-    buckets = in_buckets(order, target, lambda name: math.prod(known[name][0].rule.shape(dims)) * BYTES, BUCKET)
-    moves = moves_of(rank, order, source, target, places(source.world, target.world, 8, colocated=False))
+    buckets = fill_buckets(order, target, lambda name: math.prod(known[name][0].rule.shape(dims)) * BYTES, BUCKET)
+    moves = plan_moves(rank, order, source, target, places(source.world, target.world, 8, colocated=False))
     return {"seconds": time.perf_counter() - started, "mb": peak_mb() - before, "moves": len(moves), "buckets": len(buckets)}
 
 

@@ -33,13 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_aspo.common.network import free_port
 from megatron_aspo.hf.model import read_model
+from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
 from megatron_aspo.rollout.engine_settings import KEEP_FREED_MEMORY
 from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.group import stateless_group
-from megatron_aspo.sync.plan import least_traffic
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
+from megatron_aspo.sync.plan import count_least_traffic
+from megatron_aspo.sync.schedule import node_map
 from megatron_aspo.weights.families import layout, tensor_shapes
-from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
+from megatron_aspo.weights.holdings import TrainingHoldings
 from megatron_aspo.weights.layout import ParallelSizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,8 +104,8 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
         if way == "gather" and rank:
             return
         chosen, place = (single, ELSEWHERE) if way == "gather" else (spec, None)
-        group = stateless_group(HOST, port, rank, chosen.world, TIMEOUT_S, place=place, names=chosen.name)
-        senders[way] = WeightSender(Schedule(chosen, rank, where_of(group.places)), group, torch.device("cpu"))
+        group = stateless_group(HOST, port, rank, chosen.world, TIMEOUT_S, place=place, names=chosen.rank_name)
+        senders[way] = WeightSender(chosen.schedule(rank, group.places), group, torch.device("cpu"))
 
     def send(version: int) -> int:
         return senders["ours"].send(LocalTensors(layouts[rank], held), version, False)
@@ -138,8 +140,8 @@ def receiving_worker(worker: int, spec: TransferSpec, pipe) -> None:
 
     def connect(port: int) -> int:
         rank = spec.training.world + worker
-        group = stateless_group(HOST, port, rank, spec.world, TIMEOUT_S, names=spec.name)
-        schedule = Schedule(spec, rank, where_of(group.places))
+        group = stateless_group(HOST, port, rank, spec.world, TIMEOUT_S, names=spec.rank_name)
+        schedule = spec.schedule(rank, group.places)
         found["receiver"] = WeightReceiver(schedule, group, torch.device("cpu"))
         elements = sum(message.elements for bucket in schedule.buckets for message in bucket.receives)
         found["copy"] = [torch.ones(elements, dtype=torch.bfloat16) for _ in range(2)]
@@ -284,12 +286,12 @@ def main() -> None:
 
     described = read_model(parsed.model)
     spec = TransferSpec(described.architecture, described.dims, STAGES, EngineSizes(engines=2), DTYPE, parsed.bucket_mib << 20)
-    schedule = Schedule(spec, STAGES.world, where_of([""] * spec.world))
+    schedule = spec.schedule(STAGES.world, [""] * spec.world)
     bucket = max(2 * sum(message.elements for message in bucket.receives) for bucket in schedule.buckets)
     layer = 2 * largest_layer(tensor_shapes(described.architecture, described.dims))
     source = TrainingHoldings(described.architecture, described.dims, STAGES)
     target = EngineHoldings(described.architecture, described.dims, spec.engines)
-    least = 2 * least_traffic(source.in_turns(), source, target, where_of([""] * spec.world))
+    least = 2 * count_least_traffic(source.in_turns(), source, target, node_map([""] * spec.world))
     meeting = free_port(HOST)
     ranks = [Process.start(training_rank, rank, parsed.model, spec, meeting) for rank in range(STAGES.world)]
     moved = transport(spec, ranks, parsed.rounds)
