@@ -1,10 +1,10 @@
-"""From the name of a model to the local directory that every process loads it from."""
+"""Resolving the name of a model to the local directory from which every process loads it."""
 
 from pathlib import Path
 
 from megatron_aspo.common.errors import UserError
 
-# Files at the top of a repository; not the copies in other formats that some keep in subfolders.
+# Files at the top level of a repository; some keep copies in other formats in subfolders.
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.weights.cuts import Cut, Extent, Run, vocab_rows
 from megatron_aspo.weights.families import Rule, homes
 from megatron_aspo.weights.holdings import BoxOwners, boxes_of_shards, merge_replicas
 from megatron_aspo.weights.layout import ModelDims, padded_vocab
+from megatron_aspo.weights.shard_rules import Extent, IndexRange, ShardRule, vocab_rows
 
 VOCAB_MULTIPLE = 64
 """vLLM pads the vocabulary to a multiple of this before it shards it (DEFAULT_VOCAB_PADDING_SIZE)."""
@@ -36,16 +36,16 @@ class EngineSizes:
         return self.tensor * self.engines
 
 
-def head_rows(heads: Extent) -> Cut:
+def head_rows(heads: Extent) -> ShardRule:
     """Shard rows by whole heads, equally many for each worker; with fewer heads than workers, several workers hold the same head."""
 
-    def runs(d: ModelDims, size: int, rank: int) -> list[Run]:
-        return [Run(rank * heads(d) // size * d.head_dim, 0, extent(d, size))]
+    def ranges(d: ModelDims, size: int, rank: int) -> list[IndexRange]:
+        return [IndexRange(rank * heads(d) // size * d.head_dim, 0, extent(d, size))]
 
     def extent(d: ModelDims, size: int) -> int:
         return max(heads(d) // size, 1) * d.head_dim
 
-    return Cut(runs, extent)
+    return ShardRule(ranges, extent)
 
 
 _OWN_RULES = {
@@ -58,8 +58,8 @@ _OWN_RULES = {
 """Module of a Hugging Face tensor → vLLM's rule. All other tensors are sharded as Megatron shards them."""
 
 
-def _engine_rule(rule: Rule) -> Cut:
-    return _OWN_RULES.get(rule.tensor.split(".")[-2], rule.cut)
+def _engine_rule(rule: Rule) -> ShardRule:
+    return _OWN_RULES.get(rule.tensor.split(".")[-2], rule.shard_rule)
 
 
 class EngineHoldings:
@@ -95,7 +95,7 @@ class EngineHoldings:
 
 
 def check_engine(dims: ModelDims, sizes: EngineSizes) -> None:
-    """Raises UserError when vLLM's workers cannot cut the model this way."""
+    """Raises UserError when vLLM's workers cannot shard the model this way."""
     ways, padded = sizes.tensor, padded_vocab(dims.vocab, VOCAB_MULTIPLE)
     rules = [
         (f"{dims.heads} attention heads", dims.heads % ways == 0),
@@ -114,7 +114,7 @@ def check_engine(dims: ModelDims, sizes: EngineSizes) -> None:
 
 
 def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
-    """Raises UserError for what vLLM's kernels on `device` do not compute, or cannot be brought new weights for."""
+    """Raises UserError for what vLLM's kernels on `device` do not compute, or for weights that they cannot be given again."""
     if device != "cpu":
         return
     if dims.head_dim not in CPU_HEAD_SIZES:
@@ -129,5 +129,5 @@ def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
     if dims.moe_ffn // sizes.tensor % _CPU_EXPERT_MULTIPLE:
         raise UserError(
             f"rollout.tensor_parallel={sizes.tensor} leaves a worker {dims.moe_ffn // sizes.tensor} feed-forward channels of an expert; "
-            f"vLLM's CPU kernel needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads what it cannot be given anew: lower it"
+            f"vLLM's CPU kernel needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads what it cannot be given again: lower it"
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_aspo import __version__
 from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
 from megatron_aspo.sync.schedule import Schedule, node_map
 from megatron_aspo.weights.families import tensor_shapes
@@ -17,7 +18,7 @@ from megatron_aspo.weights.layout import ModelDims, ParallelSizes
 
 @dataclass(frozen=True)
 class TransferSpec:
-    """What both sides of a transfer must agree on."""
+    """The record on which both sides of a transfer must agree."""
 
     architecture: str
     dims: ModelDims
@@ -54,6 +55,14 @@ class TransferSpec:
         return Schedule(
             rank, source, target, node_map(hosts), {name: shapes[name] for name in source.in_turns()}, self.dtype, self.bucket_bytes
         )
+
+    def terms(self) -> dict[str, Any]:
+        """Return what both sides compare when they connect: every field by its dotted name, and the version of this package."""
+        nested = {
+            f"{key}.{name}": field for key, value in self.as_dict().items() if isinstance(value, dict) for name, field in value.items()
+        }
+        flat = {key: value for key, value in self.as_dict().items() if not isinstance(value, dict)}
+        return {"megatron_aspo": __version__} | flat | nested
 
     def as_dict(self) -> dict[str, Any]:
         """Return numbers, strings and dicts only, for `from_dict` in another process."""

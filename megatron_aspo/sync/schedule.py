@@ -3,6 +3,7 @@
 Pure. Every rank derives its own schedule from the same inputs. One message holds everything that one rank sends another in one bucket.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,20 @@ class Schedule:
             self._bucket(f"bucket {number} of {len(buckets)}", tensors, [move for tensor in tensors for move in moves.get(tensor, [])])
             for number, tensors in enumerate(buckets, start=1)
         )
+
+    @property
+    def peers(self) -> set[int]:
+        """The ranks with which this rank exchanges messages."""
+        return {rank for connection in self.connections for rank in connection} - {self.rank}
+
+    def digests(self) -> dict[int, str]:
+        """Return, for each peer, the SHA-256 of all messages between it and this rank. The peer must compute the same for this rank."""
+        hashes = {peer: hashlib.sha256() for peer in self.peers}
+        for bucket in self.buckets:
+            for message in sorted((*bucket.sends, *bucket.receives), key=lambda message: (message.step, message.source, message.target)):
+                peer = message.target if message.source == self.rank else message.source
+                hashes[peer].update(repr((bucket.label, message.step, message.source, message.target, message.content)).encode())
+        return {peer: found.hexdigest() for peer, found in hashes.items()}
 
     @property
     def connections(self) -> set[tuple[int, int]]:

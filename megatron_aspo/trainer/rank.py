@@ -334,12 +334,12 @@ class TrainerRank:
         rank, timeout_s = self.parallel.rank, self.settings.trainer.timeout_s
         self._sender = None  # first give back what an earlier one holds
         backend = "gloo" if spec.colocated else self.device.backend
-        group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.rank_name)
-        self._sender = WeightSender(spec.schedule(rank, group.places), group, self.device.torch_device)
+        group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.rank_name, terms=spec.terms())
+        self._sender = WeightSender(spec.schedule(rank, group.hosts), group, self.device.torch_device)
 
     def publish(self, version: int, verify: bool) -> int:
         """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""
-        return self._sender.send(LocalTensors(self.layout, dict(self.model.named_parameters())), version, verify)
+        return self._sender.send_version(LocalTensors(self.layout, dict(self.model.named_parameters())), version, verify)
 
     def leave(self, part: str) -> None:
         """Free the device's memory of the `optimizer`, gradients included, or of the `weights`, until `come_back`.

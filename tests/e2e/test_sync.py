@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from megatron_aspo.commands.verify_sync import compare_digests, read_expected
 from megatron_aspo.hf.model import read_model, read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.rollout import pool as pool_module
@@ -33,7 +35,6 @@ from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.layout import ParallelSizes
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
-from tests.unit.test_packaging import load_tool
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
@@ -52,13 +53,13 @@ RECIPE = {
 
 
 def verify_sync(place: Path, family: str, *overrides: str) -> tuple[int, dict, str]:
-    """Exit status, last line and all that the tool says of a small model of this family."""
+    """Run the command on a small model of this family; return its exit status, its last line and all of its output."""
     tokenizer = byte_tokenizer()
     save_tiny(family, place / "model", tied=family == "qwen2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     tokenizer.save_pretrained(place / "model")
     (place / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    command = [sys.executable, str(ROOT / "tools/verify_sync.py"), "recipe.yaml", *overrides]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "megatron_aspo", "verify-sync", "recipe.yaml", *overrides]
+    done = subprocess.run(command, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     lines = done.stdout.strip().splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stdout + done.stderr
 
@@ -72,7 +73,7 @@ def verify_sync(place: Path, family: str, *overrides: str) -> tuple[int, dict, s
         pytest.param("mixtral", (*MIXTURE, *BFLOAT16, "rollout.engines=2"), marks=pytest.mark.nightly),
     ],
 )
-def test_the_tool_reads_every_number_of_a_model_back_from_the_engines(tmp_path, family, overrides):
+def test_the_command_reads_every_number_of_a_model_back_from_the_engines(tmp_path, family, overrides):
     status, figures, said = verify_sync(tmp_path, family, *overrides)
     assert status == 0, said
     assert figures["differences"] == 0
@@ -148,12 +149,11 @@ def core_of(engines: EnginePool, index: int) -> psutil.Process:
 
 
 def test_every_number_of_the_model_is_read_back_from_the_engines(publisher, engines, trained):
-    """The tool's result for a recipe, on the engines that the next tests share."""
+    """The result of the command for a recipe, on the engines that the next tests share."""
     publisher.publish(1)
-    tool = load_tool("verify_sync")
-    wrong: list[str] = []
-    figures = tool.compare(tool.truth(trained, ["float32"]), engines, wrong)
-    assert wrong == []
+    differences: list[str] = []
+    figures = compare_digests(read_expected(trained, ["float32"]), engines, differences)
+    assert differences == []
     assert min(figures["received"], figures["stored"]) >= len(engines.infos) * len(read_model(trained).tensor_shapes)
     assert figures["unreadable"] == 0
     assert logprob_error(engines, trained) < 1e-4

@@ -28,15 +28,15 @@ def received(
 ) -> dict[str, torch.Tensor]:
     """What this worker, on this device, has after the last version."""
     rank = spec.training.world + worker
-    group = stateless_group(HOST, port, rank, spec.world, 150.0, backend, names=spec.rank_name)
-    schedule = spec.schedule(rank, group.places)
+    group = stateless_group(HOST, port, rank, spec.world, 150.0, backend, names=spec.rank_name, terms=spec.terms())
+    schedule = spec.schedule(rank, group.hosts)
     assert len(schedule.buckets) > 3
     receiver = WeightReceiver(schedule, group, torch.device(device))
     for version in versions:
-        receiver.begin(version, verify=True)
+        receiver.begin_version(version, verify=True)
         tensors = {}
         for _ in schedule.buckets:
-            with receiver.bucket() as given:
+            with receiver.next_bucket() as given:
                 tensors |= {name: tensor.to("cpu", copy=True) for name, tensor in given}
     return tensors
 

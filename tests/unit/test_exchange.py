@@ -20,8 +20,9 @@ from megatron_aspo.sync.endpoints import WeightReceiver, WeightSender
 from megatron_aspo.sync.group import StatelessGroup, TransferError, stateless_group
 from megatron_aspo.sync.schedule import Schedule
 from megatron_aspo.sync.segment import Segment
+from megatron_aspo.sync.shared_memory_transport import SharedMemoryTransport
 from megatron_aspo.weights.families import tensor_shapes
-from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes
+from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes, slices
 from tests.unit.test_layout import numbered
 from tests.unit.test_plan import engine_ids, training_ids, transfers
 
@@ -36,9 +37,9 @@ def together(
     port = free_port(HOST)
 
     def run(rank: int):
-        group = stateless_group(HOST, port, rank, spec.world, timeout_s, place=places[rank], names=spec.rank_name)
+        group = stateless_group(HOST, port, rank, spec.world, timeout_s, own_host=places[rank], names=spec.rank_name, terms=spec.terms())
         try:
-            return work(rank, group, spec.schedule(rank, group.places))
+            return work(rank, group, spec.schedule(rank, group.hosts))
         except TransferError as error:
             return error
         finally:
@@ -56,7 +57,7 @@ def source_of(whole: dict[str, np.ndarray], has: dict[str, set[int]]) -> Callabl
     """The values of this rank; asked for anything else, it fails."""
 
     def read(tensor: str, box: Box) -> torch.Tensor:
-        values = whole[tensor][tuple(slice(*edge) for edge in box)]
+        values = whole[tensor][slices(box)]
         assert set(values.ravel().tolist()) <= has[tensor]
         return torch.from_numpy(values)
 
@@ -64,10 +65,10 @@ def source_of(whole: dict[str, np.ndarray], has: dict[str, set[int]]) -> Callabl
 
 
 def receive_all(receiver: WeightReceiver, version: int, verify: bool, buckets: int) -> dict[str, torch.Tensor]:
-    receiver.begin(version, verify)
+    receiver.begin_version(version, verify)
     found = {}
     for _ in range(buckets):
-        with receiver.bucket() as tensors:
+        with receiver.next_bucket() as tensors:
             found |= {name: tensor.clone() for name, tensor in tensors}
     return found
 
@@ -85,11 +86,11 @@ def test_every_worker_gets_its_part_bit_for_bit_and_nan_elsewhere(transfer, buck
         if rank < sizes.world:
             sender = WeightSender(schedule, group, CPU)
             read = source_of(whole, training_ids(family, d, whole, sizes, rank))
-            sent = [sender.send(read, version, verify) for version in (1, 2)]
+            sent = [sender.send_version(read, version, verify) for version in (1, 2)]
             assert sent[0] == sent[1]
             return sent[0]
         receiver = WeightReceiver(schedule, group, CPU)
-        assert receive_all(receiver, 1, verify, len(schedule.buckets)).keys() == receiver.tensors
+        assert receive_all(receiver, 1, verify, len(schedule.buckets)).keys() == receiver.tensor_names
         return receive_all(receiver, 2, verify, len(schedule.buckets)), receiver.received_bytes
 
     results = together(spec, [f"node {node}" for node in where.node_of], work)
@@ -122,7 +123,7 @@ def values(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 
 
 def view(tensors: dict[str, torch.Tensor]) -> Callable[[str, Box], torch.Tensor]:
-    return lambda name, box: tensors[name][tuple(slice(*edge) for edge in box)]
+    return lambda name, box: tensors[name][slices(box)]
 
 
 @pytest.mark.parametrize("places", [["here"] * 4, ["a", "a", "b", "b"]], ids=["one node", "passed on"])
@@ -131,7 +132,7 @@ def test_elements_are_cast_before_they_travel_and_pass_nodes_once(places):
 
     def work(rank, group, schedule):
         if rank < 2:
-            return WeightSender(schedule, group, CPU).send(view(state), 1, True)
+            return WeightSender(schedule, group, CPU).send_version(view(state), 1, True)
         received = receive_all(WeightReceiver(schedule, group, CPU), 1, True, len(schedule.buckets))
         assert all(torch.equal(received[name], tensor.bfloat16()) for name, tensor in state.items())
         return None
@@ -158,7 +159,7 @@ class LazyConnections:
                 met.add(route)
                 with self._lock:
                     meeting = self._meetings[route]
-                with group.explained(description):
+                with group.errors_explained(description):
                     meeting.wait()
             return start(operation, upward, tensor, peer, lane, description)
 
@@ -173,7 +174,7 @@ def test_ranks_that_connect_at_their_first_transfer_do_not_wait_in_a_circle():
         # Both engines on one node of which no training rank is: each passes on to the other, as on GPUs through the group.
         schedule = PAIR.schedule(rank, ["a", "a", "b", "b"])
         if rank < 2:
-            return WeightSender(schedule, group, CPU).send(view(state), 1, True)
+            return WeightSender(schedule, group, CPU).send_version(view(state), 1, True)
         receiver = WeightReceiver(schedule, group, CPU)
         assert {(2, 3), (3, 2)} <= schedule.connections
         received = receive_all(receiver, 1, True, len(schedule.buckets))
@@ -193,6 +194,7 @@ def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
         if rank >= 2:
             return receive_all(WeightReceiver(schedule, group, CPU), 7, True, len(schedule.buckets))
         sender, original = WeightSender(schedule, group, CPU), group.send
+        transport = sender._outbox._transports.get(3)
 
         def send(tensor, target, what, lane=0):
             # A bit flips on the way to engine 1: on the wire, or where it lies after its digest was taken.
@@ -200,12 +202,12 @@ def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
                 if "digests" not in what and tensor.dtype == torch.bfloat16:
                     tensor = tensor.clone()
                     tensor.view(torch.uint8)[-1] ^= 1
-                elif "digests" in what and sender._outbox._segment:
-                    sender._outbox._segment.bytes ^= 1
+                elif "digests" in what and isinstance(transport, SharedMemoryTransport):
+                    transport._segment.bytes ^= 1
             return original(tensor, target, what, lane)
 
         group.send = send
-        return sender.send(view(state), 7, True)
+        return sender.send_version(view(state), 7, True)
 
     results = together(PAIR, places, work, timeout_s=5.0)
     assert isinstance(results[3], TransferError)
@@ -223,10 +225,9 @@ def test_a_silent_rank_is_named_with_what_it_owes_and_the_step():
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
-        if rank == 1:  # stage 1 never sends
-            return None
-        if rank == 0:
-            return WeightSender(schedule, group, CPU).send(view(state), 3, False)
+        if rank < 2:
+            sender = WeightSender(schedule, group, CPU)
+            return sender.send_version(view(state), 3, False) if rank == 0 else None  # stage 1 connects and never sends
         return receive_all(WeightReceiver(schedule, group, CPU), 3, False, len(schedule.buckets))
 
     results = together(PAIR, ["here"] * 4, work, timeout_s=1.5)
@@ -244,14 +245,14 @@ def test_when_one_rank_leaves_all_others_fail_long_before_the_timeout(places):
         started = time.monotonic()
         try:
             if rank < 2:
-                WeightSender(schedule, group, CPU).send(view(state), 3, False)
+                WeightSender(schedule, group, CPU).send_version(view(state), 3, False)
             else:
                 receiver = WeightReceiver(schedule, group, CPU)
-                receiver.begin(3, False)
+                receiver.begin_version(3, False)
                 for number, _ in enumerate(schedule.buckets):
                     if rank == 3 and number == 1:
                         group.close()
-                    with receiver.bucket():
+                    with receiver.next_bucket():
                         pass
         except TransferError as error:
             group.close()
@@ -277,7 +278,7 @@ def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before
         try:
             if rank < 2:
                 senders.append(sender := WeightSender(schedule, group, CPU))
-                sender.send(read, 3, False)
+                sender.send_version(read, 3, False)
             else:
                 receive_all(WeightReceiver(schedule, group, CPU), 3, False, len(schedule.buckets))
         except MemoryError as error:

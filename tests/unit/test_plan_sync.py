@@ -1,4 +1,4 @@
-"""tools/plan_sync.py over the committed configs, against the sizes that transformers gives these models."""
+"""`megatron-aspo plan-sync` over the committed configs, against the sizes that transformers gives these models."""
 
 import json
 import subprocess
@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_aspo.cli import main
 from tests.in_process import run_main
-from tests.unit.test_packaging import load_tool
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples/models"
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
-    return run_main(load_tool("plan_sync").main, *arguments, cwd=ROOT)
+    return run_main(main, "plan-sync", *arguments, cwd=ROOT)
 
 
 LAYOUTS = [
@@ -50,7 +50,7 @@ def test_every_engine_gets_the_model_once_and_links_set_the_seconds(model, train
         (["qwen2.5-1.5b", "--train", "tensor=3"], "trainer.tensor_parallel=3 does not divide"),
         (["qwen2.5-1.5b", "--train", "sideways=2"], "--train sideways=2: expected AXIS=NUMBER"),
         (["qwen2.5-1.5b", "--train", "tensor=0"], "--train tensor=0: expected AXIS=NUMBER"),
-        (["qwen2.5-1.5b", "--engines", "0"], "--engines: 0 is not a number of at least 1"),
+        (["qwen2.5-1.5b", "--engines", "0"], "--engines: 0 is not a whole number from 1"),
         (["qwen2.5-1.5b", "--engine-tensor", "5"], "rollout.tensor_parallel=5 does not divide"),
         (["llama-3.1-405b", "--train", "pipeline=16"], "trainer.pipeline_parallel=16"),
         (["qwen2.5-1.5b", "--colocated", "--engines", "2"], "2 engine workers cannot share the devices of 1 training ranks"),
