@@ -39,7 +39,7 @@ PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4, 40, 24
 def run_verify_sync(parsed: argparse.Namespace) -> int:
     """Print each difference, then the metrics as one JSON object; return the exit status. Raises UserError for a recipe that cannot run."""
     config = load_config(parsed.recipe, parsed.overrides)
-    checked = check_run(config, expected_device(config))
+    checked = check_run(config, expected_device(config)).in_hugging_face_format()
     cluster = open_cluster(config.ray_address, 64, config.rollout.sizes)
     try:
         metrics, differences = verify(config, checked, cluster)

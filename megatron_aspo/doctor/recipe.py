@@ -100,9 +100,10 @@ def _disk_bytes(config: Config, model: Path) -> int:
     """About what the run writes: its checkpoints, one more while one is written, and the final model. 0 if the model cannot be read."""
     from megatron_aspo.common.errors import UserError
     from megatron_aspo.hf.model import read_model
+    from megatron_aspo.hf.model_directory import resolve_model
 
     try:
-        parameters = sum(math.prod(shape) for shape in read_model(model).tensor_shapes.values())
+        parameters = sum(math.prod(shape) for shape in read_model(resolve_model(model)).tensor_shapes.values())
     except UserError:
         return 0  # the checks of the model and the placement say so
     options = config.checkpoint

@@ -169,7 +169,7 @@ def _swiglu(hf: str, gate: str, up: str, down: str, mcore: str, ffn: Callable[[M
 
 
 def _decoder() -> tuple[Rule, ...]:
-    """Return the rules of a dense decoder: Llama, Mistral, Qwen2, Qwen3."""
+    """Return the rules of a dense decoder: Llama, Mistral, Qwen2, Qwen3, Seed-OSS."""
     return (
         _EMBEDDING,
         *_ATTENTION_RULES,
@@ -218,6 +218,7 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     "Qwen3ForCausalLM": _decoder(),
     "Qwen3MoeForCausalLM": _moe_decoder("mlp", "gate_proj", "up_proj", "down_proj"),
     "MixtralForCausalLM": _moe_decoder("block_sparse_moe", "w1", "w3", "w2"),
+    "SeedOssForCausalLM": _decoder(),
 }
 """`architectures` entry of a Hugging Face config → the rules of its tensors."""
 

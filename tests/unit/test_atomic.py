@@ -51,7 +51,7 @@ def test_what_killed_processes_left_of_the_same_target_is_removed_and_nothing_el
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
-def test_a_target_that_exists_is_refused_and_left_alone(tmp_path, kind):
+def test_an_existing_target_is_refused_and_unchanged(tmp_path, kind):
     target = tmp_path / "target"
     {"directory": target.mkdir, "file": target.touch, "dangling link": lambda: target.symlink_to("nowhere")}[kind]()
     with pytest.raises(UserError, match=f"{target} exists; choose another name, or remove it"), new_directory(target):
