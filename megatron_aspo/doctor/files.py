@@ -1,4 +1,4 @@
-"""Checks that the model and the data can be read."""
+"""Checks that the model and the data are readable."""
 
 import hashlib
 import os
@@ -44,7 +44,8 @@ def check_model(model: str) -> Record:
 
 
 def check_data(locations: tuple[str, ...], needed: bool) -> Record:
-    """Open the files of `data.path` and `data.eval_path`. needed: whether the run's command starts here, which alone reads them."""
+    """Open the files of `data.path` and `data.eval_path`. needed: whether the run's command starts on this node, the only one to read
+    them."""
     seen = 0
     for location in locations:
         if location.startswith(HUB):
@@ -64,7 +65,7 @@ def check_data(locations: tuple[str, ...], needed: bool) -> Record:
 
 
 def cached_model(name: str) -> Path | None:
-    """Return the model's directory in the hub's cache; None if it is not there. Nothing is fetched."""
+    """Return the model's directory in the hub's cache, or None if it is not there. Fetches nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -75,7 +76,7 @@ def cached_model(name: str) -> Path | None:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or all below the directory; `@SPLIT` at the end of a directory's name chooses a part of it."""
+    """Return the file itself, or all files below the directory; `@SPLIT` at the end of a directory's name is ignored."""
     if not path.exists() and "@" in path.name:
         path = path.with_name(path.name.rpartition("@")[0])
     if not path.is_dir():

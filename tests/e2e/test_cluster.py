@@ -101,7 +101,7 @@ def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing(short):
 
 def test_without_an_open_cluster_ray_is_not_started_implicitly():
     """Ray would listen on every interface."""
-    ask = "from megatron_aspo.common.ray_connection import require_cluster; require_cluster()"
+    ask = "from megatron_aspo.common.actors import require_cluster; require_cluster()"
     said = subprocess.run(
         [sys.executable, "-c", ask], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
     )

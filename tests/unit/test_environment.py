@@ -37,7 +37,7 @@ def test_both_sides_listen_on_the_private_network_and_configure_nccl_memory_alik
 
 
 @pytest.mark.parametrize(("tensor", "context", "wanted"), [(1, 1, False), (2, 1, True), (1, 2, True)])
-def test_kernels_start_in_order_where_megatron_overlaps_communication(tensor, context, wanted):
+def test_kernels_start_in_order_if_megatron_overlaps_communication(tensor, context, wanted):
     assert (rank_environment("lo", tensor, context, False, {}).get("CUDA_DEVICE_MAX_CONNECTIONS") == "1") == wanted
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in rank_environment("lo", tensor, context, False, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
 
@@ -65,7 +65,7 @@ def on_loopback(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_a_rank_has_its_environment_before_it_meets_the_others(on_loopback, monkeypatch):
+def test_a_rank_has_its_environment_before_it_joins_the_others(on_loopback, monkeypatch):
     seen = {}
     monkeypatch.setattr(trainers, "meeting_store", lambda *_: _stop(seen))
     settings = RankSettings("", TrainerOptions(), OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 2, 8, deterministic=True)

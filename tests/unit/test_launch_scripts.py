@@ -89,7 +89,7 @@ def test_a_script_trains_its_recipe_and_the_plan_fits_gpus_of_80_gb(script, comm
 
 @pytest.mark.parametrize("task", ["code", "math"])
 @pytest.mark.parametrize("baseline", ["dapo", "grpo"])
-def test_a_baseline_differs_from_aspo_in_the_algorithm_alone(task, baseline):
+def test_a_baseline_differs_from_aspo_only_in_the_algorithm(task, baseline):
     ours, theirs = (yaml.safe_load((EXAMPLES / "recipes" / f"{name}_qwen2.5_1.5b_{task}.yaml").read_text()) for name in ("aspo", baseline))
     assert {key for key in ours if ours[key] != theirs[key]} == {"name", "algorithm"}
     same = {"epochs", "mini_batch_prompts", "advantage", "entropy_coef"}
@@ -144,7 +144,7 @@ def test_a_rehearsal_on_a_laptop_needs_only_variables(tmp_path):
     assert f"run_dir: {sizes['RUN_DIR']}" in done.stdout and sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_each_variable_becomes_the_option_that_the_script_lists(commands):
+def test_each_variable_sets_the_option_that_the_script_lists(commands):
     text = (EXAMPLES / "launch.sh").read_text()
     taken = dict(VARIABLES.findall(text))
     listed = text.partition("set -euo")[0]
@@ -203,7 +203,7 @@ def test_a_run_that_died_is_restarted_and_one_that_was_stopped_is_not(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("variables", "arguments", "said"),
+    ("variables", "arguments", "message"),
     [
         ({"MAX_RESTARTS": "many"}, [], "MAX_RESTARTS=many is not a whole number from 0"),
         ({"NNODES": "2"}, [], "NNODES=2, but neither RAY_ADDRESS (HOST:PORT) nor HOSTFILE is set; set one of them"),
@@ -224,10 +224,10 @@ def test_a_run_that_died_is_restarted_and_one_that_was_stopped_is_not(tmp_path, 
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_mistake_in_a_call_is_one_line_with_its_cure(commands, variables, arguments, said):
+def test_an_invalid_call_is_one_line_with_its_cure(commands, variables, arguments, message):
     done = launch(EXAMPLES / "run_aspo_qwen2.5_1.5b_code.sh", *arguments, **({"PATH": f"{commands}:{os.environ['PATH']}"} | variables))
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("launch.sh: error: ") and said in line and not done.stdout
+    assert done.returncode == 2 and line.startswith("launch.sh: error: ") and message in line and not done.stdout
 
 
 START = """
@@ -286,7 +286,7 @@ def test_a_signal_ends_the_run_cleanly_and_then_the_cluster(tmp_path):
 
 
 @pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: path.name)
-def test_a_shell_file_is_well_formed_and_changes_nothing_when_it_is_parsed(path):
+def test_a_shell_file_is_well_formed_and_parsing_it_changes_nothing(path):
     assert subprocess.run(["bash", "-n", path], capture_output=True, check=True).stderr == b""
     text = path.read_text()
     assert "set -euo pipefail" in text or path.name == "network.sh"
