@@ -34,6 +34,7 @@ class Holdings(Protocol):
 
     def of(self, tensor: str) -> BoxOwners:
         """Return the boxes of a tensor and the ranks of this side that hold each."""
+        ...
 
 
 @dataclass(frozen=True)

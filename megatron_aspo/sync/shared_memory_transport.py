@@ -34,11 +34,13 @@ class SharedMemoryTransport:
         self._next_at_top = True
         self._offset = 0
         """Where the next message is packed."""
-        self._segment: Segment | None = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        """The segment's bytes; none if this rank shares no message."""
         self._mapped: dict[int, Tensor] = {}
         """Source → its segment, opened lazily."""
         if self._nbytes:
             self._segment = Segment(self._nbytes, f"{group.name_of(group.rank)}, sending weights", device)
+            self._memory = self._segment.bytes
             for target in {message.target for bucket in schedule.buckets for message in bucket.sends if message.target in peers}:
                 group.set_value(_handle_key(group.rank, target), self._segment.share())
 
@@ -47,13 +49,13 @@ class SharedMemoryTransport:
         self._offset = self._nbytes - self._packed_bytes(bucket) if self._next_at_top else 0
 
     def allocate(self, message: Message) -> Tensor:
-        payload = self._at(self._segment.bytes, self._offset, message)
+        payload = self._at(self._memory, self._offset, message)
         self._offset += _aligned(payload.nbytes)
         return payload
 
     def start_sending(self, message: Message, payload: Tensor, label: str) -> list[Transfer]:
         _synchronize(payload)
-        offset = torch.tensor([payload.data_ptr() - self._segment.bytes.data_ptr()])
+        offset = torch.tensor([payload.data_ptr() - self._memory.data_ptr()])
         acknowledgement = torch.empty(1, dtype=torch.uint8)
         return [
             self._group.send(offset, message.target, label),

@@ -203,7 +203,7 @@ def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
                     tensor = tensor.clone()
                     tensor.view(torch.uint8)[-1] ^= 1
                 elif "digests" in what and isinstance(transport, SharedMemoryTransport):
-                    transport._segment.bytes ^= 1
+                    transport._memory ^= 1
             return original(tensor, target, what, lane)
 
         group.send = send
