@@ -40,5 +40,5 @@ class RolloutOptions:
 
     @property
     def sizes(self) -> EngineSizes:
-        """How the engines' workers cut the model."""
+        """The parallel sizes of all engines."""
         return EngineSizes(self.tensor_parallel, self.expert_parallel, self.engines)

@@ -63,7 +63,7 @@ class SharedMemoryTransport:
         ]
 
     def start_receiving(self, message: Message, label: str) -> "_Incoming":
-        return _Incoming(self, message, label)
+        return _Incoming(self, message, label, self._group)
 
     def lends(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in {memory.untyped_storage().data_ptr() for memory in self._mapped.values()}
@@ -76,8 +76,12 @@ class SharedMemoryTransport:
     def _at(self, memory: Tensor, offset: int, message: Message) -> Tensor:
         return memory[offset : offset + message.elements * self._dtype.itemsize].view(self._dtype)
 
-    def _map(self, source: int) -> Tensor:
-        """Return the segment of another rank. Raises TransferError."""
+    def read(self, message: Message, offset: int) -> Tensor:
+        """Return the elements of a message in the segment of its sender. Raises TransferError."""
+        return self._at(self.mapped(message.source), offset, message)
+
+    def mapped(self, source: int) -> Tensor:
+        """Return the segment of another rank, mapped once. Raises TransferError."""
         if source not in self._mapped:
             handle = self._group.wait_for_value(_handle_key(source, self._group.rank))
             try:
@@ -91,19 +95,19 @@ class SharedMemoryTransport:
 
 
 class _Incoming:
-    def __init__(self, transport: SharedMemoryTransport, message: Message, label: str):
-        self._transport, self._message, self._label = transport, message, label
+    def __init__(self, transport: SharedMemoryTransport, message: Message, label: str, group: StatelessGroup):
+        self._transport, self._message, self._label, self._group = transport, message, label, group
         self._offset = torch.empty(1, dtype=torch.int64)
-        self._transfer = transport._group.receive(self._offset, message.source, label)
+        self._transfer = group.receive(self._offset, message.source, label)
 
     def wait(self) -> Tensor:
         self._transfer.wait()
-        return self._transport._at(self._transport._map(self._message.source), int(self._offset), self._message)
+        return self._transport.read(self._message, int(self._offset))
 
     def release(self) -> None:
-        _synchronize(self._transport._map(self._message.source))
-        read = torch.ones(1, dtype=torch.uint8)
-        self._transport._group.send(read, self._message.source, f"the acknowledgement of {self._label}", _ACKNOWLEDGEMENT).wait()
+        _synchronize(self._transport.mapped(self._message.source))
+        label = f"the acknowledgement of {self._label}"
+        self._group.send(torch.ones(1, dtype=torch.uint8), self._message.source, label, _ACKNOWLEDGEMENT).wait()
 
 
 def _handle_key(source: int, target: int) -> str:

@@ -1,4 +1,4 @@
-"""Transfers from end to end over real gloo groups, one thread per rank, against the rules of both frameworks told without the table."""
+"""End-to-end transfers over real gloo groups, one thread per rank, compared with the rules of both frameworks written without the table."""
 
 import re
 import time
@@ -30,14 +30,14 @@ HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 
 
-def together(
-    spec: TransferSpec, places: list[str], work: Callable[[int, StatelessGroup, Schedule], object], timeout_s: float = 20.0
+def run_ranks(
+    spec: TransferSpec, hosts: list[str], work: Callable[[int, StatelessGroup, Schedule], object], timeout_s: float = 20.0
 ) -> list:
-    """Runs `work` on every rank of a real group; results, or what was raised, by rank."""
+    """Run `work` on every rank of a real group; return the result of each, or the TransferError that it raised."""
     port = free_port(HOST)
 
     def run(rank: int):
-        group = stateless_group(HOST, port, rank, spec.world, timeout_s, own_host=places[rank], names=spec.rank_name, terms=spec.terms())
+        group = stateless_group(HOST, port, rank, spec.world, timeout_s, own_host=hosts[rank], names=spec.rank_name, terms=spec.terms())
         try:
             return work(rank, group, spec.schedule(rank, group.hosts))
         except TransferError as error:
@@ -48,13 +48,13 @@ def together(
     groups: list[StatelessGroup] = []
     with ThreadPoolExecutor(spec.world) as ranks:
         results = list(ranks.map(run, range(spec.world)))
-    for group in groups:  # not before all have done: rank 0 serves the store
+    for group in groups:  # only when all are done: rank 0 serves the store
         group.close()
     return results
 
 
 def source_of(whole: dict[str, np.ndarray], has: dict[str, set[int]]) -> Callable[[str, Box], torch.Tensor]:
-    """The values of this rank; asked for anything else, it fails."""
+    """Return a function that reads this rank's values, and fails for any others."""
 
     def read(tensor: str, box: Box) -> torch.Tensor:
         values = whole[tensor][slices(box)]
@@ -93,7 +93,7 @@ def test_every_worker_gets_its_part_bit_for_bit_and_nan_elsewhere(transfer, buck
         assert receive_all(receiver, 1, verify, len(schedule.buckets)).keys() == receiver.tensor_names
         return receive_all(receiver, 2, verify, len(schedule.buckets)), receiver.received_bytes
 
-    results = together(spec, [f"node {node}" for node in where.node_of], work)
+    results = run_ranks(spec, [f"node {node}" for node in where.node_of], work)
     errors = [result for result in results if isinstance(result, TransferError)]
     assert not errors, errors
     needed = 0
@@ -126,8 +126,8 @@ def view(tensors: dict[str, torch.Tensor]) -> Callable[[str, Box], torch.Tensor]
     return lambda name, box: tensors[name][slices(box)]
 
 
-@pytest.mark.parametrize("places", [["here"] * 4, ["a", "a", "b", "b"]], ids=["one node", "passed on"])
-def test_elements_are_cast_before_they_travel_and_pass_nodes_once(places):
+@pytest.mark.parametrize("hosts", [["here"] * 4, ["a", "a", "b", "b"]], ids=["one node", "passed on"])
+def test_elements_are_cast_before_they_travel_and_are_sent_to_a_node_once(hosts):
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
@@ -137,14 +137,14 @@ def test_elements_are_cast_before_they_travel_and_pass_nodes_once(places):
         assert all(torch.equal(received[name], tensor.bfloat16()) for name, tensor in state.items())
         return None
 
-    results = together(PAIR, places, work)
+    results = run_ranks(PAIR, hosts, work)
     assert not [r for r in results if isinstance(r, TransferError)], results
-    copies = 2 if places[0] == places[2] else 1
+    copies = 2 if hosts[0] == hosts[2] else 1
     assert sum(results[:2]) == copies * 2 * sum(tensor.numel() for tensor in state.values())
 
 
 class LazyConnections:
-    """Lets two ranks of a gloo group connect as NCCL's do: the first transfer from one to the other begins when both are at it."""
+    """Makes two ranks of a gloo group connect as under NCCL: the first transfer between them blocks until both have started it."""
 
     def __init__(self, timeout_s: float):
         self._meetings: defaultdict[tuple[int, int], Barrier] = defaultdict(lambda: Barrier(2, timeout=timeout_s))
@@ -166,7 +166,7 @@ class LazyConnections:
         group._start, group.connects_lazily = meet_and_start, True
 
 
-def test_ranks_that_connect_at_their_first_transfer_do_not_wait_in_a_circle():
+def test_ranks_that_connect_at_their_first_transfer_do_not_deadlock():
     state, connections = values(tensor_shapes("Qwen2ForCausalLM", QWEN2)), LazyConnections(5.0)
 
     def work(rank, group, _):
@@ -181,13 +181,13 @@ def test_ranks_that_connect_at_their_first_transfer_do_not_wait_in_a_circle():
         assert all(torch.equal(received[name], tensor.bfloat16()) for name, tensor in state.items())
         return None
 
-    # Places that differ: nothing goes through shared memory.
-    results = together(PAIR, ["1", "2", "3", "4"], work)
+    # Different hosts: nothing goes through shared memory.
+    results = run_ranks(PAIR, ["1", "2", "3", "4"], work)
     assert not [result for result in results if isinstance(result, TransferError)], results
 
 
-@pytest.mark.parametrize("places", [["here"] * 4, ["a", "a", "b", "c"]], ids=["shared memory", "network"])
-def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
+@pytest.mark.parametrize("hosts", [["here"] * 4, ["a", "a", "b", "c"]], ids=["shared memory", "network"])
+def test_corrupted_elements_are_named(hosts):
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
@@ -209,19 +209,19 @@ def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
         group.send = send
         return sender.send_version(view(state), 7, True)
 
-    results = together(PAIR, places, work, timeout_s=5.0)
+    results = run_ranks(PAIR, hosts, work, timeout_s=5.0)
     assert isinstance(results[3], TransferError)
     assert "engine 1 received model." in str(results[3])
     assert "otherwise than training rank 1 sent it" in str(results[3])
     assert "version 7" in str(results[3])
 
 
-def test_a_machine_without_room_for_the_shared_memory_says_so():
+def test_too_little_shared_memory_is_refused_with_the_cure():
     with pytest.raises(UserError, match=r"training rank 3: 1,0.* bytes of shared memory are needed.*; lower transfer_bucket_mib"):
         Segment(10**15, "training rank 3", CPU)
 
 
-def test_a_silent_rank_is_named_with_what_it_owes_and_the_step():
+def test_a_silent_rank_is_named_with_the_tensor_that_it_owes():
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
@@ -230,15 +230,15 @@ def test_a_silent_rank_is_named_with_what_it_owes_and_the_step():
             return sender.send_version(view(state), 3, False) if rank == 0 else None  # stage 1 connects and never sends
         return receive_all(WeightReceiver(schedule, group, CPU), 3, False, len(schedule.buckets))
 
-    results = together(PAIR, ["here"] * 4, work, timeout_s=1.5)
+    results = run_ranks(PAIR, ["here"] * 4, work, timeout_s=1.5)
     assert all(isinstance(result, TransferError) for result in results[2:])
-    # Others fail because those who waited have left; the driver reports them all.
+    # Others fail because the waiting ranks have left; the driver reports them all.
     owed = r"engine [01] of the group at .*: bucket \d of 6 of version 3, step 0: model\..* from training rank 1 failed .*timeout 1.5 s"
     assert any(re.match(owed, str(result)) for result in results)
 
 
-@pytest.mark.parametrize("places", [["here"] * 4, ["here", "here", "there", "elsewhere"]], ids=["one machine", "three"])
-def test_when_one_rank_leaves_all_others_fail_long_before_the_timeout(places):
+@pytest.mark.parametrize("hosts", [["here"] * 4, ["here", "here", "there", "elsewhere"]], ids=["one machine", "three"])
+def test_all_ranks_fail_long_before_the_timeout_when_one_leaves(hosts):
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
@@ -260,12 +260,12 @@ def test_when_one_rank_leaves_all_others_fail_long_before_the_timeout(places):
             return failure, time.monotonic() - started
         return None
 
-    results = together(PAIR, places, work, timeout_s=40.0)
+    results = run_ranks(PAIR, hosts, work, timeout_s=40.0)
     assert all(result is not None and result[1] < 10.0 for result in results), results
     assert "this rank has left the group" in results[3][0]
 
 
-def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before_the_timeout():
+def test_all_ranks_fail_long_before_the_timeout_when_a_sender_fails():
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def read(name: str, box: Box) -> torch.Tensor:
@@ -289,6 +289,6 @@ def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before
         return None
 
     senders: list[WeightSender] = []  # they live on, as in a training rank
-    results = together(PAIR, ["here"] * 4, work, timeout_s=40.0)
+    results = run_ranks(PAIR, ["here"] * 4, work, timeout_s=40.0)
     assert all(result is not None and result[1] < 10.0 for result in results), results
     assert [said for said, _ in results] == ["failed with it", "no room", "failed with it", "failed with it"]
