@@ -10,7 +10,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
 from megatron_aspo.sync.plan import RankNodes, count_least_traffic, count_traffic, fill_buckets
 from megatron_aspo.weights.families import homes
 from megatron_aspo.weights.holdings import TrainingHoldings
-from megatron_aspo.weights.layout import ModelDims, ParallelSizes, check_divisible
+from megatron_aspo.weights.layout import LayoutError, ModelDims, ParallelSizes, check_divisible
 
 AXES = ("tensor", "pipeline", "data", "virtual", "expert", "expert_tensor", "context")
 
@@ -77,9 +78,12 @@ def fill_nodes(training: int, workers: int, node_devices: int, colocated: bool) 
 def plan_transfer(
     architecture: str, dims: ModelDims, sizes: ParallelSizes, engines: EngineSizes, nodes: RankNodes, itemsize: int, bucket_bytes: int
 ) -> dict[str, float]:
-    """Plan a whole transfer; return its metrics, sizes in bytes."""
-    check_divisible(dims, sizes)
-    source, target = TrainingHoldings(architecture, dims, sizes), EngineHoldings(architecture, dims, engines)
+    """Plan a whole transfer; return its metrics, sizes in bytes. Raises UserError for sizes that do not fit the model."""
+    with _named_as_in_recipes("trainer"):
+        check_divisible(dims, sizes)
+    with _named_as_in_recipes("rollout"):
+        target = EngineHoldings(architecture, dims, engines)
+    source = TrainingHoldings(architecture, dims, sizes)
     order, known = source.in_turns(), homes(architecture, dims)
     buckets = fill_buckets(order, target, lambda name: math.prod(known[name][0].rule.shape(dims)) * itemsize, bucket_bytes)
     traffic = count_traffic(order, source, target, nodes)
@@ -101,6 +105,15 @@ def plan_transfer(
         "busiest_within": int(within.max()),
         "busiest_between": int(between.max()),
     }
+
+
+@contextmanager
+def _named_as_in_recipes(section: str) -> Iterator[None]:
+    """Let errors about a layout name the options of this section of a recipe."""
+    try:
+        yield
+    except LayoutError as error:
+        raise error.worded(lambda name, value: f"{section}.{name}={value}") from None
 
 
 def _parse_sizes(words: Sequence[str]) -> ParallelSizes:

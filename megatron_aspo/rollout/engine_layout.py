@@ -10,7 +10,7 @@ from functools import cache
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.weights.families import Rule, homes
 from megatron_aspo.weights.holdings import BoxOwners, boxes_of_shards, merge_replicas
-from megatron_aspo.weights.layout import ModelDims, padded_vocab
+from megatron_aspo.weights.layout import LayoutError, ModelDims, padded_vocab
 from megatron_aspo.weights.shard_rules import Extent, IndexRange, ShardRule, vocab_rows
 
 VOCAB_MULTIPLE = 64
@@ -66,7 +66,7 @@ class EngineHoldings:
     """The boxes of each Hugging Face tensor that the workers of all engines hold."""
 
     def __init__(self, architecture: str, dims: ModelDims, sizes: EngineSizes):
-        """Raises UserError when vLLM cannot shard the model this way."""
+        """Raises LayoutError when vLLM cannot shard the model this way."""
         check_engine(dims, sizes)
         self.sizes, self.world = sizes, sizes.world
         self._dims, self._homes = dims, homes(architecture, dims)
@@ -95,7 +95,7 @@ class EngineHoldings:
 
 
 def check_engine(dims: ModelDims, sizes: EngineSizes) -> None:
-    """Raises UserError when vLLM's workers cannot shard the model this way."""
+    """Raise LayoutError when vLLM's workers cannot shard the model this way."""
     ways, padded = sizes.tensor, padded_vocab(dims.vocab, VOCAB_MULTIPLE)
     rules = [
         (f"{dims.heads} attention heads", dims.heads % ways == 0),
@@ -106,15 +106,15 @@ def check_engine(dims: ModelDims, sizes: EngineSizes) -> None:
     ]
     for what, fits in rules:
         if not fits:
-            raise UserError(f"rollout.tensor_parallel={ways} does not divide the model's {what}")
+            raise LayoutError(f"{{tensor_parallel}} does not divide the model's {what}", tensor_parallel=ways)
     if sizes.expert_parallel and not dims.experts:
-        raise UserError("rollout.expert_parallel=true: this model has no experts; set it to false")
+        raise LayoutError("{expert_parallel}: this model has no experts; set it to false", expert_parallel=True)
     if sizes.expert_parallel and dims.experts < ways:
-        raise UserError(f"rollout.tensor_parallel={ways} workers cannot share out {dims.experts} experts")
+        raise LayoutError(f"{{tensor_parallel}} workers cannot share out {dims.experts} experts", tensor_parallel=ways)
 
 
 def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
-    """Raises UserError for what vLLM's kernels on `device` do not compute, or for weights that they cannot be given again."""
+    """Raise UserError for what vLLM's kernels on `device` do not compute, or for weights that they cannot be given again."""
     if device != "cpu":
         return
     if dims.head_dim not in CPU_HEAD_SIZES:
@@ -125,9 +125,12 @@ def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
     if not dims.experts:
         return
     if sizes.expert_parallel:
-        raise UserError("rollout.expert_parallel=true: vLLM's CPU kernel takes every expert to be on each worker; set it to false")
+        raise LayoutError(
+            "{expert_parallel}: vLLM's CPU kernel takes every expert to be on each worker; set it to false", expert_parallel=True
+        )
     if dims.moe_ffn // sizes.tensor % _CPU_EXPERT_MULTIPLE:
-        raise UserError(
-            f"rollout.tensor_parallel={sizes.tensor} leaves a worker {dims.moe_ffn // sizes.tensor} feed-forward channels of an expert; "
-            f"vLLM's CPU kernel needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads what it cannot be given again: lower it"
+        raise LayoutError(
+            f"{{tensor_parallel}} leaves a worker {dims.moe_ffn // sizes.tensor} feed-forward channels of an expert; vLLM's CPU kernel "
+            f"needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads what it cannot be given anew: lower it",
+            tensor_parallel=sizes.tensor,
         )

@@ -66,20 +66,20 @@ class Colocated:
     def to_training(self) -> None:
         if self._training:
             return
-        # Before the ranks load their memory: an engine that starts needs the room.
+        # Before the ranks reload: an engine that starts needs the memory.
         self._retry_with_replacement(lambda: self._engines.sleep(self._sleep_level))
         self._training = True
-        self._trainers.come_back()
+        self._trainers.reload()
 
     def to_generating(self, version: int, changed: bool) -> int:
         if not self._training:
             return 0
         self._training = False
-        self._trainers.leave("optimizer")
+        self._trainers.offload("optimizer")
         self._retry_with_replacement(lambda: self._engines.wake(("weights",)))
         sent = self._publisher.publish(version, verify=self._replaced) if changed or self._replaced or self._sleep_level == 2 else 0
         self._replaced = False
-        self._trainers.leave("weights")
+        self._trainers.offload("weights")
         try:
             self._engines.wake(("kv_cache",))
         except EngineError as error:
@@ -112,7 +112,7 @@ def _replace_lost(publisher: Publisher, reason: str) -> None:
 
 
 def check_places(placement: str, ranks: int, engines: EngineSizes) -> None:
-    """Raises UserError when engines would share devices that do not exist."""
+    """Raise UserError when engines would share devices that do not exist."""
     if placement == "colocated" and engines.world > ranks:
         raise UserError(
             f"placement=colocated: {engines.engines} engines of {engines.tensor} devices need {engines.world} training ranks to share them "

@@ -16,7 +16,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
 from megatron_aspo.hf.model import read_model
 from megatron_aspo.hf.tensor_files import TensorReader
-from megatron_aspo.runtime import run
+from megatron_aspo.runtime import processes, run
 from megatron_aspo.runtime.plan import make_plan
 from megatron_aspo.runtime.start import Ownership
 from tests.in_process import run_main
@@ -35,7 +35,7 @@ def directory(tmp_path, monkeypatch) -> Path:
         raise AssertionError("Ray was about to be started")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "open_cluster", started)
+    monkeypatch.setattr(processes, "open_cluster", started)
     save_tiny("qwen2", tmp_path / "model", tied=True)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return tmp_path
@@ -67,7 +67,7 @@ def convert(*_: str) -> None:
 def verify_sync(*overrides: str) -> None:
     """Call the command as a user does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify_sync_command, "open_cluster", run.open_cluster)
+        patch.setattr(verify_sync_command, "open_cluster", processes.open_cluster)
         done = run_main(cli.main, "verify-sync", "recipe.yaml", *overrides, cwd=Path.cwd())
     assert done.returncode == 2
     raise UserError(done.stderr.removeprefix("megatron-aspo: error: ").strip())
@@ -101,7 +101,7 @@ def another_index() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda: change_tensors(lambda t: t.update({HEAD: t[EMBEDDING] + 1})), "config.json ties them; set tie_word_embeddings to false"),
         (lambda: change_tensors(lambda t: t.update({HEAD: t[EMBEDDING][:-1]})), "lm_head.weight differs from model.embed_tokens.weight"),
@@ -129,14 +129,14 @@ def another_index() -> None:
         "index",
     ],
 )
-def test_a_mistake_in_a_model_is_reported_in_one_line_by_every_command(directory, spoil, said):
+def test_a_mistake_in_a_model_is_reported_in_one_line_by_every_command(directory, spoil, message):
     spoil()
     (line,) = refusals([convert, plan, train, resume, verify_sync])
-    assert said in line and "\n" not in line
+    assert message in line and "\n" not in line
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["trainer.tensor_parallel=3"], "does not divide"),
         (["rollout.tensor_parallel=3"], "does not divide"),
@@ -149,9 +149,9 @@ def test_a_mistake_in_a_model_is_reported_in_one_line_by_every_command(directory
     ],
     ids=str,
 )
-def test_a_mistake_in_a_recipe_is_reported_in_one_line_by_every_command(directory, overrides, said):
+def test_a_mistake_in_a_recipe_is_reported_in_one_line_by_every_command(directory, overrides, message):
     (line,) = refusals([plan, train, resume, verify_sync], *overrides)
-    assert said in line
+    assert message in line
 
 
 def test_a_head_size_that_engines_lack_is_refused_before_they_start(directory):
@@ -161,7 +161,7 @@ def test_a_head_size_that_engines_lack_is_refused_before_they_start(directory):
     convert()  # Megatron has no such limit
 
 
-def test_more_memory_than_the_machine_has_is_refused_by_train_as_by_plan(directory):
+def test_more_memory_than_the_machine_has_is_refused_by_train_and_plan(directory):
     (line,) = refusals([plan, train, resume], "rollout.kv_cache_gib=100000")
     assert "GB on this machine" in line
 

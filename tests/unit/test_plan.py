@@ -233,7 +233,7 @@ def test_consecutive_layers_in_the_sending_order_are_on_different_stages():
 
 
 def test_engine_sizes_that_do_not_fit_the_model_are_refused():
-    with pytest.raises(UserError, match=r"rollout\.tensor_parallel=4 does not divide the model's 6 attention heads"):
+    with pytest.raises(UserError, match=r"^tensor_parallel=4 does not divide the model's 6 attention heads"):
         EngineHoldings("LlamaForCausalLM", dims(heads=6, kv_heads=6), EngineSizes(4))
     moe = family_dims("Qwen3MoeForCausalLM", experts=2, moe_ffn=6)
     for sizes, what in ((EngineSizes(4), "6 feed-forward channels of an expert"), (EngineSizes(4, True), "cannot share out 2 experts")):
