@@ -25,7 +25,7 @@ from megatron_aspo.rollout.engine_settings import EngineSpec, environment
 from megatron_aspo.rollout.liveness import Liveness
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pending import Pending
-from megatron_aspo.rollout.process_tree import Remains, sweep
+from megatron_aspo.rollout.process_tree import sweep, sweep_below
 from megatron_aspo.rollout.share import share
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ _ANSWER_TIMEOUT_S = 10.0
 """An engine that does not say in this time how it is counts as dead."""
 _MAX_LOSSES = 3
 """Losses of engines in one generation after which a request is taken for their cause."""
+_START_TRIES = 3
+"""Tries to start a lost engine again."""
+_RESTART_FACTOR, _RESTART_S = 5.0, 60.0
+"""An engine that starts again may take so many times what the first start took, and at least so many seconds: its files are cached by then,
+but the node may be busier. Without this bound a start that freezes would hold up the run for `start_timeout_s`."""
 
 
 @dataclass
@@ -45,6 +50,8 @@ class _Member:
 
     spec: EngineSpec
     actor: Any
+    home: ray.ObjectRef | None = None
+    """The actor's answer of where it lives."""
     info: EngineInfo | None = None
     place: tuple[str, str] | None = None
     """Node and devices that it shares with others."""
@@ -127,7 +134,19 @@ class EnginePool:
         require_cluster()
         for member, place in zip(self._members, places or (), strict=False):
             member.place = place
-        self._start(self._members)
+        began = time.monotonic()
+        try:
+            self._start(self._members, self._options.start_timeout_s)
+        except TimeoutError as error:
+            self.shutdown()
+            raise UserError(
+                f"{error}, the limit on starting; look for its last lines in Ray's worker logs, raise rollout.start_timeout_s, or free the "
+                "CPUs or GPUs that its Ray actor waits for"
+            ) from error
+        except BaseException:
+            self.shutdown()
+            raise
+        self._start_s = time.monotonic() - began
         return self.infos
 
     @property
@@ -138,7 +157,8 @@ class EnginePool:
     def restart_dead(self) -> list[str]:
         """Start anew the engines that died or answer no more, and with them those that hold a mixture of weights; returns all their names.
 
-        None is touched, and none named, unless one is dead. The new ones hold the weights of the model's directory. Raises as `start`.
+        None is touched, and none named, unless one is dead. The new ones hold the weights of the model's directory. Raises EngineError when
+        they do not start in three tries, each bounded by the time that the first start took.
         """
         unfit, dead = [], []
         for member in self._members:
@@ -152,8 +172,20 @@ class EnginePool:
             return []
         self._end([member for member in unfit if member not in dead])
         self._end(dead, ask=False)
-        self._start(unfit)
+        self._start_again(unfit)
         return [member.name for member in unfit]
+
+    def _start_again(self, members: Sequence[_Member]) -> None:
+        limit_s = min(self._options.start_timeout_s, max(_RESTART_S, _RESTART_FACTOR * self._start_s))
+        for _ in range(_START_TRIES):
+            try:
+                self._start(members, limit_s)
+                return
+            except (TimeoutError, EngineError) as error:
+                failure = error
+                self._end(members, ask=False)
+        self.shutdown()
+        raise EngineError(f"an engine was lost and did not start again in {_START_TRIES} tries: {failure}") from failure
 
     def _is_alive(self, member: _Member) -> bool:
         """Whether its engine core still answers."""
@@ -163,22 +195,13 @@ class EnginePool:
             return False
         return True
 
-    def _start(self, members: Sequence[_Member]) -> None:
+    def _start(self, members: Sequence[_Member], limit_s: float) -> None:
+        """Make the actors of engines, and wait until all have started. Raises TimeoutError, and what an engine raises."""
         for member in members:
             actor_options = _actor_options(member, self._options.resource)
             member.actor = ray.remote(Engine).options(**actor_options).remote(member.spec)
-        try:
-            infos = self._on("start", members).result(self._options.start_timeout_s)
-        except TimeoutError as error:
-            self.shutdown()
-            raise UserError(
-                f"{error}, the limit on starting; look for its last lines in Ray's worker logs, raise rollout.start_timeout_s, or free the "
-                "CPUs or GPUs that its Ray actor waits for"
-            ) from error
-        except BaseException:
-            self.shutdown()
-            raise
-        for member, info in zip(members, infos, strict=True):
+            member.home = member.actor.home.remote()
+        for member, info in zip(members, self._on("start", members).result(limit_s), strict=True):
             member.info = info
 
     def generate(
@@ -270,11 +293,14 @@ class EnginePool:
         stopping = [member.actor.shutdown.remote() for member in running] if ask else []
         if stopping:
             ray.wait(stopping, num_returns=len(stopping), timeout=_SHUTDOWN_TIMEOUT_S)
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        # What an engine that has not started has made so far is known only as long as its actor lives.
+        unfinished = [home for member in running if not member.info and (home := _home(member)) and home[0] in alive]
+        ray.get([_run_on(node, sweep_below, pid) for node, pid in unfinished], timeout=_SHUTDOWN_TIMEOUT_S)
         for member in running:
             ray.kill(member.actor)
         # vLLM leaves processes and shared memory behind where it was killed: look on each engine's node.
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        sweeps = [_sweep_on(info.node_id, info.remains) for member in running if (info := member.info) and info.node_id in alive]
+        sweeps = [_run_on(info.node_id, sweep, info.remains) for member in running if (info := member.info) and info.node_id in alive]
         for member in running:
             member.actor = None
             member.info = None
@@ -442,18 +468,19 @@ def _actor_options(member: _Member, resource: str) -> dict[str, Any]:
     root = str(Path(megatron_aspo.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = environment(spec) | {"PYTHONPATH": path}
-    gpus = spec.tensor_parallel if spec.device == "cuda" else 0
+    gpus, cpus = spec.tensor_parallel if spec.device == "cuda" else 0, 1
     options: dict[str, Any] = {}
     if member.place is not None:
         node, devices = member.place
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        cpus = 0  # the rank whose device it shares has the token
         if devices:
             # They are another actor's in Ray's books.
             gpus = 0
             variables |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     return options | {
         # One CPU is a token, not a count of threads: engines and training ranks of one node take turns, and both use all its cores.
-        "num_cpus": 1,
+        "num_cpus": cpus,
         "num_gpus": gpus,
         "resources": {resource: 1} if resource else {},
         "max_concurrency": _MAX_CONCURRENT_CALLS,
@@ -469,9 +496,17 @@ def _even_threads(engines: int, resource: str) -> int:
     return max(1, len(os.sched_getaffinity(0)) // per_node)
 
 
-def _sweep_on(node_id: str, remains: Remains) -> ray.ObjectRef:
+def _home(member: _Member) -> tuple[str, int] | None:
+    """Return node and process id of an engine's actor; None if it does not say."""
+    try:
+        return ray.get(member.home, timeout=1.0)
+    except (RayActorError, RayTaskError, GetTimeoutError):
+        return None
+
+
+def _run_on(node_id: str, function: Callable[..., None], *arguments: Any) -> ray.ObjectRef:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(sweep).options(num_cpus=0, scheduling_strategy=strategy).remote(remains)
+    return ray.remote(function).options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
 
 def _withdraw(streams: Iterable[ObjectRefGenerator]) -> None:

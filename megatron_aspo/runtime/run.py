@@ -296,7 +296,7 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
 def _check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
     """Refuse at once what Ray could never place: it would wait for ever."""
     engines, per_engine = config.rollout.engines, config.rollout.tensor_parallel if cluster.device == "cuda" else 1
-    shared = config.placement == "colocated" and cluster.device == "cuda"
+    shared = config.placement == "colocated"
     needed = ranks + (0 if shared else engines * per_engine)
     kind = "GPU" if cluster.device == "cuda" else "CPU"
     if needed > cluster.slots:
