@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import date
 from pathlib import Path
@@ -93,8 +93,11 @@ class Config:
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
 
-def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
-    """The recipe with the overrides applied, checked. Raises UserError for anything wrong, with the key and the nearest valid one."""
+def load_config(recipe: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda line: None) -> Config:
+    """The recipe with the overrides applied, checked. Raises UserError for anything wrong, with the key and the nearest valid one.
+
+    say: called with one line if a preset among the overrides replaces values of the recipe.
+    """
     try:
         text = recipe.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -112,9 +115,11 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(values, override)
         _apply(given, override)
-    _check_switch(written, given)
     preset = str(values.get("preset", "paper"))
     _require(preset in PRESETS, f"preset={preset} is not known; {nearest(preset, PRESETS)}")
+    _check_switch(written, given)
+    if replaced := _replace_by_preset(preset, values, written, given):
+        say(f"preset={preset} replaces the recipe's {', '.join(replaced)}")
     implied = _over(_loss_defaults(values), PRESETS[preset])
     config = _build(Config, _over(implied, values), "")
     _check_preset(config)
@@ -145,7 +150,8 @@ def to_yaml(config: Config) -> str:
 def _check_switch(written: dict, given: dict) -> None:
     """Refuse overrides that change the policy loss or the preset over values that the recipe wrote down for another one.
 
-    The resolved recipe of a run writes every value down: replayed with another loss it would keep the bounds of the old one.
+    The resolved recipe of a run writes every value down: replayed with another loss it would keep the bounds of the old one. The values
+    that a preset fixes are none of these when it is the new one: they replace the recipe's.
     """
     written, given = _flat(written), _flat(given)
     for key, default, sets in (
@@ -153,12 +159,30 @@ def _check_switch(written: dict, given: dict) -> None:
         ("preset", Config.preset, PRESETS),
     ):
         old, new = str(written.get(key, default)), str(given.get(key, written.get(key, default)))
-        for name in (old, new) if old != new else ():
+        for name in ((old,) if key == "preset" else (old, new)) if old != new else ():
             for stale in sorted(_flat(sets.get(name, {})).keys() & written.keys() - given.keys()):
                 raise UserError(
                     f"{key}={new} takes the place of {old}, but the recipe sets {stale}={written[stale]}, which goes with {name}; "
                     "set it too, or remove it from the recipe"
                 )
+
+
+def _replace_by_preset(preset: str, values: dict, written: dict, given: dict) -> list[str]:
+    """Put the values that a preset fixes into `values`, if the overrides name the preset and not these values.
+
+    A preset in the recipe itself does not replace what the recipe writes beside it, but refuses it. Returns `key=value` of each that was
+    replaced.
+    """
+    if given.get("preset", written.get("preset")) == written.get("preset", Config.preset):
+        return []
+    before, chosen, replaced = _flat(written), _flat(given), []
+    for section, keys in PRESETS[preset].items():
+        for key, fixed in keys.items():
+            path = f"{section}.{key}"
+            if path in before and path not in chosen and before[path] != fixed:
+                values[section][key] = fixed
+                replaced.append(f"{path}={before[path]}")
+    return replaced
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -343,9 +367,12 @@ def _check_checkpoints(config: Config) -> None:
     )
 
 
-def check_rewards(data: DataOptions) -> None:
-    """Refuse options of rewards that cannot work or have no effect."""
-    names = RewardChoice(data).names
+def check_rewards(data: DataOptions, server_reward: str = "") -> None:
+    """Refuse options of rewards that cannot work or have no effect.
+
+    server_reward: the reward that the server of `data.reward=remote` must use; its options are then rules for the server.
+    """
+    names = RewardChoice(data).names | {server_reward} - {""}
     for name, options, limit_s, what in (
         ("code", data.code, data.code.total_s, "total_s"),
         ("math", data.math, data.math.limit_s, "limit_s"),

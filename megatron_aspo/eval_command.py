@@ -22,8 +22,11 @@ from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan, recipe_of
 from megatron_aspo.evaluation.problems import Problems, load_problems
 from megatron_aspo.evaluation.report import GENERATED, PARTS, report
+from megatron_aspo.evaluation.resources import with_cache
 from megatron_aspo.evaluation.sampling import EngineResponder, Evaluator, Part, Responder, Sampling
 from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabulary
+from megatron_aspo.rewards.service.rules import require_rules
+from megatron_aspo.weights.hf_model import read_model
 
 if TYPE_CHECKING:
     from megatron_aspo.runtime.cluster import Cluster
@@ -49,6 +52,8 @@ def run_eval(parsed: argparse.Namespace) -> int:
     elsewhere = parsed.stage == "grade" and not Path(parsed.target).expanduser().exists()
     target = Target() if elsewhere else find_target(parsed.target)
     plan = make_plan(parsed.protocol, None if parsed.protocol else recipe_of(target, parsed.recipe), parsed.data, parsed.overrides)
+    if plan.server_rules and parsed.stage != "generate":
+        require_rules(plan.settings.data, plan.server_rules, f"megatron-aspo grade-server --protocol {plan.protocol}{_limits(plan)}")
     with _owned(out, parsed.stage):
         missing = Evaluation(target, plan, out, parsed).run()
         if not missing:
@@ -61,6 +66,11 @@ def run_eval(parsed: argparse.Namespace) -> int:
             return 1
         report(out, plan, parsed.against)
     return 0
+
+
+def _limits(plan: EvalPlan) -> str:
+    """Return the words with which a server gets the rules that were changed from the protocol's."""
+    return "".join(f" {key}={value}" for key, value in plan.changed.items() if key in plan.server_rules)
 
 
 class Evaluation:
@@ -157,14 +167,19 @@ class Evaluation:
         from megatron_aspo.rollout.pool import EnginePool
 
         s, eos = self._settings, self._tokenizer.eos_token_id
-        options = s.rollout(engine_dtype(directory))
+        given = s.rollout(engine_dtype(directory))
+        options = with_cache(read_model(directory), given, s.max_model_len, device, here=not self._ray_address)
         stop_ids = () if eos is None else (eos,)
         engines = EnginePool(str(directory), options, s.max_model_len, device, s.seed, s.deterministic, stop_ids)
         try:
             started = time.monotonic()
             (info, *_) = engines.start()
             seconds = time.monotonic() - started
-            print(f"engines: {options.engines} × vLLM {info.vllm_version} on {info.device}, {options.dtype}; {seconds:.0f} s", flush=True)
+            cache = f"key-value cache {options.kv_cache_gib:.3g} GiB"
+            print(
+                f"engines: {options.engines} × vLLM {info.vllm_version} on {info.device}, {options.dtype}, {cache}; {seconds:.0f} s",
+                flush=True,
+            )
             yield EngineResponder(engines, self._tokenizer)
         finally:
             engines.shutdown()

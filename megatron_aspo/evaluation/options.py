@@ -32,8 +32,8 @@ class EngineChoice:
     """`float32 | bfloat16`; `auto` takes that of the model's tensors."""
     max_running_requests: int = 64
     """Upper bound on the requests under way: on one engine, or at an endpoint."""
-    kv_cache_gib: float = 1.0
-    """Key-value cache of one engine, in GiB."""
+    kv_cache_gib: float = 0.0
+    """Key-value cache of one engine, in GiB; 0 makes room for 8 responses of full length, or for as many as the memory has room for."""
     threads: int = 0
     """CPU threads of one engine; 0 shares the node's cores evenly."""
 
@@ -100,11 +100,12 @@ class EvalSettings:
         """Raise UserError, in one line with the cure, for the first value that cannot be."""
         engine = {f"engine.{name}": getattr(self.engine, name) for name in ("engines", "tensor_parallel", "max_running_requests")}
         positive = engine | {name: getattr(self, name) for name in ("samples", "max_response_tokens", "part_problems")}
-        positive |= {"engine.kv_cache_gib": self.engine.kv_cache_gib, "data.reward_workers": self.data.reward_workers}
+        positive |= {"data.reward_workers": self.data.reward_workers}
         for name, value in positive.items():
             _require(value > 0, f"{name}={value} must be greater than 0")
         _require(self.problems >= 0, f"problems={self.problems} must not be negative")
-        _require(self.engine.threads >= 0, f"engine.threads={self.engine.threads} must not be negative")
+        for name in ("threads", "kv_cache_gib"):
+            _require((value := getattr(self.engine, name)) >= 0, f"engine.{name}={value} must not be negative")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p:g} must be above 0 and at most 1")
         # vLLM would raise a smaller temperature to 0.01 by itself.
         _require(self.temperature == 0 or self.temperature >= 0.01, f"temperature={self.temperature:g} must be 0 (greedy) or at least 0.01")

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_aspo.checkpoint.atomic import disk_errors, write_text
 from megatron_aspo.config import Config, build, check_rewards, load_config
+from megatron_aspo.data.options import DataOptions
 from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.protocols import find_protocol
+from megatron_aspo.evaluation.resources import reward_workers
 from megatron_aspo.evaluation.target import Target
+from megatron_aspo.rewards.service.rules import grading_rules
 
 HELD_OUT = "held_out"
 """Name of the protocol of a recipe's own held-out prompts, as they are evaluated during training."""
@@ -27,6 +30,8 @@ class EvalPlan:
     settings: EvalSettings
     changed: dict[str, Any]
     """Key path → value of what differs from the protocol of that name."""
+    server_rules: dict[str, Any] = field(default_factory=dict)
+    """With data.reward=remote and a protocol: the rules by which the server must grade."""
 
 
 def make_plan(protocol: str, recipe: Config | None, data: Sequence[str], overrides: Sequence[str]) -> EvalPlan:
@@ -40,15 +45,33 @@ def make_plan(protocol: str, recipe: Config | None, data: Sequence[str], overrid
         values = recipe_settings(recipe)
     else:
         values = {}
+    if protocol or not recipe:
+        values.setdefault("data", {}).setdefault("reward_workers", reward_workers())
     named = build(EvalSettings, values, ())
     files = [f"data.eval_path={json.dumps(list(data))}"] if data else []
     settings = build(EvalSettings, values, [*files, *overrides])
+    by_server = named.data.reward if protocol and settings.data.reward == "remote" else ""
+    if by_server:
+        settings = build(EvalSettings, _with_patience(values, settings.data), [*files, *overrides])
     settings.check()
-    check_rewards(settings.data)
+    check_rewards(settings.data, by_server)
     before, after = _flat(dataclasses.asdict(named)), _flat(dataclasses.asdict(settings))
     changed = {key: value for key, value in after.items() if value != before.get(key)} if protocol or recipe else {}
-    kept = {key: value for key, value in changed.items() if not key.startswith("engine.") and key not in _NOT_OF_THE_PROTOCOL}
-    return EvalPlan(protocol or (HELD_OUT if recipe else "own"), settings, kept)
+    elsewhere = ("engine.", "data.service.") if by_server else ("engine.",)
+    where = (*_NOT_OF_THE_PROTOCOL, "data.reward") if by_server else _NOT_OF_THE_PROTOCOL
+    kept = {key: value for key, value in changed.items() if not key.startswith(elsewhere) and key not in where}
+    rules = grading_rules(dataclasses.replace(settings.data, reward=by_server)) if by_server else {}
+    return EvalPlan(protocol or (HELD_OUT if recipe else "own"), settings, kept, rules)
+
+
+def _with_patience(values: dict[str, Any], data: DataOptions) -> dict[str, Any]:
+    """Return the values with a request to the server that may take as long as grading by them does, unless it may take less than that."""
+    longest = max(data.code.total_s, data.math.limit_s)
+    spare = (data.reward_timeout_s - longest) / 3
+    if spare <= 0:
+        return values
+    service = {"attempt_s": longest + spare, "give_up_s": longest + 2 * spare}
+    return values | {"data": values["data"] | {"service": service}}
 
 
 def recipe_of(target: Target, recipe: Path | None) -> Config | None:
