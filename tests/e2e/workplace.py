@@ -130,4 +130,9 @@ def metrics(run: Path) -> list[dict]:
 
 def timeless(run: Path) -> list[dict]:
     """The figures that do not depend on how fast the machine is."""
-    return [{k: v for k, v in step.items() if not k.startswith("seconds/") and not k.endswith("_per_s")} for step in metrics(run)]
+    return [without_timings(step) for step in metrics(run)]
+
+
+def without_timings(step: dict) -> dict:
+    """The metrics of a step without those that depend on how fast the machine is."""
+    return {name: value for name, value in step.items() if not name.startswith("seconds/") and not name.endswith("_per_s")}
