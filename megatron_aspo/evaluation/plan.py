@@ -50,9 +50,11 @@ def make_plan(protocol: str, recipe: Config | None, data: Sequence[str], overrid
     named = build(EvalSettings, values, ())
     files = [f"data.eval_path={json.dumps(list(data))}"] if data else []
     settings = build(EvalSettings, values, [*files, *overrides])
+    settings = _with_fewer_samples(settings, named, overrides)
     by_server = named.data.reward if protocol and settings.data.reward == "remote" else ""
     if by_server:
-        settings = build(EvalSettings, _with_patience(values, settings.data), [*files, *overrides])
+        service = build(EvalSettings, _with_patience(values, settings.data), [*files, *overrides]).data.service
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, service=service))
     settings.check()
     check_rewards(settings.data, by_server)
     before, after = _flat(dataclasses.asdict(named)), _flat(dataclasses.asdict(settings))
@@ -62,6 +64,16 @@ def make_plan(protocol: str, recipe: Config | None, data: Sequence[str], overrid
     kept = {key: value for key, value in changed.items() if not key.startswith(elsewhere) and key not in where}
     rules = grading_rules(dataclasses.replace(settings.data, reward=by_server)) if by_server else {}
     return EvalPlan(protocol or (HELD_OUT if recipe else "own"), settings, kept, rules)
+
+
+def _with_fewer_samples(settings: EvalSettings, named: EvalSettings, overrides: Sequence[str]) -> EvalSettings:
+    """Return the settings with each k of the protocol that is more than the samples lowered to them, if the overrides lower them alone."""
+    given = {override.partition("=")[0] for override in overrides}
+    lowered = {}
+    for name in ("pass_at", "majority_at"):
+        if name not in given and settings.samples < named.samples:
+            lowered[name] = sorted({min(k, settings.samples) for k in getattr(settings, name)})
+    return dataclasses.replace(settings, **lowered)
 
 
 def _with_patience(values: dict[str, Any], data: DataOptions) -> dict[str, Any]:

@@ -84,10 +84,13 @@ class Commands:
         return self.place / "merged"
 
     def prepare(self) -> list[str]:
-        """Return the commands that make training and test data."""
+        """Return the commands that make training and test data, and show what was understood."""
         made = [(self.subject.prepare, "train"), (self.subject.prepare_test, f"test/{self.subject.task}")]
         words = [(kind.replace("raw/", f"{self.data}/raw/"), f"{self.data}/{name}.jsonl") for kind, name in made if kind]
-        return [f"python tools/prepare_data.py {kind} --to {target}" for kind, target in words]
+        reward = "code" if self.subject.task.startswith("live") else "math"
+        files = f"{self.data}/train.jsonl --held-out {self.data}/test/{self.test_file}"
+        look = f"megatron-aspo data {files} --model {self.model} --reward {reward}"
+        return [*(f"python tools/prepare_data.py {kind} --to {target}" for kind, target in words), look]
 
     def start_ray(self) -> str:
         options = "--resources trainers=1 --resources graders=2 --num-cpus 2 --object-store-mb 100 --export PYTHONPATH"
@@ -95,6 +98,9 @@ class Commands:
 
     def stop_ray(self) -> str:
         return "bash tools/stop_ray.sh"
+
+    def plan(self) -> str:
+        return f"DEVICE=cpu {self.train('', '')} --dry-run"
 
     def train(self, address: str, token: str) -> str:
         s = self.sizes
@@ -105,7 +111,8 @@ class Commands:
             f"GPUS_PER_NODE=2 PIPELINE_PARALLEL=2 STEPS={s.steps} PROMPTS_PER_STEP={s.prompts} RESPONSES_PER_PROMPT={s.responses} "
             f"MINI_BATCH_PROMPTS={s.prompts // 2} MAX_PROMPT_TOKENS=256 MAX_RESPONSE_TOKENS={s.response_tokens} MICRO_BATCH_TOKENS=768 "
             f"MAX_RUNNING_REQUESTS=32 KV_CACHE_GIB=0.25 EVAL_DRAWS=1 RESTART_DELAY=1 bash examples/{self.subject.script} "
-            "deterministic=true trainer.dtype=float32 rollout.dtype=float32 trainer.threads=1 rollout.threads=1 trainer.recompute=none trainer.shared_prompts=true "
+            "deterministic=true trainer.dtype=float32 rollout.dtype=float32 trainer.threads=1 rollout.threads=1 "
+            "trainer.recompute=none trainer.shared_prompts=true "
             f"optimizer.lr=1e-5 optimizer.warmup_steps=1 data.reward_workers=2 data.reward_resource=graders {limits}"
             f"trainer.resource=trainers transfer_bucket_mib=32 checkpoint.every={s.checkpoint_every} checkpoint.keep_last=0 "
             "'observe.trackers=[tensorboard,wandb]' observe.project=aspo"
@@ -117,11 +124,8 @@ class Commands:
 
     def _settings(self) -> str:
         s = self.sizes
-        majority = "'majority_at=[]' " if self.subject.task == "aime24" else ""
-        return (
-            f"samples={s.samples} 'pass_at=[1,{s.samples}]' {majority}max_response_tokens={s.response_tokens} data.max_prompt_tokens=256 "
-            f"deterministic=true{self.subject.evaluation}"
-        )
+        sizes = f"samples={s.samples} max_response_tokens={s.response_tokens} data.max_prompt_tokens=256"
+        return f"{sizes} deterministic=true{self.subject.evaluation}"
 
     def _evaluation(self) -> str:
         return f"WANDB_MODE=offline DATA_DIR={self.data}/test TASKS={self.subject.task} ACCEPT_COUNT=1 POLL_S=15"

@@ -42,6 +42,7 @@ class Session:
         try:
             watchers = [self.begin(OTHER, commands.generate(), "generate"), self.begin(HEAD, commands.grade(), "grade")]
             background += watchers
+            self.call(HEAD, commands.plan())
             trains = self.begin(HEAD, commands.train(address, token), "train")
             background.append(trains)
             for fault in faults:
