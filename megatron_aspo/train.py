@@ -16,8 +16,8 @@ from megatron_aspo.observe.health import rollout_health, staleness
 from megatron_aspo.observe.metrics import count_updates, read_metrics, training_metrics
 from megatron_aspo.observe.model_card import model_card
 from megatron_aspo.observe.rollouts import write_rollouts
-from megatron_aspo.observe.summary import print_summary
 from megatron_aspo.runtime.run import Run, is_complete, open_run
+from megatron_aspo.runtime.summary import print_summary
 
 
 def train(config: Config) -> None:

@@ -161,7 +161,7 @@ class Hosts:
     def _up(self) -> None:
         sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
         if sshd is None:
-            raise RuntimeError("the hosts of the tests need sshd: bash tools/setup_hosts.sh installs it on Debian and Ubuntu")
+            raise RuntimeError("the hosts of the tests need sshd: bash tools/maintain/setup_hosts.sh installs it on Debian and Ubuntu")
         self._sshd = sshd
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in ("key", "other_key", "host_key"):

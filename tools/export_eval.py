@@ -24,9 +24,9 @@ import pyarrow.parquet as parquet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.common.atomic import disk_errors, write_text
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import build
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.problems import rows_of

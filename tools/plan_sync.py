@@ -18,13 +18,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.weights.buckets import torch_dtype
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import read_sizes
+from megatron_aspo.hf.tensor_meta import torch_dtype
+from megatron_aspo.sync.plan import Where, in_buckets, least_traffic, traffic
 from megatron_aspo.weights.families import homes
-from megatron_aspo.weights.hf_model import read_sizes
 from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
 from megatron_aspo.weights.layout import ParallelSizes, check_divisible
-from megatron_aspo.weights.plan import Where, in_buckets, least_traffic, traffic
 
 AXES = ("tensor", "pipeline", "data", "virtual", "expert", "expert_tensor", "context")
 

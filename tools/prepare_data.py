@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_aspo.checkpoint.atomic import disk_errors
-from megatron_aspo.data.benchmarks import KINDS, TEMPLATES, Kind, Template, read_benchmark, read_template
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.atomic import disk_errors
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.tasks.benchmarks import KINDS, TEMPLATES, Kind, Template, read_benchmark, read_template
 
 
 def prepare(kind: Kind, locations: list[str], template: Template, counts: dict[str, int]) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,7 @@ is_python311() {
     [[ $("$1" -c 'import sys; print(sys.version_info[:2] == (3, 11))' 2>/dev/null) == True ]]
 }
 
+# Debian 13 and Ubuntu 24.04 have no Python 3.11: uv downloads one there. That has been written from uv's documentation and was not tried.
 find_python() {
     local candidate
     if [[ -n ${PYTHON:-} ]]; then
@@ -44,7 +45,12 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.11 was not found on PATH; install it, or name it with PYTHON=/path/to/python3.11"
+    if [[ -n $(command -v uv) ]]; then
+        uv python install --quiet 3.11 >&2 && candidate=$(uv python find 3.11) && is_python311 "$candidate" && echo "$candidate" && return
+        fail "Python 3.11 was not found on PATH, and uv could not install it; install it, or name it with PYTHON=/path/to/python3.11"
+    fi
+    fail "Python 3.11 was not found on PATH; install it (Debian 12: apt install python3.11 python3.11-venv; Fedora: dnf install python3.11)," \
+        "or install uv, which then gets it (curl -LsSf https://astral.sh/uv/install.sh | sh), or name it with PYTHON=/path/to/python3.11"
 }
 
 need_disk() { # GiB

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed, then runs ruff and tests. Arguments go to pytest.
+# Sets up .venv if needed, then runs ruff, pyright and tests. Arguments go to pytest.
 #   bash tools/test.sh                                  the short tier, under 10 minutes on 2 cores: most tests, and one short whole run
 #   .ci/run                                             all but nightly and GPU tests, about 45 minutes; the same as -m "not gpu and not nightly"
 #   bash tools/test.sh -m nightly                       repetitions, on more cases, of what the tests of .ci/run hold
@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 .venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet . || { echo "test.sh: run .venv/bin/ruff format ." >&2; exit 1; }
 pytest=(.venv/bin/python -m pytest)
 for argument in "$@"; do
     if [[ $argument == tests || $argument == tests/* ]]; then exec "${pytest[@]}" -m "not gpu and not nightly" "$@"; fi

@@ -24,16 +24,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config
-from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.checks import CheckedRecipe, check_recipe, check_run, expected_device
 from megatron_aspo.runtime.cluster import Cluster, open_cluster
+from megatron_aspo.runtime.publisher import Publisher
 from megatron_aspo.runtime.run import transfer_spec
 from megatron_aspo.runtime.trainers import Trainers
-from megatron_aspo.weights.messages import digest, view, written
-from megatron_aspo.weights.publish import Publisher
+from megatron_aspo.sync.messages import digest, view, written
 
 TOLERANCE = 1e-4
 PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4, 40, 24

@@ -14,22 +14,22 @@ from pathlib import Path
 
 import torch
 
-from megatron_aspo.checkpoint.atomic import new_directory, sync_files
-from megatron_aspo.checkpoint.hf_writer import SHARD_BYTES, write_weights
 from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, open_manifest, write_manifest
 from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file
 from megatron_aspo.checkpoint.proof import compare, in_bands
-from megatron_aspo.checkpoint.small_files import copy_small_files, stated_dtype
-from megatron_aspo.checkpoint.tensor_file import TensorFileWriter
 from megatron_aspo.checkpoint.torch_dist import HASHES, TorchDistReader, find_torch_dist, read_hashes, write_torch_dist
-from megatron_aspo.data.model_directory import resolve_model
-from megatron_aspo.errors import UserError
-from megatron_aspo.weights.buckets import TensorMeta
+from megatron_aspo.common.atomic import new_directory, sync_files
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import HFModel, read_model
+from megatron_aspo.hf.model_directory import resolve_model
+from megatron_aspo.hf.small_files import copy_small_files, stated_dtype
+from megatron_aspo.hf.tensor_file import TensorFileWriter
+from megatron_aspo.hf.tensor_files import DTYPES, Reader, TensorReader
+from megatron_aspo.hf.tensor_meta import TensorMeta
+from megatron_aspo.hf.transfer import in_parts
+from megatron_aspo.hf.writer import SHARD_BYTES, write_weights
 from megatron_aspo.weights.families import replica_layouts
-from megatron_aspo.weights.hf_files import DTYPES, Reader, TensorReader
-from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.layout import ParallelSizes, check_divisible
-from megatron_aspo.weights.transfer import in_parts
 
 FORMATS = ("huggingface", "megatron", "torch_dist")
 """The formats that can be converted into each other: a Hugging Face directory, our checkpoint, Megatron-Core's distributed checkpoint."""

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_aspo.checkpoint.atomic import new_directory
-from megatron_aspo.checkpoint.hf_writer import SHARD_BYTES, write_weights
-from megatron_aspo.checkpoint.small_files import copy_small_files
-from megatron_aspo.weights.buckets import TensorMeta
+from megatron_aspo.common.atomic import new_directory
+from megatron_aspo.hf.small_files import copy_small_files
+from megatron_aspo.hf.tensor_meta import TensorMeta
+from megatron_aspo.hf.writer import SHARD_BYTES, write_weights
 
 if TYPE_CHECKING:
     from megatron_aspo.trainer.rank import TrainerRank

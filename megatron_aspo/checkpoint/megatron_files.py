@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 
 from megatron_aspo.checkpoint.manifest import Manifest
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import HFModel
+from megatron_aspo.hf.tensor_files import open_tensors
 from megatron_aspo.weights.families import replica_layouts
-from megatron_aspo.weights.hf_files import open_tensors
-from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.layout import Box, Layout, ParallelSizes, Piece, overlap, volume
 
 OPTIMIZER_KINDS = ("master", "exp_avg", "exp_avg_sq")

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from megatron_aspo.checkpoint.tensor_file import raw_bytes, sha256_of_parts
-from megatron_aspo.errors import UserError
-from megatron_aspo.weights.buckets import TensorMeta
-from megatron_aspo.weights.hf_files import Reader
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.tensor_file import raw_bytes, sha256_of_parts
+from megatron_aspo.hf.tensor_files import Reader
+from megatron_aspo.hf.tensor_meta import TensorMeta
 from megatron_aspo.weights.layout import Box, overlap, stacked
 
 _AT_ONCE = 2

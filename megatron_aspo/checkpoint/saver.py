@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from megatron_aspo.checkpoint.atomic import disk_errors, publish, sync, write_text
 from megatron_aspo.checkpoint.manifest import Manifest, write_manifest
 from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file, slab_key
 from megatron_aspo.checkpoint.proof import hash_tensors
 from megatron_aspo.checkpoint.request import SaveRequest, read_attempt
-from megatron_aspo.checkpoint.small_files import copy_small_files
-from megatron_aspo.checkpoint.tensor_file import TensorFileWriter
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.atomic import disk_errors, publish, sync, write_text
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import read_model
+from megatron_aspo.hf.small_files import copy_small_files
+from megatron_aspo.hf.tensor_file import TensorFileWriter
+from megatron_aspo.hf.tensor_meta import TensorMeta, meta_of
+from megatron_aspo.hf.transfer import assemble
 from megatron_aspo.trainer.optimizer_state import optimizer_slabs, set_updates, updates
 from megatron_aspo.trainer.rng import restore_rng, rng_states
-from megatron_aspo.weights.buckets import TensorMeta, meta_of
-from megatron_aspo.weights.hf_model import read_model
-from megatron_aspo.weights.transfer import assemble
 
 if TYPE_CHECKING:
     from megatron_aspo.trainer.rank import TrainerRank

@@ -32,12 +32,12 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from megatron_aspo.checkpoint.megatron_files import LayoutReader
 from megatron_aspo.checkpoint.torch_dist_table import read_table
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import HFModel
+from megatron_aspo.hf.tensor_files import DTYPES, Reader
+from megatron_aspo.hf.transfer import assemble
 from megatron_aspo.weights.families import layout
-from megatron_aspo.weights.hf_files import DTYPES, Reader
-from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.layout import Box, Layout, ModelDims, ParallelSizes, overlap
-from megatron_aspo.weights.transfer import assemble
 
 LATEST, HASHES = "latest_checkpointed_iteration.txt", "hugging_face_sha256.json"
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 SEQUENCES, TOKENS = 2, 48
 TOLERANCE = 1e-4
@@ -48,13 +48,13 @@ def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) 
 
     megatron_adapter.prepare()
     from megatron_aspo.checkpoint.convert import open_source
+    from megatron_aspo.hf.transfer import assemble
     from megatron_aspo.trainer import parallel as parallel_states
     from megatron_aspo.trainer.attention import causal_params
     from megatron_aspo.trainer.device import select_device
     from megatron_aspo.trainer.model import build_model, transformer_config
     from megatron_aspo.weights.families import layout
     from megatron_aspo.weights.layout import ParallelSizes
-    from megatron_aspo.weights.transfer import assemble
 
     megatron_adapter.prepare()  # again, for the modules imported since
     source = open_source(directory)

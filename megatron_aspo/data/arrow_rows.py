@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.data.json_rows import Fields
-from megatron_aspo.dotted import one_line
-from megatron_aspo.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 Fields = dict[str, Any]
 _CHUNK = 1 << 20

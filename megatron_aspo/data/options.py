@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.service.options import ServiceOptions

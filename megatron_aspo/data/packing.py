@@ -6,7 +6,7 @@ so that all wait for the fullest. Over the micro-batches of a rank, tokens are b
 `pair_cost` is what a pair costs over what a token costs outside attention: in floating-point operations, 2 · layers · heads · head
 dimension / parameters that a token meets; 0 balances tokens. By that count, of log-normal lengths up to 32,768 with 8 to 32 samples a
 rank, balanced tokens leave the slowest rank 4 to 10 % over the mean at hidden size 1,536 and 2 to 6 % at 4,096, balanced work less than
-1 % (tools/bench_packing.py).
+1 % (tools/bench/bench_packing.py).
 """
 
 from bisect import bisect_left, insort

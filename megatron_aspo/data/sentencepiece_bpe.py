@@ -10,8 +10,8 @@ Can go when transformers does as SentencePiece does.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.tokenizer_probes import PROBES, Reading, first_difference
-from megatron_aspo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

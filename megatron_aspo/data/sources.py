@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.arrow_rows import read_dataset, read_parquet
 from megatron_aspo.data.json_rows import read_array, read_lines
-from megatron_aspo.errors import UserError
 
 HUB = "hub:"
 _UNREADABLE = {

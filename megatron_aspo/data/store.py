@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 
 _CODEC = "lz4"
 _MAX_VALUE_BYTES = 999_000_000

@@ -11,10 +11,10 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_aspo.data.model_directory import resolve_model
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.sentencepiece_bpe import repair_sentencepiece
 from megatron_aspo.data.tokenizer_probes import PROBES, Reading, first_difference
-from megatron_aspo.errors import UserError
+from megatron_aspo.hf.model_directory import resolve_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

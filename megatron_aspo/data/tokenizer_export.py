@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.data.tokenizer import TOKENIZER_FILES, load_tokenizer, probe_texts, reading
 from megatron_aspo.data.tokenizer_probes import first_difference
-from megatron_aspo.dotted import one_line
-from megatron_aspo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

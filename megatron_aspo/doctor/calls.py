@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from megatron_aspo.dotted import one_line
+from megatron_aspo.common.import_path import one_line
 
 Key = TypeVar("Key", bound=Hashable)
 _FETCH_S = 5.0

@@ -8,6 +8,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
 from megatron_aspo.doctor.agreement import compare_nodes
 from megatron_aspo.doctor.calls import gather, reason
@@ -19,7 +20,6 @@ from megatron_aspo.doctor.recipe import NodeRoom, check_placement
 from megatron_aspo.doctor.record import Record, broken, failed, ok, refused, warning
 from megatron_aspo.doctor.storage import existing_parent
 from megatron_aspo.doctor.subject import Place, Subject
-from megatron_aspo.errors import UserError
 from megatron_aspo.runtime.cluster import open_cluster
 
 _CLOCK_S = 10.0

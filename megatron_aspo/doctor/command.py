@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.doctor.record import Record, failed
 from megatron_aspo.doctor.table import as_json, in_order, table
 from megatron_aspo.doctor.worker import GRACE_S, INTERRUPTS, Request
-from megatron_aspo.errors import UserError
 
 DEFAULT_BANDWIDTH_S = 1.0
 _START_S = 60.0

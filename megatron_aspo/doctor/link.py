@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_aspo.weights.group import StatelessGroup, TransferError, stateless_group
+from megatron_aspo.sync.group import StatelessGroup, TransferError, stateless_group
 
 _CHUNK_BYTES = 4 << 20
 _PINGS = 20

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 
+from megatron_aspo.common.network import free_port
 from megatron_aspo.doctor.gpus import child_environment
-from megatron_aspo.doctor.ports import free_port
 from megatron_aspo.doctor.record import Record, failed, ok
 
 _SECONDS = 1.0

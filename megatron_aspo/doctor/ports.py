@@ -1,6 +1,5 @@
 """Check of TCP ports: Ray's own, and those that the kernel gives out at random."""
 
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,13 +65,6 @@ def listeners() -> dict[int, str]:
                 names[pid] = ""
         found[connection.laddr.port] = names.get(pid, "") or found.get(connection.laddr.port, "")
     return found
-
-
-def free_port(host: str) -> int:
-    """A TCP port of this machine's address `host` that nobody listens on; as `weights.group.free_port`, which needs torch."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def is_ray(name: str) -> bool:

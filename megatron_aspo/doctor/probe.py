@@ -39,8 +39,8 @@ class LinkEnd:
 
     def ready(self) -> int:
         """Import torch and choose the interface, as a training rank does; returns the process id."""
-        from megatron_aspo.environment import rank_environment
-        from megatron_aspo.weights.group import interface_of
+        from megatron_aspo.common.device_environment import rank_environment
+        from megatron_aspo.common.network import interface_of
 
         os.environ.update(rank_environment(interface_of(ray.util.get_node_ip_address()), 1, 1, False, os.environ))
         import megatron_aspo.doctor.link  # noqa: F401
@@ -49,7 +49,7 @@ class LinkEnd:
 
     def meeting_point(self) -> tuple[str, int]:
         """This node's address, and a free port on it."""
-        from megatron_aspo.weights.group import free_port
+        from megatron_aspo.common.network import free_port
 
         host = ray.util.get_node_ip_address()
         return host, free_port(host)

@@ -98,8 +98,8 @@ def _absolute(location: str) -> str:
 
 def _disk_bytes(config: Config, model: Path) -> int:
     """About what the run writes: its checkpoints, one more while one is written, and the final model. 0 if the model cannot be read."""
-    from megatron_aspo.errors import UserError
-    from megatron_aspo.weights.hf_model import read_model
+    from megatron_aspo.common.errors import UserError
+    from megatron_aspo.hf.model import read_model
 
     try:
         parameters = sum(math.prod(shape) for shape in read_model(model).tensor_shapes.values())

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_aspo.dotted import one_line
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 
 Status = Literal["ok", "warning", "failed"]
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.doctor.record import Record, broken, failed, refused
-from megatron_aspo.errors import UserError
 
 Check = Callable[[], Record]
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.doctor.record import Record, ok, refused
 from megatron_aspo.doctor.subject import Subject
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
 

@@ -5,9 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.doctor.record import Record, failed, ok, refused, warning
 from megatron_aspo.doctor.subject import Subject
-from megatron_aspo.errors import UserError
 from megatron_aspo.runtime.machine import SHARED, check_home, check_shared_memory, check_temporary, unwritable
 
 GIB = 1 << 30

@@ -38,8 +38,8 @@ def _devices(torch) -> dict:
 
 
 def _gloo(address: str) -> float:
+    from megatron_aspo.common.network import free_port
     from megatron_aspo.doctor.link import measure_link
-    from megatron_aspo.weights.group import free_port
 
     port = free_port(address)
     with ThreadPoolExecutor(2) as pool:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config
 from megatron_aspo.doctor.node import node_checks
 from megatron_aspo.doctor.record import Record, broken, failed
 from megatron_aspo.doctor.redact import redact
 from megatron_aspo.doctor.runner import run_checks
 from megatron_aspo.doctor.subject import Place, Subject
-from megatron_aspo.errors import UserError
 
 GRACE_S = 5.0
 """Seconds beyond a phase's limit that the command waits for a message."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.evaluation.records import EvalResponse, write_responses
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.data.encoder import Message
-from megatron_aspo.dotted import one_line
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.sampling import Reply
 from megatron_aspo.rollout.engine import Request
 

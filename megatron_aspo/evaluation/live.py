@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import PART_PROBLEMS
 from megatron_aspo.evaluation.records import EvalResponse
 from megatron_aspo.evaluation.sampling import Evaluator, Part, Responder, Sampling, parts_of

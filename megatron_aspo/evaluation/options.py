@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.options import RolloutOptions
 
 PART_PROBLEMS = 16

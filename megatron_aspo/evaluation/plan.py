@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.common.atomic import disk_errors, write_text
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, build, check_rewards, load_config
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.protocols import find_protocol
 from megatron_aspo.evaluation.resources import reward_workers

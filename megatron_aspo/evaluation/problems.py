@@ -8,17 +8,17 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_aspo.data.benchmarks import KINDS, TEMPLATES, Kind, Template, read_benchmark, read_template
-from megatron_aspo.data.dataset import EVAL, Loader
+from megatron_aspo.common.errors import UserError, nearest
 from megatron_aspo.data.encoder import Message
-from megatron_aspo.data.layouts import WANTED
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.sources import Row, read_rows
 from megatron_aspo.data.store import PromptStore, with_answer
-from megatron_aspo.data.tasks import build_task
-from megatron_aspo.errors import UserError, nearest
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.rewards.choice import RewardChoice
+from megatron_aspo.tasks.benchmarks import KINDS, TEMPLATES, Kind, Template, read_benchmark, read_template
+from megatron_aspo.tasks.dataset import EVAL, Loader
+from megatron_aspo.tasks.layouts import WANTED
+from megatron_aspo.tasks.task import build_task
 
 if TYPE_CHECKING:
     from megatron_aspo.data.encoder import PromptEncoder

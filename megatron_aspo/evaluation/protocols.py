@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_aspo.errors import UserError, nearest
+from megatron_aspo.common.errors import UserError, nearest
 
 _ARCHER_SAMPLING = "Archer2.0 scripts/eval/run_eval.sh"
 _ARCHER_GRADER = "Archer2.0's LiveCodeBench grader"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from megatron_aspo.checkpoint.atomic import disk_errors, sync
+from megatron_aspo.common.atomic import disk_errors, sync
 from megatron_aspo.rewards.result import RewardResult
 
 RIGHT = 1.0

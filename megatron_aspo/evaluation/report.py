@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.common.atomic import disk_errors, write_text
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import build
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord

@@ -6,9 +6,9 @@ import subprocess
 
 import psutil
 
+from megatron_aspo.hf.model import HFModel
 from megatron_aspo.rollout.memory import check_cache, choose_cache
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.weights.hf_model import HFModel
 
 _SHARE = 0.9
 """Share of the free memory that engines may plan with; the rest is for what their programs take themselves."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.evaluation.records import EvalResponse
 from megatron_aspo.evaluation.repetition import repeated_ngrams
 from megatron_aspo.evaluation.statistics import interval_of_mean, majority_at_k, pass_at_k, resample

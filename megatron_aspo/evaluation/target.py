@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_aspo.checkpoint.find import find_checkpoints
 from megatron_aspo.checkpoint.manifest import is_checkpoint, sha256_of
-from megatron_aspo.checkpoint.small_files import stated_dtype
-from megatron_aspo.checkpoint.store import find_checkpoints
-from megatron_aspo.data.model_directory import resolve_model
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model_directory import resolve_model
+from megatron_aspo.hf.small_files import stated_dtype
 
 
 @dataclass(frozen=True)

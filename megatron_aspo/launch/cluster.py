@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.launch.hosts import Found, Host
 from megatron_aspo.launch.ports import PortMap
 from megatron_aspo.launch.remote import HostError, Reach, failures

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 MPI_HOSTFILE = Path("/etc/mpi/hostfile")
 """The path at which the Kubernetes MPI operator mounts it."""

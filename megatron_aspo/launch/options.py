@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.launch.hosts import Host
 from megatron_aspo.launch.remote import Reach, split_ssh_options
 

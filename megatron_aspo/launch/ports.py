@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 SPAN = 1000
 """Ports that a cluster occupies: the next one on the same hosts may begin this much higher."""

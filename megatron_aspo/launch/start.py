@@ -7,8 +7,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.launch.auth_token import find_token
+from megatron_aspo.common.auth_token import find_token
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.launch.cluster import Launch, LaunchError, Wanted
 from megatron_aspo.launch.hosts import Found, Host, choose_hosts, find_hosts
 from megatron_aspo.launch.options import Record, add_common, reach_of

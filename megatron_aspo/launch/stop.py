@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.launch.hosts import find_hosts
 from megatron_aspo.launch.options import Record, add_common, reach_of
 from megatron_aspo.launch.remote import failures

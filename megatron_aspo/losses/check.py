@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from megatron_aspo.errors import UserError, nearest
+from megatron_aspo.common.errors import UserError, nearest
 from megatron_aspo.losses import names
 from megatron_aspo.losses.options import AlgorithmOptions
 

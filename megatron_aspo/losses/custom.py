@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_aspo.dotted import check_call, load_function
+from megatron_aspo.common.import_path import check_call, load_function
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import POLICY_LOSSES, PolicyLoss, PolicyTerm, PolicyTokens
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from megatron_aspo.dotted import one_line
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.losses.aggregation import Totals, token_weights
 from megatron_aspo.losses.check import reads_entropy_classes
 from megatron_aspo.losses.custom import find_policy_loss

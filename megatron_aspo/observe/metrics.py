@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.losses.tally import means
 from megatron_aspo.trainer.settings import UpdateReport
 

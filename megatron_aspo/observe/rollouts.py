@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from megatron_aspo.checkpoint.atomic import disk_errors
+from megatron_aspo.common.atomic import disk_errors
 from megatron_aspo.data.records import Group, Sample
 
 SCHEMA = pa.schema(

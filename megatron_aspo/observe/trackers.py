@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_aspo.checkpoint.atomic import write_text
-from megatron_aspo.dotted import one_line
-from megatron_aspo.errors import UserError, nearest
+from megatron_aspo.common.atomic import write_text
+from megatron_aspo.common.errors import UserError, nearest
+from megatron_aspo.common.import_path import one_line
 
 _CLOSE_S = 30.0
 """Seconds that the end of a run waits for a tracker."""

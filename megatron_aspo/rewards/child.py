@@ -13,7 +13,7 @@ import socket
 import sys
 from typing import BinaryIO
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.result import RewardResult
 
 OUT_OF_MEMORY = 82
@@ -40,8 +40,8 @@ def serve(descriptor: int) -> None:
 
 def _answer_all(requests: BinaryIO, connection: socket.socket) -> None:
     from megatron_aspo.data.store import with_answer
-    from megatron_aspo.data.tasks import build_reward  # data.tasks imports rewards
     from megatron_aspo.rewards.user import RewardError
+    from megatron_aspo.tasks.task import build_reward  # data.tasks imports rewards
 
     task, options = pickle.load(requests)
     if options.reward_memory_gib:

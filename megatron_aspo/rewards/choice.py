@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.by_source import reward_of_source
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 
-from megatron_aspo.connection import require_cluster
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.ray_connection import require_cluster
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.process import reward_name
 from megatron_aspo.rewards.remote import RemoteWorker
 from megatron_aspo.rewards.result import RewardResult

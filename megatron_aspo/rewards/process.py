@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.child import OUT_OF_MEMORY
 from megatron_aspo.rewards.result import RewardResult
 

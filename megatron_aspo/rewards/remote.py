@@ -13,10 +13,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.store import with_packed_answer
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.process import LOAD_TIMEOUT_S, longest_score_s, reward_name
 from megatron_aspo.rewards.result import RewardResult
 from megatron_aspo.rewards.worker import RewardWorker

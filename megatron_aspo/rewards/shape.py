@@ -1,7 +1,7 @@
 """Rewards for the form of a response, to be mixed with one for its content. Each takes time linear in its length."""
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.result import RewardResult
 
 

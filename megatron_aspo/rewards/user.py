@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import check_call, load_function, one_line
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.dotted import check_call, load_function, one_line
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.result import Reward, RewardResult
 
 SIGNATURE = "(prompt, response, ground_truth, extra)"

@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Generation, Group, Prompt, Sample
-from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.shaping import is_trained_on, overlong_penalty
 from megatron_aspo.rollout.engine import Request
@@ -17,10 +17,10 @@ from megatron_aspo.rollout.options import RolloutOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_aspo.data.tasks import Task
     from megatron_aspo.rewards.pool import RewardPool
     from megatron_aspo.rewards.result import RewardResult
     from megatron_aspo.rollout.pool import EnginePool
+    from megatron_aspo.tasks.task import Task
 
 _MAX_NAMED = 3
 """Responses on which the reward failed, and lost reward workers, that are reported one by one; the rest are counted."""

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_aspo.common.device_environment import engine_environment
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.process_tree import Remains, remains_of
 from megatron_aspo.data.records import Generation, VersionSpan
-from megatron_aspo.environment import engine_environment
-from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine_settings import FORKS_ENGINE_CORE, EngineSpec, engine_arguments
 from megatron_aspo.rollout.output_tail import OutputTail, second_hand
-from megatron_aspo.rollout.process_tree import Remains, remains_of
 
 if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
+    from megatron_aspo.sync.schedule import TransferSpec
     from megatron_aspo.weights.layout import Box
-    from megatron_aspo.weights.schedule import TransferSpec
 
 INITIAL_VERSION = 0
 """Version of the weights an engine starts with."""
@@ -116,7 +116,7 @@ class Engine:
         if spec.device == "cuda":
             import ray
 
-            from megatron_aspo.weights.group import interface_of  # imports torch
+            from megatron_aspo.common.network import interface_of  # imports torch
 
             # The workers inherit it; which interface it is, only the engine's own node knows.
             os.environ.update(engine_environment(interface_of(ray.util.get_node_ip_address()), os.environ))

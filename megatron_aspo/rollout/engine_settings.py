@@ -6,7 +6,7 @@ Pure data: nothing here imports vLLM, torch or Ray, so the driver can set an eng
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_aspo.host_memory import KEEP_FREED_MEMORY
+from megatron_aspo.common.host_memory import KEEP_FREED_MEMORY
 
 GIB = 1 << 30
 TRANSFER_BACKEND = "megatron_aspo"

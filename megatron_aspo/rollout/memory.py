@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass, replace
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.host_memory import HEAP_HOLES
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.host_memory import HEAP_HOLES
+from megatron_aspo.hf.model import HFModel
 from megatron_aspo.rollout.engine_settings import GIB, batched_tokens
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.holdings import EngineHoldings
 from megatron_aspo.weights.layout import ITEMSIZE, volume
 

@@ -17,19 +17,19 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import megatron_aspo
-from megatron_aspo.connection import require_cluster
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.pending import Pending
+from megatron_aspo.common.process_tree import sweep, sweep_below
+from megatron_aspo.common.ray_connection import require_cluster
 from megatron_aspo.data.records import Generation
-from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo, Request
 from megatron_aspo.rollout.engine_settings import EngineSpec, environment
 from megatron_aspo.rollout.liveness import Liveness
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.rollout.pending import Pending
-from megatron_aspo.rollout.process_tree import sweep, sweep_below
 from megatron_aspo.rollout.share import share
 
 if TYPE_CHECKING:
-    from megatron_aspo.weights.schedule import TransferSpec
+    from megatron_aspo.sync.schedule import TransferSpec
 
 _MAX_CONCURRENT_CALLS = 4096
 _SHUTDOWN_TIMEOUT_S = 30.0

@@ -37,15 +37,15 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.v1.engine import utils as engine_utils
 
-from megatron_aspo.host_memory import release_freed_memory
+from megatron_aspo.common.host_memory import release_freed_memory
+from megatron_aspo.hf.tensor_meta import torch_dtype
+from megatron_aspo.rollout.engine_memory import EngineMemory
 from megatron_aspo.rollout.engine_settings import READABLE, TRANSFER_BACKEND
-from megatron_aspo.weights.buckets import torch_dtype
-from megatron_aspo.weights.engine_memory import EngineMemory
-from megatron_aspo.weights.exchange import WeightReceiver
-from megatron_aspo.weights.group import StatelessGroup, stateless_group
+from megatron_aspo.sync.endpoints import WeightReceiver
+from megatron_aspo.sync.group import StatelessGroup, stateless_group
+from megatron_aspo.sync.messages import digest, view, written
+from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.weights.layout import Box
-from megatron_aspo.weights.messages import digest, view, written
-from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 
 
 @dataclass

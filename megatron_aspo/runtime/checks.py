@@ -8,14 +8,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
-from megatron_aspo.data.model_directory import resolve_model
-from megatron_aspo.errors import UserError
+from megatron_aspo.hf.model import HFModel, read_model
+from megatron_aspo.hf.model_directory import resolve_model
+from megatron_aspo.hf.tensor_files import TensorReader, has_weights
 from megatron_aspo.rollout.memory import check_cache
 from megatron_aspo.runtime.placement import check_places
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.hf_files import TensorReader, has_weights
-from megatron_aspo.weights.hf_model import HFModel, read_model
 from megatron_aspo.weights.holdings import check_engine, check_engine_on
 
 

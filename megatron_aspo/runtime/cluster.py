@@ -13,8 +13,8 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 
-from megatron_aspo.dotted import one_line
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.runtime.guard import Guard, environment_set
 from megatron_aspo.runtime.machine import check_machine
 from megatron_aspo.weights.holdings import EngineSizes

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_aspo.rollout.process_tree import mapped_segments, unlink
+from megatron_aspo.common.process_tree import mapped_segments, unlink
 
 _MARK = "MEGATRON_ASPO_CLUSTER"
 """Environment variable that every process of the cluster inherits."""

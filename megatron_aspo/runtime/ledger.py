@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.checkpoint.atomic import disk_errors, sync
+from megatron_aspo.common.atomic import disk_errors, sync
 
 
 class Ledger:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.weights.holdings import EngineSizes
 
 _SOCKET_PATH_BYTES = 107

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rollout.engine import EngineError
+from megatron_aspo.runtime.publisher import Publisher
 from megatron_aspo.weights.holdings import EngineSizes
-from megatron_aspo.weights.publish import Publisher
 
 if TYPE_CHECKING:
     from megatron_aspo.rollout.pool import EnginePool

@@ -11,19 +11,19 @@ from functools import cached_property
 
 import psutil
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, to_yaml
-from megatron_aspo.errors import UserError
+from megatron_aspo.hf.model import HFModel
 from megatron_aspo.rollout.memory import WorkerMemory, cached_tokens, worker_memory
 from megatron_aspo.runtime.checks import check_run, expected_device
 from megatron_aspo.runtime.nodes import NodeShare, shares_of_nodes
 from megatron_aspo.runtime.start import directory_exists, find_start
+from megatron_aspo.sync.plan import Where, in_buckets, least_traffic
 from megatron_aspo.trainer.memory import Load, RankMemory, rank_memory
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.families import layout
-from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.holdings import EngineHoldings, TrainingHoldings
 from megatron_aspo.weights.layout import ITEMSIZE
-from megatron_aspo.weights.plan import Where, in_buckets, least_traffic
 
 _AXES = ("tensor", "context", "data", "pipeline", "expert")
 _GROUPS_TOLD = 4

@@ -13,20 +13,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_aspo.checkpoint.atomic import disk_errors, write_text
 from megatron_aspo.checkpoint.request import ATTEMPT
-from megatron_aspo.checkpoint.store import CheckpointStore, set_aside, sweep_unfinished
-from megatron_aspo.checkpoint.tensor_file import sha256_of_parts
+from megatron_aspo.common.atomic import disk_errors, write_text
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.tasks import Task, build_task
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.data.tokenizer_export import tokenizer_files
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.accuracy import Evaluation
 from megatron_aspo.evaluation.live import evaluate_live
 from megatron_aspo.evaluation.records import EvalResponse
 from megatron_aspo.evaluation.sampling import EngineResponder, Sampling
+from megatron_aspo.hf.model import HFModel, read_model
+from megatron_aspo.hf.tensor_file import sha256_of_parts
+from megatron_aspo.hf.tensor_files import TensorReader
 from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.metrics import MetricsFile
 from megatron_aspo.observe.progress import Progress
@@ -35,19 +35,19 @@ from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rewards.process import check_reward
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.runtime.checkpoint_store import CheckpointStore, set_aside, sweep_unfinished
 from megatron_aspo.runtime.checks import check_recipe, check_run, expected_device
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
 from megatron_aspo.runtime.ledger import Ledger
 from megatron_aspo.runtime.machine import check_can_be_made
 from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_places
 from megatron_aspo.runtime.plan import Plan, check_room
+from megatron_aspo.runtime.publisher import Publisher
 from megatron_aspo.runtime.start import Ownership, Start, directory_exists, find_start
 from megatron_aspo.runtime.trainers import Trainers
+from megatron_aspo.sync.schedule import TransferSpec
+from megatron_aspo.tasks.task import Task, build_task
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.hf_files import TensorReader
-from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.publish import Publisher
-from megatron_aspo.weights.schedule import TransferSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,12 +7,12 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_aspo.checkpoint.atomic import disk_errors, write_text
+from megatron_aspo.checkpoint.find import find_checkpoints
 from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, open_manifest, read_manifest
 from megatron_aspo.checkpoint.request import ATTEMPT
-from megatron_aspo.checkpoint.store import find_checkpoints
+from megatron_aspo.common.atomic import disk_errors, write_text
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
-from megatron_aspo.errors import UserError
 from megatron_aspo.runtime.ledger import made_checkpoints, origin
 
 

@@ -11,17 +11,18 @@ import ray
 from ray.exceptions import RayTaskError
 
 from megatron_aspo.checkpoint.request import SaveRequest
-from megatron_aspo.connection import require_cluster
-from megatron_aspo.environment import rank_environment
-from megatron_aspo.errors import UserError
-from megatron_aspo.rollout.pending import Pending
+from megatron_aspo.common.device_environment import rank_environment
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.network import free_port, interface_of
+from megatron_aspo.common.pending import Pending
+from megatron_aspo.common.ray_connection import require_cluster
 from megatron_aspo.runtime.nodes import ranks_by_node
+from megatron_aspo.sync.group import TransferError, meeting_store
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
-from megatron_aspo.weights.group import TransferError, free_port, interface_of, meeting_store
 
 if TYPE_CHECKING:
     from megatron_aspo.data.batch import TrainBatch
-    from megatron_aspo.weights.schedule import TransferSpec
+    from megatron_aspo.sync.schedule import TransferSpec
 
 
 class TrainerError(RuntimeError):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_aspo.host_memory import keep_freed_memory, release_freed_memory
+from megatron_aspo.common.host_memory import keep_freed_memory, release_freed_memory
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.trainer import transformer_engine
 from megatron_aspo.trainer.attention import PackedAttention
 from megatron_aspo.trainer.device import Device

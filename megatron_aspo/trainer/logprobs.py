@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 _STEPS = {"cpu": "megatron_aspo.trainer.logprobs_torch", "cuda": "megatron_aspo.trainer.logprobs_triton"}
 _ALIGNMENT = 128

@@ -7,11 +7,11 @@ backward; for experts and for Transformer Engine's layers that is an estimate. E
 import math
 from dataclasses import dataclass, fields
 
-from megatron_aspo.host_memory import HEAP_HOLES
+from megatron_aspo.common.host_memory import HEAP_HOLES
+from megatron_aspo.hf.model import HFModel
 from megatron_aspo.trainer.host_blocks import pinned_bytes
 from megatron_aspo.trainer.options import TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.layout import ITEMSIZE, Coordinates, Layout, ParallelSizes
 
 _ADAM_BYTES = 8

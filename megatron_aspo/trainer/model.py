@@ -9,12 +9,12 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_aspo.hf.model import HFModel
 from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.layers import LAYER_SPECS
 from megatron_aspo.trainer.megatron_adapter import hidden_state_model, set_rotary_frequencies
 from megatron_aspo.trainer.options import TrainerOptions
 from megatron_aspo.trainer.parallel import ParallelState
-from megatron_aspo.weights.hf_model import HFModel
 from megatron_aspo.weights.layout import padded_vocab
 
 

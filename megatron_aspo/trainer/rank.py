@@ -20,9 +20,13 @@ megatron_adapter.prepare()  # before anything else imports Megatron-Core
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
+from megatron_aspo.common.host_memory import release_freed_memory
 from megatron_aspo.data.batch import TrainBatch, mini_batches
 from megatron_aspo.data.packing import PackingFigures, measure, pack
-from megatron_aspo.host_memory import release_freed_memory
+from megatron_aspo.hf.model import HFModel, read_model
+from megatron_aspo.hf.tensor_files import TensorReader
+from megatron_aspo.hf.tensor_meta import TensorMeta
+from megatron_aspo.hf.transfer import Gather, assemble, load
 from megatron_aspo.losses.advantages import advantages
 from megatron_aspo.losses.aggregation import Totals
 from megatron_aspo.losses.check import reads_entropy_classes
@@ -30,6 +34,9 @@ from megatron_aspo.losses.objective import ObjectiveTokens, objective
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally, add_tallies
 from megatron_aspo.losses.terms import kl_estimate, quantile
+from megatron_aspo.sync.endpoints import LocalTensors, WeightSender
+from megatron_aspo.sync.group import stateless_group
+from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.trainer import parallel as parallel_states
 from megatron_aspo.trainer.attention import packed_params
 from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_attention, packing_rules
@@ -41,14 +48,7 @@ from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_lea
 from megatron_aspo.trainer.optimizer_state import optimizer_slabs, state_tensors
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.trainer.transformer_engine import free_fp8_weights
-from megatron_aspo.weights.buckets import TensorMeta
-from megatron_aspo.weights.exchange import LocalTensors, WeightSender
 from megatron_aspo.weights.families import layout, replica_layouts
-from megatron_aspo.weights.group import stateless_group
-from megatron_aspo.weights.hf_files import TensorReader
-from megatron_aspo.weights.hf_model import HFModel, read_model
-from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
-from megatron_aspo.weights.transfer import Gather, assemble, load
 
 megatron_adapter.prepare()  # again, for the modules imported since
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.packing import PackingFigures
-from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from packaging.version import Version
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 _CUBLAS_WITH_GROUPED_LAYOUTS = Version("13.2.0.9")
 _NEEDS_THEM, _NEEDS_THEM_FOR_EXPERTS = Version("2.13"), Version("2.17.1")

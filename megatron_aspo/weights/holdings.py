@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.weights.cuts import Cut
 from megatron_aspo.weights.families import VLLM_VOCAB_MULTIPLE, Home, Rule, homes, slab
 from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes, padded_vocab

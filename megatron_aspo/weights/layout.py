@@ -12,7 +12,7 @@ from functools import reduce
 
 import numpy as np
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 Box = tuple[tuple[int, int], ...]
 """Half-open [start, stop) of each dimension."""

@@ -7,7 +7,7 @@ is Llama 3.1's with a fixed original length and band, and linear interpolation s
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 _YARN_OPTIONS = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"}
 _SETTINGS = {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.schemas import StdinTest

@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from megatron_aspo.data.dataset import DatasetTask
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.reward import CodeReward
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
 from megatron_aspo.rewards.sandbox.sandbox import SandboxError
+from megatron_aspo.tasks.dataset import DatasetTask
 
 RESPONSE = "```python\ndef f(x=None):\n    return 1\n```"
 

@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from megatron_aspo.cli import main
-from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.grade import read_responses
+from megatron_aspo.commands.grade import read_responses
+from megatron_aspo.common.errors import UserError
 
 PROGRAM = "Here:\n```python\nprint(int(input()) + 1)\n```"
 TESTS = [{"input": "1\n", "output": "2\n", "testtype": "stdin", "metadata": {}}]

@@ -21,13 +21,13 @@ import pytest
 import requests
 import sandbox_fusion
 
+from megatron_aspo.commands.grade_server import interface_of
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.plan import make_plan
 from megatron_aspo.rewards.named import build_rewards
 from megatron_aspo.rewards.process import RewardProcess
-from megatron_aspo.rewards.service.command import interface_of
 from megatron_aspo.rewards.service.options import ServiceOptions
 from megatron_aspo.rewards.service.rules import require_rules
 from megatron_aspo.rewards.service.server import GradingServer, Handler

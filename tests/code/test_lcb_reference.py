@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.lcb_reference import ReferenceGrader
 from megatron_aspo.rewards.code.options import CodeOptions

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.schemas import CallTest, StdinTest
@@ -82,7 +82,7 @@ def test_a_machine_without_user_namespaces_is_named(monkeypatch, sandboxed, open
 
 
 IN_A_CONTAINER = """
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.code.grader import Grader
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.schemas import StdinTest

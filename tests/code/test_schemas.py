@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.code import schemas
 from megatron_aspo.rewards.code.schemas import AssertTest, CallTest, StdinTest, check_ground_truth, choose_tests, read_tests
 

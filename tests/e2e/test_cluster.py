@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.machine import _RAY_SOCKET, _SOCKET_PATH_BYTES
 from tests.e2e.loopback import assert_only_loopback
@@ -101,7 +101,7 @@ def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing(short):
 
 def test_without_an_open_cluster_ray_is_not_started_behind_our_back():
     """It would listen on every interface."""
-    ask = "from megatron_aspo.connection import require_cluster; require_cluster()"
+    ask = "from megatron_aspo.common.ray_connection import require_cluster; require_cluster()"
     said = subprocess.run(
         [sys.executable, "-c", ask], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
     )
@@ -126,4 +126,4 @@ def test_ray_is_started_in_one_place():
         if re.search(r"\bray\.init\(", file.read_text())
     ]
     # The benchmark of the start measures a bare Ray, on loopback too, beside ours.
-    assert [str(file.relative_to(ROOT)) for file in calls] == ["megatron_aspo/runtime/cluster.py", "tools/bench_start.py"]
+    assert [str(file.relative_to(ROOT)) for file in calls] == ["megatron_aspo/runtime/cluster.py", "tools/bench/bench_start.py"]

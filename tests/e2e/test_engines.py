@@ -16,21 +16,22 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.network import free_port
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Generation, Prompt
-from megatron_aspo.errors import UserError
+from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.engine import EngineError, EngineInfo, Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
-from megatron_aspo.weights.exchange import WeightSender
-from megatron_aspo.weights.group import free_port, stateless_group
-from megatron_aspo.weights.hf_model import read_sizes
+from megatron_aspo.sync.endpoints import WeightSender
+from megatron_aspo.sync.group import stateless_group
+from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.weights.holdings import EngineSizes
 from megatron_aspo.weights.layout import ModelDims, ParallelSizes
-from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 from tests.models import perturbed, save_tiny
 
 pytestmark = pytest.mark.long

@@ -9,9 +9,9 @@ import psutil
 import pytest
 import ray
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards import pool as pool_module, remote
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.pool import RewardPool

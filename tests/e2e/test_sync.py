@@ -17,20 +17,20 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from megatron_aspo.hf.model import read_model, read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.rollout import pool as pool_module
 from megatron_aspo.rollout.engine import EngineError, Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.placement import Split
+from megatron_aspo.runtime.publisher import Publisher, PublishError
 from megatron_aspo.runtime.trainers import Trainers
+from megatron_aspo.sync.schedule import TransferSpec
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.hf_model import read_model, read_sizes
 from megatron_aspo.weights.holdings import EngineSizes
 from megatron_aspo.weights.layout import ParallelSizes
-from megatron_aspo.weights.publish import Publisher, PublishError
-from megatron_aspo.weights.schedule import TransferSpec
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
 from tests.unit.test_packaging import load_tool

@@ -15,10 +15,10 @@ import yaml
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_aspo.common.process_tree import mapped_segments
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
-from megatron_aspo.rollout.process_tree import mapped_segments
 from tests.e2e.loopback import assert_only_loopback
 from tests.e2e.workplace import STEPS, metrics, start, train, wait_for
 from tests.models import rope_scaling, save_tiny

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_aspo.common.network import free_port
+from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.sync.schedule import TransferSpec
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.group import free_port
-from megatron_aspo.weights.hf_model import read_sizes
 from megatron_aspo.weights.holdings import EngineSizes
-from megatron_aspo.weights.schedule import TransferSpec
 from tests.models import save_tiny
 from tests.parallel import workloads
 from tests.parallel.pool import Pool

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_aspo.cli import main
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import check, load_config
-from megatron_aspo.data.dataset import DatasetTask
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.observe.health import reward_parts
 from megatron_aspo.rewards.choice import RewardChoice
 from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.math.reward import MathReward, check_ground_truth
 from megatron_aspo.rewards.named import build_rewards
+from megatron_aspo.tasks.dataset import DatasetTask
 from tests.in_process import run_main
 from tests.tokenizers import byte_tokenizer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sympy
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.math import verdict as module
 from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.math.verdict import verdict

@@ -89,7 +89,7 @@ def save_and_fail(rank: int, meeting: str, settings, target: Path, attempt: str)
     """A checkpoint that cannot be made; the reason that this rank gives."""
     from megatron_aspo.checkpoint.request import SaveRequest
     from megatron_aspo.checkpoint.saver import RankSaver
-    from megatron_aspo.errors import UserError
+    from megatron_aspo.common.errors import UserError
 
     with _trainer(rank, meeting, settings) as trainer:
         saver = RankSaver(trainer)

@@ -1,7 +1,7 @@
 """The table of layouts at which one optimizer step is held to plain PyTorch in float64, and how far a step was from it.
 
-A line is a model and what cuts it, in the words of the start-up line: `qwen3 tied TP2 SP PP2`. The suite runs SUITE, tools/check_layouts.py
-runs all.
+A line is a model and what cuts it, in the words of the start-up line: `qwen3 tied TP2 SP PP2`. The suite runs SUITE,
+tools/prove/check_layouts.py runs all.
 """
 
 import re

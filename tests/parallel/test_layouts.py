@@ -5,12 +5,12 @@ parallelism and their products, on real Megatron-Core processes.
 import numpy as np
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import read_model
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.families import layout as weight_layout
-from megatron_aspo.weights.hf_model import read_model
 from tests.models import save_tiny
 from tests.parallel import layout_cases, state_workloads, test_splitting, test_update, workloads
 from tests.parallel.test_one_step import Case, relative_error, run, truth

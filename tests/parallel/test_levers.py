@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from megatron_aspo.checkpoint.request import ATTEMPT
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.batch import TrainBatch
-from megatron_aspo.errors import UserError
+from megatron_aspo.hf.model import read_model
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.trainer.device import select_device
 from megatron_aspo.trainer.memory import kept_per_token
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.hf_model import read_model
 from megatron_aspo.weights.layout import ParallelSizes
 from tests.models import SIZES
 from tests.parallel import checkpoint_workloads, state_workloads, test_prepare, test_trainer_state, workloads

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_aspo.checkpoint.convert import convert, open_source
-from megatron_aspo.weights.hf_model import HFModel, read_model
+from megatron_aspo.hf.model import HFModel, read_model
 from tests.models import save_tiny
 from tests.parallel import core_workloads
 from tests.parallel.logits import VOCAB

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from megatron_aspo.hf.model import read_model
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.families import replica_layouts
-from megatron_aspo.weights.hf_model import read_model
 from tests.models import save_tiny
 from tests.parallel import state_workloads
 from tests.parallel.test_update import VOCAB, batch

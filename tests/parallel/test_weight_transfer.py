@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_aspo.common.network import free_port
+from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.sync.endpoints import WeightReceiver
+from megatron_aspo.sync.group import stateless_group
+from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.exchange import WeightReceiver
-from megatron_aspo.weights.group import free_port, stateless_group
-from megatron_aspo.weights.hf_model import read_sizes
 from megatron_aspo.weights.holdings import EngineSizes
-from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
 from tests.models import save_tiny
 from tests.parallel import workloads
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aspo.checkpoint import atomic
-from megatron_aspo.checkpoint.atomic import disk_errors, new_directory, publish, remove_directory, write_text
-from megatron_aspo.errors import UserError
+from megatron_aspo.common import atomic
+from megatron_aspo.common.atomic import disk_errors, new_directory, publish, remove_directory, write_text
+from megatron_aspo.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,7 +130,7 @@ def test_a_process_that_is_killed_while_it_fills_a_directory_leaves_nothing_unde
     script = f"""
         import os, signal
         from pathlib import Path
-        from megatron_aspo.checkpoint.atomic import new_directory
+        from megatron_aspo.common.atomic import new_directory
         with new_directory(Path({str(tmp_path / "target")!r})) as directory:
             (directory / "file").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)

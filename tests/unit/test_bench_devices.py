@@ -15,7 +15,7 @@ from tests.unit.test_packaging import ROOT, load_tool
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("tool", ["bench_train_step", "bench_logprobs"])
 def test_a_device_that_is_not_here_is_refused(tool: str):
-    command = [sys.executable, str(ROOT / f"tools/{tool}.py"), "--device", "cuda"]
+    command = [sys.executable, str(ROOT / f"tools/bench/{tool}.py"), "--device", "cuda"]
     refused = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert refused.returncode == 2 and "--device cuda: torch sees no GPU here" in refused.stderr
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_aspo.weights.buckets import TensorMeta, meta_of, plan_buckets
+from megatron_aspo.hf.tensor_meta import TensorMeta, meta_of, plan_buckets
 
 METAS = [
     TensorMeta("a", "float32", (3, 5)),

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_aspo.check_loss import check_loss
-from megatron_aspo.errors import UserError
-from megatron_aspo.loss_trials import extreme, ordinary
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.losses import names
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import PolicyTerm, PolicyTokens
+from megatron_aspo.losses.tester import check_loss
+from megatron_aspo.losses.trial_batches import extreme, ordinary
 
 ROOT = Path(__file__).parents[2]
 ALL = {"result", "extremes", "gradient", "float32", "mask", "empty", "splitting", "inputs"}

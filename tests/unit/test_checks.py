@@ -12,13 +12,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_aspo.checkpoint.convert import open_source
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
-from megatron_aspo.errors import UserError
+from megatron_aspo.hf.model import read_model
+from megatron_aspo.hf.tensor_files import TensorReader
 from megatron_aspo.runtime import run
 from megatron_aspo.runtime.plan import make_plan
 from megatron_aspo.runtime.start import Ownership
-from megatron_aspo.weights.hf_files import TensorReader
-from megatron_aspo.weights.hf_model import read_model
 from tests.models import save_tiny
 from tests.unit.test_plan_command import RECIPE
 

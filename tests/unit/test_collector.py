@@ -5,8 +5,8 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Generation, Prompt, VersionSpan
-from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.observe.health import rollout_health
 from megatron_aspo.rewards.result import RewardResult

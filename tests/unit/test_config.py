@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config, to_yaml
-from megatron_aspo.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 

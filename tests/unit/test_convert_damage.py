@@ -177,7 +177,9 @@ KILL = """
 import itertools, json, os, signal, sys
 from pathlib import Path
 import torch
-from megatron_aspo.checkpoint import atomic, manifest, tensor_file
+from megatron_aspo.checkpoint import manifest
+from megatron_aspo.hf import tensor_file
+from megatron_aspo.common import atomic
 from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.weights.layout import ParallelSizes
 torch.set_num_threads(1)

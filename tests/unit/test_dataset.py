@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data import store
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import mixed
 from megatron_aspo.data.store import with_answer
-from megatron_aspo.data.tasks import build_task
-from megatron_aspo.errors import UserError
+from megatron_aspo.tasks.task import build_task
 from tests.tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -17,13 +17,15 @@ import yaml
 
 import megatron_aspo
 from megatron_aspo import cli
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config, to_yaml
-from megatron_aspo.errors import UserError
 from tests.unit.test_packaging import ROOT, load_tool
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md", ROOT / "docker/README.md"])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md", ROOT / "docker/README.md", ROOT / "tools/README.md"]
+)
 QUICKSTART = ROOT / "examples/recipes/quickstart.yaml"
-TAKES_OVERRIDES = {"tools/verify_sync.py", "tools/torture.py", "tools/quickstart.sh"}
+TAKES_OVERRIDES = {"tools/verify_sync.py", "tools/prove/torture.py", "tools/quickstart.sh"}
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def test_every_file_option_and_metric_that_a_page_names_exists(page):
 def test_the_pages_of_options_and_metrics_are_current():
     for name, tool in (("options", "make_options_doc"), ("metrics", "make_metrics_doc")):
         text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        assert text == load_tool(tool).page(), f"run .venv/bin/python tools/{tool}.py"
+        assert text == load_tool(tool).page(), f"run .venv/bin/python tools/maintain/{tool}.py"
 
 
 def test_every_option_has_a_row_with_a_meaning():
@@ -260,24 +262,42 @@ def test_what_a_report_must_contain_and_what_integration_runs_is_in_the_forms():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == megatron_aspo.__version__
 
 
-def test_a_room_imports_only_what_the_architecture_page_says():
+UPWARD = {
+    "rewards/child.py imports tasks/",
+    "data/options.py imports rewards/",
+    "evaluation/report.py imports config.py",
+    "evaluation/plan.py imports config.py",
+}
+
+
+def test_a_room_imports_only_rooms_below_it():
     package = ROOT / "megatron_aspo"
-    rooms = {path.parent.name for path in package.glob("*/*.py")}
-    table = re.findall(r"^\| `(\w+)/` \| [^|]+ \| ([^|]+) \|$", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)
-    allowed = {room: set(re.findall(r"`(\w+)/`", text)) if "every room" not in text else rooms for room, text in table}
-    assert allowed.keys() == rooms
-    wrong = []
-    for path in sorted(package.glob("*/*.py")):
+    listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \| [^|]+ \|$", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)
+    rooms = {path.relative_to(package).parts[0].removesuffix(".py") for path in package.rglob("*.py")} - {"__init__", "__main__"}
+    assert sorted(listed) == sorted(rooms)
+    upward = set()
+    for path in sorted(package.rglob("*.py")):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        if own not in rooms:
+            continue
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):  # what only a type checker imports is no import
             if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
                 node.body = []
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_aspo."):
-                room = node.module.split(".")[1]
-                if room in rooms - allowed[path.parent.name] - {path.parent.name}:
-                    wrong.append(f"{path.relative_to(package)} imports {room}/")
-    assert not wrong
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for other in (module.split(".")[1] for module in modules if module.startswith("megatron_aspo.")):
+                if listed.index(other) < listed.index(own):
+                    upward.add(f"{path.relative_to(package)} imports {other}{'/' if (package / other).is_dir() else '.py'}")
+    assert upward == UPWARD
+
+
+def test_every_tool_is_listed():
+    listed = set(re.findall(r"\]\(([\w./-]+)\)", (ROOT / "tools/README.md").read_text()))
+    files = subprocess.run(["git", "ls-files", "tools"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tools = {file.removeprefix("tools/") for file in files if Path(file).parts[1] not in ("README.md", "locks")}
+    assert {tool if "gpu_sections" not in tool else "prove/gpu_sections" for tool in tools} == {name.rstrip("/") for name in listed}
 
 
 def marks_of(source: str, test: str) -> set[str]:
@@ -316,6 +336,6 @@ def test_continuous_integration_leaves_out_nightly_and_gpu_tests_alone():
     """The three scripts' choices; a marker that is misspelt in them would choose tests that it should not."""
     assert 'tools/test.sh -m "not gpu and not nightly"' in (ROOT / ".ci/run").read_text()
     script = (ROOT / "tools/test.sh").read_text()
-    markers = set(re.findall(r"^    (\w+): ", (ROOT / "pytest.ini").read_text(), re.MULTILINE))
+    markers = set(re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     chosen = re.findall(r'-m "([^"]+)"', script)
     assert len(chosen) >= 3 and {name for choice in chosen for name in choice.replace("not ", "").split(" and ")} == markers

@@ -7,6 +7,8 @@ from itertools import combinations
 
 import pytest
 
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.network import free_port
 from megatron_aspo.config import Config
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.doctor.agreement import compare_nodes
@@ -18,9 +20,8 @@ from megatron_aspo.doctor.local_pair import check_pair
 from megatron_aspo.doctor.pairs import rounds
 from megatron_aspo.doctor.recipe import NodeRoom, check_fit, check_placement, subject_of
 from megatron_aspo.doctor.record import Record, ok
-from megatron_aspo.errors import UserError
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.weights.group import TransferError, free_port
+from megatron_aspo.sync.group import TransferError
 from tests.models import save_tiny
 
 HOST = "127.0.0.1"

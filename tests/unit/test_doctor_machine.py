@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.doctor.files import check_data, check_model
 from megatron_aspo.doctor.limits import cgroup_processes, check_open_files
 from megatron_aspo.doctor.ports import HEAD_PORT, check_ports, listeners
@@ -19,7 +20,6 @@ from megatron_aspo.doctor.runner import run_checks
 from megatron_aspo.doctor.sandbox import check_sandbox
 from megatron_aspo.doctor.storage import check_hub_cache, check_run_directory
 from megatron_aspo.doctor.subject import Subject
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code.options import CodeOptions
 from tests.unit.doctor_process import in_process
 

@@ -6,11 +6,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.losses import names
 from megatron_aspo.losses.check import check_algorithm
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.presets import LOSS_DEFAULTS
+from megatron_aspo.losses.presets import LOSS_DEFAULTS
 from tests.unit.test_packaging import ROOT, load_tool
 
 TOOL = load_tool("draw_losses")
@@ -86,7 +86,7 @@ def test_the_pictures_of_the_docs_are_what_the_script_draws(tmp_path, capsys):
     kept = {path.name: path.read_bytes() for path in TOOL.OUT.glob("*.svg")}
     assert set(drawn) == set(kept)
     changed = [name for name in drawn if drawn[name] != kept[name]]
-    assert not changed, "run .venv/bin/python tools/draw_losses.py"
+    assert not changed, "run .venv/bin/python tools/plot/draw_losses.py"
     page = (ROOT / "docs" / "losses.md").read_text()
     assert [name for name in kept if f"(figures/losses/{name})" not in page] == []
 

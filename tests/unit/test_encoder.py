@@ -5,11 +5,11 @@ import json
 import pytest
 from tokenizers import processors
 
-from megatron_aspo.data.dataset import Loader
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.store import PromptStore
-from megatron_aspo.errors import UserError
+from megatron_aspo.tasks.dataset import Loader
 from tests.tokenizers import SPECIALS, byte_tokenizer
 
 BOS, EOS = SPECIALS.index("<s>"), SPECIALS.index("</s>")

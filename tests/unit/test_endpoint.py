@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.evaluation.endpoint import Endpoint
 from megatron_aspo.rollout.engine import Request
 from tests.openai_server import Server, answer, serving

@@ -10,15 +10,15 @@ import pytest
 import ray
 import torch
 
-from megatron_aspo.environment import engine_environment, rank_environment
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.device_environment import engine_environment, rank_environment
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import read_model
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.rollout import engine as engines
 from megatron_aspo.runtime import trainers
 from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.hf_model import read_model
 from megatron_aspo.weights.layout import ParallelSizes
 from tests.models import save_tiny
 from tests.unit.test_engine_settings import SPEC

@@ -114,7 +114,7 @@ def test_a_report_has_metrics_table_and_paired_difference(tmp_path, capsys):
 
 
 def test_a_report_is_refused_while_something_is_missing_or_when_the_reward_failed_on_everything(tmp_path):
-    from megatron_aspo.errors import UserError
+    from megatron_aspo.common.errors import UserError
 
     make_evaluation(tmp_path / "o", [(0, 0), (1, 0), (0, 0)])
     (tmp_path / "o" / "parts" / "part_00001.parquet").unlink()

@@ -6,13 +6,13 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.evaluation import resources
 from megatron_aspo.evaluation.plan import make_plan
+from megatron_aspo.hf.model import read_model
 from megatron_aspo.rollout.engine_settings import GIB
 from megatron_aspo.rollout.memory import cached_tokens
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.weights.hf_model import read_model
 from tests.models import save_tiny
 
 LONG = 100_000

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.evaluation.records import EvalResponse
 from megatron_aspo.evaluation.result import (
     Estimate,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.evaluation.target import check_positions, engine_dtype, find_target, model_sha256, vocabulary
 from tests.models import save_tiny
 from tests.unit.test_watch import make_hugging_face

@@ -4,8 +4,8 @@ from concurrent.futures import Future
 
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.live import evaluate_live, report_failures
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.sampling import Evaluator, Reply, Sampling, parts_of

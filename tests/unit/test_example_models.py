@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from megatron_aspo.config import load_config
+from megatron_aspo.hf.model import read_model
 from megatron_aspo.runtime.plan import make_plan
-from megatron_aspo.weights.hf_model import read_model
 from tests.unit.test_plan_command import RECIPE
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"

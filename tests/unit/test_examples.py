@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from examples.losses.sapo import sapo
-from megatron_aspo.check_loss import check_loss
 from megatron_aspo.losses.custom import find_policy_loss
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import PolicyTokens
+from megatron_aspo.losses.tester import check_loss
 from tests.unit.test_packaging import ROOT
 
 NAME = "examples.losses.sapo:sapo"

@@ -12,14 +12,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.weights.exchange import WeightReceiver, WeightSender
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.network import free_port
+from megatron_aspo.sync.endpoints import WeightReceiver, WeightSender
+from megatron_aspo.sync.group import StatelessGroup, TransferError, stateless_group
+from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
+from megatron_aspo.sync.segment import Segment
 from megatron_aspo.weights.families import tensor_shapes
-from megatron_aspo.weights.group import StatelessGroup, TransferError, free_port, stateless_group
 from megatron_aspo.weights.holdings import EngineSizes
 from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes
-from megatron_aspo.weights.schedule import Schedule, TransferSpec, where_of
-from megatron_aspo.weights.segment import Segment
 from tests.unit.test_layout import numbered
 from tests.unit.test_plan import engine_ids, training_ids, transfers
 

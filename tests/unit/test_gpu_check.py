@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))
+sys.path.append(str(ROOT / "tools" / "prove"))
 check = importlib.import_module("gpu_check")
 SECTION = """
 import os, subprocess, sys, time
@@ -34,7 +34,7 @@ def hangs():
 
 @pytest.mark.long
 def test_every_section_passes_small_on_this_machine():
-    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--small"]
+    command = [sys.executable, str(ROOT / "tools" / "prove" / "gpu_check.py"), "--small"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     *cases, counts = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert result.returncode == 0 and counts["failed"] == 0, (cases, result.stderr[-2000:])
@@ -115,7 +115,7 @@ def test_results_are_kept_by_section_and_shown_with_their_versions(tmp_path):
 
 @pytest.mark.parametrize("words", [["--small"], []], ids=["small", "no card"])
 def test_what_no_card_showed_is_not_written(words):
-    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "environment", "--write", *words]
+    command = [sys.executable, str(ROOT / "tools" / "prove" / "gpu_check.py"), "environment", "--write", *words]
     before = (ROOT / "docs" / "gpu_results.json").read_text()
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 2 and "what a card shows at full size" in result.stderr and not result.stdout
@@ -124,5 +124,7 @@ def test_what_no_card_showed_is_not_written(words):
 
 @pytest.mark.parametrize("words", [["nothing"], ["speed", "sped"]])
 def test_an_unknown_section_is_refused(words):
-    result = subprocess.run([sys.executable, str(ROOT / "tools" / "gpu_check.py"), *words], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "prove" / "gpu_check.py"), *words], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 2 and "no section" in result.stderr and "parking" in result.stderr

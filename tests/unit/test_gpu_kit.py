@@ -1,4 +1,4 @@
-"""The kit for a card without network: what of it needs neither network nor card. tools/make_gpu_kit.sh itself tries what it has made."""
+"""The kit for a card without network, as far as it needs neither. tools/maintain/make_gpu_kit.sh itself tries what it has made."""
 
 import hashlib
 import os
@@ -14,8 +14,8 @@ import torch
 
 from tests.unit.test_packaging import ROOT, load_tool
 
-MAKE = ROOT / "tools" / "make_gpu_kit.sh"
-TOOL = ROOT / "tools" / "keep_gpu_code.py"
+MAKE = ROOT / "tools" / "maintain" / "make_gpu_kit.sh"
+TOOL = ROOT / "tools" / "maintain" / "keep_gpu_code.py"
 
 
 # --- GPU code of one architecture ---------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def kit(tmp_path):
     digest = hashlib.sha256((folder / "packages.tar.xz").read_bytes()).hexdigest()
     python, version = f"{sys.version_info[0]}.{sys.version_info[1]}", ".".join(torch.__version__.split(".")[:2])
     (folder / "manifest").write_text(f"made_of=x\npython={python}\ntorch={version}\npackages={digest}\n")
-    shutil.copyfile(ROOT / "tools" / "gpu_kit_activate.sh", folder / "activate.sh")
+    shutil.copyfile(ROOT / "tools" / "maintain" / "gpu_kit_activate.sh", folder / "activate.sh")
     return folder
 
 

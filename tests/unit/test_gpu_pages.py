@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.test_packaging import ROOT
 
-sys.path.append(str(ROOT / "tools"))
+sys.path.append(str(ROOT / "tools" / "maintain"))
 pages = importlib.import_module("make_gpu_pages")
 PAGES = ("README.md", "docs/README.md", "docs/gpu.md")
 ABOUT = {"card": "NVIDIA H100 80GB HBM3", "commit": "0123456789", "date": "2026-12-01", "small": False, "versions": {"torch": "2.11.0"}}
@@ -49,7 +49,7 @@ def write(tmp_path):
 def test_the_pages_are_what_the_tool_writes_from_the_committed_results():
     entries = json.loads((ROOT / pages.RESULTS).read_text())
     for page, text in pages.pages(ROOT, entries).items():
-        assert page.read_text(encoding="utf-8") == text, "run .venv/bin/python tools/make_gpu_pages.py"
+        assert page.read_text(encoding="utf-8") == text, "run .venv/bin/python tools/maintain/make_gpu_pages.py"
 
 
 def test_without_results_the_pages_say_that_nothing_has_run(write):

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_aspo.weights.group import TransferError, free_port, interface_of, machine, stateless_group
+from megatron_aspo.common.network import free_port, interface_of, machine
+from megatron_aspo.sync.group import TransferError, stateless_group
 
 HOST = "127.0.0.1"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.weights.hf_files import TensorReader
-from megatron_aspo.weights.hf_model import read_model
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import read_model
+from megatron_aspo.hf.tensor_files import TensorReader
 from tests.models import FAMILIES, save_tiny
 
 

@@ -8,7 +8,7 @@ import pytest
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from megatron_aspo.host_memory import keep_freed_memory, release_freed_memory
+from megatron_aspo.common.host_memory import keep_freed_memory, release_freed_memory
 
 def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -13,7 +13,7 @@ from megatron_aspo.rewards.named import build_rewards
 from megatron_aspo.runtime.plan import make_plan
 from tests.models import save_tiny
 from tests.unit.test_packaging import ROOT
-from tools.make_laptop_math import SIZES, TASKS, make
+from tools.maintain.make_laptop_math import SIZES, TASKS, make
 
 
 def rows(part: str) -> list[dict]:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_aspo.config import Config, load_config
-from megatron_aspo.data.dataset import DatasetTask
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.runtime.plan import make_plan
+from megatron_aspo.tasks.dataset import DatasetTask
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
 from tests.unit.test_packaging import ROOT

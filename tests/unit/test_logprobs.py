@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.trainer.logprobs import logprobs
 
 

@@ -34,7 +34,7 @@ print("compiled")
 
 
 def test_the_kernels_compile_for_ampere_and_hopper(tmp_path):
-    subprocess.run(["bash", ROOT / "tools" / "setup_triton.sh"], check=True)
+    subprocess.run(["bash", ROOT / "tools" / "maintain" / "setup_triton.sh"], check=True)
     script = tmp_path / "compile_kernels.py"
     script.write_text(COMPILE)
     place = {"PYTHONPATH": f"{ROOT}:{ROOT / '.venv' / 'triton'}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -33,7 +33,7 @@ def start(environment: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def interpreter():
-    subprocess.run(["bash", ROOT / "tools" / "setup_triton.sh"], check=True)
+    subprocess.run(["bash", ROOT / "tools" / "maintain" / "setup_triton.sh"], check=True)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, ({"TRITON_INTERPRET": "1"},)) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_aspo.errors import UserError, nearest
+from megatron_aspo.common.errors import UserError, nearest
 from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
 from megatron_aspo.losses.options import AlgorithmOptions
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.losses.aggregation import Totals
 from megatron_aspo.losses.custom import find_policy_loss
 from megatron_aspo.losses.objective import objective

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config
-from megatron_aspo.errors import UserError
 from megatron_aspo.losses import names
 from megatron_aspo.losses.advantages import ADVANTAGES
 from megatron_aspo.losses.aggregation import Totals
 from megatron_aspo.losses.objective import objective
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import POLICY_LOSSES
+from megatron_aspo.losses.presets import LOSS_DEFAULTS, PRESETS
 from megatron_aspo.losses.shaping import is_trained_on
-from megatron_aspo.presets import LOSS_DEFAULTS, PRESETS
 from tests.reference.losses import POLICY, Response
 from tests.unit import loss_cases as cases
 

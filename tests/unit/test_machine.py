@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.runtime import machine
 from megatron_aspo.runtime.machine import check_can_be_made, check_machine
 from megatron_aspo.weights.holdings import EngineSizes

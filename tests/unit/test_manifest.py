@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, load_manifest, read_manifest, sha256_of, write_manifest
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.weights.layout import ParallelSizes
 from tests.unit.hf_shards import flipped_bit
 

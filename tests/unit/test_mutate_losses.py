@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools/mutate_losses.py"
+TOOL = ROOT / "tools/prove/mutate_losses.py"
 
 
 def load_mutants():
-    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tools/mutants.py")
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tools/prove/mutants.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -181,12 +181,12 @@ def checkout(tmp_path) -> Path:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "prove").mkdir(parents=True)
     return tmp_path
 
 
 def list_equivalent(checkout: Path, *entries: dict) -> None:
-    (checkout / "tools/mutants_equivalent.yaml").write_text(yaml.safe_dump(list(entries), allow_unicode=True))
+    (checkout / "tools/prove/mutants_equivalent.yaml").write_text(yaml.safe_dump(list(entries), allow_unicode=True))
 
 
 def run(checkout: Path, *arguments: str) -> tuple[int, str]:
@@ -215,7 +215,7 @@ def test_the_list_names_nothing_but_survivors(checkout):
     killed = {"file": "zero.py", "function": "<module>", "line": "ZERO = 0", "mutant": "0 → 1"}
     gone = killed | {"line": "ZERO = 5"}
     list_equivalent(checkout, *(key | {"reason": "none"} for key in (AT_ZERO, killed, gone)))
-    stale = "stale in tools/mutants_equivalent.yaml"
+    stale = "stale in tools/prove/mutants_equivalent.yaml"
     status, output = run(checkout)
     assert status == 1 and f"{stale} (killed): zero.py | <module> | ZERO = 0 | 0 → 1\n" in output
     assert f"{stale} (no such mutant): zero.py | <module> | ZERO = 5 | 0 → 1\n" in output

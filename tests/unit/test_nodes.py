@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.runtime.nodes import NodeShare, ranks_by_node, shares_of_nodes
 from megatron_aspo.weights.holdings import EngineSizes
 

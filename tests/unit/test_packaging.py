@@ -12,30 +12,56 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    (file,) = (ROOT / "tools").rglob(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_lock_is_the_closure_of_what_setup_py_asks_for_at_the_installed_versions():
-    make_lock = load_tool("make_lock")
-    assert make_lock.LOCK.read_text() == make_lock.render(make_lock.resolve(make_lock.ROOT)), "run .venv/bin/python tools/make_lock.py"
+def closure(root: str, left_out: set[str]) -> dict[str, str]:
+    """Return name → version of what the requirement needs, directly or through others, as it is installed, without `left_out`.
+
+    Raises LookupError naming a requirement that is missing, or installed at a version that does not satisfy it.
+    """
+    installed: dict[str, importlib.metadata.Distribution] = {}
+    for distribution in importlib.metadata.distributions():
+        # The first on the path is the one that is imported: setuptools, once imported, appends copies of its own.
+        installed.setdefault(canonicalize_name(distribution.metadata["Name"]), distribution)
+    extras_seen: dict[str, set[str]] = {}
+    pending = [Requirement(root)]
+    while pending:
+        requirement = pending.pop()
+        name = canonicalize_name(requirement.name)
+        if name in left_out:
+            continue
+        if name not in installed or not requirement.specifier.contains(installed[name].version, prereleases=True):
+            raise LookupError(f"{requirement} is not installed")
+        new_extras = {"", *requirement.extras} - extras_seen.setdefault(name, set())
+        extras_seen[name] |= new_extras
+        children = map(Requirement, installed[name].requires or [])
+        pending += [c for c in children if any(c.marker is None or c.marker.evaluate({"extra": extra}) for extra in new_extras)]
+    del extras_seen[canonicalize_name(Requirement(root).name)]
+    return {name: installed[name].version for name in extras_seen}
 
 
-def test_a_copy_later_on_the_path_is_not_what_is_installed(tmp_path, monkeypatch):
-    copy = tmp_path / "numpy-0.1.dist-info"
-    copy.mkdir()
-    (copy / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    make_lock = load_tool("make_lock")
-    assert make_lock.resolve(make_lock.ROOT)["numpy"] == importlib.metadata.version("numpy") != "0.1"
+def test_the_lock_is_what_setup_py_asks_for_and_what_is_installed():
+    """uv made it from an index; importlib's metadata of this environment are the other witness."""
+    lock = load_tool("make_locks").LOCKS["cpu"]
+    pins = dict(pin.split("==") for pin in lock.pins())
+    assert pins == closure("megatron_aspo[cpu,dev]", set(lock.left_out))
+    assert lock.path.read_text() == lock.text(lock.pins())
+
+
+def test_an_environment_that_lacks_a_package_is_not_the_lock():
+    with pytest.raises(LookupError, match="no-such-package is not installed"):
+        closure("no-such-package", set())
 
 
 def test_the_lock_is_exact_and_without_cuda():
@@ -46,7 +72,7 @@ def test_the_lock_is_exact_and_without_cuda():
 
 
 def test_the_gpu_lock_holds_what_setup_py_asks_for_and_one_transformer_engine():
-    """Whether it still resolves is for tools/make_gpu_lock.py --check, which needs a package index."""
+    """Whether it still resolves is for tools/maintain/make_locks.py gpu --check, which needs a package index."""
     pins = dict(line.split("==") for line in (ROOT / "tools/locks/gpu-py312.txt").read_text().splitlines() if line[0] != "#")
     setup = (ROOT / "setup.py").read_text()
     for part in (r'"gpu": \[(.*?)\],\n', r"install_requires=\[(.*?)\n    \]"):
@@ -59,7 +85,7 @@ def test_the_gpu_lock_holds_what_setup_py_asks_for_and_one_transformer_engine():
 
 def test_importing_the_package_and_its_records_imports_nothing_heavy():
     heavy = ("torch", "transformers", "ray", "vllm")
-    code = f"import sys, megatron_aspo, megatron_aspo.data.tasks; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, megatron_aspo, megatron_aspo.tasks.task; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

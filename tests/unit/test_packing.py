@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_bench():
-    spec = importlib.util.spec_from_file_location("bench_packing", ROOT / "tools/bench_packing.py")
+    spec = importlib.util.spec_from_file_location("bench_packing", ROOT / "tools/bench/bench_packing.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

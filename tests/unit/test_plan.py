@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.sync.plan import Move, Where, in_buckets, least_traffic, moves_of, traffic
 from megatron_aspo.weights.families import tensor_shapes
 from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
 from megatron_aspo.weights.layout import ModelDims, ParallelSizes
-from megatron_aspo.weights.plan import Move, Where, in_buckets, least_traffic, moves_of, traffic
 from tests.unit.test_layout import dims, family_dims, has_experts, layouts, megatron_parameters, numbered
 
 Ids = set[int]

@@ -8,8 +8,8 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_aspo.cli import main
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
-from megatron_aspo.errors import UserError
 from megatron_aspo.runtime.plan import Plan, make_plan
 from tests.in_process import run_main
 from tests.models import save_tiny

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "plant_faults.py"
-sys.path.append(str(ROOT / "tools"))
+TOOL = ROOT / "tools" / "prove" / "plant_faults.py"
+sys.path.append(str(ROOT / "tools" / "prove"))
 tool = importlib.import_module("plant_faults")
 FAULTS = tool.read_faults(ROOT / tool.FAULTS)
 ROOMS = sorted(path.name for path in (ROOT / "megatron_aspo").iterdir() if any(path.glob("*.py")))
@@ -96,7 +96,7 @@ def checkout(tmp_path) -> Path:
     ]
     root = tmp_path / "checkout"
     (root / "tests").mkdir(parents=True)
-    (root / "tools").mkdir()
+    (root / "tools" / "prove").mkdir(parents=True)
     (root / "sizes.py").write_text(SOURCE)
     (root / "tests" / "test_sizes.py").write_text(TESTS)
     (root / tool.FAULTS).write_text(yaml.safe_dump(faults))

@@ -8,9 +8,9 @@ import torch
 
 from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.checkpoint.proof import compare, hash_tensors, in_bands
-from megatron_aspo.checkpoint.tensor_file import raw_bytes
-from megatron_aspo.errors import UserError
-from megatron_aspo.weights.buckets import meta_of
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.tensor_file import raw_bytes
+from megatron_aspo.hf.tensor_meta import meta_of
 from megatron_aspo.weights.layout import ParallelSizes
 from tests.unit.hf_shards import Model, read_tensors, write_model, write_tensors
 

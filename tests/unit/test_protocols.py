@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import build
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.plan import EvalRecord, make_plan, recipe_settings
 from megatron_aspo.evaluation.problems import load_problems

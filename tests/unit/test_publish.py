@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from megatron_aspo.weights.publish import Publisher, PublishError
+from megatron_aspo.runtime.publisher import Publisher, PublishError
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import textwrap
 
 import pytest
 
-from megatron_aspo.data import reasoning_gym
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.data.reasoning_gym import EVALUATING
-from megatron_aspo.data.tasks import build_reward, build_task
-from megatron_aspo.errors import UserError
+from megatron_aspo.tasks import reasoning_gym
+from megatron_aspo.tasks.reasoning_gym import EVALUATING
+from megatron_aspo.tasks.task import build_reward, build_task
 from tests.tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

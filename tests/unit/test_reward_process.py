@@ -7,9 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards import process as module
 from megatron_aspo.rewards.process import RewardProcess, check_reward
 

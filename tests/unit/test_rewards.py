@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.last_number import last_number
 from megatron_aspo.rewards.user import load_reward
 

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import HFModel, read_model
 from megatron_aspo.rollout.engine_settings import GIB
 from megatron_aspo.rollout.memory import cached_tokens, check_cache, choose_cache, worker_memory
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.weights.hf_model import HFModel, read_model
 from tests.models import save_tiny
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 32

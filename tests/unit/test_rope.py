@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.weights.hf_model import read_model
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model import read_model
 from tests.models import ROPE_SCALINGS, rope_scaling, save_tiny
 from tests.reference.decoder import rotary_frequencies
 

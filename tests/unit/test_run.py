@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_aspo.checkpoint.manifest import Manifest
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
-from megatron_aspo.errors import UserError
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rollout.options import RolloutOptions

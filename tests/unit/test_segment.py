@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.weights.segment import Segment, unshareable_allocator
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.sync.segment import Segment, unshareable_allocator
 
 
 @pytest.mark.parametrize(

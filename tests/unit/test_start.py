@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_aspo.checkpoint.manifest import Manifest, write_manifest
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
-from megatron_aspo.errors import UserError
 from megatron_aspo.observe.metrics import MetricsFile
 from megatron_aspo.runtime.ledger import Ledger
 from megatron_aspo.runtime.start import Ownership, find_start

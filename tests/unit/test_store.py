@@ -5,8 +5,9 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
+from megatron_aspo.checkpoint.find import find_checkpoints
 from megatron_aspo.checkpoint.options import CheckpointOptions
-from megatron_aspo.checkpoint.store import find_checkpoints, set_aside, sweep_unfinished, to_remove
+from megatron_aspo.runtime.checkpoint_store import set_aside, sweep_unfinished, to_remove
 
 
 def kept(accuracies: dict, **options) -> list[int]:

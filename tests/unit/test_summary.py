@@ -8,7 +8,7 @@ import pytest
 
 from megatron_aspo.config import Config
 from megatron_aspo.observe.metrics import MetricsFile
-from megatron_aspo.observe.summary import print_summary
+from megatron_aspo.runtime.summary import print_summary
 
 STEP = {"train/updates": 2, "train/skipped_updates": 0, "train/gradient_norm_max": 0.5, "groups/dropped": 0}
 NONE = {"train/updates": 0, "train/skipped_updates": 0, "groups/dropped": 0}

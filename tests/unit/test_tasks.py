@@ -4,11 +4,11 @@ import re
 
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import shuffled_position
-from megatron_aspo.data.tasks import build_reward, build_task
-from megatron_aspo.errors import UserError
+from megatron_aspo.tasks.task import build_reward, build_task
 from tests.tokenizers import byte_tokenizer
 
 PROCEDURAL = ("single_digit_addition", "largest_of_three")

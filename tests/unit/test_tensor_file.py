@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 
-from megatron_aspo.checkpoint.tensor_file import TensorFileWriter, raw_bytes
-from megatron_aspo.weights.buckets import TensorMeta, meta_of
+from megatron_aspo.hf.tensor_file import TensorFileWriter, raw_bytes
+from megatron_aspo.hf.tensor_meta import TensorMeta, meta_of
 from tests.unit.hf_shards import assert_same, random_bits, read_tensors
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)

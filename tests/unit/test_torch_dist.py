@@ -15,7 +15,7 @@ from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.checkpoint.torch_dist import LATEST
 from megatron_aspo.checkpoint.torch_dist_table import read_table
 from megatron_aspo.cli import main
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.weights.families import NAMINGS
 from megatron_aspo.weights.layout import ParallelSizes
 from tests.in_process import run_main

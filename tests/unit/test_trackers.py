@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
-from megatron_aspo.errors import UserError
 from megatron_aspo.observe import trackers
 from megatron_aspo.observe.trackers import CHARTS, TRACKERS, TrackedRun, Trackers, check_packages
 from tests.unit.test_docs import QUICKSTART, metric_names

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.trainer.options import CHOICES, TrainerOptions
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.trainer import megatron_adapter, transformer_engine
 
 megatron_adapter.prepare()

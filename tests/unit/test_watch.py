@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_aspo.commands.watch import TRIES, Watcher, candidates, child_command, log_result, run_watch
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
-from megatron_aspo.errors import UserError
 from megatron_aspo.observe.trackers import TRACKERS
-from megatron_aspo.watch import TRIES, Watcher, candidates, child_command, log_result, run_watch
 from tests.unit.test_docs import QUICKSTART
 from tests.unit.test_packaging import ROOT
 
@@ -40,7 +40,7 @@ note("finished")
 WATCHER = """
 import sys, time
 from pathlib import Path
-from megatron_aspo.watch import Watcher
+from megatron_aspo.commands.watch import Watcher
 place, seconds = Path(sys.argv[1]), sys.argv[2]
 command = lambda candidate, out: [sys.executable, place / "evaluation.py", candidate.name, out, place / "log", seconds]
 def on_result(step, result):

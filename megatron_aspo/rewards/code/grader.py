@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.code import verdict as kinds
 from megatron_aspo.rewards.code.asserts import run_asserts
 from megatron_aspo.rewards.code.compare import outputs_match, value_matches

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.code import verdict as kinds
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.outcomes import failure_of

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megatron_aspo.errors import UserError, nearest
+from megatron_aspo.common.errors import UserError, nearest
 from megatron_aspo.rewards.code.extract import BLOCKS
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 

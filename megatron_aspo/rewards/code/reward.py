@@ -2,8 +2,8 @@
 
 import weakref
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.code import verdict as kinds
 from megatron_aspo.rewards.code.extract import BLOCKS
 from megatron_aspo.rewards.code.grader import Grader

@@ -19,7 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 MAX_UNPACKED_BYTES = 1 << 30
 """The largest packed tests that are unpacked. LiveCodeBench's largest problem has about 0.3 GB."""

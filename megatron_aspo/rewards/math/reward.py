@@ -4,8 +4,8 @@ import math
 import re
 from typing import Any
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.math.extract import extract_answer, last_boxed
 from megatron_aspo.rewards.math.forked import math_verify_says
 from megatron_aspo.rewards.math.notation import clean

@@ -8,7 +8,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 AGENT = Path(__file__).parent / "inside"
 AGENT_INSIDE = "/agent"

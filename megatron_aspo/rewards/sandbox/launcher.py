@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.sandbox import cgroup, syscalls
 from megatron_aspo.rewards.sandbox.interpreter import AGENT, AGENT_INSIDE, MODULES_INSIDE, find_interpreter
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions

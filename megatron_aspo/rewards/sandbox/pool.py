@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.sandbox.launcher import Launcher
 from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 from megatron_aspo.rewards.sandbox.sandbox import Sandbox, SandboxError

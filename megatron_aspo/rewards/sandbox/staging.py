@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 NOBODY = 65534
 _MOUNT_POINTS = ("/mnt", "/media", "/srv")

@@ -8,7 +8,7 @@ import functools
 import os
 import socket
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 
 DENIED = (
     # other processes' memory

@@ -9,9 +9,9 @@ from typing import Any
 
 import requests
 
+from megatron_aspo.common.auth_token import find_token
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
-from megatron_aspo.launch.auth_token import find_token
 from megatron_aspo.rewards.code.compare import outputs_match
 from megatron_aspo.rewards.code.extract import extract_code
 from megatron_aspo.rewards.code.schemas import StdinTest, read_tests

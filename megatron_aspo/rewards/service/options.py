@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_aspo.errors import UserError, nearest
+from megatron_aspo.common.errors import UserError, nearest
 
 PROTOCOLS = ("grade", "sandbox_fusion")
 

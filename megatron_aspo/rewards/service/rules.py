@@ -3,8 +3,8 @@
 from dataclasses import asdict, replace
 from typing import Any
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.service.client import Server
 
 PATH = "/rules"

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.sandbox.options import Limits
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
 from megatron_aspo.rewards.sandbox.sandbox import SandboxError

@@ -28,8 +28,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from megatron_aspo import __version__
-from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.grade import Row
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.rewards.response_row import ResponseRow
 from megatron_aspo.rewards.service.rules import PATH
 from megatron_aspo.rewards.service.workers import Busy, Workers
 
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _grade(self) -> dict[str, Any]:
         try:
-            row = Row(self._json(), 0)
+            row = ResponseRow(self._json(), 0)
         except ValueError as error:
             raise _Refused(400, str(error)) from error
         result = self.server.workers.score(row.prompt, row.response)

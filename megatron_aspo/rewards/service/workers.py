@@ -10,9 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
-from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.result import RewardResult
 from megatron_aspo.rewards.sandbox.pool import SandboxPool

@@ -1,0 +1,41 @@
+"""Addresses, ports and interfaces of this machine."""
+
+import socket
+from pathlib import Path
+
+import psutil
+
+
+def machine() -> str:
+    """The same for processes that see each other on one machine, and another for all others, such as those of another container."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def free_port(host: str) -> int:
+    """A TCP port of `host`, an address of this machine, that nothing listens on at this moment."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def interface_of(ip: str) -> str:
+    """Name of the network interface that carries the IPv4 address `ip`, for GLOO_SOCKET_IFNAME and its like.
+
+    Raises ValueError listing this machine's addresses when none carries it.
+    """
+    found = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for entry in addresses:
+            if entry.family == socket.AF_INET:
+                found[entry.address] = name
+    if ip not in found:
+        known = ", ".join(f"{address} ({name})" for address, name in sorted(found.items()))
+        raise ValueError(f"no network interface of this machine carries {ip}; it has {known}")
+    return found[ip]
+
+
+def address_towards(host: str) -> str:
+    """This machine's own address on the route to `host`. Connecting a datagram socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))
+        return probe.getsockname()[0]

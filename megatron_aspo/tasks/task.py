@@ -1,0 +1,62 @@
+"""Tasks by name: where prompts come from and how responses to them are scored.
+
+To add a task: write a class with the methods of `Task`, the constructor and the `build_reward` used below, and put it into `TASKS`.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.data.encoder import PromptEncoder
+from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.records import Prompt
+from megatron_aspo.rewards.result import Reward
+from megatron_aspo.tasks import reasoning_gym
+from megatron_aspo.tasks.dataset import DatasetTask
+from megatron_aspo.tasks.procedural import LargestOfThree, ProceduralTask, SingleDigitAddition
+from megatron_aspo.tasks.reasoning_gym import ReasoningGymTask
+
+
+class Task(Protocol):
+    name: str
+    remarks: Sequence[str]
+    """Report lines about the data, for the user to read before the run."""
+    data_sha256: str
+    """A digest of the training data; empty where the prompts follow from the options."""
+
+    def prompt(self, index: int) -> Prompt:
+        """Training prompt number `index` (from 0, without end): a function of the task's options, its seed and `index` alone."""
+
+    def held_out(self) -> list[Prompt]:
+        """The prompts of an evaluation, none of which is a training prompt; always the same for the same options and seed."""
+
+
+TASKS = {task.name: task for task in (SingleDigitAddition, LargestOfThree, DatasetTask)}
+
+
+def build_task(name: str, options: DataOptions, encoder: PromptEncoder, seed: int) -> Task:
+    """Raises UserError for an unknown name, options that do not fit the task, and faulty data."""
+    if options.held_out_prompts < 0:
+        raise UserError(f"data.held_out_prompts={options.held_out_prompts} is negative; set 0 or more")
+    return _find(name)(options, encoder, seed)
+
+
+def build_reward(name: str, options: DataOptions) -> Reward:
+    """Load the task's reward, which needs no tokenizer and no data. Raises UserError if it cannot be loaded.
+
+    A custom reward's code runs from here on: only `rewards/child.py` calls this in a run, in a process that may hang or crash.
+    """
+    return _find(name).build_reward(options)
+
+
+def _find(name: str) -> type[ProceduralTask] | type[DatasetTask] | type[ReasoningGymTask]:
+    if name.startswith(reasoning_gym.PREFIX):
+        return reasoning_gym.task_class(name)
+    if name == "jsonl":
+        raise UserError("task=jsonl has become task=dataset, which reads other formats too; change the name")
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"task={name} is unknown; {hint}tasks: {', '.join(TASKS)}, {reasoning_gym.PREFIX}NAME")
+    return TASKS[name]

@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""Draws what a policy loss does to a token: its gradient weight −(∂L/∂logp)/A against the ratio r, for A > 0 and for A < 0.
+
+    python tools/plot/draw_losses.py                                # all of docs/figures/losses/
+    python tools/plot/draw_losses.py my_losses:mine --out pictures  # one of your own
+
+The curves are what autograd says of the losses themselves, with the options they have by default. The background is transparent and the
+colours can be read on a light page and on a dark one (colours.py).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from colours import BLUE, GREY, RED
+
+from megatron_aspo.losses import names
+from megatron_aspo.losses.custom import find_policy_loss
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.policy import PolicyTokens
+from megatron_aspo.losses.presets import LOSS_DEFAULTS
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "docs" / "figures" / "losses"
+DRAWN = (*names.POLICY_LOSS_NAMES, "examples.losses.sapo:sapo")
+SIGNS = {1: ("A > 0", BLUE), -1: ("A < 0", RED)}
+PPO_CLIP = {"color": GREY, "alpha": 0.45, "linewidth": 4}
+STYLE = {
+    # The same bytes at every run: no random ids, no dates, glyphs as outlines, no points left out.
+    "svg.hashsalt": "megatron_aspo",
+    "svg.fonttype": "path",
+    "path.simplify": False,
+    "font.size": 11,
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "figure.constrained_layout.wspace": 0.06,
+    "ytick.color": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def loss_options(name: str) -> AlgorithmOptions:
+    """What the loss runs with when a recipe says nothing but its name."""
+    return AlgorithmOptions(policy_loss=name, **LOSS_DEFAULTS.get(name, {}).get("algorithm", {}))
+
+
+def marks(name: str, sign: int, low_entropy: bool) -> dict[str, float]:
+    """Label → ratio at which the loss treats tokens with this sign of A differently: the bounds 1 ± ε and the caps."""
+    options = loss_options(name)
+    classes = name in names.ENTROPY_CLASS_LOSSES and not low_entropy
+    below = 1 - (options.high_entropy_clip_low if classes else options.clip_low)
+    above = 1 + (options.high_entropy_clip_high if classes else options.clip_high)
+    if name == "cispo":  # bounds the weight for both signs
+        return {label: at for label, at in (("1 − ε", below), ("1 + ε", above)) if at > 0}
+    if name == "reinforce" or name not in names.POLICY_LOSS_NAMES:
+        return {}
+    result = {"1 + ε": above} if sign > 0 else {"1 − ε": below}
+    if sign < 0 and name in ("aspo", "ppo_clip", "archer"):
+        result["c"] = options.dual_clip_neg
+    if sign > 0 and name == "aspo":
+        result["1/c"] = 1 / options.dual_clip_pos
+    return result
+
+
+def curve(name: str, sign: int, low_entropy: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """(ratio, gradient weight), float64 [points]: r from 0.1 to 10, of gspo s from 0.999 to 1.001; a point close on each side of a mark."""
+    ratio = np.linspace(0.999, 1.001, 102) if name == "gspo" else np.geomspace(0.1, 10, 102)
+    sides = [at * (1 + side) for at in marks(name, sign, low_entropy).values() for side in (-1e-9, 1e-9)]
+    ratio = np.sort(np.concatenate([ratio, sides]))
+    n = len(ratio)
+    old = torch.full((n,), -3.0, dtype=torch.float64)
+    logprobs = (old + torch.from_numpy(np.log(ratio))).requires_grad_()
+    tokens = PolicyTokens(
+        logprobs=logprobs,
+        old_logprobs=old,
+        advantages=torch.full_like(old, sign),
+        entropy=torch.ones_like(old),
+        low_entropy=torch.full((n,), low_entropy),
+        mask=torch.ones(n, dtype=torch.bool),
+        offsets=list(range(n + 1)),  # every token a response of its own
+        options=loss_options(name),
+    )
+    (gradient,) = torch.autograd.grad(find_policy_loss(tokens.options)(tokens).loss.sum(), logprobs)
+    return ratio, (-gradient / sign).numpy() + 0.0  # no minus zeros
+
+
+def draw(name: str, path: Path) -> None:
+    """The picture of one loss, as SVG."""
+    classes = name in names.ENTROPY_CLASS_LOSSES
+    lines = {"low-entropy tokens" if classes else name.rpartition(":")[2]: {"linewidth": 2}}
+    if classes:
+        lines["other tokens"] = {"linewidth": 2, "linestyle": (0, (3, 1.5))}
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(6.0, 3.2), sharey=True, layout="constrained")
+        legend = [Line2D([], [], color=GREY, label=label, **style) for label, style in lines.items()]
+        if name not in ("ppo_clip", "gspo"):
+            legend.append(Line2D([], [], label="ppo_clip", **PPO_CLIP))
+        for panel, (sign, (title, colour)) in zip(panels, SIGNS.items(), strict=True):
+            if name not in ("ppo_clip", "gspo"):
+                panel.plot(*curve("ppo_clip", sign), **PPO_CLIP)
+            for style, low_entropy in zip(lines.values(), (True, False), strict=False):
+                panel.plot(*curve(name, sign, low_entropy), color=colour, **style)
+            panel.set_title(title, color=colour, fontsize=12, loc="left")
+            _axes(panel, name, sign)
+        panels[0].set_ylabel("gradient weight")
+        figure.legend(handles=legend, loc="outside upper right", ncols=len(legend), frameon=False)
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+def _axes(panel: plt.Axes, name: str, sign: int) -> None:
+    if name == "gspo":
+        panel.set(xlim=(0.999, 1.001), ylim=(0, 1.8), xlabel="s, geometric mean of r")
+        ticks = {0.999: "0.999", 1.0: "1", 1.001: "1.001"}
+        panel.set_yticks([0, 1])
+    else:
+        panel.set(xscale="log", xlim=(0.1, 10), ylim=(0, 5.4), xlabel="r = π / π_old")
+        panel.set_yticks([0, 1, 2, 3])
+        ticks = {0.1: "0.1", 0.3: "0.3", 1.0: "1", 3.0: "3", 10.0: "10"}
+    panel.set_xticks(list(ticks), list(ticks.values()))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.axhline(1, color=GREY, alpha=0.5, linewidth=0.8, zorder=0)
+    both = {(label, x) for low_entropy in (True, False) for label, x in marks(name, sign, low_entropy).items()}
+    for label, x in sorted(both, key=lambda mark: mark[1]):
+        value = f"{x - 1:+.0e}".replace("e-0", "e−").replace("-", "−") if name == "gspo" else f"{x:.2g}"
+        panel.axvline(x, color=GREY, linewidth=1, linestyle=":", zorder=0)
+        # To the right of its line: the second of two bounds of a name, and the one left of which the curve stands.
+        right = label == "1/c" or any(other == label and x > smaller for other, smaller in both)
+        text = f"{label[0]} {value[0]} {value[1:]}" if name == "gspo" else f"{label} = {value}"
+        place = {"rotation": 90, "va": "top", "ha": "left" if right else "right", "fontsize": 10}
+        panel.text(x, 1, f" {text} " if right else f"{text} ", transform=panel.get_xaxis_transform(), **place)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw the gradient weight of policy losses against the ratio.")
+    parser.add_argument(
+        "losses", nargs="*", default=DRAWN, metavar="LOSS", help="names, or package.module:function; ours when none is given"
+    )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the pictures go, docs/figures/losses by default")
+    parsed = parser.parse_args(arguments)
+    sys.path.append(str(ROOT))  # the examples
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    for name in parsed.losses:
+        path = parsed.out / f"{name.rpartition(':')[2]}.svg"
+        draw(name, path)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
