@@ -181,7 +181,7 @@ class EnginePool:
             try:
                 self._start(members, limit_s)
                 return
-            except (TimeoutError, EngineError) as error:
+            except (TimeoutError, EngineError, UserError) as error:  # it started once, so that no mistake of the user keeps it from that
                 failure = error
                 self._end(members, ask=False)
         self.shutdown()
