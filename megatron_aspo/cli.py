@@ -152,7 +152,9 @@ def _add_eval(commands) -> None:
         "that are to be graded are not generated yet, 2 misuse.",
     )
     evaluate.add_argument(
-        "target", help="Hugging Face directory or hub name, checkpoint, run directory, or URL of an OpenAI-compatible server (http…/v1)"
+        "target",
+        help="Hugging Face directory or hub name, checkpoint (also torch_dist), run directory, or URL of an OpenAI-compatible server "
+        "(http…/v1)",
     )
     names = "archer_lcb_v5, archer_lcb_v6, lcb_official, aime24, aime25 or humaneval"
     evaluate.add_argument("--protocol", default="", metavar="NAME", help=names)

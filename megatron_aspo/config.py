@@ -51,7 +51,7 @@ class Config:
     resume: str = "never"
     """`never`; `auto`, which resumes from the newest checkpoint of the run directory, if any; or the path of a checkpoint or a run."""
     model: str = ""
-    """A local Hugging Face model directory, or a hub name."""
+    """A local Hugging Face model directory, a hub name, or a `torch_dist` checkpoint that has a config and tokenizer beside it."""
     task: str = ""
     """The source of prompts and rewards: `single_digit_addition | largest_of_three | dataset | reasoning_gym:NAME`."""
     steps: int = 100
@@ -222,7 +222,7 @@ def _check_preset(config: Config) -> None:
 
 def check(config: Config, implied: Values | None = None) -> None:
     """Refuse values and combinations that cannot work, with the rule and the cure. implied: what was not set by the recipe itself."""
-    _require(bool(config.model), "model is empty; name a local Hugging Face model directory or a hub name")
+    _require(bool(config.model), "model is empty; name a local Hugging Face model directory, a hub name or a torch_dist checkpoint")
     _require(bool(config.task), "task is empty; choose one of single_digit_addition, largest_of_three, dataset, reasoning_gym:NAME")
     _require(
         not config.ray_address or re.search(r"[^:/]:\d+$", config.ray_address) is not None,

@@ -1,4 +1,4 @@
-"""What tests of several folders share: one Ray cluster a session."""
+"""A fixture that several folders share: one Ray cluster per session."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A small local cluster on the loopback interface. Its CPUs are logical: more than the machine may have."""
-    from megatron_aspo.runtime.cluster import open_cluster  # slow: not for the tests that need none
+    """A small local cluster on the loopback interface. Its CPUs are logical: it may have more than the machine."""
+    from megatron_aspo.runtime.cluster import open_cluster  # slow, so only for tests that need a cluster
 
     cluster = open_cluster("", 16)
     yield

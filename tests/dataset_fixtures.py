@@ -1,6 +1,6 @@
-"""Thirty problems in the schema of each data set that tools/prepare_data.py knows, with a right and a wrong response to each.
+"""Thirty problems in the schema of each dataset that tools/prepare_data.py knows, with a right and a wrong response to each.
 
-The problems are made up here, so simple that they need no model: sums for mathematics, one-line programs for code.
+The problems are invented and so simple that they need no model: sums for mathematics, one-line programs for code.
 """
 
 import base64
@@ -21,7 +21,7 @@ COUNT = 30
 @dataclass(frozen=True)
 class Fixture:
     kind: str
-    """Of tools/prepare_data.py."""
+    """KIND of tools/prepare_data.py."""
     rows: list[dict[str, Any]]
     save: Callable[[Path, list[dict[str, Any]]], None]
     right: Callable[[int], str]
@@ -44,7 +44,7 @@ def save_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def packed(tests: list[dict[str, Any]]) -> str:
-    """As LiveCodeBench packs its private tests."""
+    """Return the tests packed as LiveCodeBench packs its private tests."""
     return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
 
 
@@ -79,7 +79,7 @@ def _verl(n: int, source: str, question: str, truth: str) -> dict[str, Any]:
 
 
 def _livecodebench(n: int) -> dict[str, Any]:
-    """Odd problems ask for a method, even ones for a program; five are outside the dates of version 5."""
+    """Odd problems require a method, even ones a program; five are outside the dates of version 5."""
     kind = "functional" if n % 2 else "stdin"
     tests = [{"input": str(a) if n % 2 else f"{a}\n", "output": str(a + n), "testtype": kind} for a in (1, 20, -3)]
     return {

@@ -1,8 +1,8 @@
 """Several "hosts" on one machine, for tests of what runs over many nodes.
 
 Each host has its own network, PID, mount, UTS and IPC namespaces, /tmp, /dev/shm, /run and home directory, and sshd as its process 1.
-They hang on a bridge in a network namespace of its own, so nothing of the machine's interfaces, routes or firewall is touched. No namespace
-has a name: all is gone with its processes, and those end with the test's process, however that ends.
+They are attached to a bridge in a separate network namespace, so that the machine's interfaces, routes and firewall stay untouched. No
+namespace has a name: each disappears with its processes, which end with the test's process, however that ends.
 """
 
 import os
@@ -20,7 +20,7 @@ _UP_S = 20.0
 
 
 def why_not() -> str:
-    """Why hosts cannot be made on this machine: the kernel or the container forbids it. Empty when they can."""
+    """Return why hosts cannot be made on this machine (the kernel or the container forbids it); empty when they can."""
     if os.geteuid() != 0:
         return "hosts are made of namespaces, which needs root"
     if shutil.which("ip") is None:
@@ -34,9 +34,9 @@ def why_not() -> str:
 
 
 class Hosts:
-    """`count` hosts, 10.77.0.1 and on, that can log in to each other. Use it as a context manager.
+    """`count` hosts, from 10.77.0.1 on, that can log in to each other. Use it as a context manager.
 
-    directory: outside /tmp and the home directory, as the hosts have their own; every host sees it. visible: more that they see.
+    directory: outside /tmp and the home directory, since hosts have their own; every host sees it. visible: other paths that they see.
     """
 
     def __init__(self, directory: Path, count: int, visible: Sequence[Path] = ()):
@@ -61,12 +61,12 @@ class Hosts:
 
     @property
     def ssh_options(self) -> str:
-        """For the launcher."""
+        """Options of ssh for the launcher."""
         known = f"-o UserKnownHostsFile={self.directory}/known_hosts -o StrictHostKeyChecking=yes"
         return f"-F none -i {self.directory}/key -o IdentitiesOnly=yes {known}"
 
     def command(self, host: int, words: Sequence[str], user: int = 0) -> list[str]:
-        """The command that runs `words` on a host, numbered from 1, as the user with this number."""
+        """Return the command that runs `words` on a host, numbered from 1, as the user with this number."""
         as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
         return ["nsenter", "-t", str(self.pid(host)), "-n", "-p", "-m", "-u", "-i", *as_user, "--", *words]
 
@@ -92,16 +92,16 @@ class Hosts:
         return subprocess.CompletedProcess(words, process.returncode, out, error)
 
     def is_up(self, host: int) -> bool:
-        """Whether the host was made and not killed since."""
+        """Whether the host was made and has not been killed since."""
         return host in self._processes
 
     def pid(self, host: int) -> int:
-        """The host's process 1, as this machine numbers it."""
+        """Return the pid of the host's process 1 on this machine."""
         (pid,) = _children(self._processes[host].pid)
         return pid
 
     def processes(self, host: int) -> list[int]:
-        """All processes of a host, its first one excepted, as this machine numbers them."""
+        """Return the pids on this machine of all processes of a host, except its first."""
         space = os.stat(f"/proc/{self.pid(host)}/ns/pid").st_ino
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
@@ -113,10 +113,10 @@ class Hosts:
         return [pid for pid in found if pid != self.pid(host)]
 
     def kill(self, host: int) -> None:
-        """End a host at once, with all that runs on it: its process 1."""
+        """Kill a host's process 1, and with it everything that runs on the host."""
         os.kill(self.pid(host), signal.SIGKILL)
         self._processes.pop(host).wait()
-        # The kernel removes it later; the host may be made again before.
+        # The kernel removes the link later, and the host may be made again before that.
         self._in_lan("sh", "-c", f"ip link del veth{host} 2>/dev/null || true")
 
     def boot(self, host: int) -> None:
@@ -137,7 +137,7 @@ class Hosts:
         (place / "ready").unlink()
         pid = self.pid(host)
         end = f"veth{host}"
-        # The same hardware address each time, as the others remember it.
+        # The same hardware address each time, because the others remember it.
         inside = ["name", "eth0", "address", f"02:77:00:00:00:{host:02x}", "netns", str(pid)]
         self._in_lan("ip", "link", "add", end, "type", "veth", "peer", *inside)
         self._in_lan("ip", "link", "set", end, "master", "br0", "up")
@@ -185,11 +185,11 @@ class Hosts:
             self.boot(host)
 
     def _init(self, host: int) -> str:
-        """The shell script that is a host's process 1 until it becomes sshd."""
-        place = shlex.quote(str(self.directory / f"host{host}"))
+        """Return the shell script that is a host's process 1 until it becomes sshd."""
+        host_directory = shlex.quote(str(self.directory / f"host{host}"))
         own = {Path.home(): "size=64m,mode=755", Path("/tmp"): "size=4g,mode=1777"}
         kept = [path for path in self._visible if any(path.is_relative_to(directory) for directory in own)]
-        # These directories are the host's own; what lies in the machine's and is needed is put back in its place.
+        # These directories are private to the host; needed paths of the machine inside them are mounted back.
         binds = [f"mkdir -p /run/kept/{n} && mount --bind {shlex.quote(str(path))} /run/kept/{n}" for n, path in enumerate(kept)]
         binds += [f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(directory))}" for directory, options in own.items()]
         binds += [f"mkdir -p {(at := shlex.quote(str(path)))} && mount --bind /run/kept/{n} {at}" for n, path in enumerate(kept)]
@@ -212,11 +212,11 @@ class Hosts:
                 *binds,
                 "mkdir -p /run/sshd",
                 "ip link set lo up",
-                f"touch {place}/ready",
-                f"until [[ -e {place}/plugged ]]; do sleep 0.02; done",
+                f"touch {host_directory}/ready",
+                f"until [[ -e {host_directory}/plugged ]]; do sleep 0.02; done",
                 f"ip addr add {self.addresses[host - 1]}/24 dev eth0",
                 "ip link set eth0 up",
-                f"exec {self._sshd} -D -e -f {place}/sshd_config",
+                f"exec {self._sshd} -D -e -f {host_directory}/sshd_config",
             ]
         )
 

@@ -1,6 +1,6 @@
 """A command's `main`, called in this process.
 
-A Python of its own takes seconds to import torch, and most claims about a command are not about its process.
+A new Python takes seconds to import torch, and most claims about a command are not about its process.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 def run_main(main: Callable[[], None], *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Call `main` with these words on its command line, from the directory `cwd`; returns status, stdout and stderr.
+    """Call `main` with these words on its command line, from the directory `cwd`; return status, stdout and stderr.
 
-    Afterwards the signal handlers, `sys.path` and the working directory are as before, and modules in `cwd` are forgotten.
+    Afterwards the signal handlers, `sys.path` and the working directory are restored, and modules in `cwd` are forgotten.
     """
     words = [*map(str, arguments)]
     cwd = Path(cwd).absolute()

@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "llama": {"head_dim": 32},
     "mistral": {"head_dim": 32, "sliding_window": None},
+    "seed_oss": {"head_dim": 64, "attention_bias": True},
     "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "mixtral": {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
@@ -41,7 +42,7 @@ ROPE_SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def rope_scaling(kind: str, **changes: Any) -> dict[str, Any]:
-    """Overrides of `save_tiny` for this type of scaled rotary embeddings (a key of ROPE_SCALINGS)."""
+    """Return overrides of `save_tiny` for this type of scaled rotary embeddings (a key of ROPE_SCALINGS)."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **ROPE_SCALINGS[kind], **changes}}
 
 
@@ -51,7 +52,7 @@ def save_tiny(
     """Save a random float32 model of `family` (a key of FAMILIES) to `directory` and return it, in evaluation mode.
 
     Every parameter is random, biases and norms too: a weight that is zero or one hides mistakes. `eos_token_ids` goes into the generation
-    config; `overrides` change the model's config. The caller's random state is left as it was.
+    config; `overrides` change the model's config. The caller's random state is unchanged.
     """
     settings = {**SIZES, **FAMILIES[family], "tie_word_embeddings": tied, **overrides}
     config = AutoConfig.for_model(family, **settings)
@@ -69,9 +70,9 @@ def save_tiny(
 
 
 def perturbed(model: PreTrainedModel, seed: int, scale: float = 0.1) -> dict[str, torch.Tensor]:
-    """A copy of the model's state, under its Hugging Face names, with noise of `scale` standard deviations on every tensor.
+    """Return a copy of the model's state, under its Hugging Face names, with noise of `scale` standard deviations on every tensor.
 
-    Without the output head of a tied model, which has no tensor of its own.
+    The output head of a tied model is left out, because it has no tensor.
     """
     generator = torch.Generator().manual_seed(seed)
     tied = model.config.tie_word_embeddings

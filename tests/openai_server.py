@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for tests, which answers what a function says."""
+"""An OpenAI-compatible server for tests, whose answers come from a function."""
 
 import json
 import threading

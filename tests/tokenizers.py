@@ -1,4 +1,4 @@
-"""A small chat tokenizer, built here: letter by letter, with a template that shows in its tokens."""
+"""A small chat tokenizer, built here: one token per byte, with a template that is visible in the tokens."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token for each UTF-8 byte, ids after those of SPECIALS."""
+    """Return a tokenizer with one token for each UTF-8 byte, ids after those of SPECIALS."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*SPECIALS, *letters])}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

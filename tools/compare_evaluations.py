@@ -4,7 +4,7 @@
     python tools/compare_evaluations.py runs/laptop_code
 
 Prints the mean reward of each question before and after, then the means over all questions and their difference, each with the 95 %
-interval of a bootstrap over questions (20,000 resamples, the same in every call). The difference is paired: both evaluations ask the same
+interval of a bootstrap over questions (20,000 resamples, the same in every call). The difference is paired: both evaluations have the same
 questions, so its interval is narrower than those of the means suggest. The last line is the result as JSON.
 """
 
@@ -24,7 +24,7 @@ RESAMPLES = 20_000
 
 
 def read_means(path: Path) -> dict[str, float]:
-    """Return the mean reward of each question, in the order asked."""
+    """Return the mean reward of each question, in order of the file."""
     rewards: dict[str, list[float]] = {}
     for answer in json.loads(path.read_text(encoding="utf-8"))["answers"]:
         rewards.setdefault(answer["question"], []).append(answer["reward"])

@@ -1,6 +1,6 @@
-# shellcheck shell=bash disable=SC2034  # who sources this reads the variables
-# To be sourced by run_eval.sh and run_eval_pipeline.sh: finds Python, and turns a dataset's name into a protocol and the file with its problems.
-# Paths are meant from where the caller stands: no cd.
+# shellcheck shell=bash disable=SC2034  # the scripts that source this read the variables
+# Sourced by run_eval.sh and run_eval_pipeline.sh: finds Python, and maps a dataset's name to a protocol and the file with its problems.
+# Paths are relative to the caller's directory: no cd.
 root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python

@@ -1,12 +1,12 @@
-"""Write an evaluation in the files that Archer2.0's evaluation leaves: python tools/export_eval.py EVALUATION --to OUT/TASK.parquet
+"""Write an evaluation as the files that Archer2.0's evaluation leaves: python tools/export_eval.py EVALUATION --to OUT/TASK.parquet
 
-EVALUATION is a directory that `megatron-aspo eval` wrote, whose data files are still there. Written are
+EVALUATION is a directory that `megatron-aspo eval` wrote, whose data files still exist. The tool writes
 
-    OUT/TASK.parquet        the rows that were asked, with a column `responses` of n texts each
+    OUT/TASK.parquet        the evaluated rows, with a column `responses` of n texts each
     OUT/TASK.results.json   the metrics with their intervals
     OUT/TASK.pass.csv       model_path, dataset, pass@1 (the mean over all responses) and pass@n (the share of problems with a right one)
 
-each whole or not at all, the table last: where it is, all three are. The last line printed is {"rows": …, "pass@1": …, "pass@N": …}.
+each atomically, the table last: where it exists, all three do. The last line printed is {"rows": …, "pass@1": …, "pass@N": …}.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def export(directory: Path, target: Path, model: str) -> dict[str, Any]:
     settings = build(EvalSettings, result["settings"], ())
     store = PartStore(directory / PARTS, result["data"]["problems"], settings.part_problems)
     rows, right, scored = [], 0, 0
-    for row, group in zip(asked_rows(settings, result), group_by_problem(store.responses()), strict=True):
+    for row, group in zip(evaluated_rows(settings, result), group_by_problem(store.responses()), strict=True):
         check_same(row, group[0])
         rows.append({name: plain(value) for name, value in row.items()} | {"responses": [response.response for response in group]})
         right += any(response.right for response in group)
@@ -62,8 +62,8 @@ def export(directory: Path, target: Path, model: str) -> dict[str, Any]:
     return {"rows": len(rows), **passes}
 
 
-def asked_rows(settings: EvalSettings, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the fields of the rows that were asked, in their order."""
+def evaluated_rows(settings: EvalSettings, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the fields of the evaluated rows, in their order."""
     if settings.task != "dataset":
         raise UserError(f"the evaluation is of task={settings.task}, which has no data files; export one of files")
     for location in settings.data.eval_path:
@@ -80,7 +80,7 @@ def check_same(row: dict[str, Any], response: EvalResponse) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return texts, numbers and messages as they are, anything else as JSON text: a column has one type."""
+    """Return texts, numbers and messages unchanged, anything else as JSON text: a column has one type."""
     is_messages = isinstance(value, list) and all(isinstance(entry, dict) and set(entry) == {"role", "content"} for entry in value)
     return value if value is None or isinstance(value, str | int | float) or is_messages else json.dumps(value, ensure_ascii=False)
 

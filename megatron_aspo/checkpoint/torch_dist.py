@@ -34,12 +34,13 @@ from megatron_aspo.checkpoint.megatron_files import LayoutReader
 from megatron_aspo.checkpoint.torch_dist_table import read_table
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.hf.model import HFModel
+from megatron_aspo.hf.model_directory import LATEST
 from megatron_aspo.hf.tensor_files import DTYPES, Reader
 from megatron_aspo.hf.transfer import assemble
 from megatron_aspo.weights.families import layout
 from megatron_aspo.weights.layout import Box, Layout, ModelDims, ParallelSizes, overlap
 
-LATEST, HASHES = "latest_checkpointed_iteration.txt", "hugging_face_sha256.json"
+HASHES = "hugging_face_sha256.json"
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
@@ -78,28 +79,6 @@ def _whole_model(model: HFModel) -> Layout:
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------------------------
-
-
-def find_torch_dist(path: Path) -> Path | None:
-    """Return the directory that holds the tensors of this checkpoint, or iteration of one; None where it is no `torch_dist` checkpoint.
-
-    Raises UserError when the checkpoint names an iteration that is not there, or is of another of Megatron's formats.
-    """
-    if (latest := path / LATEST).is_file():
-        word = latest.read_text(encoding="utf-8").strip()
-        directory = path / (f"iter_{int(word):07d}" if word.isdigit() else word)
-        if (word not in ("release", "") and not word.isdigit()) or not (directory / "metadata.json").is_file():
-            raise UserError(f"{latest} says {word!r}, but {directory} is no distributed checkpoint; name the iteration's directory instead")
-        path = directory
-    elif not ((path / "metadata.json").is_file() and (path / ".metadata").is_file()):
-        return None
-    try:
-        backend = json.loads((path / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/metadata.json is damaged ({error}); copy the checkpoint again") from error
-    if backend != "torch_dist":
-        raise UserError(f"{path} has the format {backend}; only torch_dist can be read: save it again with --ckpt-format torch_dist")
-    return path
 
 
 def read_hashes(directory: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face directory and a Megatron checkpoint are the same model: logits of both on random tokens."""
+"""Whether a Hugging Face directory and a checkpoint of Megatron's layers are the same model: logits of both on random tokens."""
 
 import os
 import warnings
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_aspo.checkpoint.convert import Source
 from megatron_aspo.common.errors import UserError
 
 SEQUENCES, TOKENS = 2, 48
@@ -14,8 +15,8 @@ TOLERANCE = 1e-4
 """Of the largest logit, in float32: rounding of two implementations stays below it by far, a misplaced tensor is above it."""
 
 
-def verify(hugging_face: Path, megatron: Path, dtype: torch.dtype) -> None:
-    """Compute both models' logits in float32, transformers' from one directory and Megatron-Core's from the other, weights cast to `dtype`.
+def verify(hugging_face: Path, megatron: Source, dtype: torch.dtype) -> None:
+    """Compute the logits of both models in float32, by transformers and by Megatron-Core, weights cast to `dtype`.
 
     Raises UserError with the difference when it is more than rounding. Needs memory for one float32 model at a time.
     """
@@ -43,11 +44,10 @@ def _transformers_logits(directory: Path, dtype: torch.dtype) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _megatron_logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from megatron_aspo.trainer import megatron_adapter
 
     megatron_adapter.prepare()
-    from megatron_aspo.checkpoint.convert import open_source
     from megatron_aspo.hf.transfer import assemble
     from megatron_aspo.trainer import parallel as parallel_states
     from megatron_aspo.trainer.attention import causal_params
@@ -57,7 +57,6 @@ def _megatron_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) 
     from megatron_aspo.weights.layout import ParallelSizes
 
     megatron_adapter.prepare()  # again, for the modules imported since
-    source = open_source(directory)
     model, sizes, device = source.model, ParallelSizes(), select_device()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     parallel = parallel_states.initialize(0, sizes, dist.HashStore(), device, 60.0, seed=0)

@@ -10,9 +10,9 @@ import torch
 
 from megatron_aspo.checkpoint.convert import Source, convert, open_source
 from megatron_aspo.checkpoint.manifest import is_checkpoint
-from megatron_aspo.checkpoint.torch_dist import find_torch_dist
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.tokenizer_export import auto_tokenizer_note
+from megatron_aspo.hf.model_directory import find_torch_dist
 from megatron_aspo.hf.writer import SHARD_BYTES
 from megatron_aspo.weights.layout import ModelDims, ParallelSizes, check_divisible
 
@@ -73,7 +73,7 @@ def _check(parsed: argparse.Namespace, from_hugging_face: bool, to: str, target:
     if parsed.max_shard_gb is not None and (to != "huggingface" or not parsed.max_shard_gb * 1e9 >= 1):
         raise UserError(f"--max-shard-gb {parsed.max_shard_gb} is about a Hugging Face target and must be above 0; leave it out")
     if parsed.verify and from_hugging_face == (to == "huggingface"):
-        raise UserError("--verify compares a Hugging Face directory with a Megatron checkpoint; source and target are of one kind")
+        raise UserError("--verify compares transformers with Megatron-Core, and needs Hugging Face on one side; leave it out")
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; choose another name, or remove it")
 

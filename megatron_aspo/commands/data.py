@@ -17,7 +17,7 @@ from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.hf.model_directory import resolve_model
 from megatron_aspo.rewards.by_source import reward_of_source
 from megatron_aspo.rewards.choice import RewardChoice
-from megatron_aspo.tasks.dataset import EVAL, TRAIN, Loader, Part, repetitions
+from megatron_aspo.tasks.dataset import EVAL, TRAIN, Loader, Part, find_repetitions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def _figures(store: PromptStore, splits: dict[str, list[Part]], options: DataOpt
             for split, parts in splits.items()
             if parts
         },
-        "repetitions": repetitions(store),
+        "repetitions": find_repetitions(store),
     }
 
 

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, whatever is killed or runs full on the way."""
+"""Files and directories that appear whole or not at all, even if the process is killed or the disk fills up."""
 
 import contextlib
 import errno
@@ -16,10 +16,10 @@ from megatron_aspo.common.errors import UserError
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory beside `target` to be filled; it takes the target's name when the block ends, and is removed when the block fails.
+    """Yield a directory beside `target` to fill. It is renamed to `target` when the block ends and removed when the block fails.
 
-    What a killed process of this host left of an earlier attempt at the same target is removed first.
-    Raises UserError when the target exists or the disk does not take it.
+    Leftovers of earlier attempts at the same target by dead processes of this host are removed first.
+    Raises UserError when the target exists or cannot be written to disk.
     """
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; choose another name, or remove it")
@@ -27,20 +27,20 @@ def new_directory(target: Path) -> Iterator[Path]:
     unfinished = target.with_name(f"{prefix}{os.getpid()}")
     made = [parent for parent in target.parents if not parent.exists()]
     with disk_errors(target, "nothing of it was left"):
-        _sweep(target.parent, prefix)
+        _remove_leftovers(target.parent, prefix)
         try:
             unfinished.mkdir(parents=True)
             yield unfinished
             publish(unfinished, target)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
-            with contextlib.suppress(OSError):  # others may have put something there meanwhile
+            with contextlib.suppress(OSError):  # other processes may have put files there in the meantime
                 for parent in made:
                     parent.rmdir()
             raise
 
 
-def _sweep(directory: Path, prefix: str) -> None:
+def _remove_leftovers(directory: Path, prefix: str) -> None:
     if directory.is_dir():
         for path in directory.iterdir():
             pid = path.name.removeprefix(prefix)
@@ -49,14 +49,14 @@ def _sweep(directory: Path, prefix: str) -> None:
 
 
 def publish(unfinished: Path, target: Path) -> None:
-    """Everything below `unfinished` reaches the disk, then it is renamed. Raises OSError when `target` exists and is not empty."""
+    """Sync everything below `unfinished` to disk, then rename it. Raises OSError when `target` exists and is not empty."""
     sync_files(unfinished)
     os.rename(unfinished, target)
     sync(target.parent)
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory without ever leaving part of it under its name."""
+    """Remove a directory such that its name never refers to part of it."""
     doomed = directory.with_name(f"{directory.name}.unfinished-removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(directory, doomed)
@@ -64,7 +64,7 @@ def remove_directory(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
+    """Replace a small text file atomically and sync it to disk."""
     beside = path.with_name(f".{path.name}.unfinished")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -75,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """What stands at `path` is on the disk when this returns."""
+    """Flush the file or directory at `path` to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,7 +84,7 @@ def sync(path: Path) -> None:
 
 
 def sync_files(top: Path) -> None:
-    """Everything below `top` is on the disk when this returns."""
+    """Flush everything below `top` to disk."""
     for directory, _, names in os.walk(top):
         for name in names:
             sync(Path(directory, name))
@@ -93,16 +93,16 @@ def sync_files(top: Path) -> None:
 
 @contextmanager
 def disk_errors(target: Path, outcome: str = "what stood there before still does") -> Iterator[None]:
-    """What the file system refuses, said as a mistake that the user can cure; outcome: what became of `target`."""
+    """Turn the file system's errors into a UserError with a cure; outcome: what became of `target`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{target} could not be written: {error.strerror.lower()}; {outcome}; {_space(target)}") from error
+            raise UserError(f"{target} could not be written: {error.strerror.lower()}; {outcome}; {_free_space(target)}") from error
         reason = error.strerror or error
         raise UserError(f"{target} could not be written ({reason}); {outcome}; choose another place") from error
 
 
-def _space(target: Path) -> str:
-    place = next((p for p in target.parents if p.is_dir()), Path("/"))
-    return f"{shutil.disk_usage(place).free / 1e9:.2f} GB are free in {place}: make room, or choose another place"
+def _free_space(target: Path) -> str:
+    directory = next((p for p in target.parents if p.is_dir()), Path("/"))
+    return f"{shutil.disk_usage(directory).free / 1e9:.2f} GB are free in {directory}: make room, or choose another place"

@@ -1,4 +1,4 @@
-"""The token with which Ray's processes know each other: found or made, and never shown."""
+"""The token that authenticates Ray's processes to one another: found or created, and never printed."""
 
 import os
 import secrets
@@ -9,14 +9,14 @@ from megatron_aspo.common.errors import UserError
 
 
 def find_token(given: str, directory: str, environ: Mapping[str, str], make: bool = True) -> tuple[str, Path]:
-    """Return the token and its file: `given`, else the one of RAY_AUTH_TOKEN_PATH, else `directory/token`, which is made if it is missing.
+    """Return the token and its file: `given`, else that of RAY_AUTH_TOKEN_PATH, else `directory/token`, which is created if missing.
 
-    Raises UserError when the file cannot be used, or others could read it.
+    Raises UserError when the file is unusable or readable by other users.
     """
     named = given or environ.get("RAY_AUTH_TOKEN_PATH", "")
     path = Path(named or Path(directory) / "token").expanduser()
     if not named and make and not path.exists():
-        _make(path)
+        _create(path)
     try:
         mode = path.stat().st_mode
         text = path.read_text(encoding="utf-8").strip()
@@ -31,13 +31,13 @@ def find_token(given: str, directory: str, environ: Mapping[str, str], make: boo
     return text, path
 
 
-def _make(path: Path) -> None:
+def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     unfinished = path.with_name(f"token.{os.getpid()}")
     with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(secrets.token_hex(32))
     try:
-        os.link(unfinished, path)  # whoever comes second takes the first one's
+        os.link(unfinished, path)  # the first process wins; later ones use its token
     except FileExistsError:
         pass
     finally:

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and the cure for a mistyped name in it."""
+"""The one exception meant for the user, and parts of error messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,12 +7,17 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can cure: configuration, data, model or environment.
 
-    The message is one line that names the thing, what was expected, and the cure. The command line prints it alone, without a traceback,
-    and exits with status 2.
+    The message is one line that names the thing, what was expected, and the cure. The command line prints it without a traceback and exits
+    with status 2.
     """
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's text, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(wrong: str, valid: Iterable[str], prefix: str = "") -> str:
-    """The cure for a mistyped name: the closest valid one, or all of them."""
+    """Return the hint for a mistyped name: the closest valid one, or all of them."""
     close = difflib.get_close_matches(wrong, list(valid), cutoff=0.5)
     return f"did you mean {prefix}{close[0]}?" if close else f"valid: {', '.join(prefix + name for name in sorted(valid))}"

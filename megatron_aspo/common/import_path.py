@@ -1,28 +1,34 @@
-"""Custom functions, named in a configuration as `package.module:function`."""
+"""Import of custom functions, named in a configuration as `package.module:function`, and of this package in child processes."""
 
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_aspo.common.errors import UserError
 
 _MISSING = object()
 _LONGEST_MESSAGE = 600
-"""Characters of an exception that are shown."""
+"""Maximum number of characters of an exception that are shown."""
+
+
+def child_python_path() -> str:
+    """Return PYTHONPATH for a child process, with the directory of this package first."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))))
 
 
 def load_function(path: str, key: str, allow_async: bool = False) -> Callable:
-    """Return the function at `path`; modules in the working directory are found too. `key` names the setting in messages.
+    """Return the function at `path`; modules in the working directory are found too. `key` names the setting in errors.
 
-    Raises UserError if it cannot be imported or is no function, or an async one where that is not allowed.
+    Raises UserError if it cannot be imported, is not a function, or is async although `allow_async` is false.
     """
     module_name, _, function_name = path.partition(":")
     if not module_name or not function_name or module_name.startswith("."):
         raise UserError(f"{key}={path} is not of the form package.module:function")
-    # Last, so that a file in the working directory never hides an installed package.
+    # Appended, so that a file in the working directory never hides an installed package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -41,7 +47,7 @@ def load_function(path: str, key: str, allow_async: bool = False) -> Callable:
 
 
 def check_call(function: Callable, path: str, key: str, signature: str, /, *arguments: Any, **options: Any) -> None:
-    """Raises UserError unless `function` takes these arguments; `signature` says in words what is expected."""
+    """Raise UserError unless `function` accepts these arguments; `signature` describes the expected call in words."""
     try:
         inspect.signature(function).bind(*arguments, **options)
     except (TypeError, ValueError) as error:
@@ -49,7 +55,7 @@ def check_call(function: Callable, path: str, key: str, signature: str, /, *argu
 
 
 def one_line(error: BaseException) -> str:
-    """Type and text of an exception on one line, truncated; never raises, whatever its `__str__` does."""
+    """Return an exception's type and text on one line, truncated; never raises, whatever its `__str__` does."""
     name = type(error).__name__
     try:
         text = str(error)

@@ -7,21 +7,22 @@ import psutil
 
 
 def machine() -> str:
-    """The same for processes that see each other on one machine, and another for all others, such as those of another container."""
+    """Return a string that is equal for processes in the same PID namespace of one machine and differs for all others, such as those of
+    another container."""
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
 
 
 def free_port(host: str) -> int:
-    """A TCP port of `host`, an address of this machine, that nothing listens on at this moment."""
+    """Return a TCP port of `host`, an address of this machine, that nothing listens on at this moment."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
 def interface_of(ip: str) -> str:
-    """Name of the network interface that carries the IPv4 address `ip`, for GLOO_SOCKET_IFNAME and its like.
+    """Return the network interface that carries the IPv4 address `ip`, for GLOO_SOCKET_IFNAME and similar variables.
 
-    Raises ValueError listing this machine's addresses when none carries it.
+    Raises ValueError, listing this machine's addresses, when none carries it.
     """
     found = {}
     for name, addresses in psutil.net_if_addrs().items():
@@ -35,7 +36,7 @@ def interface_of(ip: str) -> str:
 
 
 def address_towards(host: str) -> str:
-    """This machine's own address on the route to `host`. Connecting a datagram socket sends nothing."""
+    """Return this machine's own address on the route to `host`. Sends nothing: it connects a datagram socket."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 1))
         return probe.getsockname()[0]

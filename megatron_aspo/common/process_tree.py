@@ -1,4 +1,4 @@
-"""The processes below an engine and the shared memory they hold, so that nothing of either outlives the engine."""
+"""The processes below an engine and the shared memory they hold, so that none of either outlives the engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import psutil
 
 _SHARED = Path("/dev/shm")
 _OURS = ("psm_", "vllm", "sem.mp-")
-"""Beginnings of the names that Python's shared memory, vLLM and multiprocessing's semaphores give to their files."""
+"""Prefixes of the files of Python's shared memory, vLLM and multiprocessing's semaphores."""
 
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process, with the time it was created: process numbers are used again."""
+    """A process and its creation time, because process ids are reused."""
 
     pid: int
     created: float
@@ -21,7 +21,7 @@ class ProcessId:
 
 @dataclass(frozen=True)
 class Remains:
-    """What has to be gone once an engine is gone."""
+    """The processes and shared memory that must be gone once an engine is gone."""
 
     processes: tuple[ProcessId, ...]
     segments: tuple[str, ...]
@@ -29,27 +29,27 @@ class Remains:
 
 
 def remains_of(pid: int) -> Remains:
-    """The descendants of process `pid` (itself excluded) and the shared-memory segments that it and they have mapped now."""
+    """Return the descendants of process `pid` (itself excluded) and the shared-memory segments that it and they have mapped now."""
     root = psutil.Process(pid)
     children = root.children(recursive=True)
     return Remains(tuple(ProcessId(child.pid, child.create_time()) for child in children), mapped_segments([root, *children]))
 
 
 def mapped_segments(processes: Sequence[psutil.Process]) -> tuple[str, ...]:
-    """File names in /dev/shm of the shared memory and semaphores that these processes have mapped now, sorted."""
-    # By inode: glibc gives a semaphore its name after mapping it, and the map goes on showing the temporary name it had.
+    """Return the file names in /dev/shm of the shared memory and semaphores that these processes have mapped now, sorted."""
+    # Compared by inode: glibc renames a semaphore after mapping it, and the map keeps showing its temporary name.
     mapped: set[int] = set()
     for process in processes:
         try:
             lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-        except OSError:  # it ended in between
+        except OSError:  # the process has ended
             continue
         mapped |= {int(line.split()[4]) for line in lines if f" {_SHARED}/" in line}
     return tuple(sorted(file.name for file in _SHARED.iterdir() if file.name.startswith(_OURS) and _inode(file) in mapped))
 
 
 def sweep(remains: Remains, grace_s: float = 5.0) -> None:
-    """Wait up to `grace_s` for the processes to end by themselves, kill those that did not, and unlink the segments that are left."""
+    """Wait up to `grace_s` for the processes to end by themselves, kill those that did not, and unlink the remaining segments."""
     alive = [process for known in remains.processes if (process := _process(known)) is not None]
     _, stubborn = psutil.wait_procs(alive, timeout=grace_s)
     for process in stubborn:
@@ -71,13 +71,13 @@ def sweep_below(pid: int) -> None:
 
 
 def unlink(segments: Sequence[str]) -> None:
-    """Remove these files of /dev/shm, as far as they still exist."""
+    """Remove these files of /dev/shm, those that still exist."""
     for name in segments:
         (_SHARED / name).unlink(missing_ok=True)
 
 
 def _inode(file: Path) -> int | None:
-    """None when the file is gone: other engines come and go meanwhile."""
+    """Return the file's inode, or None when it is gone: other engines start and end at the same time."""
     try:
         return file.stat().st_ino
     except FileNotFoundError:

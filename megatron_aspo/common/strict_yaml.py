@@ -1,4 +1,4 @@
-"""YAML of a recipe: PyYAML's safe loader, which here refuses a key that occurs twice instead of keeping the last one silently."""
+"""YAML of a recipe, read by PyYAML's safe loader, which here refuses a duplicate key instead of silently keeping the last one."""
 
 import re
 from collections.abc import Hashable
@@ -7,8 +7,8 @@ import yaml
 
 
 def load_recipe_yaml(text: str) -> object:
-    """Return the plain values of one YAML document. Raises yaml.YAMLError, also for a key that occurs twice in a mapping."""
-    return yaml.load(text, _Loader)  # a safe loader: see its base
+    """Return the plain values of one YAML document. Raises yaml.YAMLError, also for a duplicate key in a mapping."""
+    return yaml.load(text, _Loader)  # safe: _Loader derives from SafeLoader
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def number_if_one(value: object) -> object:
-    """YAML reads 1e-6, without a point, as text; here it is a number."""
+    """Return a float for text such as "1e-6", which YAML reads as a string because it has no point; return other values unchanged."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
         return float(value)
     return value

@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of Hugging Face data sets, which are columns in Apache Arrow's types."""
+"""Rows of Parquet files and of Hugging Face data sets, which are columns of Apache Arrow types."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH_BYTES = 16 << 20
-"""Rows are decoded in batches of about this size: a row of LiveCodeBench can have 100 MB, a row of mathematics has 500 bytes."""
+"""Rows are decoded in batches of about this size: a row of LiveCodeBench can be 100 MB, a row of mathematics is 500 bytes."""
 _MAX_BATCH_ROWS = 1024
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, Fields]]:
-    """Yield (row number from 1, row). A null in a column is a field that the row does not have.
+    """Yield (row number from 1, row). A null in a column makes the row lack that field.
 
-    Raises UserError naming file and column for a type that JSON has no counterpart of, and for a damaged file.
+    Raises UserError naming file and column for a type without a JSON counterpart, and for a damaged file.
     """
     import pyarrow.parquet as parquet
 
-    # Without these options the whole file's pages are read ahead into memory.
+    # Without these options Arrow reads ahead all pages of the file into memory.
     with _reading(str(path), "a Parquet file"), parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         _check_columns(file.schema_arrow, str(path))
         size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups))
@@ -40,8 +40,8 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Fields]]:
 def read_dataset(name: str, subset: str, split: str) -> Iterator[tuple[int, Fields]]:
     """Yield (row number from 1, row) of a directory, or of a data set on the Hugging Face hub, through the `datasets` library.
 
-    Directories are what `save_to_disk` wrote, or anything else that `load_dataset` understands. subset and split: empty if there is only
-    one. Raises UserError for what is not there, naming the splits that are.
+    A directory is one that `save_to_disk` wrote, or anything else that `load_dataset` understands. subset and split: empty if there is
+    only one. Raises UserError for a missing one, naming the splits that exist.
     """
     data = _load(name, subset, split)
     _check_columns(data.features.arrow_schema, name)
@@ -70,7 +70,7 @@ def _load(name: str, subset: str, split: str) -> "Dataset":
             loaded = datasets.load_dataset(str(directory) if directory.is_dir() else name, subset or None)
     except UserError:
         raise
-    except Exception as error:  # the library raises errors of many kinds, those of the network among them
+    except Exception as error:  # the library raises errors of many kinds, including network errors
         raise UserError(
             f"{name} cannot be loaded as a Hugging Face data set ({one_line(error)}); correct the name, or its files"
         ) from error
@@ -126,7 +126,7 @@ def _check_type(kind: "pa.DataType", name: str, where: str) -> None:
 
 @contextlib.contextmanager
 def _reading(where: str, what: str) -> Iterator[None]:
-    """Name the place in Arrow's errors; give back the memory that Arrow's allocator keeps, 0.4 GB after 2 GB of rows."""
+    """Name the source in Arrow's errors; release the memory that Arrow's allocator keeps, 0.4 GB after 2 GB of rows."""
     import pyarrow as pa
 
     try:

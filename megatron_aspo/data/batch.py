@@ -1,4 +1,4 @@
-"""From scored groups to what the trainer eats: one flat batch, and the samples of each mini-batch."""
+"""Scored groups → the trainer's input: one flat batch, and the samples of each mini-batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from megatron_aspo.data.records import Group
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """All samples of one step, one after another, nothing padded.
+    """All samples of one step, concatenated without padding.
 
-    Sample i is `token_ids[offsets[i]:offsets[i + 1]]`: its prompt, then its response. Response token arrays are laid out by
-    `response_offsets` alike.
+    Sample i is `token_ids[offsets[i]:offsets[i + 1]]`: its prompt, then its response. `response_offsets` indexes the response token arrays
+    in the same way.
     """
 
     token_ids: np.ndarray
@@ -23,15 +23,15 @@ class TrainBatch:
     response_offsets: np.ndarray
     """int64 [samples + 1]"""
     mask: np.ndarray
-    """bool [response tokens]: which count in numerators and denominators."""
+    """bool [response tokens]: which tokens count in numerators and denominators."""
     rollout_logprobs: np.ndarray
     """float32 [response tokens]"""
     rewards: np.ndarray
-    """float64 [samples]: shaped; a KL penalty in the reward is still to come."""
+    """float64 [samples]: shaped, before a KL penalty in the reward is applied."""
     groups: np.ndarray
-    """int64 [samples]: number of the sample's group within the step, from 0 with no gap."""
+    """int64 [samples]: index of the sample's group within the step, from 0 without gaps."""
     names: tuple[str, ...]
-    """[samples]: how error messages name the sample."""
+    """[samples]: the sample's name in errors."""
 
     @property
     def samples(self) -> int:
@@ -39,29 +39,29 @@ class TrainBatch:
 
     @property
     def counted(self) -> np.ndarray:
-        """int64 [samples]: counted response tokens."""
+        """The number of counted response tokens, int64 [samples]."""
         return np.diff(np.concatenate([[0], np.cumsum(self.mask)])[self.response_offsets])
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """int64 [samples]"""
+        """int64 [samples]."""
         return np.diff(self.offsets) - np.diff(self.response_offsets)
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [samples]: tokens the model must read: the last response token is only ever a target."""
+        """The number of tokens that the model reads, int64 [samples]: without the last response token, which is only a target."""
         return np.diff(self.offsets) - 1
 
 
 def make_train_batch(groups: Sequence[Group], order: str, ranks: int, *, overlong_filter: bool) -> TrainBatch:
-    """Flatten groups: as they come or, in the order `data_index`, by their prompts' places in the data set.
+    """Flatten groups, in the given order or, for the order `data_index`, by their prompts' positions in the data set.
 
-    Every response token counts, but not in a response that was cut off, with `overlong_filter`, nor, under `data_index`, in the last
-    responses that are over a multiple of `ranks`. These stay for the statistics of their group.
+    Every response token counts, except in responses that are truncated, with `overlong_filter`, and, under `data_index`, in the last
+    responses beyond a multiple of `ranks`. Those still enter the statistics of their group.
     """
     multiple = 1
     if order == "data_index":
-        groups, multiple = sorted(groups, key=lambda group: group.prompt.place), ranks
+        groups, multiple = sorted(groups, key=lambda group: group.prompt.position), ranks
     samples = [(number, sample) for number, group in enumerate(groups) for sample in group.samples]
     counts = [
         i < len(samples) // multiple * multiple and not (overlong_filter and s.generation.finish_reason == "length")
@@ -86,8 +86,8 @@ def _offsets(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def mini_batches(groups: np.ndarray, groups_per_mini_batch: int, epochs: int, seed: int | None) -> list[np.ndarray]:
-    """Sample indices of each optimizer step, in order: every epoch visits each group once, in a new order drawn from `seed`, or, with None,
-    by number.
+    """Return the sample indices of each optimizer step: every epoch visits each group once, in a new order drawn from `seed`, or by index
+    if it is None.
     """
     count = int(groups.max()) + 1 if groups.size else 0
     random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""From a prompt's messages or text to token ids that the model knows."""
+"""Encoding of a prompt's messages or text as token ids that the model knows."""
 
 import json
 import re
@@ -23,8 +23,8 @@ RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
 class PromptEncoder:
     """Encodes prompts with a model's tokenizer and the options of `data`.
 
-    vocab: rows of the model's embedding. A tokenizer with tokens that were added without resizing the model has ids beyond them: one rank
-    fails on these, several tensor-parallel ranks train on zeros. They are refused.
+    vocab: rows of the model's embedding. A tokenizer whose tokens were added without resizing the model has ids beyond them: one rank fails
+    on these, and several tensor-parallel ranks train on zeros. Such ids are refused.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab: int, options: DataOptions):
@@ -37,7 +37,7 @@ class PromptEncoder:
             raise UserError(f"data.chat_template_kwargs.{reserved[0]} is set for each prompt by itself; remove it")
 
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Encode `messages` by the chat template, generation prompt included: an answer can follow at once.
+        """Encode `messages` by the chat template, generation prompt included, so that the response follows directly.
 
         `data.system_prompt` comes first where the messages have no system message of their own.
         Raises UserError if there is no chat template, if it refuses the messages or fails, and for token ids that the model lacks.
@@ -62,10 +62,10 @@ class PromptEncoder:
         return self._check_ids(ids)
 
     def text(self, text: str) -> tuple[int, ...]:
-        """Encode `text` as it is, after the special tokens that the tokenizer puts first, such as a beginning-of-sequence token.
+        """Encode `text` unchanged, after the tokenizer's leading special tokens, such as a beginning-of-sequence token.
 
-        A text that begins with them already, since a chat template was applied to it, gets no second ones. Nothing is put after the text,
-        whatever the tokenizer is set to: a response could not follow an end-of-sequence token.
+        A text that already begins with them, because a chat template was applied to it, does not get them twice. Nothing is appended,
+        whatever the tokenizer's settings: a response cannot follow an end-of-sequence token.
         Raises UserError for token ids that the model lacks.
         """
         ids = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -78,7 +78,7 @@ class PromptEncoder:
 
     @cached_property
     def chat_template(self) -> str:
-        """The Jinja source. Raises UserError if there is none, or if a `chat_template_kwargs` name does not occur in it."""
+        """The template's Jinja source. Raises UserError if there is none, or if a `chat_template_kwargs` name does not occur in it."""
         path = self._options.chat_template
         template = read_chat_template(path) if path else self._tokenizer.chat_template
         if isinstance(template, dict):
@@ -100,11 +100,11 @@ class PromptEncoder:
 
     @property
     def given_template(self) -> str:
-        """The chat template that `data.chat_template` named, as it was read at the start; empty if it names none."""
+        """The chat template that `data.chat_template` names, as read at the start; empty if it names none."""
         return self.chat_template if self._options.chat_template else ""
 
     def check_options_used(self) -> None:
-        """Raise UserError for an option of chat prompts that changed none of the prompts encoded so far."""
+        """Raise UserError for an option of chat prompts that has changed none of the prompts encoded so far."""
         options = self._options
         given = [name for name in ("chat_template", "chat_template_kwargs", "system_prompt") if getattr(options, name)]
         if given and not self._chats:
@@ -114,7 +114,7 @@ class PromptEncoder:
 
     @property
     def remark(self) -> str:
-        """Say on one line what was put before plain-text prompts; empty if there were none."""
+        """One line on which tokens were put before plain-text prompts; empty if there were none."""
         if not self._texts:
             return ""
         first = "".join(self._tokenizer.convert_ids_to_tokens(list(self._prefix)))
@@ -155,7 +155,7 @@ class PromptEncoder:
 
 
 def read_chat_template(path: str) -> str:
-    """The Jinja source in the file at `path`. Raises UserError if it cannot be read."""
+    """Return the Jinja source in the file at `path`. Raises UserError if it cannot be read."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,6 +1,6 @@
-"""Rows of JSON files: JSONL, which has an object on each line, or one array of objects. Files are streamed, a row at a time.
+"""Rows of JSON files: JSONL, with one object per line, or one array of objects. Files are streamed, one row at a time.
 
-Strict: what two readers could understand differently is refused, such as a key that occurs twice, NaN, or half of a surrogate pair.
+Strict: input that two readers could understand differently is refused, such as a duplicate key, NaN, or half of a surrogate pair.
 """
 
 import json
@@ -13,16 +13,16 @@ from megatron_aspo.common.errors import UserError
 
 Fields = dict[str, Any]
 _CHUNK = 1 << 20
-"""Characters of an array that are read at a time."""
+"""Number of characters of an array read at a time."""
 _TORN = 10
-"""A row that is merely not read to its end yet is faulty within these last characters: the longest token that can be torn has 6."""
+"""A row that has merely not been read to its end fails within this many last characters: the longest token that can be torn has 6."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 def read_lines(path: Path, wanted: str) -> Iterator[tuple[int, Fields]]:
-    """Yield (line number, row) for each line that is not blank. Raises UserError naming file and line for the first that is wrong.
+    """Yield (line number, row) for each line that is not blank. Raises UserError naming file and line for the first invalid one.
 
-    wanted: names in messages the fields that a row must have.
+    wanted: the fields that a row must have, as errors name them.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -38,13 +38,13 @@ def read_lines(path: Path, wanted: str) -> Iterator[tuple[int, Fields]]:
                 raise UserError(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from error
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not valid JSON ({error}); expected one JSON object on each line") from error
-            yield number, _checked(row, b"\\u" in line, where, wanted)
+            yield number, _check_row(row, b"\\u" in line, where, wanted)
 
 
 def read_array(path: Path, wanted: str) -> Iterator[tuple[int, Fields]]:
     """Yield (row number from 1, row) for each element of the file's array, with at most one of them in memory.
 
-    Raises UserError naming file and row for the first that is wrong.
+    Raises UserError naming file and row for the first invalid one.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         array, number = _Array(file), 0
@@ -60,11 +60,11 @@ def read_array(path: Path, wanted: str) -> Iterator[tuple[int, Fields]]:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise UserError(f"{where}: not valid JSON ({reason}); expected an array of objects, or one object on each line") from error
             number += 1
-            yield number, _checked(row, escaped, where, wanted)
+            yield number, _check_row(row, escaped, where, wanted)
 
 
 def json_type(value: Any) -> str:
-    """The name of a value's JSON type, for messages."""
+    """Return the name of a value's JSON type, for errors."""
     if value == "":
         return "empty string"
     kinds = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
@@ -72,14 +72,14 @@ def json_type(value: Any) -> str:
 
 
 class _Array:
-    """A JSON array as it is read from a file. Methods raise ValueError, or RecursionError, for what is not JSON."""
+    """Incremental reader of a JSON array in a file. Methods raise ValueError or RecursionError for invalid JSON."""
 
     def __init__(self, file: TextIO):
         self._file, self._text, self._position, self._begun = file, "", 0, False
         self._decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
 
     def has_next(self) -> bool:
-        """Go to the next element, if there is one; else check that nothing follows the array."""
+        """Advance to the next element if there is one; else check that nothing follows the array."""
         opening, found = ("[", "no array begins") if not self._begun else (",", "expected a comma or the end of the array")
         mark = self._next_mark()
         if self._begun and mark == "]":
@@ -93,7 +93,7 @@ class _Array:
         return True
 
     def next(self) -> tuple[Any, bool]:
-        """Return the element, and whether its text has escapes for UTF-16 units."""
+        """Return the element, and whether its text contains UTF-16 escapes."""
         if not self._next_mark():
             raise ValueError("the file ends within the array")
         while True:
@@ -115,7 +115,7 @@ class _Array:
         return False
 
     def _next_mark(self) -> str:
-        """The next character that is not blank, which is not consumed; empty at the end of the file."""
+        """Return the next non-blank character without consuming it; empty at the end of the file."""
         while True:
             self._position = _BLANKS.match(self._text, self._position).end()
             if self._position < len(self._text):
@@ -130,7 +130,7 @@ class _Array:
         return bool(more)
 
 
-def _checked(row: Any, escaped: bool, where: str, wanted: str) -> Fields:
+def _check_row(row: Any, escaped: bool, where: str, wanted: str) -> Fields:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {json_type(row)}, expected an object with {wanted}")
     if escaped:
@@ -139,7 +139,7 @@ def _checked(row: Any, escaped: bool, where: str, wanted: str) -> Fields:
 
 
 def _check_surrogates(row: Fields, where: str) -> None:
-    """Refuse halves of surrogate pairs in any field: UTF-8 files such as the rollout dumps cannot hold them."""
+    """Refuse halves of surrogate pairs in any field: UTF-8 files, such as the rollout dumps, cannot hold them."""
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False).encode("utf-8")

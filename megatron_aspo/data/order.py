@@ -1,4 +1,4 @@
-"""The order in which finite sets of prompts are drawn. Functions of their arguments alone: a resumed run goes on with the same prompts."""
+"""The order in which finite sets of prompts are drawn. Pure functions, so that a resumed run continues with the same prompts."""
 
 import functools
 import random
@@ -8,9 +8,9 @@ from fractions import Fraction
 
 
 def shuffled_position(seed: int | str, index: int, size: int) -> int:
-    """Return the position, of `size` items, of draw number `index` (from 0): epochs over all items, each in a different order."""
-    epoch, place = divmod(index, size)
-    return _epoch_order(seed, epoch, size)[place]
+    """Return the position, among `size` items, of draw number `index` (from 0): epochs over all items, each in a different order."""
+    epoch, draw = divmod(index, size)
+    return _epoch_order(seed, epoch, size)[draw]
 
 
 @functools.lru_cache(maxsize=16)
@@ -20,11 +20,11 @@ def _epoch_order(seed: int | str, epoch: int, size: int) -> "array[int]":
     return order
 
 
-def mixed(weights: Sequence[float], index: int) -> tuple[int, int]:
-    """Return the source of draw number `index` (from 0) of a mixture, and the number of earlier draws of that source.
+def choose_source(weights: Sequence[float], index: int) -> tuple[int, int]:
+    """Return the source of draw number `index` (from 0) of a mixture, and the number of earlier draws from that source.
 
-    weights: greater than 0, one for each source. The first source is drawn whenever its share of the draws so far reaches a whole number,
-    the others share the rest in the same way: after any number of draws each source is less than `len(weights)` draws from its share.
+    weights: above 0, one for each source. The first source is drawn whenever its share of the draws so far reaches a whole number; the
+    others share the rest in the same way: after any number of draws each source is less than `len(weights)` draws from its share.
     """
     shares = [Fraction(str(weight)) for weight in weights]
     for source in range(len(shares) - 1):

@@ -1,10 +1,10 @@
-"""Which samples share a micro-batch, which data-parallel rank runs it, and how well that fills and balances them.
+"""Packing: which samples share a micro-batch, which data-parallel rank runs it, and metrics of fill and balance.
 
-Over ranks, work is balanced: tokens + `pair_cost` · pairs of a token with one that it attends to. Ranks meet only when a mini-batch ends,
-so that all wait for the fullest. Over the micro-batches of a rank, tokens are balanced, which memory bounds.
+Work is balanced over ranks: tokens + `pair_cost` · pairs of a token with one that it attends to. Ranks synchronise only at the end of a
+mini-batch, where all wait for the fullest. Tokens, which bound memory, are balanced over the micro-batches of a rank.
 
-`pair_cost` is what a pair costs over what a token costs outside attention: in floating-point operations, 2 · layers · heads · head
-dimension / parameters that a token meets; 0 balances tokens. By that count, of log-normal lengths up to 32,768 with 8 to 32 samples a
+`pair_cost` is the cost of a pair relative to a token's cost outside attention: in floating-point operations, 2 · layers · heads · head
+dimension / parameters that a token meets; 0 balances tokens. By that count, for log-normal lengths up to 32,768 and 8 to 32 samples a
 rank, balanced tokens leave the slowest rank 4 to 10 % over the mean at hidden size 1,536 and 2 to 6 % at 4,096, balanced work less than
 1 % (tools/bench/bench_packing.py).
 """
@@ -20,7 +20,7 @@ import numpy as np
 from megatron_aspo.data.batch import TrainBatch
 
 Bins = list[list[int]]
-"""[bin] → indices of what it holds."""
+"""[bin] → indices of its items."""
 
 
 def pack(
@@ -32,14 +32,15 @@ def pack(
     count_multiple: int = 1,
     pair_cost: float = 0.0,
 ) -> list[list[np.ndarray]]:
-    """Micro-batches of each data-parallel rank: [rank][micro-batch] → sample indices, ascending. The order of `samples` does not matter.
+    """Return the micro-batches of each data-parallel rank: [rank][micro-batch] → sample indices, ascending. The order of `samples` does
+    not matter.
 
-    Every rank has as many as the others, a multiple of `count_multiple` and as few as `place` finds. Each reads at most `token_budget`
-    tokens; a sample that alone is over it is a micro-batch of its own. A micro-batch may be empty.
+    Every rank has the same number, a multiple of `count_multiple` and as few as `place` finds. Each reads at most `token_budget` tokens,
+    except that a sample over the budget gets a micro-batch to itself. A micro-batch may be empty.
 
-    What is placed is a sample or, with shared prompts, several of one group, which read their prompt once. Long pieces balance badly, so
-    groups are also tried in pieces that add to a prompt no more than a rank's mean, its half and its quarter; each reads the prompt
-    again. The fewest micro-batches win, then the least work of the fullest rank, then the longest pieces.
+    The unit of placement is a sample or, with shared prompts, several samples of one group that read their prompt once. Long units balance
+    badly, so groups are also split into units that add to a prompt at most a rank's mean, its half and its quarter; each reads the prompt
+    again. The fewest micro-batches win, then the least work of the fullest rank, then the longest units.
     """
     samples = np.sort(samples)
     reading = _Reading(batch, shared_prompts)
@@ -60,13 +61,14 @@ def pack(
 
 
 def unit_tokens(batch: TrainBatch, samples: np.ndarray) -> int:
-    """Tokens that the model reads for samples of one group that share their prompt: the prompt, and each response but its last token."""
+    """Return the tokens that the model reads for samples of one group with a shared prompt: the prompt, and each response but its last
+    token."""
     prompt = batch.prompt_lengths[samples[0]]
     return int(prompt + (batch.lengths[samples] - prompt).sum())
 
 
 class _Reading:
-    """What the model reads of a batch: each sample's prompt, or each group's once for the samples that stand together."""
+    """Tokens and pairs that the model reads of a batch: each sample's prompt, or one prompt per group for adjacent samples of it."""
 
     def __init__(self, batch: TrainBatch, shared_prompts: bool):
         self._prompts: list[int] = batch.prompt_lengths.tolist()
@@ -87,7 +89,7 @@ class _Reading:
         return tokens, pairs
 
     def units(self, samples: np.ndarray, most_tokens: int) -> list[list[int]]:
-        """The samples, ascending, cut into what is placed as one: as many of a group as `most_tokens` takes, at least one."""
+        """Split the samples, ascending, into units of placement: as many of a group as fit into `most_tokens`, at least one."""
         units: list[list[int]] = []
         tokens = 0
         for i in samples.tolist():
@@ -103,9 +105,9 @@ class _Reading:
 def place(lengths: list[int], work: list[int], ranks: int, token_budget: int, count_multiple: int = 1) -> list[Bins]:
     """Place units of these lengths in tokens: [rank][micro-batch] → units; the longest micro-batch of a rank comes first.
 
-    The number of micro-batches starts from a bound that none can go below (total length, and units over half the budget) and rises by
-    `count_multiple` until one of two ways keeps the budget: work is partitioned over ranks, then tokens over the micro-batches of each;
-    or, where that leaves some rank with more than it can hold, tokens over all micro-batches, which are then dealt to ranks by work.
+    The number of micro-batches starts at a lower bound (from total length, and units over half the budget) and rises by `count_multiple`
+    until one of two ways keeps the budget: partition work over ranks, then tokens over the micro-batches of each; or, where that
+    overfills a rank, partition tokens over all micro-batches, then deal these to ranks by work.
     """
     everything = list(range(len(lengths)))
     full = -(-sum(min(length, token_budget) for length in lengths) // token_budget)
@@ -127,7 +129,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _fit(units: list[int], lengths: list[int], token_budget: int, count: int) -> Bins | None:
-    """`count` bins within the budget, the longest first: balanced, or, if that goes over, filled one by one; None if neither keeps it.
+    """Return `count` bins within the budget, longest first: balanced, or filled one by one if that exceeds it; None if neither fits.
 
     A unit over the budget has a bin to itself.
     """
@@ -151,7 +153,7 @@ def _longest_first(bins: Bins, lengths: list[int]) -> Bins:
 
 
 def best_fit(lengths: list[int], budget: int) -> Bins:
-    """Best-fit decreasing: the longest first, each into the fullest bin that takes it; of those equally full, into the oldest."""
+    """Pack by best-fit decreasing: the longest first, each into the fullest bin that fits it; of equally full bins, into the oldest."""
     bins: Bins = []
     room: list[tuple[int, int]] = []  # (left, bin), ascending
     for i in _descending(lengths):
@@ -167,10 +169,10 @@ def best_fit(lengths: list[int], budget: int) -> Bins:
 
 
 def partition(weights: list[int], count: int, *, equal_counts: bool = False) -> Bins:
-    """`count` bins of about the same total: Karmarkar and Karp's differencing, then exchanges until none lowers the fullest bin.
+    """Return `count` bins of about equal totals: Karmarkar and Karp's differencing, then exchanges until none lowers the fullest bin.
 
-    With `equal_counts` every bin holds as many as the others, of a multiple of `count` weights. Without, the fullest holds at most
-    4/3 − 1 / (3 · count) times the optimum (Michiels, Korst, Aarts, van Leeuwen 2003, for differencing alone).
+    With `equal_counts` every bin has the same number of items; `weights` must then be a multiple of `count`. Without, the fullest holds at
+    most 4/3 − 1 / (3 · count) times the optimum (Michiels, Korst, Aarts, van Leeuwen 2003, for differencing alone).
     """
     if not weights:
         return [[] for _ in range(count)]
@@ -180,14 +182,14 @@ def partition(weights: list[int], count: int, *, equal_counts: bool = False) -> 
 
 
 def _descending(weights: list[int]) -> list[int]:
-    """Indices, the largest weight first, equal ones in their order."""
+    """Return indices, the largest weight first, equal ones in their order."""
     return sorted(range(len(weights)), key=lambda i: -weights[i])
 
 
 def difference(weights: list[int], count: int, equal_counts: bool = False) -> Bins:
-    """The largest differencing method, for `count` bins, by Karmarkar and Karp (1982): at first each weight is a partition of its own, or
-    with `equal_counts` each `count` of them in descending order. The two partitions whose bins differ most are joined, the fullest bin of
-    one with the emptiest of the other, until one is left. Of partitions that differ alike, the oldest goes first.
+    """Return `count` bins by Karmarkar and Karp's largest differencing method (1982): initially each weight is a separate partition, or,
+    with `equal_counts`, each run of `count` weights in descending order. The two partitions whose bins differ most are joined, the fullest
+    bin of one with the emptiest of the other, until one is left. Ties go to the oldest partition.
     """
     order, at_first = _descending(weights), count if equal_counts else 1
     heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []  # (−difference, age, (total, members) of bins in descending order)
@@ -203,7 +205,7 @@ def difference(weights: list[int], count: int, equal_counts: bool = False) -> Bi
         add([(weights[i], [i]) for i in order[start : start + at_first]])
     while len(heap) > 1:
         (_, _, one), (_, _, two) = heappop(heap), heappop(heap)
-        # Bins that a partition leaves out are empty, so that only this many meet one that is not.
+        # Bins that a partition omits are empty, so only this many meet a non-empty one.
         both = max(len(one) + len(two) - count, 0)
         met = [(a + b, p + q) for (a, p), (b, q) in zip(one[len(one) - both :], reversed(two[len(two) - both :]), strict=True)]
         add(sorted(one[: len(one) - both] + met + two[: len(two) - both], key=itemgetter(0), reverse=True))
@@ -212,8 +214,8 @@ def difference(weights: list[int], count: int, equal_counts: bool = False) -> Bi
 
 
 def _exchange(weights: list[int], bins: Bins, equal_counts: bool) -> None:
-    """Lower the fullest bin, in place, by giving one of its weights to another bin, for a lighter one of that bin's or, without
-    `equal_counts`, for none, until no exchange does.
+    """Lower the fullest bin in place by moving one of its weights to another bin, in exchange for a lighter one or, without
+    `equal_counts`, for none, until no exchange lowers it.
 
     Bins are tried from the emptiest; of two exchanges, the one that leaves the two bins closer is made.
     """
@@ -246,33 +248,33 @@ def _exchange(weights: list[int], bins: Bins, equal_counts: bool) -> None:
 
 @dataclass(frozen=True)
 class PackingFigures:
-    """How full and how even micro-batches are. Those of several mini-batches add up: `sum(figures, PackingFigures())`."""
+    """Fill and balance of micro-batches. Those of several mini-batches add up: `sum(parts, PackingFigures())`."""
 
     tokens: int = 0
-    """That the models of all ranks read."""
+    """Tokens that the models of all ranks read."""
     room: int = 0
-    """Tokens for which there is room: micro-batches of all ranks × token budget."""
+    """Capacity in tokens: micro-batches of all ranks × token budget."""
     mean: float = 0.0
-    """Work of a rank in the mean, in tokens (as are the next two)."""
+    """Mean work of a rank, in tokens (as are the next two)."""
     fullest: float = 0.0
     """Work of the fullest rank of each mini-batch."""
     lockstep: float = 0.0
-    """Work of the fullest rank at the first micro-batch, at the second, and so on, added up."""
+    """Work of the fullest rank at the first micro-batch, at the second, and so on, summed."""
 
     @property
     def fill(self) -> float:
-        """Tokens over room; above 1 only with samples over the budget."""
+        """Tokens over capacity; above 1 only with samples over the budget."""
         return self.tokens / self.room if self.room else 0.0
 
     @property
     def imbalance(self) -> float:
-        """The fullest rank's work over the mean. Data-parallel ranks wait for each other only at the end of a mini-batch, so that this is
-        the factor by which a step takes longer than if all ranks were alike."""
+        """The fullest rank's work over the mean. Data-parallel ranks wait for each other only at the end of a mini-batch, so this is the
+        factor by which a step takes longer than with perfect balance."""
         return self.fullest / self.mean if self.mean else 1.0
 
     @property
     def lockstep_imbalance(self) -> float:
-        """That factor if ranks waited for each other at every micro-batch, as they do where experts are spread over them."""
+        """The same factor if ranks waited for each other at every micro-batch, as they do where experts are spread over them."""
         return self.lockstep / self.mean if self.mean else 1.0
 
     def __add__(self, other: "PackingFigures") -> "PackingFigures":
@@ -282,7 +284,7 @@ class PackingFigures:
 def measure(
     batch: TrainBatch, shares: list[list[np.ndarray]], token_budget: int, shared_prompts: bool, pair_cost: float = 0.0
 ) -> PackingFigures:
-    """Figures of one mini-batch's `shares` from `pack`, given the same arguments."""
+    """Return the metrics of one mini-batch's `shares` from `pack`, given the same arguments."""
     reading = _Reading(batch, shared_prompts)
     sizes = np.array([[reading.tokens_and_pairs(micro) for micro in share] for share in shares], np.float64)
     tokens, pairs = sizes[..., 0], sizes[..., 1]

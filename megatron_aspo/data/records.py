@@ -1,4 +1,4 @@
-"""The records that travel from a prompt to a training batch. Variable length, never padded."""
+"""The records that travel from a prompt to a training batch. Their arrays have variable length and are never padded."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,21 +8,21 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question, tokenized, with what its reward needs."""
+    """One tokenized question, with the data that its reward needs."""
 
     id: str
     """Stable across runs and epochs, unique within a task."""
     token_ids: tuple[int, ...]
-    """The chat template already applied, generation prompt included."""
+    """Token ids with the chat template applied, generation prompt included."""
     text: str
-    """The user's words, for rollout dumps and rewards."""
+    """The user's message, for rollout dumps and rewards."""
     ground_truth: Any
-    """The value that the reward compares with. If the prompt is in a `PromptStore`, it and `extra` are read only to score a response."""
+    """The value that the reward compares with. In a `PromptStore`, it and `extra` are loaded lazily, only to score a response."""
     data_source: str
-    """The data set that it comes from; by default the task's name."""
+    """The data set it comes from; by default the task's name."""
     extra: dict[str, Any] = field(default_factory=dict)
-    place: int = 0
-    """Where it stands in its data set."""
+    position: int = 0
+    """Position in its data set."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class Generation:
-    """What an engine returns for one request."""
+    """An engine's answer to one request."""
 
     token_ids: np.ndarray
-    """int32 [response length]; ends with the end-of-sequence token unless cut off."""
+    """int32 [response length]; ends with the end-of-sequence token unless truncated."""
     logprobs: np.ndarray
     """float32 [response length]: log-softmax(logits / temperature) of each sampled token."""
     versions: tuple[VersionSpan, ...]
     finish_reason: str
-    """`stop` (the model ended) or `length` (cut off at the response limit)."""
+    """`stop` (the model ended) or `length` (truncated at the response limit)."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class Sample:
 
     prompt: Prompt
     index: int
-    """Which of the group's G responses this is."""
+    """Index in the group of G responses."""
     seed: int
     generation: Generation
     text: str
     """The response, decoded without special tokens."""
     reward: float
     shaped_reward: float
-    """With the length penalty: what training sees."""
+    """Reward with the length penalty, as training sees it."""
     reward_details: dict[str, Any] = field(default_factory=dict)
     failure: str = ""
-    """`timeout` or `crash` where the reward gave no score; else empty."""
+    """`timeout` or `crash` if the reward gave no score; else empty."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Repair of how transformers reads a SentencePiece model that comes without tokenizer.json.
+"""Repair of how transformers reads a SentencePiece model without tokenizer.json.
 
-transformers 5.19 reads such a model otherwise than the SentencePiece library, with which it was trained, and gives no warning:
-- It orders BPE merges by piece id; SentencePiece orders them by score. Both differ for Llama's and Mistral's runs of spaces, whose score is
-  −1e9.
-- It puts no space before a text that begins with one; SentencePiece puts one before every text.
-Can go when transformers does as SentencePiece does.
+transformers 5.19 reads such a model differently from the SentencePiece library, with which it was trained, and gives no warning:
+- It orders BPE merges by piece id; SentencePiece orders them by score. The orders differ for Llama's and Mistral's runs of spaces, whose
+  score is −1e9.
+- It adds no space before a text that begins with one; SentencePiece adds one before every text.
+Can be removed once transformers follows SentencePiece.
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def repair_sentencepiece(tokenizer: "PreTrainedTokenizerBase", read: Reading, model_file: Path, legacy: bool) -> None:
-    """Make `tokenizer`, which transformers made from the SentencePiece `model_file`, read text as that model does, and compare both.
+    """Make `tokenizer`, which transformers made from the SentencePiece `model_file`, read text as that model does, and compare the two.
 
-    read: how `tokenizer` reads text. legacy: whether tokenizer_config.json leaves `legacy` true, its default: a space is then put behind
-    special tokens too. With false, texts that begin with a space stay as transformers reads them, since it can put one before these only
+    read: how `tokenizer` reads text. legacy: whether tokenizer_config.json leaves `legacy` true, its default, which also adds a space after
+    special tokens. If false, texts that begin with a space stay as transformers reads them, because it can add a space before these only
     together with the others. A Unigram model is compared, not repaired.
-    Raises UserError where both still differ: training would see other tokens than the model knows.
+    Raises UserError if they still differ: training would see tokens that the model does not know.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers.models import BPE
@@ -53,7 +53,7 @@ def repair_sentencepiece(tokenizer: "PreTrainedTokenizerBase", read: Reading, mo
 
 
 def _merges_by_score(processor) -> list[tuple[str, str]]:
-    """Every pair of pieces that joins to a piece, best score of the joined piece first; pieces that text never joins to are left out."""
+    """Return every pair of pieces that joins to a piece, by descending score of the joined piece; unreachable pieces are left out."""
     size = processor.get_piece_size()
     joined = {
         processor.id_to_piece(i): processor.get_score(i)

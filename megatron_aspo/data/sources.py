@@ -1,8 +1,8 @@
-"""Rows from wherever a recipe names: `data.path` and `data.eval_path`, and files of responses.
+"""Rows from the locations that a recipe names: `data.path` and `data.eval_path`, and files of responses.
 
 | location | rows |
 |---|---|
-| a file | JSONL, one JSON array, or Parquet: found out from its first bytes, whatever its name |
+| a file | JSONL, one JSON array, or Parquet: detected from its first bytes, whatever its name |
 | a directory | a Hugging Face data set in it |
 | `hub:OWNER/NAME` or `hub:OWNER/NAME:SUBSET` | a data set of the Hugging Face hub |
 
@@ -30,22 +30,22 @@ _UNREADABLE = {
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
-"""First bytes of files that are taken for data files by their name."""
+"""First bytes of files that can be mistaken for data files by their name."""
 
 
 @dataclass(frozen=True)
 class Row:
     where: str
-    """File and line, or file and row number, for messages."""
+    """File and line, or file and row number, for errors."""
     number: int
     """Line number in JSONL, else row number; from 1."""
     fields: dict[str, Any]
 
 
 def read_rows(location: str, wanted: str) -> Iterator[Row]:
-    """Yield the rows of a location in order, one in memory at a time.
+    """Yield the rows of a location in order, with one in memory at a time.
 
-    wanted: names in messages the fields that a row must have. Raises UserError, naming the place, for what cannot be read.
+    wanted: the fields that a row must have, as errors name them. Raises UserError, naming file and row, for unreadable input.
     """
     path = Path(location).expanduser()
     if not location:
@@ -67,7 +67,7 @@ def read_rows(location: str, wanted: str) -> Iterator[Row]:
 
 
 def short_name(location: str) -> str:
-    """The location's last part without suffix, for ids and reports."""
+    """Return the location's last part without suffix, for ids and reports."""
     name, _ = _without_split(location)
     return Path(name.removeprefix(HUB).partition(":")[0]).stem
 

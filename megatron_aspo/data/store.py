@@ -1,6 +1,6 @@
-"""Prompts on disk, so that gigabytes of tests are in no process: a SQLite database without a name, which ends with its process.
+"""Prompts on disk, so that no process holds gigabytes of tests: an unnamed SQLite database that is deleted with its process.
 
-Ground truth and extra fields stay compressed until the process in which a reward runs unpacks them.
+Ground truth and extra fields stay compressed until the reward's process unpacks them.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA page_size = 16384;
 CREATE TABLE prompts (
-    position INTEGER PRIMARY KEY, split TEXT, id TEXT, place TEXT, number INTEGER, known_as TEXT, data_source TEXT, tokens BLOB, text TEXT,
-    hash BLOB, answer BLOB
+    position INTEGER PRIMARY KEY, split TEXT, id TEXT, location TEXT, number INTEGER, known_as TEXT, data_source TEXT, tokens BLOB,
+    text TEXT, hash BLOB, answer BLOB
 );
 """
 
@@ -41,9 +41,9 @@ class PackedAnswer:
 
 
 class PromptStore:
-    """Add prompts, then read them by position, in any order and from any thread.
+    """A collection of prompts that are added once, then read by position, in any order and from any thread.
 
-    The file is where SQLite puts temporary files: TMPDIR, /var/tmp or /tmp. It has no name, so that it goes with its process.
+    SQLite puts the file among temporary files, in TMPDIR, /var/tmp or /tmp. It has no name and so disappears with its process.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ class PromptStore:
         self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
         self._database.executescript(_PREPARE + "BEGIN;")
 
-    def add(self, split: str, place: str, prompt: Prompt, known_as: str) -> None:
-        """Store a prompt at the next position. place: file and line; known_as: what identifies the problem in every file, or empty.
+    def add(self, split: str, where: str, prompt: Prompt, known_as: str) -> None:
+        """Store a prompt at the next position. where: file and line; known_as: what identifies the problem in every file, or empty.
 
-        Raises UserError for a full disk, and for a ground truth that is too large.
+        Raises UserError if the disk is full or the ground truth is too large.
         """
         import pyarrow as pa
 
@@ -66,10 +66,10 @@ class PromptStore:
         self._digest.update(answer)
         packed = pa.compress(answer, _CODEC, asbytes=True)
         if len(packed) > _MAX_VALUE_BYTES:
-            raise UserError(f"{place}: the ground truth has {len(packed) / 1e9:.1f} GB compressed, over 1 GB; leave the row out")
+            raise UserError(f"{where}: the ground truth has {len(packed) / 1e9:.1f} GB compressed, over 1 GB; leave the row out")
         key = hashlib.blake2b(tokens or prompt.text.encode(), digest_size=16).digest()
         blob = len(answer).to_bytes(8, "little") + packed
-        row = (self._count, split, prompt.id, place, prompt.place, known_as, prompt.data_source, tokens, prompt.text, key, blob)
+        row = (self._count, split, prompt.id, where, prompt.position, known_as, prompt.data_source, tokens, prompt.text, key, blob)
         with _disk_errors():
             self._database.execute(f"INSERT INTO prompts VALUES ({', '.join('?' * len(row))})", row)
         self._count += 1
@@ -79,11 +79,11 @@ class PromptStore:
 
     @property
     def sha256(self) -> str:
-        """A digest of all prompts with their ground truths, in their order."""
+        """A digest of all prompts with their ground truths, in order."""
         return self._digest.hexdigest()
 
     def read(self, position: int) -> Prompt:
-        """Return the prompt at a position. What its reward needs is not read yet: `with_packed_answer` does that."""
+        """Return the prompt at a position. The reward's data is not loaded yet: `with_packed_answer` does that."""
         columns = "id, tokens, text, data_source, number"
         ((name, tokens, text, source, number),) = self.query(f"SELECT {columns} FROM prompts WHERE position = ?", position)
         return Prompt(name, tuple(np.frombuffer(tokens, np.int32).tolist()), text, StoredAnswer(self, position), source, {}, number)
@@ -107,7 +107,7 @@ class StoredAnswer:
 
 
 def with_packed_answer(prompt: Prompt) -> Prompt:
-    """Return a stored prompt as it is sent to a reward's process, any other prompt as it is."""
+    """Return a stored prompt with its packed answer, as sent to a reward's process; return any other prompt unchanged."""
     answer = prompt.ground_truth
     return replace(prompt, ground_truth=answer.read()) if isinstance(answer, StoredAnswer) else prompt
 

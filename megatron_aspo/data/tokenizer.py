@@ -1,9 +1,9 @@
-"""Loading a model's tokenizer: exactly the one that its files describe, or none.
+"""Loading of a model's tokenizer: exactly the one that its files describe, or an error.
 
-transformers 5 does not read `tokenizer.json` as it is. `AutoTokenizer` takes vocabulary and merges out of it and rebuilds normalizer,
-pre-tokenizer and decoder by the class that `tokenizer_config.json` names, or by the model type. For a byte-level file under
+transformers 5 does not read `tokenizer.json` unchanged. `AutoTokenizer` takes the vocabulary and merges from it and rebuilds normalizer,
+pre-tokenizer and decoder for the class that `tokenizer_config.json` names, or for the model type. For a byte-level file under
 `LlamaTokenizerFast` this loses every space, without a warning (transformers#45488). Here the file's own tokenizer is the truth: it is
-loaded through transformers' class-less wrapper, and both are compared on probe texts.
+loaded through transformers' class-less wrapper, and the two are compared on probe texts.
 """
 
 import json
@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import UserError, first_line
 from megatron_aspo.data.sentencepiece_bpe import repair_sentencepiece
 from megatron_aspo.data.tokenizer_probes import PROBES, Reading, first_difference
 from megatron_aspo.hf.model_directory import resolve_model
@@ -26,10 +26,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.js
 def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a local Hugging Face directory or of a hub name.
 
-    `tokenizer.json` wins over every other file. Without one, a SentencePiece `tokenizer.model` is compared with the SentencePiece library,
-    and other files are read by the class that `tokenizer_config.json` names and must give back the text that they encode. Code that comes
-    with a model is never run. Raises UserError if the model or its tokenizer is missing or damaged, or if no class of transformers gives
-    the tokens and the text that the files describe; the message shows the first text that differs.
+    `tokenizer.json` takes precedence. Without one, a SentencePiece `tokenizer.model` is compared with the SentencePiece library, and other
+    files are read by the class that `tokenizer_config.json` names and must round-trip the probe texts. Code that comes with a model is
+    never run. Raises UserError if the model or its tokenizer is missing or damaged, or if no class of transformers reproduces the tokens
+    and the text that the files describe; the error shows the first text that differs.
     """
     directory = resolve_model(model)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
@@ -39,15 +39,14 @@ def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
     except UserError:
         raise
     except Exception as error:  # the Rust tokenizers library raises bare Exception for a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model={model}: its tokenizer cannot be loaded ({reason}); check the tokenizer's files") from error
-    # "Cleaning up" deletes spaces before punctuation from what the reward sees.
+        raise UserError(f"model={model}: its tokenizer cannot be loaded ({first_line(error)}); check the tokenizer's files") from error
+    # "Cleaning up" deletes spaces before punctuation from the text that the reward sees.
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 
 
 def reading(tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> Reading:
-    """Return how a transformers tokenizer reads text. special: with the special tokens that it puts around a text."""
+    """Return how a transformers tokenizer reads text. special: whether it adds its special tokens around a text."""
     return Reading(
         encode=lambda text: tokenizer(text, add_special_tokens=special)["input_ids"],
         decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
@@ -56,7 +55,7 @@ def reading(tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> Read
 
 
 def probe_texts(tokenizer: "Tokenizer") -> tuple[str, ...]:
-    """Return PROBES and a text that has every added token inside it, as a rendered chat has."""
+    """Return PROBES and a text that contains every added token, like a rendered chat."""
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     return (*PROBES, "".join(f"{token}user\nhi 12{token} \n" for token in added))
 
@@ -66,7 +65,7 @@ def _from_json(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
     file = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    # A file may carry the truncation and padding of whoever saved it; transformers applies neither unless asked.
+    # A file may keep the truncation and padding settings it was saved with; transformers applies neither unless requested.
     file.no_truncation()
     file.no_padding()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
@@ -86,7 +85,7 @@ def _from_json(directory: Path) -> "PreTrainedTokenizerBase":
 def _from_older_files(directory: Path) -> "PreTrainedTokenizerBase":
     import transformers
 
-    # The named class itself: for some model types AutoTokenizer takes another one, whatever tokenizer_config.json names.
+    # The named class itself, because for some model types AutoTokenizer takes a different one.
     named = _named_class(directory)
     tokenizer_class = getattr(transformers, named or "AutoTokenizer", None)
     if tokenizer_class is None:
@@ -114,6 +113,6 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _named_class(directory: Path) -> str:
-    """The class that tokenizer_config.json names, without `Fast`; empty if it names none or only the class-less wrapper."""
+    """Return the class that tokenizer_config.json names, without `Fast`; empty if it names none or only the class-less wrapper."""
     name = _config(directory).get("tokenizer_class")
     return "" if name in (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend") else name.removesuffix("Fast")

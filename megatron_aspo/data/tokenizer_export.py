@@ -18,11 +18,11 @@ _CONFIG = "tokenizer_config.json"
 
 
 def tokenizer_files(model_directory: Path, tokenizer: "PreTrainedTokenizerBase", chat_template: str) -> tuple[dict[str, str], str]:
-    """Return name → content of the files that an export of this model needs in place of the model's own, and a warning or "".
+    """Return name → content of the files that replace the model's own in an export, and a warning or "".
 
     tokenizer: the one that training used. chat_template: the one that `data.chat_template` named, else empty. Where `AutoTokenizer` would
-    not read the model's files as training did, `tokenizer.json` is written out and `tokenizer_class` becomes the class-less wrapper's. For
-    some model types (Qwen's) AutoTokenizer takes a class of its own all the same: the warning says so.
+    read the model's files differently from training, `tokenizer.json` is written and `tokenizer_class` set to the class-less wrapper's.
+    For some model types (Qwen's) AutoTokenizer ignores this and takes a class of its own, which the warning reports.
     """
     files = {"chat_template.jinja": chat_template} if chat_template else {}
     if not _auto_difference(model_directory, tokenizer):
@@ -50,7 +50,7 @@ def tokenizer_files(model_directory: Path, tokenizer: "PreTrainedTokenizerBase",
 
 
 def auto_tokenizer_note(directory: Path) -> str:
-    """Say in one line how AutoTokenizer misreads the tokenizer of a converted model; empty if it does not, or if there is none."""
+    """Describe in one line how AutoTokenizer misreads the tokenizer of a converted model; empty if it does not, or if there is none."""
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return ""
     try:
@@ -61,13 +61,13 @@ def auto_tokenizer_note(directory: Path) -> str:
 
 
 def _auto_difference(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Describe where AutoTokenizer reads `directory` otherwise than `tokenizer`, special tokens around the text included."""
+    """Describe where AutoTokenizer reads `directory` differently from `tokenizer`, special tokens around the text included."""
     from transformers import AutoTokenizer
 
     try:
         auto = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         return f"it fails ({one_line(error)})"
-    # Only tokenizers of the Rust library have tokens to list and a tokenizer.json to write.
+    # Only tokenizers of the Rust library can list their tokens and write a tokenizer.json.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return first_difference(reading(tokenizer, special=True), reading(auto, special=True), probe_texts(backend)) if backend else ""

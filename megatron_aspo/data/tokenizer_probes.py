@@ -24,11 +24,11 @@ class Reading:
     decode: Callable[[list[int]], str]
     """Token ids → text, special tokens kept."""
     tokens: Callable[[list[int]], list[str]]
-    """Token ids → the vocabulary's strings, for messages."""
+    """Token ids → the vocabulary's strings, for errors."""
 
 
 def first_difference(expected: Reading, found: Reading, texts: Iterable[str] = PROBES) -> str:
-    """Describe the first text that both readings do not encode and decode alike; empty if there is none."""
+    """Describe the first text that the two readings encode or decode differently; empty if there is none."""
     for text in texts:
         right, ours = expected.encode(text), found.encode(text)
         if right != ours:
@@ -45,6 +45,6 @@ def _first_unlike(a: Sequence, b: Sequence) -> int:
 
 
 def _shown(tokens: list[str], at: int) -> str:
-    """The tokens around position `at`."""
+    """Return the tokens around position `at`, quoted."""
     start = max(0, at - 1)
     return ("… " if start else "") + " ".join(map(repr, tokens[start : at + 4]))

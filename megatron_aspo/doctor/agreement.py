@@ -6,13 +6,13 @@ from dataclasses import replace
 from megatron_aspo.doctor.record import Record, failed, ok, warning
 
 _MAY_DIFFER = ("kind of GPU", "number of GPUs")
-"""Facts whose difference slows a run down and does not break it."""
+"""Facts whose difference slows a run down but does not break it."""
 
 
 def compare_nodes(records: Mapping[str, list[Record]], driver: str) -> list[Record]:
-    """One record for each node but `driver`, with whose facts theirs are compared.
+    """Compare each node's facts with those of `driver`; return one record for each node but `driver`.
 
-    records: the records of each node that answered.
+    records: those of each node that answered.
     """
     facts = {node: {name: value for record in found for name, value in record.facts.items()} for node, found in records.items()}
     if driver not in facts:

@@ -1,4 +1,4 @@
-"""Calls to Ray actors that end within a time limit, whatever the actors do."""
+"""Calls to Ray actors with a time limit that holds whatever the actors do."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar
@@ -9,11 +9,11 @@ from megatron_aspo.common.import_path import one_line
 
 Key = TypeVar("Key", bound=Hashable)
 _FETCH_S = 5.0
-"""Time to fetch an answer that is there; they are small."""
+"""Time to fetch an answer that has arrived; answers are small."""
 
 
 def gather(calls: Mapping[Key, ray.ObjectRef], limit_s: float) -> tuple[dict[Key, Any], dict[Key, BaseException | None]]:
-    """Answers of the calls, and why the others have none: the exception, or None for a call that has not ended after `limit_s`."""
+    """Return the answers, and the failures of the other calls: the exception, or None for a call that has not ended after `limit_s`."""
     ready, _ = ray.wait([*calls.values()], num_returns=len(calls), timeout=limit_s) if calls else ([], [])
     answers, failures, done = {}, {}, set(ready)
     for key, call in calls.items():
@@ -29,6 +29,6 @@ def gather(calls: Mapping[Key, ray.ObjectRef], limit_s: float) -> tuple[dict[Key
     return answers, failures
 
 
-def reason(error: BaseException | None, limit_s: float) -> str:
-    """Why a call has no answer."""
+def describe_failure(error: BaseException | None, limit_s: float) -> str:
+    """Return why a call has no answer."""
     return f"no answer within {limit_s:g} s" if error is None else one_line(error)

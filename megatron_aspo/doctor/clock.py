@@ -1,4 +1,4 @@
-"""Check of a node's clock against this machine's."""
+"""Check of a node's clock against that of this machine."""
 
 import time
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from megatron_aspo.doctor.record import Record, failed, ok, warning
 
 _TRIES = 5
 _GOOD_S, _MOST_S = 1.0, 60.0
-"""Skew that goes unnoticed in logs; and skew with which certificates, tokens and times of files mislead."""
+"""Skew up to which logs are not misleading; and skew beyond which certificates, tokens and file times are."""
 
 
 def measure_skew(remote_time: Callable[[], float], tries: int = _TRIES) -> tuple[float, float]:
-    """Seconds that the remote clock is ahead, and how far that may be wrong: half of the shortest round trip."""
+    """Return by how many seconds the remote clock is ahead, and the error bound: half of the shortest round trip."""
     best = (0.0, float("inf"))
     for _ in range(tries):
         sent = time.time()

@@ -1,4 +1,4 @@
-"""`megatron-aspo doctor`: starts the work in a child process, kills it when it hangs, prints what was found."""
+"""`megatron-aspo doctor`: starts the work in a child process, kills it when it hangs, prints the results."""
 
 import argparse
 import contextlib
@@ -10,22 +10,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import child_python_path
 from megatron_aspo.doctor.record import Record, failed
-from megatron_aspo.doctor.table import as_json, in_order, table
+from megatron_aspo.doctor.table import as_json, format_table, sort_records
 from megatron_aspo.doctor.worker import GRACE_S, INTERRUPTS, Request
 
 DEFAULT_BANDWIDTH_S = 1.0
 _START_S = 60.0
-"""For the child process to import what it needs."""
+"""Seconds for the child process to import its modules."""
 _END_S = 10.0
 _TAIL_BYTES = 4096
 
 
 def run_doctor(parsed: argparse.Namespace) -> int:
-    """Print the table, or one JSON object. Returns 1 if a check failed, else 0. Raises UserError for a misuse."""
+    """Print the table, or one JSON object. Return 1 if a check failed, else 0. Raises UserError for misuse."""
     request = _request(parsed)
     started = time.monotonic()
     records = []
@@ -35,11 +35,11 @@ def run_doctor(parsed: argparse.Namespace) -> int:
             print(f"\r\033[K{len(records)} checks done", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    records = in_order(records)
+    records = sort_records(records)
     if parsed.json:
         print(json.dumps(as_json(records, time.monotonic() - started), indent=1, ensure_ascii=False))
     else:
-        print("\n".join(table(records)))
+        print("\n".join(format_table(records)))
     return 1 if any(record.status == "failed" for record in records) else 0
 
 
@@ -62,13 +62,12 @@ def _request(parsed: argparse.Namespace) -> Request:
 
 
 def examine(request: Request) -> Iterator[Record]:
-    """Yield the records as the child process writes them, and a failure that names the phase in which it hung or died."""
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))}
+    """Yield the records as the child process writes them, and, if it hangs or dies, a failure that names the phase."""
+    environment = os.environ | {"PYTHONPATH": child_python_path()}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with contextlib.ExitStack() as stack:
-        # An interrupt while Popen runs would leave a process that nobody knows of.
-        with _interrupts_wait():
+        # An interrupt during Popen would leave an unknown process behind.
+        with _defer_interrupts():
             child = stack.enter_context(subprocess.Popen([sys.executable, "-m", "megatron_aspo.doctor.worker"], env=environment, **pipes))
             stack.callback(child.kill)
         child.stdin.write(json.dumps(vars(request)).encode())
@@ -77,8 +76,8 @@ def examine(request: Request) -> Iterator[Record]:
 
 
 @contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM at the end of the block. A process that is started in it must allow them again."""
+def _defer_interrupts() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM at the end of the block. A process that is started inside must unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
         yield
@@ -107,8 +106,8 @@ def _read(child: subprocess.Popen) -> Iterator[Record]:
                         selector.unregister(child.stderr)
                     continue
                 if not data:
-                    said = tail.decode(errors="replace").strip().splitlines()
-                    detail = f"its process ended while {phase}: {said[-1] if said else 'without a word'}"
+                    lines = tail.decode(errors="replace").strip().splitlines()
+                    detail = f"its process ended while {phase}: {lines[-1] if lines else 'without a word'}"
                     yield failed("doctor", detail, "report this, with the output of megatron-aspo doctor --json")
                     return
                 *lines, received = (received + data).split(b"\n")

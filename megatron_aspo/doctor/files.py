@@ -1,11 +1,13 @@
-"""Checks that the model and the data can be read."""
+"""Checks that the model and the data are readable."""
 
 import hashlib
 import os
 from pathlib import Path
 
+from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.sources import HUB
-from megatron_aspo.doctor.record import Record, failed, ok, warning
+from megatron_aspo.doctor.record import Record, failed, ok, refused, warning
+from megatron_aspo.hf.model_directory import find_torch_dist
 
 _READ_BYTES = 1 << 16
 _SHARE = "put it on a file system that all nodes share, or copy it to the same path on each node, readable for the user of Ray"
@@ -17,7 +19,10 @@ def check_model(model: str) -> Record:
     if directory is None:
         return warning("model", f"{model} is not in the cache of the Hugging Face hub", f"fetch it before the run: hf download {model}")
     try:
-        files = sorted(path for path in directory.iterdir() if path.is_file())
+        if torch_dist := find_torch_dist(directory):
+            directory = torch_dist
+        parts = [*directory.iterdir(), *directory.glob("huggingface/*")] if torch_dist else directory.iterdir()
+        files = sorted(path for path in parts if path.is_file())
         digest, total = hashlib.sha256(), 0
         for path in files:
             with path.open("rb") as file:
@@ -25,11 +30,13 @@ def check_model(model: str) -> Record:
             size = path.stat().st_size
             total += size
             digest.update(f"{path.name} {size} ".encode() + start)
+    except UserError as error:
+        return refused("model", error)
     except OSError as error:
         return failed("model", f"{error.filename or directory} cannot be read: {error.strerror or error}", _SHARE)
     if not any(path.name == "config.json" for path in files):
         return failed("model", f"{directory} has no config.json", "name a Hugging Face model directory")
-    weights = sum(path.suffix == ".safetensors" for path in files)
+    weights = sum(path.suffix in (".safetensors", ".distcp") for path in files)
     facts = {f"model {directory.name}": digest.hexdigest()[:12]}
     if not weights:
         return failed("model", f"{directory} holds no safetensors files", "copy the weights there too", facts)
@@ -37,7 +44,8 @@ def check_model(model: str) -> Record:
 
 
 def check_data(locations: tuple[str, ...], needed: bool) -> Record:
-    """Open the files of `data.path` and `data.eval_path`. needed: whether the run's command starts here, which alone reads them."""
+    """Open the files of `data.path` and `data.eval_path`. needed: whether the run's command starts on this node, the only one to read
+    them."""
     seen = 0
     for location in locations:
         if location.startswith(HUB):
@@ -57,7 +65,7 @@ def check_data(locations: tuple[str, ...], needed: bool) -> Record:
 
 
 def cached_model(name: str) -> Path | None:
-    """Return the model's directory in the hub's cache; None if it is not there. Nothing is fetched."""
+    """Return the model's directory in the hub's cache, or None if it is not there. Fetches nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -68,7 +76,7 @@ def cached_model(name: str) -> Path | None:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or all below the directory; `@SPLIT` at the end of a directory's name chooses a part of it."""
+    """Return the file itself, or all files below the directory; `@SPLIT` at the end of a directory's name is ignored."""
     if not path.exists() and "@" in path.name:
         path = path.with_name(path.name.rpartition("@")[0])
     if not path.is_dir():

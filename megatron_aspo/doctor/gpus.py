@@ -1,4 +1,4 @@
-"""Checks of the GPUs and their driver, and of torch. Neither CUDA nor torch is loaded in this process."""
+"""Checks of the GPUs and their driver, and of torch. This process loads neither CUDA nor torch."""
 
 import contextlib
 import json
@@ -8,22 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_aspo.common.import_path import child_python_path
+from megatron_aspo.doctor.needs import NodeContext
 from megatron_aspo.doctor.record import Record, failed, ok, warning
-from megatron_aspo.doctor.subject import Place
 
 _QUERY = ("name", "driver_version", "memory.total", "memory.used")
 _BUSY_MIB = 2048
-"""Memory in use on a GPU from which on somebody else is taken to compute there; the driver itself takes some hundred MiB."""
+"""Memory use above which a GPU is assumed to be occupied; the driver itself takes a few hundred MiB."""
 _DRIVER_CURE = "run nvidia-smi on the node: the driver is missing, of another version than its libraries, or hangs; reload it or reboot"
 
 
 def gpu_devices(directory: Path = Path("/dev")) -> int:
-    """GPUs whose device files this machine or container has."""
+    """Return the number of GPUs whose device files this machine or container has."""
     return len([path for path in directory.glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()])
 
 
 def check_gpus(limit_s: float, devices: int | None = None) -> Record:
-    """devices: as `gpu_devices`, which counts them where none are given."""
+    """Check the GPUs by nvidia-smi. devices: number of device files; None counts them."""
     devices = gpu_devices() if devices is None else devices
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -37,8 +38,8 @@ def check_gpus(limit_s: float, devices: int | None = None) -> Record:
         why = f"no answer within {limit_s:g} s" if isinstance(error, subprocess.TimeoutExpired) else error
         return failed("GPUs", f"nvidia-smi: {why}", _DRIVER_CURE)
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        return failed("GPUs", f"nvidia-smi: {said[0] if said else f'status {done.returncode}'}", _DRIVER_CURE)
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        return failed("GPUs", f"nvidia-smi: {lines[0] if lines else f'status {done.returncode}'}", _DRIVER_CURE)
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     return _judge([row for row in rows if len(row) == len(_QUERY)])
 
@@ -58,25 +59,25 @@ def _judge(rows: list[list[str]]) -> Record:
 
 
 def _number(text: str) -> int:
-    """nvidia-smi writes `[N/A]` for what a GPU does not count."""
+    """Parse a number of nvidia-smi, which writes `[N/A]` for values that a GPU does not report."""
     return int(text) if text.isdigit() else 0
 
 
-def check_torch(place: Place, limit_s: float) -> Record:
-    """Import torch in a process of its own, which lists its devices and sends bytes through a gloo group on this machine."""
-    program = [sys.executable, "-m", "megatron_aspo.doctor.torch_trial", place.address]
+def check_torch(context: NodeContext, limit_s: float) -> Record:
+    """Import torch in a separate process, which lists its devices and sends bytes through a gloo group on this machine."""
+    program = [sys.executable, "-m", "megatron_aspo.doctor.torch_trial", context.address]
     try:
-        done = subprocess.run(program, capture_output=True, text=True, timeout=limit_s, env=child_environment(place.in_ray), check=False)
+        done = subprocess.run(program, capture_output=True, text=True, timeout=limit_s, env=child_environment(context.in_ray), check=False)
     except subprocess.TimeoutExpired:
         return failed("torch", f"import and a gloo group take longer than {limit_s:g} s", "look for a slow file system or a busy machine")
     with contextlib.suppress(ValueError, IndexError):
         return judge_torch(json.loads(done.stdout.splitlines()[-1]), gpu_devices())
-    said = done.stderr.strip().splitlines()
-    return failed("torch", f"{said[-1] if said else f'status {done.returncode}'}", "install torch again, at the version that is required")
+    lines = done.stderr.strip().splitlines()
+    return failed("torch", f"{lines[-1] if lines else f'status {done.returncode}'}", "install torch again, at the version that is required")
 
 
 def judge_torch(found: dict, devices: int) -> Record:
-    """found: what torch_trial printed."""
+    """Return the record of torch_trial's output `found`, on a machine with `devices` GPUs."""
     facts = {"CUDA of torch": found["cuda"] or "none"}
     kind = f"CUDA {found['cuda']}" if found["cuda"] else "without CUDA"
     usable = len(found["devices"])
@@ -101,10 +102,8 @@ def judge_torch(found: dict, devices: int) -> Record:
 
 
 def child_environment(in_ray: bool) -> dict[str, str]:
-    """The environment of a Python process that imports this package. Ray hides the GPUs from workers that have reserved none."""
+    """Return the environment of a Python process that imports this package, with the GPUs that Ray hides from workers without one."""
     environment = dict(os.environ)
     if in_ray:
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-    root = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH", ""))))
-    return environment
+    return environment | {"PYTHONPATH": child_python_path()}

@@ -8,16 +8,19 @@ import psutil
 from megatron_aspo.doctor.record import Record, failed, ok, warning
 
 _FILES_LEAST, _FILES_GOOD = 1024, 8192
-"""Ray 2.60 recommends 8192 open files. With 1024, Ray's servers run out of them with some tens of worker processes."""
+"""Ray 2.60 recommends 8192 open files. With 1024, Ray's servers run out of them with a few tens of worker processes."""
 _RAY_RAISES_TO = 65536
-"""`ray.init` raises a lower soft limit to the hard one, up to this. `ray start` does not."""
+"""`ray.init` raises a lower soft limit to the hard limit, at most to this. `ray start` does not."""
 _PROCESSES_LEAST, _PROCESSES_GOOD = 512, 4096
-"""Processes and threads that must still be possible: a gloo group has threads, and so have torch and Ray in every process."""
+"""Processes and threads that must still be available: gloo groups have threads, and so have torch and Ray in every process."""
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
 def check_open_files(in_ray: bool) -> Record:
-    """in_ray: this process inherited the limit that Ray was started with; else Ray will be started by `ray.init`."""
+    """Check the limit of open files.
+
+    in_ray: whether this process inherited the limit that Ray was started with; if not, `ray.init` will start Ray.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return ok("open files", "unlimited")
@@ -34,22 +37,22 @@ def check_open_files(in_ray: bool) -> Record:
 
 
 def check_locked_memory() -> Record:
-    """Only InfiniBand and RoCE cards need it: the memory that they read and write is locked."""
+    """Check the limit of locked memory, which only InfiniBand and RoCE cards need: they lock the memory that they read and write."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    said = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB"
+    amount = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB"
     cards = sorted(path.name for path in _INFINIBAND.iterdir()) if _INFINIBAND.is_dir() else []
     if soft == resource.RLIM_INFINITY or not cards:
-        return ok("locked memory", f"{said}; {len(cards)} InfiniBand or RoCE cards")
+        return ok("locked memory", f"{amount}; {len(cards)} InfiniBand or RoCE cards")
     return warning(
         "locked memory",
-        f"{said}, and NCCL locks its buffers for {', '.join(cards)}",
+        f"{amount}, and NCCL locks its buffers for {', '.join(cards)}",
         "run ulimit -l unlimited before Ray is started (memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity in the systemd unit, "
         "docker run --ulimit memlock=-1)",
     )
 
 
 def check_processes() -> Record:
-    """Threads count as processes. A control group's limit is often the lower one in containers."""
+    """Check the limit of processes, to which threads count. In containers a control group's limit is often the lower one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     room = []
     if soft != resource.RLIM_INFINITY and not _may_exceed():
@@ -68,7 +71,7 @@ def check_processes() -> Record:
 
 
 def cgroup_processes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """Processes that this process's control group has and may have, by the lowest limit of it and its parents; None without a limit."""
+    """Return used and allowed processes by the tightest limit of this process's control group and its parents; None without a limit."""
     found = []
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -86,7 +89,7 @@ def cgroup_processes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/
 
 
 def _may_exceed() -> bool:
-    """The kernel does not hold processes with CAP_SYS_RESOURCE (bit 24) or CAP_SYS_ADMIN (21) to RLIMIT_NPROC."""
+    """Return whether RLIMIT_NPROC does not apply: the kernel exempts CAP_SYS_RESOURCE (bit 24) and CAP_SYS_ADMIN (21)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) & (1 << 24 | 1 << 21))

@@ -1,10 +1,10 @@
-"""Trial of the connections between nodes: every pair in a process group of its own, as many at a time as do not share a node."""
+"""Trial of the connections between nodes: each pair in a separate process group, disjoint pairs at the same time."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from megatron_aspo.doctor.calls import gather, reason
+from megatron_aspo.doctor.calls import describe_failure, gather
 from megatron_aspo.doctor.record import Record, failed, ok, warning
 from megatron_aspo.doctor.table import PAIR
 
@@ -12,11 +12,11 @@ Pair = tuple[str, str]
 Phase = Callable[[str, float], None]
 
 TRANSFER_S = 10.0
-"""Time limit of one transfer of a trial, and of meeting."""
+"""Time limit of one transfer of a trial, and of the rendezvous."""
 _SLOW_BYTES_PER_S = 50e6
-"""Half of what a 1 Gbit/s network carries: the weights of a model of 1.5 billion parameters take a minute."""
+"""Half the speed of a 1 Gbit/s network, at which the weights of a model of 1.5 billion parameters take a minute."""
 _SLOW_SHARE = 0.25
-"""Of the median of all pairs."""
+"""Share of the median speed of all pairs below which a pair is slow."""
 _CURE = (
     "allow TCP between these nodes on all ports (firewall, network policy), and see that Ray's addresses are of the network that they "
     "share: ray start --node-ip-address"
@@ -37,10 +37,10 @@ class Speed:
 def try_links(
     ends: Mapping[str, object], plan: list[list[Pair]], seconds: float, backend: str, phase: Phase, transfer_s: float = TRANSFER_S
 ) -> Iterator[Record]:
-    """Try all pairs, round by round; yields a record for each pair, the failed ones first.
+    """Try all pairs, round by round; yield a record for each pair, the failed ones first.
 
-    ends: `LinkEnd` actors, whose `ready` has returned, by the label of their node. phase: is called before each round, with its name and
-    time limit. An end that does not answer is named and left out of the later rounds.
+    ends: node label → `LinkEnd` actor whose `ready` has returned. phase: called before each round, with its name and time limit. An end
+    that does not answer is named and excluded from the later rounds.
     """
     speeds: dict[Pair, Speed] = {}
     silent: set[str] = set()
@@ -61,27 +61,27 @@ def try_links(
                 first, second = answers[pair, 0], answers[pair, 1]
                 speeds[pair] = Speed(first.round_trip_s, second.bytes_per_s, first.bytes_per_s)
                 continue
-            mute = [pair[rank] for rank in (0, 1) if failures.get((pair, rank), pair) is None]
-            silent |= {*mute}
-            yield replace(_failure(pair, failures, mute, backend, limit_s), node=_name(pair))
+            silent_ends = [pair[rank] for rank in (0, 1) if failures.get((pair, rank), pair) is None]
+            silent |= {*silent_ends}
+            yield replace(_failure(pair, failures, silent_ends, backend, limit_s), node=_name(pair))
     yield from judge_speeds(speeds, backend)
 
 
-def _failure(pair: Pair, failures: dict, mute: list[str], backend: str, limit_s: float) -> Record:
-    if mute:
-        who = " and ".join(mute)
+def _failure(pair: Pair, failures: dict, silent_ends: list[str], backend: str, limit_s: float) -> Record:
+    if silent_ends:
+        labels = " and ".join(silent_ends)
         return failed(
             backend,
-            f"{who}: no answer within {limit_s:g} s; left out of the other connections",
-            f"see whether {who} is frozen, swapping or overloaded; its processes of Ray may have to be started again",
+            f"{labels}: no answer within {limit_s:g} s; left out of the other connections",
+            f"see whether {labels} is frozen, swapping or overloaded; its processes of Ray may have to be started again",
         )
-    said = next(reason(failures[pair, rank], limit_s) for rank in (1, 0) if (pair, rank) in failures)
-    return failed(backend, said, _NCCL_CURE if backend == "nccl" else _CURE)
+    message = next(describe_failure(failures[pair, rank], limit_s) for rank in (1, 0) if (pair, rank) in failures)
+    return failed(backend, message, _NCCL_CURE if backend == "nccl" else _CURE)
 
 
 def judge_speeds(speeds: Mapping[Pair, Speed], backend: str) -> Iterator[Record]:
-    """One record for each pair; a warning for those that are slow, by themselves or beside the others."""
-    usual = statistics.median([min(speed.there, speed.back) for speed in speeds.values()]) if speeds else 0.0
+    """Yield one record for each pair: a warning if it is slow in absolute terms or compared with the others."""
+    median = statistics.median([min(speed.there, speed.back) for speed in speeds.values()]) if speeds else 0.0
     for pair, speed in speeds.items():
         detail = f"round trip {speed.round_trip_s * 1000:.2f} ms"
         slowest = min(speed.there, speed.back)
@@ -89,8 +89,8 @@ def judge_speeds(speeds: Mapping[Pair, Speed], backend: str) -> Iterator[Record]
             detail += f", {speed.there / 1e9:.2f} GB/s there, {speed.back / 1e9:.2f} GB/s back"
         record = ok(backend, detail)
         cure = "look at the link of the slower node (ethtool, other traffic), and whether both use the fast network: --node-ip-address"
-        if slowest and slowest < _SLOW_SHARE * usual:
-            record = warning(backend, f"{detail}; the median of all pairs is {usual / 1e9:.2f} GB/s", cure)
+        if slowest and slowest < _SLOW_SHARE * median:
+            record = warning(backend, f"{detail}; the median of all pairs is {median / 1e9:.2f} GB/s", cure)
         elif slowest and slowest < _SLOW_BYTES_PER_S:
             record = warning(backend, f"{detail}: slow for weights", cure)
         yield replace(record, node=_name(pair))

@@ -1,4 +1,4 @@
-"""Check of the connection between the first two GPUs of this machine, without Ray. Run as a program it is one of the two ranks.
+"""Check of the connection between the first two GPUs of this machine, without Ray. As a program this module is one of the two ranks.
 
 Arguments of the program: backend, address, port, rank, seconds, time limit of a transfer. It prints one JSON object.
 """
@@ -20,7 +20,7 @@ _CURE = (
 
 
 def check_pair(limit_s: float, backend: str = "nccl") -> Record:
-    """Send bytes between two processes, each with a GPU of its own, for about a second. backend: `nccl`; `gloo` needs no GPU."""
+    """Send bytes between two processes, each with its own GPU, for about a second. backend: `nccl`; `gloo` needs no GPU."""
     program = [sys.executable, "-m", "megatron_aspo.doctor.local_pair", backend, "127.0.0.1", str(free_port("127.0.0.1"))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": child_environment(False)}
     deadline = time.monotonic() + limit_s
@@ -30,8 +30,8 @@ def check_pair(limit_s: float, backend: str = "nccl") -> Record:
         for rank, end in enumerate(ends):
             out, error = end.communicate(timeout=max(0.1, deadline - time.monotonic()))
             if end.returncode:
-                said = error.strip().splitlines()
-                return failed(backend, f"GPU {rank}: {said[-1] if said else f'status {end.returncode}'}", _CURE)
+                lines = error.strip().splitlines()
+                return failed(backend, f"GPU {rank}: {lines[-1] if lines else f'status {end.returncode}'}", _CURE)
             found.append(json.loads(out.splitlines()[-1]))
     except subprocess.TimeoutExpired:
         return failed(backend, f"two GPUs of this machine do not connect within {limit_s:g} s", _CURE)

@@ -6,13 +6,13 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def rounds(items: Sequence[Item]) -> list[list[tuple[Item, Item]]]:
-    """All pairs of the items in the fewest rounds, each item at most once in a round.
+def pair_rounds(items: Sequence[Item]) -> list[list[tuple[Item, Item]]]:
+    """Return all pairs of the items in the fewest rounds, each item at most once in a round.
 
-    The circle method of tournaments: one item stays, the others move on by one place from round to round. With an odd number of items,
-    one pauses in each round.
+    This is the circle method of tournaments: one item stays, the others rotate by one position from round to round. With an odd number of
+    items, one pauses in each round.
 
-    >>> rounds("abcd")
+    >>> pair_rounds("abcd")
     [[('a', 'd'), ('b', 'c')], [('a', 'c'), ('d', 'b')], [('a', 'b'), ('c', 'd')]]
     """
     circle: list[Item | None] = [*items]

@@ -1,4 +1,4 @@
-"""Ray actors on the nodes that are checked."""
+"""Ray actors on the checked nodes."""
 
 import os
 import time
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from megatron_aspo.doctor.needs import NodeContext, RunNeeds
 from megatron_aspo.doctor.node import check_node
 from megatron_aspo.doctor.record import Record
 from megatron_aspo.doctor.redact import redact
-from megatron_aspo.doctor.subject import Place, Subject
 
 if TYPE_CHECKING:
     from megatron_aspo.doctor.link import LinkSpeed
@@ -20,12 +20,12 @@ class NodeProbe:
     """Runs the checks of its node. Imports neither torch nor CUDA."""
 
     def ready(self) -> int:
-        """Process id."""
+        """Return the process id."""
         return os.getpid()
 
-    def check(self, subject: Subject, place: Place, limit_s: float, hide: bool) -> list[Record]:
-        """hide: remove this node's secrets and user names from the records."""
-        return [redact(record) if hide else record for record in check_node(subject, place, limit_s)]
+    def check(self, needs: RunNeeds, context: NodeContext, limit_s: float, hide: bool) -> list[Record]:
+        """Run the node's checks. hide: remove this node's secrets and user names from the records."""
+        return [redact(record) if hide else record for record in check_node(needs, context, limit_s)]
 
     def now(self) -> float:
         return time.time()
@@ -38,7 +38,7 @@ class LinkEnd:
     """One end of trial connections to other nodes."""
 
     def ready(self) -> int:
-        """Import torch and choose the interface, as a training rank does; returns the process id."""
+        """Import torch and choose the interface, as a training rank does; return the process id."""
         from megatron_aspo.common.device_environment import rank_environment
         from megatron_aspo.common.network import interface_of
 
@@ -48,7 +48,7 @@ class LinkEnd:
         return os.getpid()
 
     def meeting_point(self) -> tuple[str, int]:
-        """This node's address, and a free port on it."""
+        """Return this node's address, and a free port on it."""
         from megatron_aspo.common.network import free_port
 
         host = ray.util.get_node_ip_address()
@@ -57,7 +57,7 @@ class LinkEnd:
     def measure(
         self, host: str, port: int, rank: int, names: tuple[str, str], seconds: float, timeout_s: float, backend: str
     ) -> "LinkSpeed":
-        """As `measure_link`."""
+        """Call `measure_link` on this node."""
         from megatron_aspo.doctor.link import measure_link
 
         return measure_link(host, port, rank, names, seconds, timeout_s, backend)

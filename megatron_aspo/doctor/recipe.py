@@ -1,4 +1,4 @@
-"""The needs of a recipe: what each node must have, and whether ranks and engines fit onto the devices."""
+"""The requirements of a recipe on each node, and whether ranks and engines fit onto the devices."""
 
 import math
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_aspo.config import Config
 from megatron_aspo.data.sources import HUB
 from megatron_aspo.doctor.files import cached_model
+from megatron_aspo.doctor.needs import RunNeeds
 from megatron_aspo.doctor.record import Record, failed, ok, warning
-from megatron_aspo.doctor.subject import Subject
 from megatron_aspo.rewards.choice import RewardChoice
 
 _CHECKPOINT_BYTES = 16
@@ -18,7 +18,7 @@ _CHECKPOINT_BYTES = 16
 
 
 @dataclass(frozen=True)
-class NodeRoom:
+class NodeCapacity:
     """The resources that Ray can hand out on one node."""
 
     devices: int
@@ -26,11 +26,11 @@ class NodeRoom:
     resources: Mapping[str, float]
 
 
-def subject_of(config: Config) -> Subject:
-    """What each node must have. Relative paths are meant from this process's working directory."""
+def run_needs(config: Config) -> RunNeeds:
+    """Return the requirements of a run on each node. Relative paths are resolved against this process's working directory."""
     local = Path(config.model).expanduser()
     is_path = local.exists() or config.model.startswith((".", "/", "~"))
-    return Subject(
+    return RunNeeds(
         config.directory,
         str(local.absolute()) if is_path else config.model,
         tuple(_absolute(location) for location in (*config.data.path, *config.data.eval_path)),
@@ -40,12 +40,12 @@ def subject_of(config: Config) -> Subject:
     )
 
 
-def check_placement(config: Config, device: str, nodes: list[NodeRoom]) -> Record:
-    """Check the recipe against its model as a run does, then whether its devices are there.
+def check_placement(config: Config, device: str, nodes: list[NodeCapacity]) -> Record:
+    """Check the recipe against its model as a run does, then whether enough devices exist.
 
-    device: `cpu | cuda`; empty for that of this machine. nodes: of the Ray cluster; empty for this machine without one, whose memory is
-    checked instead.
-    Raises UserError with the rule and the cure for a recipe that cannot work.
+    device: `cpu | cuda`; empty for that of this machine. nodes: those of the Ray cluster; empty to check this machine without one, its
+    memory included.
+    Raises UserError with the rule and the cure for an invalid recipe.
     """
     from megatron_aspo.runtime.checks import check_run, expected_device
     from megatron_aspo.runtime.plan import Plan, check_room
@@ -66,8 +66,8 @@ def check_placement(config: Config, device: str, nodes: list[NodeRoom]) -> Recor
     return check_fit(ranks, rollout.engines, rollout.tensor_parallel if device == "cuda" else 1, config, device, nodes)
 
 
-def check_fit(ranks: int, engines: int, per_engine: int, config: Config, device: str, nodes: list[NodeRoom]) -> Record:
-    """Whether `ranks` single devices and `engines` of `per_engine` devices, each on one node, are there together."""
+def check_fit(ranks: int, engines: int, per_engine: int, config: Config, device: str, nodes: list[NodeCapacity]) -> Record:
+    """Check that `ranks` single devices and `engines` of `per_engine` devices, each on one node, are available together."""
     kind = "GPUs" if device == "cuda" else "logical CPUs"
     shared = config.placement == "colocated" and device == "cuda"
     total = sum(node.devices for node in nodes)
@@ -97,14 +97,15 @@ def _absolute(location: str) -> str:
 
 
 def _disk_bytes(config: Config, model: Path) -> int:
-    """About what the run writes: its checkpoints, one more while one is written, and the final model. 0 if the model cannot be read."""
+    """Estimate the bytes that the run writes: its checkpoints, one more during a save, the final model. 0 if the model is unreadable."""
     from megatron_aspo.common.errors import UserError
     from megatron_aspo.hf.model import read_model
+    from megatron_aspo.hf.model_directory import resolve_model
 
     try:
-        parameters = sum(math.prod(shape) for shape in read_model(model).tensor_shapes.values())
+        parameters = sum(math.prod(shape) for shape in read_model(resolve_model(model)).tensor_shapes.values())
     except UserError:
-        return 0  # the checks of the model and the placement say so
+        return 0  # reported by the checks of the model and the placement
     options = config.checkpoint
     kept = 0
     if options.every:

@@ -1,4 +1,4 @@
-"""The result of one check on one node, and how errors become results."""
+"""The result of one check on one node, and the conversion of errors into results."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,7 +23,7 @@ class Record:
     facts: dict[str, str] = field(default_factory=dict)
     """Values that must be the same on all nodes, by name."""
     node: str = ""
-    """The node that was checked; set by the runner of the checks."""
+    """The checked node; set by the runner of the checks."""
 
 
 def ok(check: str, detail: str, facts: dict[str, str] | None = None) -> Record:
@@ -39,11 +39,11 @@ def failed(check: str, detail: str, cure: str, facts: dict[str, str] | None = No
 
 
 def refused(check: str, error: UserError, status: Status = "failed", otherwise: str = "correct what the message names") -> Record:
-    """The record of a UserError, whose text is `what is wrong; the cure`. otherwise: the cure when the text has none."""
+    """Return the record of a UserError, whose text is `what is wrong; the cure`. otherwise: the cure if the text has none."""
     detail, _, cure = str(error).partition("; ")
     return Record(check, status, detail, cure or otherwise)
 
 
 def broken(check: str, error: BaseException) -> Record:
-    """The record of a check that raised an exception nobody expected."""
+    """Return the record of a check that raised an unexpected exception."""
     return failed(check, f"the check itself failed: {one_line(error)}", "report this with the output of megatron-aspo doctor --json")

@@ -1,4 +1,4 @@
-"""Removal of secrets, home directories and the user's name from what goes into an issue report."""
+"""Removal of secrets, home directories and the user's name from text for an issue report."""
 
 import os
 import pwd
@@ -11,13 +11,13 @@ from megatron_aspo.doctor.record import Record
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)(API_?)?KEY($|_)", re.IGNORECASE)
 _SHORTEST_SECRET = 6
 _SHORTEST_USER = 3
-"""A shorter name is a part of too many words."""
+"""Shorter names are parts of too many words."""
 _COMMON_USERS = {"root", "ray", "user", "ubuntu", "nobody", "admin", "ec2-user", "jovyan"}
-"""Names of nobody in particular."""
+"""Names that identify nobody."""
 
 
 def redact(record: Record) -> Record:
-    """The record as seen by others, by the environment and the user of this process."""
+    """Return the record without the secrets, the home directory and the user's name of this process."""
     clean = redactor(os.environ, _user())
     return replace(
         record,
@@ -29,7 +29,7 @@ def redact(record: Record) -> Record:
 
 
 def redactor(environment: Mapping[str, str], user: str):
-    """A function from text to text without the environment's secrets, home directory and user."""
+    """Return a function that removes the environment's secrets, home directory and user from a text."""
     secrets = [value for name, value in environment.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET]
     home = environment.get("HOME", "").rstrip("/")
 
@@ -38,7 +38,7 @@ def redactor(environment: Mapping[str, str], user: str):
             text = text.replace(secret, "<secret>")
         if home:
             text = re.sub(rf"{re.escape(home)}(?=$|[^\w.-])", "~", text)
-        # A home that is not this process's, such as another user's of a shared file system.
+        # Other home directories, such as those of other users on a shared file system.
         text = re.sub(r"/(home|Users)/[^/\s]+", r"/\1/<user>", text)
         if len(user) >= _SHORTEST_USER and user not in _COMMON_USERS:
             text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(user)}(?![A-Za-z0-9])", "<user>", text)

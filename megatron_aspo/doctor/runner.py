@@ -1,4 +1,4 @@
-"""Runs checks at the same time, each with a time limit."""
+"""A runner of concurrent checks, each with a time limit."""
 
 import queue
 import threading
@@ -15,8 +15,8 @@ Check = Callable[[], Record]
 def run_checks(checks: Mapping[str, Check], node: str, limit_s: float) -> Iterator[Record]:
     """Yield the record of each check as soon as it ends; after `limit_s` seconds, a failure for each that has not.
 
-    A check that hangs, such as on a network file system that does not answer, stays behind in a daemon thread: the process that calls this
-    has to end by `os._exit` or be killed.
+    A check that hangs, for example on an unresponsive network file system, remains in a daemon thread: the calling process has to end by
+    `os._exit` or be killed.
     """
     done: queue.Queue[tuple[str, Record]] = queue.Queue()
     for name, check in checks.items():

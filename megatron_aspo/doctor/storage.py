@@ -1,4 +1,4 @@
-"""Checks of directories that a run writes: run directory, temporary files, shared memory, and the cache of the Hugging Face hub."""
+"""Checks of the directories that a run writes: run directory, temporary files, shared memory, and the Hugging Face hub's cache."""
 
 import os
 import shutil
@@ -6,35 +6,35 @@ import tempfile
 from pathlib import Path
 
 from megatron_aspo.common.errors import UserError
+from megatron_aspo.doctor.needs import RunNeeds
 from megatron_aspo.doctor.record import Record, failed, ok, refused, warning
-from megatron_aspo.doctor.subject import Subject
 from megatron_aspo.runtime.machine import SHARED, check_home, check_shared_memory, check_temporary, unwritable
 
 GIB = 1 << 30
 _LEAST, _GOOD = 1 * GIB, 10 * GIB
-"""Free bytes of a disk below which a check fails or warns, unless the recipe says what the run will write."""
+"""Free bytes of a disk below which a check fails or warns, unless the recipe determines how much the run will write."""
 _RAY_FULL = 0.05
-"""Ray 2.60 spills no objects to a disk of which less than this share is free (`local_fs_capacity_threshold`)."""
+"""Ray 2.60 spills no objects to a disk with less than this share free (`local_fs_capacity_threshold`)."""
 _SHARED_LEAST, _SHARED_GOOD = 256 << 20, 1 * GIB
 """Free shared memory: Ray's own object store takes 512 MiB of it, an engine of several workers 160 MiB. Docker's default is 64 MiB."""
 
 
-def check_run_directory(subject: Subject) -> Record:
-    directory = existing_parent(subject.directory)
+def check_run_directory(needs: RunNeeds) -> Record:
+    directory = existing_parent(needs.directory)
     if problem := unwritable(directory):
-        return failed("run directory", f"{subject.directory} cannot be written: {problem}", "choose another run_dir, or correct its rights")
-    needed = subject.disk_bytes or _GOOD
+        return failed("run directory", f"{needs.directory} cannot be written: {problem}", "choose another run_dir, or correct its rights")
+    needed = needs.disk_bytes or _GOOD
     free = shutil.disk_usage(directory).free
-    said = f"; the run will write about {in_gib(needed)}" if subject.disk_bytes else ""
-    detail = f"{in_gib(free)} free in {directory}{said}"
+    planned = f"; the run will write about {in_gib(needed)}" if needs.disk_bytes else ""
+    detail = f"{in_gib(free)} free in {directory}{planned}"
     if free >= needed:
         return ok("run directory", detail)
-    least = subject.disk_bytes or _LEAST
+    least = needs.disk_bytes or _LEAST
     return (failed if free < least else warning)("run directory", detail, "make room, choose another run_dir, or keep fewer checkpoints")
 
 
 def check_temporary_directory() -> Record:
-    """Ray's and vLLM's sockets, Ray's logs, and objects that leave shared memory."""
+    """Check the space for Ray's and vLLM's sockets, Ray's logs, and objects spilled from shared memory."""
     try:
         check_temporary()
     except UserError as error:
@@ -60,10 +60,10 @@ def check_temporary_directory() -> Record:
     return (failed if degree == 2 else warning)("temporary files", detail, cure)
 
 
-def check_shared(subject: Subject) -> Record:
-    """Shared memory of this machine or container."""
+def check_shared(needs: RunNeeds) -> Record:
+    """Check the shared memory of this machine or container."""
     try:
-        check_shared_memory(subject.engines)
+        check_shared_memory(needs.engines)
     except UserError as error:
         return refused("shared memory", error)
     disk = shutil.disk_usage(SHARED)
@@ -76,7 +76,7 @@ def check_shared(subject: Subject) -> Record:
 
 
 def check_ray_token(in_ray: bool) -> Record:
-    """Whether processes of Ray prove by a token that they belong together. in_ray: this process belongs to a cluster already."""
+    """Check that Ray's processes authenticate by a token. in_ray: whether this process already belongs to a cluster."""
     if not in_ray:
         check_home()
         return ok("Ray token", "can be read or made")
@@ -88,13 +88,13 @@ def check_ray_token(in_ray: bool) -> Record:
     return warning("Ray token", "not required: whoever reaches the ports of this node's Ray can run programs on it", cure)
 
 
-def check_hub_cache(subject: Subject) -> Record:
-    """Whether models and data sets of the Hugging Face hub can be stored."""
+def check_hub_cache(needs: RunNeeds) -> Record:
+    """Check that models and data sets of the Hugging Face hub can be stored."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     directory = Path(HF_HUB_CACHE)
     if problem := unwritable(existing_parent(directory)):
-        wanted = any(not Path(name).is_absolute() for name in (subject.model, *subject.data) if name)
+        wanted = any(not Path(name).is_absolute() for name in (needs.model, *needs.data) if name)
         return (failed if wanted else warning)(
             "hub cache", f"{directory} cannot be written: {problem}", "set HF_HOME to a directory that can be written"
         )
@@ -102,7 +102,7 @@ def check_hub_cache(subject: Subject) -> Record:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
+    """Return the path itself, or its nearest existing parent."""
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 

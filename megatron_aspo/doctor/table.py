@@ -8,7 +8,7 @@ from megatron_aspo.doctor.record import Record
 from megatron_aspo.doctor.redact import redact
 
 PAIR = " – "
-"""Stands between the names of two nodes."""
+"""Separator between the names of two nodes."""
 CHECKS = (
     "Ray cluster",
     "Ray process",
@@ -39,31 +39,31 @@ CHECKS = (
 """The checks' names, in the order of the table."""
 
 
-def table(records: Sequence[Record]) -> Iterator[str]:
-    """Yield a line for each record, and below a warning or failure what to do."""
+def format_table(records: Sequence[Record]) -> Iterator[str]:
+    """Yield a line for each record, followed by the cure for a warning or failure."""
     checks = max((len(record.check) for record in records), default=0)
-    nodes = max((len(record.node) for record in records if PAIR not in record.node), default=0)  # pairs may stand out
+    nodes = max((len(record.node) for record in records if PAIR not in record.node), default=0)  # pairs may exceed the column
     for record in records:
         yield f"{record.status:<8} {record.check:<{checks}}  {record.node:<{nodes}}  {record.detail}".rstrip()
         if record.cure:
             yield f"{'':<8} {'':<{checks}}  → {record.cure}"
     yield ""
-    yield summary(records)
+    yield format_summary(records)
 
 
-def summary(records: Iterable[Record]) -> str:
+def format_summary(records: Iterable[Record]) -> str:
     counts = Counter(record.status for record in records)
     return f"{counts['ok']} ok, {counts['warning']} warnings, {counts['failed']} failed"
 
 
-def in_order(records: Iterable[Record]) -> list[Record]:
-    """The records of a check next to one another, in the order of `CHECKS`; the nodes of a check as they came."""
+def sort_records(records: Iterable[Record]) -> list[Record]:
+    """Sort the records by check, in the order of `CHECKS`, keeping the order of the nodes."""
     positions = {check: position for position, check in enumerate(CHECKS)}
     return sorted(records, key=lambda record: positions.get(record.check, len(CHECKS)))
 
 
 def as_json(records: Sequence[Record], seconds: float) -> dict:
-    """One object without secrets and user names."""
+    """Return one object without secrets and user names."""
     return {
         "megatron_aspo": megatron_aspo.__version__,
         "status": "failed" if any(record.status == "failed" for record in records) else "ok",

@@ -1,13 +1,15 @@
 """Program: import torch, list its devices, and send bytes between two ranks of a gloo group. Prints one JSON object.
 
-Argument: the address at which the group listens. Both ranks are threads of this process, which is enough to find a firewall or a wrong
-interface, and takes one import.
+Argument: the address on which the group listens. Both ranks are threads of this process, which suffices to find a firewall or a wrong
+interface, and needs only one import.
 """
 
 import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+from megatron_aspo.common.errors import first_line
 
 _GROUP_TIMEOUT_S = 10.0
 _MEASURE_S = 0.2
@@ -23,7 +25,7 @@ def main() -> None:
     try:
         found |= {"gloo_bytes_per_s": _gloo(address), "gloo_error": ""}
     except Exception as error:
-        found |= {"gloo_bytes_per_s": 0.0, "gloo_error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
+        found |= {"gloo_bytes_per_s": 0.0, "gloo_error": first_line(error)}
     print(json.dumps(found), flush=True)
 
 

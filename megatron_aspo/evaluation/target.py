@@ -1,4 +1,4 @@
-"""The model under evaluation: a Hugging Face directory or hub name, a checkpoint of ours, a run, or an OpenAI-compatible endpoint."""
+"""The model under evaluation: a Hugging Face directory or hub name, a checkpoint, a run, or an OpenAI-compatible endpoint."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_aspo.checkpoint.find import find_checkpoints
 from megatron_aspo.checkpoint.manifest import is_checkpoint, sha256_of
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.hf.model_directory import resolve_model
+from megatron_aspo.hf.model_directory import find_torch_dist, resolve_model
 from megatron_aspo.hf.small_files import stated_dtype
 
 
@@ -23,7 +23,7 @@ class Target:
     directory: Path | None = None
     """Hugging Face directory."""
     checkpoint: Path | None = None
-    """Checkpoint of ours."""
+    """Checkpoint of ours, or the directory of tensors of a `torch_dist` checkpoint."""
     endpoint: str = ""
     """Base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."""
     run: Path | None = None
@@ -47,6 +47,9 @@ def find_target(name: str) -> Target:
     if re.match(r"https?://", name):
         return Target(endpoint=name.rstrip("/"))
     path = Path(name).expanduser()
+    if torch_dist := find_torch_dist(path):
+        resolve_model(name)  # it has config and tokenizer, or is refused
+        return Target(checkpoint=torch_dist.resolve())
     if is_checkpoint(path):
         return Target(checkpoint=path.resolve(), run=_run_of(path.resolve()))
     if (path / "config.yaml").is_file() and not (path / "config.json").exists():

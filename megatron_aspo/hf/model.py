@@ -47,6 +47,7 @@ _MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
+    "SeedOssForCausalLM": "seed_oss",
 }
 """What `model_type` must say: transformers chooses the class that reads the rest of the config by it."""
 
@@ -113,10 +114,14 @@ def _settings(config: Any, architecture: str) -> list[tuple[str, Any, tuple]]:
         ("layer_types", sorted(set(getattr(config, "layer_types", None) or ["full_attention"])), (["full_attention"],)),
         ("dual_chunk_attention_config", getattr(config, "dual_chunk_attention_config", None), (None,)),
         ("mlp_bias", getattr(config, "mlp_bias", False), (False,)),
-        ("attention_bias", getattr(config, "attention_bias", False), (False,)),
         ("pretraining_tp", getattr(config, "pretraining_tp", 1), (1, None)),
-        ("attention_dropout", getattr(config, "attention_dropout", 0.0), (0.0,)),
     ]
+    if architecture == "SeedOssForCausalLM":
+        # Its dropout is of pretraining: the policy that engines sample from, whose log-probabilities count, has none.
+        settings.append(("attention_out_bias", config.attention_out_bias, (False,)))
+    else:
+        settings.append(("attention_bias", getattr(config, "attention_bias", False), (False,)))
+        settings.append(("attention_dropout", getattr(config, "attention_dropout", 0.0), (0.0,)))
     if architecture == "Qwen3MoeForCausalLM":
         settings += [
             ("decoder_sparse_step", config.decoder_sparse_step, (1,)),
@@ -144,7 +149,7 @@ def _dims(config: Any, architecture: str) -> ModelDims:
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
-        qkv_bias=architecture == "Qwen2ForCausalLM",
+        qkv_bias=architecture == "Qwen2ForCausalLM" or (architecture == "SeedOssForCausalLM" and config.attention_bias),
         qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         experts=config.num_experts if moe else 0,
         # Mixtral has no dense layer: its intermediate_size is an expert's.

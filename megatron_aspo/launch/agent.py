@@ -1,7 +1,7 @@
-"""The launcher's side on a host: looks at the host, starts its Ray node, waits for nodes, ends the node.
+"""The launcher's agent on a host: inspects the host, starts its Ray node, waits for nodes, ends the node.
 
-`remote.py` sends this file over ssh's standard input, so a host needs Python and Ray but not this package: standard library only, and no
-import of ours. The request follows on standard input, too: nothing secret is in an argument. The answer is the last line of the output.
+`remote.py` sends this file over ssh's standard input, so a host needs Python and Ray but not this package: it imports only the standard
+library. The request follows on standard input, so that no secret is in an argument. The answer is the last line of the output.
 """
 
 import fcntl
@@ -19,9 +19,9 @@ import time
 import uuid
 
 ANSWER = "megatron-aspo-launch-answer "
-"""The line that begins so carries the answer; login scripts may print others."""
+"""Prefix of the line with the answer; login scripts may print other lines."""
 MARK = "MEGATRON_ASPO_LAUNCH"
-"""Environment variable that every process of a node inherits: its node's id, by which `stop` finds them."""
+"""Environment variable inherited by every process of a node: the node's id, by which `stop` finds them."""
 STARTED = "Ray runtime started."
 REFUSED = "Authentication token is missing or incorrect"
 _GRACE_S = 8.0
@@ -31,11 +31,11 @@ _UNIX_SOCKET_BYTES = 107
 
 
 class Refused(Exception):
-    """The host cannot do what it was asked to; one line with the cure."""
+    """The host cannot fulfil the request; the text is one line with the cure."""
 
 
 def probe(request: dict) -> dict:
-    """Return what is on this host: versions, address, busy ports, and the node that an earlier call started."""
+    """Return the host's state: versions, address, busy ports, and the node started by an earlier call, if it runs."""
     node = _live_node(request)
     busy = [] if node else [name for name, port in request["ports"].items() if _is_busy(port)]
     if request["extras"]:
@@ -43,7 +43,7 @@ def probe(request: dict) -> dict:
     with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
         floor = int(file.read().split()[0])
     return {
-        "address": _address(request),
+        "address": _own_address(request),
         "ray": _ray_version(),
         "python": sys.executable,
         "cpus": len(os.sched_getaffinity(0)),
@@ -56,7 +56,7 @@ def probe(request: dict) -> dict:
 
 
 def start(request: dict) -> dict:
-    """Start this host's node; returns once Ray says that it runs. Raises Refused with Ray's last lines if it does not."""
+    """Start this host's node; return once Ray reports that it runs. Raises Refused with Ray's last lines if it does not."""
     if _live_node(request):
         raise Refused("a node of an earlier call runs here meanwhile; call again")
     directory = _node_directory(request)
@@ -73,7 +73,7 @@ def start(request: dict) -> dict:
         raise Refused(f"{temporary} belongs to another user; name a directory of your own by --temp-dir")
     mark = uuid.uuid4().hex
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
-    # Process titles would overwrite the environment in which the mark is looked for.
+    # Process titles would overwrite the environment, in which `stop` looks for the mark.
     environment.update(request["environment"], SPT_NOENV="1", **{MARK: mark}, **_authentication(request))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65535)) if hard != resource.RLIM_INFINITY else 65535, hard))
@@ -84,12 +84,12 @@ def start(request: dict) -> dict:
             command, env=environment, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     node = {key: request[key] for key in ("cluster", "gcs", "role", "port")}
-    node.update(name=mark, boot=_boot(), leader=_identity(leader.pid), processes=[])
+    node.update(name=mark, boot=_boot_id(), leader=_identity(leader.pid), processes=[])
     _write_node(request, node)
     deadline = time.monotonic() + request["timeout_s"]
     try:
-        while STARTED not in (said := _read(output)):
-            if REFUSED in said:  # Ray would try again until the time is up
+        while STARTED not in (text := _read(output)):
+            if REFUSED in text:  # Ray would retry until the timeout
                 raise Refused(f"the head refuses this host's token: give every node the same, by --token-file:\n{_tail(output)}")
             if leader.poll() is not None:
                 raise Refused(f"ray start ended with status {leader.returncode}:\n{_tail(output)}")
@@ -99,13 +99,13 @@ def start(request: dict) -> dict:
     except BaseException:
         stop(request)
         raise
-    node["processes"] = [_identity(pid) for pid in _below([leader.pid])]
+    node["processes"] = [_identity(pid) for pid in _descendants([leader.pid])]
     _write_node(request, node)
     return {"name": mark, "output": output}
 
 
-def joined(request: dict) -> dict:
-    """Wait until the nodes with these names are alive in the cluster; returns those that are not when the time is up."""
+def wait_for_nodes(request: dict) -> dict:
+    """Wait until the nodes with these names are alive in the cluster; return those that are not at the timeout."""
     os.environ.update(_authentication(request))
     from ray._raylet import GcsClient
 
@@ -125,17 +125,17 @@ def joined(request: dict) -> dict:
 
 
 def status(request: dict) -> dict:
-    """Return whether this host's node runs, and its last lines."""
+    """Return whether this host's node runs, and its last lines of output."""
     return {"alive": _live_node(request) is not None, "tail": _tail(os.path.join(_node_directory(request), "output.log"))}
 
 
 def stop(request: dict) -> dict:
-    """End what `start` started here and nothing else; returns how many processes that were. Idempotent."""
-    node = _recorded(request)
+    """End exactly what `start` started here; return the number of ended processes. Idempotent."""
+    node = _read_record(request)
     if node is None:
         return {"ended": 0}
     first = _processes_of(node)
-    # The leader ends its children in order; who is left is told so, and killed after the grace period.
+    # The leader ends its children in order; the remaining processes get SIGTERM, and SIGKILL after the grace period.
     leader = [pid for pid in first if _identity(pid) == node["leader"]]
     _signal(leader, signal.SIGTERM)
     _wait_for_end(leader, _GRACE_S)
@@ -153,14 +153,14 @@ def stop(request: dict) -> dict:
 
 def follow(request: dict) -> dict:
     """Return when this host's node has ended."""
-    node = _recorded(request)
+    node = _read_record(request)
     while node and _leader_is_alive(node):
         time.sleep(0.5)
     return {"tail": _tail(os.path.join(_node_directory(request), "output.log"))}
 
 
 def _check_extras(options: list[str]) -> None:
-    """Raises Refused when Ray lacks the packages for these options of the launcher: its dashboard and metrics are an extra."""
+    """Raise Refused if Ray lacks the packages for these launcher options: its dashboard and metrics are an extra."""
     try:
         importlib.import_module("ray.dashboard.optional_deps")
     except ImportError as error:
@@ -173,7 +173,7 @@ def _authentication(request: dict) -> dict:
 
 
 def _node_directory(request: dict) -> str:
-    # One per host: hosts often share a home directory.
+    # One directory per host, because hosts often share a home directory.
     return os.path.join(os.path.expanduser(request["directory"]), "nodes", re.sub(r"[^A-Za-z0-9._-]", "_", request["host"]))
 
 
@@ -185,14 +185,14 @@ def _token_path(request: dict) -> str:
     return os.path.join(_node_directory(request), "token")
 
 
-def _recorded(request: dict) -> "dict | None":
+def _read_record(request: dict) -> "dict | None":
     text = _read(_node_path(request))
     node = json.loads(text) if text else None
-    return node if node and node["boot"] == _boot() else None
+    return node if node and node["boot"] == _boot_id() else None
 
 
 def _live_node(request: dict) -> "dict | None":
-    node = _recorded(request)
+    node = _read_record(request)
     return node if node and _leader_is_alive(node) else None
 
 
@@ -205,7 +205,7 @@ def _write_node(request: dict, node: dict) -> None:
 
 
 def _write_private(path: str, text: str) -> None:
-    """Write the file whole or not at all, readable by this user alone from the first byte on."""
+    """Write the file whole or not at all, readable only by this user from the first byte on."""
     unfinished = f"{path}.{os.getpid()}"
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "w") as file:
@@ -226,26 +226,26 @@ def _tail(path: str) -> str:
     return "\n".join(lines[-_LINES:])
 
 
-def _boot() -> str:
-    """The same until this host starts again; another for each container."""
+def _boot_id() -> str:
+    """Return an id that changes when this host restarts and differs between containers."""
     return _read("/proc/sys/kernel/random/boot_id").strip() + " " + os.readlink("/proc/self/ns/pid")
 
 
 def _stat(pid: int) -> "list[str]":
-    """State, parent and so on of a process, from the third field of /proc/PID/stat; empty if there is none."""
+    """Return a process's state, parent and so on, from the third field of /proc/PID/stat on; empty if there is no such process."""
     try:
         return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    except OSError:  # it ended while it was read
+    except OSError:  # it ended during the read
         return []
 
 
 def _identity(pid: int) -> "list[int]":
-    """Process id and start time, which together no other process has; of a process that has ended, -1."""
+    """Return process id and start time, which together are unique; the time is -1 for a process that has ended."""
     fields = _stat(pid)
     return [pid, int(fields[19]) if fields and fields[0] not in "ZX" else -1]
 
 
-def _below(pids: "list[int]") -> "list[int]":
+def _descendants(pids: "list[int]") -> "list[int]":
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit() and (fields := _stat(int(name))):
@@ -259,8 +259,8 @@ def _below(pids: "list[int]") -> "list[int]":
 
 
 def _processes_of(node: dict) -> "list[int]":
-    """Live processes of the node: recorded ones that are still the same, those with its mark, and all below them."""
-    roots = {pid for pid, begun in [node["leader"], *node["processes"]] if begun >= 0 and _identity(pid) == [pid, begun]}
+    """Return the node's live processes: recorded ones that are still the same, those with its mark, and all their descendants."""
+    roots = {pid for pid, started in [node["leader"], *node["processes"]] if started >= 0 and _identity(pid) == [pid, started]}
     line = f"{MARK}={node['name']}".encode()
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -268,10 +268,10 @@ def _processes_of(node: dict) -> "list[int]":
                 with open(f"/proc/{name}/environ", "rb") as file:
                     if line in file.read().split(b"\0"):
                         roots.add(int(name))
-            except OSError:  # another user's, or gone
+            except OSError:  # another user's process, or one that has ended
                 continue
-    # This agent runs below the node where `stop` is called by a job of the cluster itself.
-    return [pid for pid in {*roots, *_below(list(roots))} if pid != os.getpid() and _identity(pid)[1] >= 0]
+    # This agent is itself below the node if a job of the cluster calls `stop`.
+    return [pid for pid in {*roots, *_descendants(list(roots))} if pid != os.getpid() and _identity(pid)[1] >= 0]
 
 
 def _signal(pids: "list[int]", number: int) -> None:
@@ -285,9 +285,9 @@ def _signal(pids: "list[int]", number: int) -> None:
 def _wait_for_end(pids: "list[int]", limit_s: float) -> None:
     known = {pid: _identity(pid) for pid in pids}
     deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline and any(begun[1] >= 0 and _identity(pid) == begun for pid, begun in known.items()):
+    while time.monotonic() < deadline and any(started[1] >= 0 and _identity(pid) == started for pid, started in known.items()):
         try:
-            while os.waitpid(-1, os.WNOHANG)[0]:  # where the agent itself is the parent
+            while os.waitpid(-1, os.WNOHANG)[0]:  # reap, if the agent itself is the parent
                 pass
         except ChildProcessError:
             pass
@@ -296,7 +296,7 @@ def _wait_for_end(pids: "list[int]", limit_s: float) -> None:
 
 def _is_busy(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger after their end are no obstacle
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections in TIME_WAIT
         try:
             tried.bind(("0.0.0.0", port))
             tried.listen(1)
@@ -305,14 +305,14 @@ def _is_busy(port: int) -> bool:
     return False
 
 
-def _address(request: dict) -> str:
-    """The IPv4 address under which the other hosts reach this one."""
+def _own_address(request: dict) -> str:
+    """Return the IPv4 address at which the other hosts reach this one."""
     if request["interface"]:
-        return _address_of(request["interface"])
+        return _interface_address(request["interface"])
     name = request["host"].rpartition("@")[2]
     if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) and not name.startswith("127."):
         return name
-    # The address that ssh came to, else the one that the name means, else the one from which packets to the others go.
+    # The address on which ssh arrived, else the name's address, else the source address of packets to the other hosts.
     arrived = os.environ.get("SSH_CONNECTION", "").split()
     if request["over_ssh"] and len(arrived) == 4 and ":" not in arrived[2]:
         return arrived[2]
@@ -337,7 +337,7 @@ def _resolved(name: str) -> str:
         return ""
 
 
-def _address_of(interface: str) -> str:
+def _interface_address(interface: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
             answer = fcntl.ioctl(any_socket.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))  # SIOCGIFADDR
@@ -358,12 +358,12 @@ def _ray_version() -> str:
         ) from error
 
 
-VERBS = {"probe": probe, "start": start, "joined": joined, "status": status, "stop": stop, "follow": follow}
+VERBS = {"probe": probe, "start": start, "wait_for_nodes": wait_for_nodes, "status": status, "stop": stop, "follow": follow}
 
 
 def main() -> None:
-    """Read the request, do it, print the answer."""
-    # Who hangs up the ssh connection must not leave a node half recorded.
+    """Read the request, fulfil it, print the answer."""
+    # A hang-up of the ssh connection must not leave a node half recorded.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     request = json.loads(sys.stdin.buffer.read())
     try:

@@ -1,4 +1,4 @@
-"""The hosts of a cluster: from a hostfile, or from the environment of MPI, Slurm or a Kubernetes job."""
+"""The hosts of a cluster, from a hostfile or from the environment of MPI, Slurm or a Kubernetes job."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_aspo.common.errors import UserError
 
 MPI_HOSTFILE = Path("/etc/mpi/hostfile")
-"""The path at which the Kubernetes MPI operator mounts it."""
+"""The path at which the Kubernetes MPI operator mounts its hostfile."""
 _MPI_VARIABLES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "I_MPI_HYDRA_HOST_FILE", "HYDRA_HOST_FILE")
 _RANK_VARIABLES = (("NODE_RANK", "NNODES"), ("PET_NODE_RANK", "PET_NNODES"), ("JOB_COMPLETION_INDEX", "NNODES"))
 
@@ -20,40 +20,40 @@ class Host:
     """One line of a hostfile."""
 
     name: str
-    """As ssh takes it: `host`, or `user@host`."""
+    """Name as ssh takes it: `host`, or `user@host`."""
     slots: int = 0
-    """From `slots=`; 0 if the line has none."""
+    """Value of `slots=`; 0 if the line has none."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The hosts, and where they were found."""
+class HostList:
+    """The hosts of a cluster and where they are listed."""
 
     hosts: tuple[Host, ...]
-    """The head first. Where each node is started by its own call: the head and this node."""
+    """The head first. If each node is started by its own call: the head and this node."""
     source: str
     rank: int | None = None
-    """This node's number where every node makes the call itself, as the pods of a Kubernetes job do."""
+    """This node's number if every node makes the call itself, as the pods of a Kubernetes job do."""
     count: int = 0
-    """Nodes of the cluster."""
+    """Number of nodes of the cluster."""
 
 
-def find_hosts(hostfile: str, environ: Mapping[str, str], mpi_hostfile: Path = MPI_HOSTFILE) -> Found:
-    """Return the hosts of the hostfile if one is named, else those of the environment. Raises UserError when there are none."""
+def find_hosts(hostfile: str, environ: Mapping[str, str], mpi_hostfile: Path = MPI_HOSTFILE) -> HostList:
+    """Return the hosts of the hostfile if one is named, else those of the environment. Raises UserError if there are none."""
     if hostfile:
-        return _found(read_hostfile(Path(hostfile)), f"hostfile {hostfile}")
+        return _host_list(read_hostfile(Path(hostfile)), f"hostfile {hostfile}")
     if nodes := environ.get("SLURM_JOB_NODELIST"):
-        return _found(
+        return _host_list(
             [Host(name) for name in _slurm_names(nodes)], f"Slurm job {environ.get('SLURM_JOB_ID', '?')}, SLURM_JOB_NODELIST={nodes}"
         )
     for variable in _MPI_VARIABLES:
         if environ.get(variable):
-            return _found(read_hostfile(Path(environ[variable])), f"MPI, {variable}={environ[variable]}")
+            return _host_list(read_hostfile(Path(environ[variable])), f"MPI, {variable}={environ[variable]}")
     if mpi_hostfile.is_file():
-        return _found(read_hostfile(mpi_hostfile), f"MPI, {mpi_hostfile}")
+        return _host_list(read_hostfile(mpi_hostfile), f"MPI, {mpi_hostfile}")
     for rank, count in _RANK_VARIABLES:
         if rank in environ and count in environ:
-            return _by_rank(rank, count, environ)
+            return _from_rank_variables(rank, count, environ)
     raise UserError(
         "no hosts are given: name a hostfile, or call this in an environment that names them (Slurm: SLURM_JOB_NODELIST; MPI: "
         f"{', '.join(_MPI_VARIABLES)} or {MPI_HOSTFILE}; one call on each node: MASTER_ADDR, NNODES and NODE_RANK)"
@@ -61,7 +61,8 @@ def find_hosts(hostfile: str, environ: Mapping[str, str], mpi_hostfile: Path = M
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Return the hosts of an MPI hostfile: `host`, `host slots=N` or `host:N` a line, `#` begins a comment; repeated hosts add slots."""
+    """Return the hosts of an MPI hostfile, which has `host`, `host slots=N` or `host:N` on a line and comments after `#`. Slots of repeated
+    hosts add up."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -79,7 +80,7 @@ def read_hostfile(path: Path) -> list[Host]:
             slots = value if key == "slots" else slots
         if slots and not slots.isdigit():
             raise UserError(f"{path}:{number}: slots={slots} is not a whole number")
-        # It becomes an argument of ssh, which takes a leading dash for an option.
+        # The name becomes an argument of ssh, which takes a leading dash for an option.
         if not re.fullmatch(r"([\w.-]+@)?\w[\w.-]*", name, re.ASCII) or name.startswith("-"):
             raise UserError(f"{path}:{number}: {name!r} is no host name; the first field of a line is host or user@host")
         hosts[name] = Host(name, hosts.get(name, Host(name)).slots + int(slots or 0))
@@ -89,7 +90,7 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def choose_hosts(words: str, hosts: Sequence[Host]) -> list[int]:
-    """Return the positions that `words` mean: names, numbers from 1 and ranges such as 2-4, with commas. Raises UserError for others."""
+    """Return the positions that `words` selects: comma-separated names, numbers from 1 or ranges such as 2-4. Raises UserError."""
     names = [host.name for host in hosts]
     chosen: list[int] = []
     for word in filter(None, words.split(",")):
@@ -107,8 +108,8 @@ def choose_hosts(words: str, hosts: Sequence[Host]) -> list[int]:
     return chosen
 
 
-def _found(hosts: Sequence[Host], source: str) -> Found:
-    return Found(tuple(hosts), source, count=len(hosts))
+def _host_list(hosts: Sequence[Host], source: str) -> HostList:
+    return HostList(tuple(hosts), source, count=len(hosts))
 
 
 def _slurm_names(nodes: str) -> list[str]:
@@ -123,7 +124,7 @@ def _slurm_names(nodes: str) -> list[str]:
     return done.stdout.split()
 
 
-def _by_rank(rank: str, count: str, environ: Mapping[str, str]) -> Found:
+def _from_rank_variables(rank: str, count: str, environ: Mapping[str, str]) -> HostList:
     values = {name: environ.get(name, "") for name in (rank, count)}
     if not all(value.isdigit() for value in values.values()) or not int(values[rank]) < int(values[count]):
         raise UserError(f"{rank}={values[rank]} {count}={values[count]} is no node of a number of nodes; expected 0 <= {rank} < {count}")
@@ -132,6 +133,6 @@ def _by_rank(rank: str, count: str, environ: Mapping[str, str]) -> Found:
     if not head and nodes > 1:
         raise UserError(f"{count}={nodes} but MASTER_ADDR is not set; set it to the name or address of the node whose {rank} is 0")
     this = Host(os.uname().nodename)
-    # On the head some operators set MASTER_ADDR=localhost, under which the others do not know it.
+    # On the head some operators set MASTER_ADDR=localhost, a name under which the other nodes cannot reach it.
     hosts = (this if head in ("", "localhost") else Host(head),) if number == 0 else (Host(head), this)
-    return replace(_found(hosts, f"one call on each node, {rank}={number} of {count}={nodes}"), rank=number, count=nodes)
+    return replace(_host_list(hosts, f"one call on each node, {rank}={number} of {count}={nodes}"), rank=number, count=nodes)

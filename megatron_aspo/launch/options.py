@@ -1,4 +1,4 @@
-"""Command-line options that starting and stopping have in common, and the launcher's own record of a cluster."""
+"""Command-line options shared by start and stop, and the launcher's record of a cluster."""
 
 import argparse
 import json
@@ -16,18 +16,18 @@ DEFAULT_DIRECTORY = "~/.megatron_aspo/ray"
 
 @dataclass(frozen=True)
 class Record:
-    """A cluster that was started from this machine, so that it can be stopped without naming its hosts again."""
+    """A cluster that was started from this machine, recorded so that it can be stopped without naming its hosts again."""
 
     hosts: tuple[Host, ...]
     reach: Reach
 
     @staticmethod
     def path(directory: str) -> Path:
-        """The path of the record of the clusters of `--dir`."""
+        """Return the path of the record of the clusters of `--dir`."""
         return Path(directory).expanduser() / "cluster.json"
 
     def write(self) -> None:
-        """Keep it, whole or not at all."""
+        """Write the record whole or not at all."""
         path = self.path(self.reach.directory)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         unfinished = path.with_suffix(f".{os.getpid()}")
@@ -36,7 +36,7 @@ class Record:
 
     @classmethod
     def read(cls, directory: str) -> "Record | None":
-        """Return the record, or None where there is none. Raises UserError when it cannot be understood."""
+        """Return the record, or None if there is none. Raises UserError if it is malformed."""
         path = cls.path(directory)
         if not path.exists():
             return None
@@ -49,7 +49,7 @@ class Record:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the hostfile and how hosts are reached. None is given a default here: `stop` takes it from the record."""
+    """Add the hostfile and the options of host access. They have no defaults here, because `stop` takes them from the record."""
     parser.add_argument(
         "hostfile", nargs="?", default="", metavar="HOSTFILE", help="one host a line, the head first; default: Slurm's, MPI's or the pod's"
     )
@@ -64,8 +64,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def reach_of(parsed: argparse.Namespace, kept: Reach | None = None) -> Reach:
-    """Return how hosts are reached: by the options that were given, else as the kept record says."""
+def make_reach(parsed: argparse.Namespace, kept: Reach | None = None) -> Reach:
+    """Return how hosts are reached: by the given options, else as in the kept record."""
     kept = kept or Reach(parsed.dir, "python3" if parsed.env else sys.executable)
     return Reach(
         parsed.dir,

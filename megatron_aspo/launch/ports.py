@@ -1,11 +1,11 @@
-"""The ports of a cluster: fixed numbers from the head's port on, the same on every host, all below the ephemeral range."""
+"""The ports of a cluster: fixed numbers, counted from the head's port, the same on every host, all below the ephemeral range."""
 
 from dataclasses import dataclass
 
 from megatron_aspo.common.errors import UserError
 
 SPAN = 1000
-"""Ports that a cluster occupies: the next one on the same hosts may begin this much higher."""
+"""Number of ports of a cluster: the next one on the same hosts may begin this much higher."""
 _FIRST_WORKER = 20
 
 
@@ -22,38 +22,38 @@ class PortMap:
 
     @property
     def on_every_host(self) -> dict[str, int]:
-        """Option of `ray start` → port."""
+        """The fixed ports of every host: option of `ray start` → port."""
         names = ("node-manager", "object-manager", "runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
         return {f"{name}-port": self.base + 1 + i for i, name in enumerate(names)}
 
     @property
     def on_the_head(self) -> dict[str, int]:
-        """Option of `ray start` → port."""
+        """The head's additional ports: option of `ray start` → port."""
         return {"port": self.base, "dashboard-port": self.base + 7, "ray-client-server-port": self.base + 8}
 
     @property
     def workers(self) -> tuple[int, int]:
-        """First and last port of the worker processes."""
+        """The first and last port of the worker processes."""
         return self.base + _FIRST_WORKER, self.base + SPAN - 1
 
     def of(self, head: bool) -> dict[str, int]:
-        """The fixed ports of a host, by option."""
+        """Return a host's fixed ports, by option."""
         return (self.on_the_head if head else {}) | self.on_every_host
 
     def arguments(self, head: bool) -> list[str]:
-        """The options of `ray start`."""
+        """Return the port options of `ray start`."""
         first, last = self.workers
         fixed = [f"--{option}={port}" for option, port in self.of(head).items()]
         return [*fixed, f"--min-worker-port={first}", f"--max-worker-port={last}"]
 
     def lines(self, dashboard: bool, metrics: bool) -> list[str]:
-        """The map, for people who close or open ports."""
+        """Format the port map, for people who open or close ports."""
         unused = {"dashboard-port": not dashboard, "metrics-export-port": not metrics}
         rows = [("head", option, port) for option, port in self.on_the_head.items()]
         rows += [("all", option, port) for option, port in self.on_every_host.items()]
         first, last = self.workers
         table = [
-            f"  {who:5}{'gcs-server-port' if option == 'port' else option:28}{port}{' (off)' if unused.get(option) else ''}"
-            for who, option, port in rows
+            f"  {hosts:5}{'gcs-server-port' if option == 'port' else option:28}{port}{' (off)' if unused.get(option) else ''}"
+            for hosts, option, port in rows
         ]
         return [*table, f"  {'all':5}{'worker ports':28}{first}-{last}"]

@@ -1,4 +1,4 @@
-"""Calls of the agent on hosts: over ssh, or directly where the host is this machine."""
+"""Calls of the agent on hosts: over ssh, or directly on this machine."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from megatron_aspo.launch.hosts import Host
 _AGENT = Path(__file__).with_name("agent.py")
 _BOOT = "import sys;i=sys.stdin.buffer;exec(compile(i.read(int(i.readline())),'agent.py','exec'))"
 _SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
-"""No question is asked, and a host that vanishes is noticed after 15 s. They come last, as ssh takes the first value that it is given."""
+"""ssh asks no questions, and notices a vanished host after 15 s. These options come last, because ssh keeps the first value it is given."""
 _LINES = 20
 _NOISE = (
     "** WARNING: connection is not using a post-quantum",
@@ -30,7 +30,7 @@ _NOISE = (
 
 
 class HostError(Exception):
-    """A host could not do what it was asked to; carries its name and its last lines."""
+    """A host could not fulfil a request; carries its name and its last lines of output."""
 
     def __init__(self, host: str, reason: str):
         super().__init__(f"{host}: {reason}")
@@ -39,7 +39,7 @@ class HostError(Exception):
 
 @dataclass(frozen=True)
 class Reach:
-    """The way to the hosts, and their Python and directory; the same for start and stop."""
+    """Access to the hosts, with their Python and directory; the same for start and stop."""
 
     directory: str
     """Directory for state on each host; `~` is its home directory."""
@@ -51,21 +51,21 @@ class Reach:
     def call(
         self, verb: str, host: Host, request: Mapping[str, Any], limit_s: float | None, running: set[subprocess.Popen] | None = None
     ) -> dict[str, Any]:
-        """Let the host's agent do it, and return its answer. Raises HostError when it refuses, fails, cannot be reached or is too slow.
+        """Have the host's agent execute `verb`, and return its answer. Raises HostError if it refuses, fails, is unreachable or too slow.
 
-        limit_s: None is no limit. running: where the process of the call is noted while it lasts.
+        limit_s: None is no limit. running: the set that holds the call's process while it runs.
         """
         over_ssh = not is_this_machine(host.name)
         whole = {"verb": verb, "host": host.name, "directory": self.directory, "over_ssh": over_ssh, **request}
         agent = _AGENT.read_bytes()
         sent = b"%d\n" % len(agent) + agent + json.dumps(whole).encode()
         command = shlex.join([self.python, "-c", _BOOT])
-        # Activation must not eat the agent, which is on standard input.
+        # Activation must not consume standard input, which carries the agent.
         script = f"{{ {self.activate}\n}} </dev/null && exec {command}" if self.activate else f"exec {command}"
         here = ["bash", "-c", script]
         words = ["ssh", *self.ssh_options, *_SSH, host.name, shlex.join(here)] if over_ssh else here
         try:
-            # In a session of its own: an interrupt is ours to handle, and must not cut off a host that is told to stop.
+            # In a session of its own, because the launcher handles interrupts and must not cut off a host that is stopping.
             process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=False, start_new_session=True
             )
@@ -89,7 +89,7 @@ class Reach:
     def call_all(
         self, verb: str, hosts: Sequence[Host], request: Callable[[Host], Mapping[str, Any]], limit_s: float
     ) -> dict[str, dict[str, Any] | HostError]:
-        """Call all hosts at the same time; return, by name, each one's answer or what went wrong on it."""
+        """Call all hosts at the same time; return each one's answer or error, by name."""
 
         running: set[subprocess.Popen] = set()
 
@@ -117,25 +117,25 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def is_this_machine(name: str) -> bool:
-    """Whether `name` is this machine; then no ssh is needed. `user@host` never is, as it asks for another login."""
+    """Return whether `name` is this machine, which needs no ssh. False for `user@host`, which requires another login."""
     if "@" in name:
         return False
     if name in ("localhost", os.uname().nodename):
         return True
     try:
         addresses = {entry[4][0] for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
-    except OSError:  # an alias of ~/.ssh/config, perhaps
+    except OSError:  # perhaps an alias in ~/.ssh/config
         return False
     return any(map(_is_own_address, addresses))
 
 
 def failures(answers: Mapping[str, dict[str, Any] | HostError]) -> list[HostError]:
-    """The hosts that failed."""
+    """Return the errors of the hosts that failed."""
     return [answer for answer in answers.values() if isinstance(answer, HostError)]
 
 
 def split_ssh_options(words: str) -> tuple[str, ...]:
-    """The options of ssh in one argument, as a shell would split them. Raises UserError when a quote is open."""
+    """Split ssh's options, given as one argument, as a shell does. Raises UserError for an open quote."""
     try:
         return tuple(shlex.split(words))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""tools/start_ray.sh: read the options, find the hosts, and build the cluster of `cluster.py`."""
+"""tools/start_ray.sh: parse the options, find the hosts, and build the cluster of `cluster.py`."""
 
 import argparse
 import os
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from megatron_aspo.common.auth_token import find_token
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.launch.cluster import Launch, LaunchError, Wanted
-from megatron_aspo.launch.hosts import Found, Host, choose_hosts, find_hosts
-from megatron_aspo.launch.options import Record, add_common, reach_of
+from megatron_aspo.launch.cluster import ClusterSpec, Launch, LaunchError
+from megatron_aspo.launch.hosts import Host, HostList, choose_hosts, find_hosts
+from megatron_aspo.launch.options import Record, add_common, make_reach
 from megatron_aspo.launch.ports import PortMap
 
 _DESCRIPTION = """Build a Ray cluster over hosts and wait until every node has joined. Safe to run twice: on a running cluster it says
@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _launch(parsed: argparse.Namespace, found: Found) -> Launch:
-    """Raises UserError for options that cannot be."""
+def _launch(parsed: argparse.Namespace, found: HostList) -> Launch:
+    """Return the launch that the options describe. Raises UserError for invalid options."""
     for name in ("num_cpus", "num_gpus", "object_store_mb"):
         value = getattr(parsed, name)
         if value is not None and value < (name == "object_store_mb"):
@@ -98,7 +98,7 @@ def _launch(parsed: argparse.Namespace, found: Found) -> Launch:
         print(f"token: {path}", flush=True)
     else:
         print("token: none. Whoever reaches the ports of the cluster can run programs as you", flush=True)
-    wanted = Wanted(
+    spec = ClusterSpec(
         found=found,
         ports=PortMap(parsed.port),
         timeout_s=parsed.timeout,
@@ -113,11 +113,11 @@ def _launch(parsed: argparse.Namespace, found: Found) -> Launch:
         metrics=parsed.metrics,
         temp_dir=parsed.temp_dir or f"/tmp/ray-{os.getuid()}-{parsed.port}",
     )
-    return Launch(wanted, reach_of(parsed))
+    return Launch(spec, make_reach(parsed))
 
 
 def parse_resources(given: Sequence[str], hosts: Sequence[Host]) -> dict[str, dict[str, int | None]]:
-    """Return, by host, its custom resources with their amounts; None stands for the default amount. Raises UserError."""
+    """Return each host's custom resources with their amounts; None means the default amount. Raises UserError."""
     found: dict[str, dict[str, int | None]] = {host.name: {} for host in hosts}
     for words in given:
         match = re.fullmatch(r"([A-Za-z_]\w*)(?::(\d+))?=(.+)", words)
@@ -130,10 +130,10 @@ def parse_resources(given: Sequence[str], hosts: Sequence[Host]) -> dict[str, di
     return found
 
 
-def _resources(given: Sequence[str], found: Found) -> dict[str, dict[str, int | None]]:
+def _resources(given: Sequence[str], found: HostList) -> dict[str, dict[str, int | None]]:
     if found.rank is None:
         return parse_resources(given, found.hosts)
-    # This call knows the numbers of the other nodes, not their names.
+    # This call knows the numbers of the other nodes, but not their names.
     numbered = [Host(f"node {number}") for number in range(1, found.count + 1)]
     return {found.hosts[-1].name: parse_resources(given, numbered)[numbered[found.rank].name]}
 

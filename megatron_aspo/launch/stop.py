@@ -6,14 +6,14 @@ import sys
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.launch.hosts import find_hosts
-from megatron_aspo.launch.options import Record, add_common, reach_of
+from megatron_aspo.launch.options import Record, add_common, make_reach
 from megatron_aspo.launch.remote import failures
 
 _LIMIT_S = 60.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0 when every host is free of the cluster, 1 when one could not be asked or did not obey, 2 for a mistake in the call."""
+    """Return 0 when no host runs the cluster any more, 1 when one was unreachable or failed, 2 for a mistake in the call."""
     parser = argparse.ArgumentParser(
         prog="stop_ray.sh",
         description="End exactly the processes that start_ray.sh started, on all hosts. Safe to run twice. Without a hostfile: the hosts "
@@ -25,12 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
         record = Record.read(parsed.dir)
         found = find_hosts("", os.environ) if not parsed.hostfile and record is None else None
         hosts = list(found.hosts if found else record.hosts if not parsed.hostfile else find_hosts(parsed.hostfile, {}).hosts)
-        reach = reach_of(parsed, record.reach if record else None)
+        reach = make_reach(parsed, record.reach if record else None)
     except UserError as error:
         print(f"stop_ray.sh: error: {error}", file=sys.stderr)
         return 2
     if found and found.rank is not None:
-        hosts = hosts[-1:]  # each node's own call ends it
+        hosts = hosts[-1:]  # each node makes its own call
     answers = reach.call_all("stop", hosts, lambda host: {}, _LIMIT_S)
     for name, answer in answers.items():
         if isinstance(answer, dict):

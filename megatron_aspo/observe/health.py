@@ -1,4 +1,4 @@
-"""Health figures of a step's rollouts: rewards, lengths, repetition, groups."""
+"""Metrics of a step's rollouts: rewards, lengths, repetition, groups."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from megatron_aspo.evaluation.repetition import repeated_ngrams
 
 
 def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
-    """Figures of everything that was generated, before any filter."""
+    """Return the metrics of everything that was generated, before any filter."""
     samples = [sample for group in groups for sample in group.samples]
     rewards = np.concatenate([group.rewards for group in groups])
     lengths = np.array([len(sample.generation.token_ids) for sample in samples])
@@ -35,8 +35,8 @@ def rollout_health(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def reward_parts(samples: Sequence[Sample]) -> dict[str, float]:
-    """Mean of each number in the `parts` of the reward's details, over the responses that have it: the unweighted scores of a mixed reward,
-    or what a custom reward puts there."""
+    """Return the mean of each number in the `parts` of the reward's details, over the responses that have it: the unweighted scores of a
+    mixed reward, or whatever a custom reward puts there."""
     scores: dict[str, list[float]] = {}
     for sample in samples:
         parts = sample.reward_details.get("parts")
@@ -47,7 +47,7 @@ def reward_parts(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def staleness(groups: Sequence[Group], version: int) -> float:
-    """Mean over response tokens of how many versions older than `version` the weights were that sampled them."""
+    """Return the mean, over response tokens, of how many versions the weights that sampled them were behind `version`."""
     spans = [span for group in groups for sample in group.samples for span in sample.generation.versions]
     tokens = sum(span.stop - span.start for span in spans)
     return sum((version - span.version) * (span.stop - span.start) for span in spans) / tokens

@@ -1,4 +1,4 @@
-"""Peak memory of this process and everything it started."""
+"""Peak memory of this process and its descendants."""
 
 import threading
 
@@ -6,7 +6,7 @@ import psutil
 
 
 class PeakMemory:
-    """Samples, in a thread, the proportional set size (shared pages counted once) of this process and all its descendants."""
+    """Samples in a thread the proportional set size (shared pages counted once) of this process and all its descendants."""
 
     def __init__(self, every_s: float = 5.0):
         self._every_s = every_s
@@ -35,4 +35,4 @@ def _pss(process: psutil.Process) -> int:
     try:
         return process.memory_full_info().pss
     except psutil.Error:
-        return 0  # ended since it was listed
+        return 0  # the process has ended since it was listed

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one flat line of JSON a step, and how a step's figures are named."""
+"""`metrics.jsonl`: one flat line of JSON per step, and the names of a step's metrics."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from megatron_aspo.trainer.settings import UpdateReport
 
 
 def training_metrics(report: UpdateReport) -> dict[str, float]:
-    """Flat names for what the training ranks report."""
+    """Return the training ranks' report as flat metrics."""
     norms = report.gradient_norms
     metrics: dict[str, Any] = {f"train/{name}": value for name, value in means(report.tally).items()}
     metrics |= {f"mismatch/{name}": value for name, value in report.mismatch.items()}
@@ -35,10 +35,10 @@ def training_metrics(report: UpdateReport) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends lines, each on the disk when `write` returns."""
+    """Appends lines; each is on disk when `write` returns."""
 
     def __init__(self, path: Path, first_step: int = 0):
-        """first_step: the step that is done next. Lines of that step and later ones, left by a process that was killed, are moved to
+        """first_step: the next step. Lines of that step and later ones, left by a killed process, are moved to
         `metrics.superseded.jsonl` beside the file.
         """
         self._path = path
@@ -48,7 +48,7 @@ class MetricsFile:
             self._file = path.open("ab", buffering=0)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """One line. Raises ValueError for a figure that is not finite: JSON has no word for it."""
+        """Append one line. Raises ValueError for a metric that is not finite, which JSON cannot express."""
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"the figure {name} is {value}")
@@ -59,11 +59,11 @@ class MetricsFile:
             os.fsync(self._file.fileno())
 
     def last(self) -> dict[str, Any]:
-        """The newest line; empty when there is none."""
+        """Return the newest line, or an empty mapping when there is none."""
         return next(reversed(read_metrics(self._path)), {})
 
     def all(self) -> list[dict[str, Any]]:
-        """Every line, of earlier processes of the run too."""
+        """Return every line, including those of earlier processes of the run."""
         return read_metrics(self._path)
 
     def close(self) -> None:
@@ -71,19 +71,19 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; none where there is no such file."""
+    """Return the lines of a `metrics.jsonl`, or none when the file does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def count_updates(steps: Sequence[dict[str, Any]]) -> int:
-    """Optimizer updates of these lines. One that was skipped, as its gradient was not finite, does not count."""
+    """Return the number of optimizer updates in these lines, without updates skipped for a gradient that was not finite."""
     return sum(step["train/updates"] - step["train/skipped_updates"] for step in steps)
 
 
 def untrained_warning(steps: Sequence[dict[str, Any]]) -> str:
-    """Why the model is the one that the run began with, if no update changed it, and the cure; else empty, as for no steps at all."""
+    """Return why the model is unchanged, and the cure, if no update changed it; else an empty string, also for no steps."""
     updates, skipped = count_updates(steps), sum(step["train/skipped_updates"] for step in steps)
     if not steps or (any(step.get("train/gradient_norm_max", 0) > 0 for step in steps) and updates):
         return ""
@@ -106,7 +106,7 @@ def untrained_warning(steps: Sequence[dict[str, Any]]) -> str:
 def _set_aside(path: Path, first_step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # torn: its step was not done
+        lines.pop()  # torn: its step did not finish
     kept = [line for line in lines if json.loads(line)["step"] < first_step]
     if superseded := [line for line in lines if line not in kept]:
         with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:

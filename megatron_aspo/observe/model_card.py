@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is and how it came to be."""
+"""The README.md of an exported model: what it is and how it was trained."""
 
 from pathlib import Path
 
@@ -42,7 +42,8 @@ Of its bytes, row-major and little-endian; a checkpoint of the same step lists t
 
 
 def model_card(recipe: str, before: Evaluation | None, after: Evaluation | None, metrics: dict) -> str:
-    """Markdown with `{hashes}` where the tensors' hashes go. recipe: the resolved one, as YAML; metrics: of the last step, may be empty."""
+    """Return Markdown with `{hashes}` in the position of the tensors' hashes. recipe: the resolved one, as YAML; metrics: those of the last
+    step, may be empty."""
     values = yaml.safe_load(recipe)
     local = Path(values["model"]).expanduser().exists()
     shown = {"before training": before, "after training": after}

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+"""Progress display of a run: a live status line on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ _PHASES = ("generate", "reward", "logprobs", "update", "publish")
 
 
 class Progress:
-    """Prints to standard output. On a terminal the last line is alive and says what is going on."""
+    """Prints to standard output. On a terminal the last line is live and shows the current phase."""
 
     def __init__(self, steps: int):
         self._steps = steps
@@ -22,12 +22,12 @@ class Progress:
         self._done = 0
 
     def say(self, text: str) -> None:
-        """One line of its own."""
+        """Print one line."""
         self._console.print(text, markup=False)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Names something that takes a while, and how long it took. Yields a function that shows its phase, on a terminal only."""
+        """Report something that takes a while and how long it took. Yields a function that shows its phase, on a terminal only."""
         start = time.perf_counter()
         self._now(f"{text} …")
         try:
@@ -37,16 +37,16 @@ class Progress:
         self.say(f"{text}: {time.perf_counter() - start:.1f} s")
 
     def begin(self) -> None:
-        """The steps start now: the time left counts from here."""
+        """Start the clock from which the remaining time is estimated."""
         self._started = time.perf_counter()
         self._done = 0
 
     def phase(self, step: int, name: str) -> None:
-        """The step has come to this phase; seen on a terminal only."""
+        """Show the step's current phase, on a terminal only."""
         self._show(f"step {step + 1}/{self._steps}: {name} …")
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line a step: reward, entropy, seconds of each phase, time left."""
+        """Print the line of a step: reward, entropy, seconds of each phase, time left."""
         self._status.stop()
         self._done += 1
         left = (time.perf_counter() - self._started) / self._done * (self._steps - step - 1)
@@ -58,7 +58,7 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         self._status.stop()
 
     def _now(self, text: str) -> None:

@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 
 
 def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
-    """Write `path` whole or not at all. `reward_details` is JSON, since every reward has its own."""
+    """Write `path` whole or not at all. `reward_details` is JSON, because each reward has its own fields."""
     table = pa.Table.from_pylist([_row(sample) for group in groups for sample in group.samples], schema=SCHEMA)
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")

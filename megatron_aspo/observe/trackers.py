@@ -1,7 +1,7 @@
 """Trackers by name: TensorBoard, W&B and MLflow, beside `metrics.jsonl`, which every run writes.
 
-A tracker is a convenience: each works in a thread of its own, so that a slow server delays no step, and one that fails is reported once and
-left out. To add one: write a class with the constructor and the methods of `Tracker`, and put it into `TRACKERS`.
+A tracker is a convenience: each runs in a thread of its own, so that a slow server delays no step, and one that fails is reported once and
+dropped. To add one: write a class with the constructor and the methods of `Tracker`, and put it into `TRACKERS`.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ CHARTS = (
     "tokens/generated_per_s",
     "seconds/step",
 )
-"""Metrics that are shown first, a second time below `00_overview/`, in the order of the names that trackers give charts."""
+"""Metrics repeated below `00_overview/`, which trackers list first, since they sort charts by name."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Wandb:
         name = {"project": run.project, "name": run.name, "id": re.sub(r"[/\\#?%:]", "-", run.name)}
         self._run = wandb.init(**name, resume="allow", dir=str(run.directory), config=run.recipe, settings=settings)
         self._run.define_metric("global_step")
-        # A metric of its own for the step: evaluations of older checkpoints come later.
+        # A separate step metric, because evaluations of older checkpoints arrive later.
         self._run.define_metric("*", step_metric="global_step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -155,7 +155,7 @@ def check_packages(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run. Nothing here raises or waits, but `close`, which waits at most 30 s."""
+    """The trackers of a run. No method raises or blocks, except that `close` waits at most 30 s."""
 
     def __init__(self, names: Sequence[str], run: TrackedRun, say: Callable[[str], None]):
         """say: prints a line; called once for each tracker that fails."""
@@ -169,7 +169,7 @@ class Trackers:
             thread.entries.put((step, numbers))
 
     def close(self) -> None:
-        """Wait for what is left to be sent; a tracker that takes too long is left behind. Idempotent."""
+        """Wait until everything is sent; a tracker that takes too long is left behind. Idempotent."""
         deadline = time.monotonic() + _CLOSE_S
         for thread in self._threads:
             thread.entries.put(None)

@@ -1,6 +1,6 @@
-"""The process in which a reward runs: it loads the reward, then answers each response that it reads with one line of JSON.
+"""The child process in which a reward runs: it loads the reward, then answers each response with one line of JSON.
 
-The parent's side is in `process.py`. Answers are JSON, not pickle: what runs here may be under the control of a model's text.
+The parent's side is in `process.py`. Answers are JSON, not pickle, because a model's text may control what runs here.
 """
 
 import ctypes
@@ -17,18 +17,19 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.result import RewardResult
 
 OUT_OF_MEMORY = 82
-"""Exit status of a reward's process that gets no more memory."""
+"""Exit status of a reward's process that runs out of memory."""
 _PR_SET_PDEATHSIG = 1
 
 
 def serve(descriptor: int) -> None:
-    """Answer on the socket `descriptor` until the parent closes it. An answer is `[score, reason, details, failure]` or `{"error": text}`.
+    """Serve requests on the socket `descriptor` until the parent closes it. An answer is `[score, reason, details, failure]` or
+    `{"error": text}`.
 
-    The first message is (task, options), answered by `{}` once the reward is loaded; each further one is a list of (prompt, response).
+    The first request is (task, options), answered by `{}` once the reward is loaded; each further one is a list of (prompt, response).
     """
     os.set_inheritable(descriptor, False)
-    # The parent may be killed while a reward is stuck here: the kernel then kills this process. To the kernel the parent is the thread that
-    # started this process; in a Ray actor that is the one thread that runs its methods.
+    # The parent may be killed while a reward is stuck here: the kernel then kills this process. For the kernel the parent is the thread
+    # that started this process; in a Ray actor that is the one thread that runs its methods.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     del sys.argv[1:]
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
@@ -60,7 +61,7 @@ def _answer_all(requests: BinaryIO, connection: socket.socket) -> None:
                 if not isinstance(error, RewardError) or options.reward_on_error == "stop":
                     _send(connection, {"error": str(error)})
                     return
-                result = RewardResult(options.reward_failure_score, error.did, {"failed": True}, "error")
+                result = RewardResult(options.reward_failure_score, error.fault, {"failed": True}, "error")
             except MemoryError:
                 os._exit(OUT_OF_MEMORY)
             _send(connection, [result.score, result.reason, result.details, result.failure])

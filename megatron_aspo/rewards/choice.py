@@ -1,4 +1,4 @@
-"""The rewards that score each data source, and their weights: read from `data.reward` or `data.rewards`, checked before a run starts."""
+"""The rewards of each data source and their weights: read from `data.reward` or `data.rewards`, checked before a run starts."""
 
 import difflib
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 BY_SOURCE = "by_source"
 OTHERS = "*"
-"""In `data.rewards`: every data source that is not named."""
+"""Key in `data.rewards` for every data source that is not named."""
 NAMES = ("code", "math", "format", "repetition", "remote")
-"""Rewards beside those of a user; `named.py` builds them."""
+"""Names of the built-in rewards; `named.py` builds them."""
 
 
 class RewardChoice:
     """The parts of each data source's reward."""
 
     def __init__(self, options: "DataOptions"):
-        """Raises UserError for a table or name that cannot be."""
+        """Raises UserError for an invalid table or name."""
         if options.reward and options.rewards:
             raise UserError(f"data.reward={options.reward} and data.rewards both choose the reward; remove one of them")
         self._by_source = options.reward == BY_SOURCE
@@ -33,22 +33,22 @@ class RewardChoice:
             self._rows = {source: _read_row(source, row) for source, row in options.rewards.items()}
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Return whether any reward is chosen."""
         return self._by_source or bool(self._rows)
 
     @property
     def single(self) -> str:
-        """The one reward of every row; empty where it depends on the row, or has several parts."""
+        """The one reward of every row; empty if it depends on the row or has several parts."""
         row = self._rows.get(OTHERS, {})
         return next(iter(row)) if len(self._rows) == len(row) == 1 and list(row.values()) == [1.0] else ""
 
     @property
     def names(self) -> set[str]:
-        """All rewards that may be needed."""
+        """All rewards that rows may need."""
         return {"code", "math"} if self._by_source else {name for row in self._rows.values() for name in row}
 
     def parts(self, data_source: str) -> Mapping[str, float]:
-        """Return the names of the rewards of a row, each with its weight. Raises UserError for a data source that has none."""
+        """Return the names of a row's rewards, each with its weight. Raises UserError for a data source without a reward."""
         if self._by_source:
             if name := reward_of_source(data_source):
                 return {name: 1.0}

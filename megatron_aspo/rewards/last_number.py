@@ -11,8 +11,8 @@ def last_number(response: str, truth: int) -> RewardResult:
     """Score 1.0 if the last number in `response` is `truth` in plain decimal digits, else 0.0.
 
     Words, punctuation and a worked sum around it are allowed: "7", "7." and "3 + 4 = 7" are right; "07", "7.0" and "7 or 8" are not.
-    To demand the number alone would be simpler, but a small chat model then scores 0 on nearly every sample (SmolLM2-135M-Instruct on
-    single_digit_addition: 0.00 against 0.19), and groups whose rewards are all equal teach nothing.
+    Requiring the number alone would be simpler, but a small chat model then scores 0 on nearly every sample (SmolLM2-135M-Instruct on
+    single_digit_addition: 0.00 against 0.19), and groups with equal rewards give no gradient.
     """
     number = find_last_number(response)
     if number is None:
@@ -23,6 +23,6 @@ def last_number(response: str, truth: int) -> RewardResult:
 
 
 def find_last_number(response: str) -> str | None:
-    """Return the last number of a response as it is written there, or None."""
+    """Return the last number of a response as written, or None."""
     numbers = NUMBER.findall(response)
     return numbers[-1] if numbers else None

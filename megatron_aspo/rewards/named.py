@@ -1,4 +1,4 @@
-"""The rewards by name, and a row's reward as the weighted sum of several."""
+"""Rewards by name, and a row's reward as the weighted sum of several."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_aspo.data.options import DataOptions
 
 GroundTruthCheck = Callable[[Any, str], None]
-"""(ground truth, prompt): raises UserError for a row that cannot be graded."""
+"""(ground truth, prompt) → None; raises UserError for a row that cannot be graded."""
 CHECKS: dict[str, GroundTruthCheck] = {"code": schemas.check_ground_truth, "math": math.check_ground_truth}
 
 
@@ -29,7 +29,7 @@ def build_rewards(options: "DataOptions") -> Reward:
 
 
 def build_named(name: str, options: "DataOptions") -> Reward:
-    """Return one reward. Raises UserError for options that it cannot have, and for what it lacks on this machine."""
+    """Return one reward. Raises UserError for options that do not fit it, and for missing prerequisites on this machine."""
     if name == "code":
         return CodeReward(options.code, options.reward_wrong_score)
     if name == "math":
@@ -44,19 +44,19 @@ def build_named(name: str, options: "DataOptions") -> Reward:
 
 
 class MixedReward:
-    """A `Reward`: the sum of a row's rewards times their weights. Their scores are in the details, as `parts`."""
+    """A `Reward`: the weighted sum of a row's rewards. The unweighted scores are in the details, as `parts`."""
 
     def __init__(self, choice: RewardChoice, options: "DataOptions"):
         self._choice = choice
         self._rewards = {name: build_named(name, options) for name in sorted(choice.names)}
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
-        """Raises UserError as its parts do."""
+        """Score a response. Raises UserError as its parts do."""
         weights = self._choice.parts(prompt.data_source)
         results = {name: self._rewards[name](prompt, response) for name in weights}
         details: dict[str, Any] = {}
         for result in results.values():
-            details = result.details | details  # the first reward's count where two have the same name
+            details = result.details | details  # the first reward's value wins if two have the same key
         details["parts"] = {name: result.score for name, result in results.items()}
         score = sum(weight * results[name].score for name, weight in weights.items())
         return RewardResult(score, "; ".join(f"{name}: {result.reason}" for name, result in results.items()), details)

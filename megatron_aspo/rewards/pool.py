@@ -1,4 +1,4 @@
-"""Scoring on the cluster: each response goes to the next reward worker that is free."""
+"""Scoring on the cluster: each response goes to the next free reward worker."""
 
 import contextlib
 import queue
@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
+from megatron_aspo.common.actors import require_cluster
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.common.ray_connection import require_cluster
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.process import reward_name
@@ -18,10 +18,10 @@ from megatron_aspo.rewards.remote import RemoteWorker
 from megatron_aspo.rewards.result import RewardResult
 
 _MAX_FAILURES_IN_A_ROW = 20
-"""Timeouts and crashes with no score between them that end the run, or the responses of two groups if these are more: one bad prompt can
-make every response to it hang. At the default limit and with one worker 20 take 20 minutes."""
+"""Consecutive timeouts and crashes without a score between them that end the run, or the responses of two groups if these are more, since
+one bad prompt can make every response to it hang. At the default limit and with one worker, 20 take 20 minutes."""
 _JOIN_S = 5.0
-"""How long a thread may take to notice that its worker has ended."""
+"""Seconds for a thread to notice that its worker has ended."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +32,20 @@ class _Job:
 
 
 class RewardPool:
-    """`workers` reward workers, each fed by a thread of the driver, one response at a time.
+    """`workers` reward workers, each fed one response at a time by a thread of the driver.
 
-    Needs an initialised Ray. Call `ready` first and `close` last, or use it as a context manager, which does both.
+    Needs an initialised Ray. Call `ready` first and `close` last, or use it as a context manager, which calls both.
     """
 
     def __init__(self, task: str, options: DataOptions, workers: int = 1, group_size: int = 1):
-        """Begin to start the workers; they load the reward in the background. group_size: responses to a prompt.
+        """Start the workers, which load the reward in the background. group_size: responses to a prompt.
 
-        Raises UserError if the cluster has too little of the resource that `data.reward_resource` names.
+        Raises UserError if the cluster has too little of the resource `data.reward_resource`.
         """
         require_cluster()
         _check_resource(options.reward_resource, workers)
         self.name = reward_name(task, options)
-        """How messages name the reward."""
+        """Name of the reward in errors."""
         self._lock = threading.Lock()
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._unfinished: set[_Job] = set()
@@ -56,7 +56,7 @@ class RewardPool:
         self._workers = [RemoteWorker(task, options, self._note_loss) for _ in range(workers)]
 
     def ready(self) -> None:
-        """Return when every worker has loaded the reward. Raises UserError as `build_reward` does, and if a worker does not come up."""
+        """Wait until every worker has loaded the reward. Raises UserError as `build_reward` does, and if a worker does not start."""
         for worker in self._workers:
             worker.ready()
         self._threads = [threading.Thread(target=self._feed, args=(worker,), daemon=True) for worker in self._workers]
@@ -64,10 +64,10 @@ class RewardPool:
             thread.start()
 
     def submit(self, prompt: Prompt, response: str) -> "Future[RewardResult]":
-        """Have a response scored; returns at once. Responses are begun in the order in which they come; until then they can be cancelled.
+        """Queue a response for scoring and return its future. Scoring starts in the order of submission; until then it can be cancelled.
 
         All futures, and every later call, raise UserError as soon as the reward raises an exception or returns no score for any response,
-        and after too many failures without a score between them.
+        and after too many consecutive failures.
         """
         job = _Job(prompt, response)
         with self._lock:
@@ -84,7 +84,7 @@ class RewardPool:
         return losses
 
     def close(self) -> None:
-        """End the workers and their child processes; the pool is of no use afterwards. Idempotent."""
+        """End the workers and their child processes; the pool cannot be used afterwards. Idempotent."""
         self._stop(UserError(f"{self.name} was stopped"))
         for worker in self._workers:
             worker.close()
@@ -105,7 +105,7 @@ class RewardPool:
         self.close()
 
     def _feed(self, worker: RemoteWorker) -> None:
-        """Score on this worker, one response after the other, until the pool is closed or the reward is found to be broken."""
+        """Score responses on this worker, one after the other, until the pool is closed or the reward fails."""
         while job := self._waiting.get():
             with self._lock:
                 if self._error:
@@ -120,7 +120,7 @@ class RewardPool:
                 return
 
     def _finish(self, job: _Job, result: RewardResult) -> None:
-        """Raises UserError after too many failures in a row."""
+        """Set the job's result. Raises UserError after too many consecutive failures."""
         with self._lock:
             if self._error:
                 return
@@ -134,7 +134,7 @@ class RewardPool:
             job.result.set_result(result)
 
     def _stop(self, error: Exception) -> None:
-        """Let every response that has no result yet end with the error. The first error counts."""
+        """Set the error as the outcome of every unfinished response. The first error counts."""
         with self._lock:
             if self._error is None:
                 self._error = error
@@ -149,7 +149,7 @@ class RewardPool:
 
 
 def _check_resource(name: str, workers: int) -> None:
-    """Refuse at once what Ray could never place: it would wait for ever."""
+    """Refuse a demand that Ray could never satisfy, for which it would wait forever."""
     available = ray.cluster_resources().get(name, 0)
     if name and available < workers:
         raise UserError(

@@ -1,7 +1,7 @@
-"""A reward in a child process, with a time limit on every response. A child that hangs or dies is killed and replaced.
+"""A reward in a child process, with a time limit for each response. A child that hangs or dies is killed and replaced.
 
-The limit is kept from outside: a reward may block in C code, hold the interpreter's lock or ignore every signal but SIGKILL. The child
-answers one response at a time over a socket, so it is known which response it was on. Its side is in `child.py`.
+The limit is enforced from outside: a reward may block in C code, hold the interpreter's lock or ignore every signal but SIGKILL. The child
+answers one response at a time over a socket, so the parent knows which response it was scoring. The child's side is in `child.py`.
 """
 
 import contextlib
@@ -27,24 +27,24 @@ from megatron_aspo.rewards.child import OUT_OF_MEMORY
 from megatron_aspo.rewards.result import RewardResult
 
 LOAD_TIMEOUT_S = 300.0
-"""For importing the reward's module: enough for torch and a dictionary on a cold network disk."""
+"""Seconds to import the reward's module: enough for torch and a dictionary on a cold network disk."""
 _TICK_S = 0.1
-"""How often the time limit is checked; a child is killed at most this much later."""
+"""Seconds between checks of the time limit; a child is killed at most this much late."""
 _MAX_ANSWER_BYTES = 16 << 20
-"""Longest answer that is read. Every rollout dump keeps it; without a limit it could use up the memory of this process."""
+"""Longest answer that is read. Every rollout dump stores it, and without a limit it could exhaust this process's memory."""
 _BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from megatron_aspo.rewards.child import serve; serve(int(sys.argv[1]))"
-"""The child finds the modules that its parent finds. Not through PYTHONPATH: programs that a reward starts would inherit it."""
+"""Gives the child its parent's module path. PYTHONPATH would be inherited by programs that a reward starts."""
 
 
 def reward_name(task: str, options: DataOptions) -> str:
-    """How messages name the reward."""
+    """Return the name of the reward in errors."""
     if options.rewards:
         return "data.rewards"
     return f"data.reward={options.reward}" if options.reward else f"the reward of task={task}"
 
 
 def check_reward(task: str, options: DataOptions) -> None:
-    """Load the task's reward in a child process and end that. Raises UserError as `RewardProcess.start` does."""
+    """Load the task's reward in a child process, then end the process. Raises UserError as `RewardProcess.start` does."""
     process = RewardProcess(task, options, os.getcwd())
     try:
         process.start()
@@ -53,9 +53,9 @@ def check_reward(task: str, options: DataOptions) -> None:
 
 
 def longest_score_s(options: DataOptions) -> float:
-    """Upper bound of the seconds in which `RewardProcess.score` scores one response.
+    """Return an upper bound of the seconds in which `RewardProcess.score` scores one response.
 
-    It tries two child processes: each loads the reward, and has the time limit for taking the response and for answering.
+    It tries at most two child processes: each loads the reward, and has the time limit for reading the response and for answering.
     """
     return 2 * (LOAD_TIMEOUT_S + 2 * options.reward_timeout_s)
 
@@ -64,7 +64,7 @@ class RewardProcess:
     """One child process that scores responses. Call `start` first and `close` last."""
 
     def __init__(self, task: str, options: DataOptions, directory: str):
-        """directory: the child's working directory, if this machine has it; modules in it are found."""
+        """directory: the child's working directory, if it exists on this machine; modules in it can be imported."""
         self._task, self._options, self._directory = task, options, directory
         self._name = reward_name(task, options)
         self._watchdog = _Watchdog(self._kill)
@@ -73,12 +73,12 @@ class RewardProcess:
         self._closed = False
 
     def start(self) -> None:
-        """Start the child and load the reward. Raises UserError if loading fails, ends the child or takes more than 300 s."""
+        """Start the child and load the reward. Raises UserError if loading fails, ends the child or takes over `LOAD_TIMEOUT_S`."""
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
             if self._closed:
                 raise UserError(f"{self._name} was stopped")
-            # Buffered: many answers in one read, which matters where a score takes microseconds.
+            # Buffered: one read gets many answers, which matters for scores that take microseconds.
             self._connection, self._answers = ours, ours.makefile("rb")
             self._child = subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), *sys.path],
@@ -107,24 +107,24 @@ class RewardProcess:
                     done, crashed = done + 1, False
             except _ChildEnded as end:
                 if end.failure == "crash" and not crashed:
-                    crashed = True  # once may be the machine's fault: the kernel kills processes when memory runs out
+                    crashed = True  # retried once, as the cause may be the machine: the kernel kills processes when memory runs out
                     continue
                 reason = end.reason if end.failure == "timeout" else f"{end.reason} twice"
                 yield RewardResult(self._options.reward_failure_score, reason, {"failed": True}, end.failure)
                 done, crashed = done + 1, False
             except GeneratorExit:
-                self._kill()  # its answers to the rest would be taken for those to the next batch
+                self._kill()  # its remaining answers would be taken for those of the next batch
                 raise
 
     def close(self) -> None:
-        """Kill the child with everything it started. Idempotent; may be called from another thread while `score` waits."""
+        """Kill the child and everything it started. Idempotent; may be called from another thread while `score` waits."""
         with self._lock:
             self._closed = True
         self._watchdog.stop()
         self._kill()
 
     def _score_in_one_child(self, batch: Sequence[tuple[Prompt, str]]) -> Iterator[RewardResult]:
-        """Raises _ChildEnded at the response at which the child hung or died."""
+        """Yield the results. Raises _ChildEnded at the response at which the child hung or died."""
         limit_s = self._options.reward_timeout_s
         if self._child.returncode is not None:
             self.start()
@@ -134,23 +134,23 @@ class RewardProcess:
 
     def _send(self, message: Any, limit_s: float) -> None:
         data = pickle.dumps(message)
-        # Under the limit too: a thread that a reward left behind can keep the child from ever reading.
-        self._within(limit_s, lambda: self._connection.sendall(data) or True)
+        # Limited too: a thread that a reward left behind can keep the child from reading.
+        self._call_with_limit(limit_s, lambda: self._connection.sendall(data) or True)
 
     def _receive(self, limit_s: float) -> Any:
-        """Return the child's next answer. Raises UserError with the child's message if that is an error."""
-        line = self._within(limit_s, lambda: self._answers.readline(_MAX_ANSWER_BYTES))
-        if not line.endswith(b"\n"):  # too long, or the child died in the middle of it
+        """Return the child's next answer. Raises UserError with the child's message if it is an error."""
+        line = self._call_with_limit(limit_s, lambda: self._answers.readline(_MAX_ANSWER_BYTES))
+        if not line.endswith(b"\n"):  # too long, or torn by the child's death
             raise _ChildEnded(None, self._kill(), too_long=len(line) == _MAX_ANSWER_BYTES)
         answer = json.loads(line)
         if isinstance(answer, dict) and "error" in answer:
             raise UserError(answer["error"])
         return answer
 
-    def _within(self, limit_s: float, call: Callable[[], Any]) -> Any:
-        """Return what `call` returns, a blocking use of the connection; nothing or an OSError means that the child closed it.
+    def _call_with_limit(self, limit_s: float, call: Callable[[], Any]) -> Any:
+        """Return the result of `call`, a blocking use of the connection; no result or an OSError means that the child closed it.
 
-        Raises _ChildEnded if it did, and if the child was killed because `call` took more than `limit_s`.
+        Raises _ChildEnded if it did, or if the child was killed because `call` took more than `limit_s`.
         """
         self._watchdog.start(limit_s)
         try:
@@ -164,19 +164,19 @@ class RewardProcess:
         return result
 
     def _kill(self) -> int | None:
-        """Kill the child, its descendants and its process group; returns the child's exit status, as subprocess gives it."""
+        """Kill the child, its descendants and its process group; return the child's exit status in subprocess's convention."""
         with self._lock:
             child = self._child
             if child is None:
                 return None
-            if child.returncode is None:  # else its number may be another process's by now
+            if child.returncode is None:  # else its pid may have been reused
                 family = []
                 with contextlib.suppress(psutil.Error):
                     family = psutil.Process(child.pid).children(recursive=True)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-                for process in family:  # those in sessions of their own
-                    with contextlib.suppress(psutil.Error):  # gone, or another user's (sudo)
+                for process in family:  # includes those in other sessions
+                    with contextlib.suppress(psutil.Error):  # it has ended, or belongs to another user (sudo)
                         process.kill()
             return child.wait()
 
@@ -185,7 +185,7 @@ class _ChildEnded(Exception):
     """The child hung and was killed, or it died."""
 
     def __init__(self, limit_s: float | None, status: int | None, too_long: bool = False):
-        """limit_s: the limit it exceeded, None if it died by itself; status: its exit status; too_long: its answer was."""
+        """limit_s: the limit it exceeded, None if it died by itself; status: its exit status; too_long: whether its answer was."""
         self.failure = "crash" if limit_s is None else "timeout"
         if limit_s is not None:
             self.reason = f"timed out after {limit_s:g} s"
@@ -200,7 +200,7 @@ class _ChildEnded(Exception):
 
 
 class _Watchdog:
-    """Calls a function when something takes longer than its limit: `start`, do it, `cancel`."""
+    """Calls a function when an operation exceeds its time limit: call `start`, run the operation, call `cancel`."""
 
     def __init__(self, act: Callable[[], Any]):
         self._act = act
@@ -215,7 +215,7 @@ class _Watchdog:
             self._deadline = time.monotonic() + limit_s
 
     def cancel(self) -> bool:
-        """Whether the limit was exceeded."""
+        """Stop timing; return whether the limit was exceeded."""
         with self._lock:
             expired, self._deadline, self._expired = self._expired, math.inf, False
         return expired

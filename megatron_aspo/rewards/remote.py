@@ -1,7 +1,7 @@
-"""One reward worker as the driver sees it: it is replaced when it is lost, that is when its process dies or freezes.
+"""The driver's view of one reward worker, which is replaced when it is lost: when its process dies or freezes.
 
-A process dies when somebody kills it, when its machine runs out of memory, or with its node. It is frozen when it does not answer a ping.
-What the reward itself does wrong reaches only the worker's child process (`process.py`).
+A process dies when it is killed, when its machine runs out of memory, or with its node. It is frozen when it does not answer a ping.
+Faults of the reward itself affect only the worker's child process (`process.py`).
 """
 
 import os
@@ -22,18 +22,18 @@ from megatron_aspo.rewards.result import RewardResult
 from megatron_aspo.rewards.worker import RewardWorker
 
 _START_S = 60.0 + LOAD_TIMEOUT_S
-"""Longest time for Ray to start a worker's process, and for that to load the reward."""
+"""Longest time for Ray to start a worker's process and for the worker to load the reward."""
 _PING_S = 10.0
-"""A worker that does not answer a ping in this time is frozen. An answer takes milliseconds; the rest is for a machine that swaps."""
+"""A worker that does not answer a ping in this time is frozen. An answer takes milliseconds; the margin is for a machine that swaps."""
 _CLOSE_S = 5.0
-"""How long a worker may take to kill its child process."""
+"""Seconds for a worker to kill its child process."""
 
 
 class RemoteWorker:
-    """One reward worker, and after it the one that replaces it. Call `ready` first and `close` last; `close` may come from any thread."""
+    """One reward worker and its replacements. Call `ready` first and `close` last; `close` is thread-safe."""
 
     def __init__(self, task: str, options: DataOptions, on_loss: Callable[[str], None]):
-        """Begin to start the worker. on_loss: called with one line when a worker is lost."""
+        """Start the worker. on_loss: called with one line when a worker is lost."""
         self._task, self._options, self._on_loss = task, options, on_loss
         self._name = reward_name(task, options)
         self._lock = threading.Lock()
@@ -42,16 +42,16 @@ class RemoteWorker:
         self._start()
 
     def ready(self) -> None:
-        """Return when the worker has loaded the reward. Raises UserError as `build_reward` does, and if the worker does not come up."""
+        """Wait until the worker has loaded the reward. Raises UserError as `build_reward` does, and if the worker does not start."""
         try:
             self._wait_until_loaded()
         except _LostError as error:
             raise UserError(f"a worker process of {self._name} {error.reason}; start the run again") from error
 
     def score(self, prompt: Prompt, response: str) -> RewardResult:
-        """Return the result of one response; if the worker is lost, score the response once more on a new worker.
+        """Return the result of one response; if the worker is lost, score the response again on a new worker.
 
-        If that is lost too the result is a failure. Raises UserError if the reward raises an exception or returns no score.
+        If that is lost too, the result is a failure. Raises UserError if the reward raises an exception or returns no score.
         """
         reasons = []
         for _ in range(2):
@@ -69,7 +69,7 @@ class RemoteWorker:
         return RewardResult(self._options.reward_failure_score, reason, {"failed": True}, failure)
 
     def close(self) -> None:
-        """End the worker and its child process; a call of `score` under way raises UserError. Idempotent."""
+        """End the worker and its child process; a concurrent call of `score` raises UserError. Idempotent."""
         with self._lock:
             self._closed = True
             actor = self._actor
@@ -78,7 +78,7 @@ class RemoteWorker:
             ray.kill(actor)
 
     def _start(self) -> None:
-        # No CPU is reserved: scoring runs beside generation, and must never wait for a place.
+        # No CPU is reserved, because scoring runs beside generation and must never wait for one.
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         options: dict[str, Any] = {"num_cpus": 0, "runtime_env": environment, "concurrency_groups": {"control": 1}}
         if self._options.reward_resource:
@@ -95,7 +95,7 @@ class RemoteWorker:
         _get(self._loaded)
 
     def _answer(self, prompt: Prompt, response: str) -> RewardResult:
-        """Raises _LostError when the worker dies, freezes, or takes longer than its child process can ever take."""
+        """Return the worker's result. Raises _LostError if it dies, freezes, or exceeds the upper bound of its child process."""
         result = self._actor.score.remote(with_packed_answer(prompt), response)
         deadline = time.monotonic() + longest_score_s(self._options)
         while not ray.wait([result], timeout=self._options.reward_timeout_s)[0]:
@@ -108,14 +108,14 @@ class RemoteWorker:
     def _discard(self) -> None:
         with self._lock:
             actor, self._actor = self._actor, None
-        ray.kill(actor)  # a frozen process too: its node kills it after a few seconds
+        ray.kill(actor)  # works for a frozen process too: its node kills it after a few seconds
 
 
 class _LostError(Exception):
-    """The worker's process is of no use any more."""
+    """The worker's process is no longer usable."""
 
     def __init__(self, reason: str, failure: str):
-        """reason: what it did; failure: as RewardResult's."""
+        """reason: what happened to it, as a verb phrase; failure: that of RewardResult."""
         super().__init__(reason)
         self.reason, self.failure = reason, failure
 

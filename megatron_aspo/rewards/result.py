@@ -10,13 +10,13 @@ from megatron_aspo.data.records import Prompt
 @dataclass(frozen=True)
 class RewardResult:
     score: float
-    """Finite."""
+    """A finite number."""
     reason: str
     """A few words for the reader of a rollout dump."""
     details: dict[str, Any] = field(default_factory=dict)
-    """More that goes into the rollout dump; JSON values."""
+    """Further JSON values for the rollout dump."""
     failure: str = ""
-    """`timeout`, `crash` or `error` where the reward gave no score and `score` is `data.reward_failure_score`; else empty."""
+    """`timeout`, `crash` or `error` if the reward gave no score and `score` is `data.reward_failure_score`; else empty."""
 
 
 Reward = Callable[[Prompt, str], RewardResult]

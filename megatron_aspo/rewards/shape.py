@@ -1,4 +1,4 @@
-"""Rewards for the form of a response, to be mixed with one for its content. Each takes time linear in its length."""
+"""Rewards for the form of a response, to be mixed with one for its content. Each takes time linear in the response's length."""
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
@@ -6,14 +6,14 @@ from megatron_aspo.rewards.result import RewardResult
 
 
 class FormatReward:
-    """A `Reward`: 1.0 if each tag encloses something, once, in the order given, else 0.0.
+    """A `Reward`: 1.0 if each tag encloses text exactly once, in the given order, else 0.0.
 
-    With `[think]`: `<think>`, some text, `</think>`, and more text. The first opening tag may be missing, as where the chat template ends
+    With `[think]`: `<think>`, some text, `</think>`, and more text. The first opening tag may be missing, because some chat templates end
     with it.
     """
 
     def __init__(self, tags: list[str]):
-        """Raises UserError if there are none, or one is no name."""
+        """Raises UserError if there are no tags, or one is not an identifier."""
         if not tags or not all(tag.isidentifier() for tag in tags):
             raise UserError(f"data.format_tags={tags} must be names of tags, such as [think, answer]; set it")
         self._tags = tags

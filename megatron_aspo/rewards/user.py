@@ -1,9 +1,9 @@
-"""A custom reward function, by dotted path.
+"""A custom reward function, by import path.
 
     def score(prompt: str, response: str, ground_truth, extra: dict) -> float | dict
 
 or the same as `async def`.
-`prompt` is the user's last message, or the whole prompt where it was a plain string; `extra` the row's other fields. A dict must have
+`prompt` is the user's last message, or the whole prompt if it was a plain string; `extra` the row's other fields. A dict must have
 `score`; its other entries, JSON values, go to the rollout dump; `reason` is shown beside the score.
 """
 
@@ -26,28 +26,28 @@ from megatron_aspo.rewards.result import Reward, RewardResult
 SIGNATURE = "(prompt, response, ground_truth, extra)"
 _NO_REASON = "scored by the user's function"
 _MAX_DEPTH = 100
-"""Deepest nesting of details. JSON readers have limits of this order, and a list that contains itself has no end."""
+"""Maximum nesting of details. JSON readers have limits of this order, and a list that contains itself has no end."""
 
 
 class RewardError(UserError):
-    """A custom reward raised, or returned no score; `data.reward_on_error` decides what that means."""
+    """A custom reward raised or returned no score; `data.reward_on_error` decides the consequence."""
 
-    def __init__(self, what: str, did: str):
-        """what: the reward and the prompt; did: what the reward did, and the cure."""
-        super().__init__(f"{what} {did}")
-        self.did = did
+    def __init__(self, what: str, fault: str):
+        """what: the reward and the prompt; fault: the fault, as a verb phrase, and the cure."""
+        super().__init__(f"{what} {fault}")
+        self.fault = fault
 
 
 class _NoScoreError(Exception):
-    """A value that is no score; the text says what it is."""
+    """A value is not a score; the text describes it."""
 
 
 def load_reward(path: str) -> Reward:
     """Return the function at `package.module:function` as a `Reward`; modules in the working directory are found too.
 
     Raises UserError if it cannot be imported or is not a function of four arguments. The returned `Reward` raises RewardError, with the
-    prompt's id in the message, if the function raises anything at all (SystemExit and KeyboardInterrupt included) or returns anything but a
-    finite number or a dict with one; only a MemoryError passes, which is no property of the response.
+    prompt's id in the message, if the function raises anything (SystemExit and KeyboardInterrupt included) or returns anything but a
+    finite number or a dict with one; only a MemoryError passes, because it is no property of the response.
     """
     function = load_function(path, "data.reward", allow_async=True)
     loop = asyncio.new_event_loop() if inspect.iscoroutinefunction(function) else None
@@ -56,7 +56,7 @@ def load_reward(path: str) -> Reward:
     def reward(prompt: Prompt, response: str) -> RewardResult:
         what = f"data.reward={path} on prompt {prompt.id}"
         try:
-            # Copied: the same prompt is scored again and again, whatever the function does to its arguments.
+            # Copied, because the same prompt is scored repeatedly and the function may change its arguments.
             value = function(prompt.text, response, copy.deepcopy(prompt.ground_truth), copy.deepcopy(prompt.extra))
             if loop:
                 value = loop.run_until_complete(value)
@@ -109,7 +109,7 @@ class _NotJsonError(Exception):
 
 
 def _to_json(value: Any, name: str, depth: int = 0) -> Any:
-    """Return `value` with lists for tuples, text for dict keys and Python's numbers for numpy's.
+    """Return `value` with tuples converted to lists, dict keys to text and numpy's numbers to Python's.
 
     Raises _NotJsonError with the entry's name.
     """

@@ -1,4 +1,4 @@
-"""A reward worker: a Ray actor with a child process in which the reward runs. The reward never runs in the driver."""
+"""A reward worker: a Ray actor with a child process in which the reward runs, so that it never runs in the driver."""
 
 import ray
 
@@ -9,12 +9,12 @@ from megatron_aspo.rewards.result import RewardResult
 
 
 class RewardWorker:
-    """Scores responses, one at a time. Call `load` before `score`, and `close` last, at any time."""
+    """Scores responses, one at a time. Call `load` before `score`; `close` may be called at any time, and comes last."""
 
     def load(self, task: str, options: DataOptions, working_directory: str) -> None:
         """Start the child process and load the task's reward in it. Raises UserError.
 
-        Not in the constructor: Ray turns what that raises into a dead actor, and the UserError would be lost in the text of another error.
+        The constructor does not do this, because Ray turns its exceptions into a dead actor and would bury the UserError in another error.
         """
         self._process = RewardProcess(task, options, working_directory)
         self._process.start()

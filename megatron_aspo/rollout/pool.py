@@ -17,10 +17,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import megatron_aspo
+from megatron_aspo.common.actors import Pending, require_cluster
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.common.pending import Pending
 from megatron_aspo.common.process_tree import sweep, sweep_below
-from megatron_aspo.common.ray_connection import require_cluster
 from megatron_aspo.data.records import Generation
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo, Request
 from megatron_aspo.rollout.engine_settings import EngineSpec, environment

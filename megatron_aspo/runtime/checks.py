@@ -5,13 +5,15 @@
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_aspo.checkpoint.start_model import find_copy, hugging_face_copy
+from megatron_aspo.checkpoint.torch_dist import TorchDistReader
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
 from megatron_aspo.hf.model import HFModel, read_model
-from megatron_aspo.hf.model_directory import resolve_model
+from megatron_aspo.hf.model_directory import find_torch_dist, resolve_model
 from megatron_aspo.hf.tensor_files import TensorReader, has_weights
 from megatron_aspo.rollout.memory import check_cache
 from megatron_aspo.runtime.placement import check_places
@@ -24,9 +26,20 @@ class CheckedRecipe:
     """A recipe's model and settings, which can work together."""
 
     model: HFModel
+    """Its directory has no weights where `torch_dist` is set."""
     settings: RankSettings
-    reader: TensorReader | None
+    reader: TensorReader | TorchDistReader | None
     """None where the model's directory has no weights, and none were required."""
+    torch_dist: Path | None = None
+    """The directory of tensors, where the model is a `torch_dist` checkpoint."""
+
+    def in_hugging_face_format(self) -> "CheckedRecipe":
+        """Return the same with a model that ranks and engines can load: a `torch_dist` checkpoint is converted at its first use."""
+        if self.torch_dist is None:
+            return self
+        directory = hugging_face_copy(self.torch_dist)
+        model = replace(self.model, directory=directory)
+        return CheckedRecipe(model, replace(self.settings, model_directory=directory), TensorReader.checked(model))
 
 
 def check_run(config: Config, device: str, *, weights_required: bool = True) -> CheckedRecipe:
@@ -37,12 +50,18 @@ def check_run(config: Config, device: str, *, weights_required: bool = True) -> 
     model = read_model(resolve_model(config.model))
     settings = rank_settings(config, model.directory)
     check_recipe(config, model, settings, device)
-    reader = TensorReader.checked(model) if weights_required or has_weights(model.directory) else None
+    torch_dist = find_torch_dist(Path(config.model).expanduser())
+    if torch_dist is not None:
+        torch_dist = torch_dist.resolve()
+        find_copy(torch_dist)  # one of another checkpoint is refused by every command
+        reader = TorchDistReader(torch_dist, model)
+    else:
+        reader = TensorReader.checked(model) if weights_required or has_weights(model.directory) else None
     if ":" in config.algorithm.policy_loss:
         from megatron_aspo.losses.custom import find_policy_loss
 
         find_policy_loss(config.algorithm)
-    return CheckedRecipe(model, settings, reader)
+    return CheckedRecipe(model, settings, reader, torch_dist)
 
 
 def check_recipe(config: Config, model: HFModel, settings: RankSettings, device: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_aspo.common.import_path import child_python_path
 from megatron_aspo.common.process_tree import mapped_segments, unlink
 
 _MARK = "MEGATRON_ASPO_CLUSTER"
@@ -34,10 +35,9 @@ class Guard:
 
     def __init__(self) -> None:
         self._mark = uuid.uuid4().hex
-        root = str(Path(__file__).parents[2])
         # A driver may itself belong to another driver's cluster; its guard must outlive it all the same.
         environment = {key: value for key, value in os.environ.items() if key != _MARK}
-        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment["PYTHONPATH"] = child_python_path()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_aspo.runtime.guard", self._mark, str(os.getpid())],
             stdin=subprocess.PIPE,

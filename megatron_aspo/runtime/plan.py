@@ -11,6 +11,7 @@ from functools import cached_property
 
 import psutil
 
+from megatron_aspo.checkpoint.start_model import find_copy
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.hf.model import HFModel
@@ -119,6 +120,8 @@ def make_plan(config: Config, device: str = "", nodes: int = 1) -> Plan:
     checked = check_run(config, device, weights_required=False)
     if checked.reader is None:
         notes.append(f"{checked.model.directory} holds no weights: only its config.json was checked")
+    if checked.torch_dist and not find_copy(checked.torch_dist):
+        notes.append(f"train will first write a Hugging Face copy of {checked.torch_dist} into it, for engines and ranks")
     sizes, colocated = checked.settings.sizes, config.placement == "colocated"
     shares = shares_of_nodes(nodes, sizes.world, sizes.tensor, config.rollout.sizes, colocated) if nodes > 1 else []
     plan = Plan(config, checked.model, checked.settings, device, tuple(shares), tuple(filter(None, notes)))

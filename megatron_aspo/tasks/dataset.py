@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import REASONING_GYM_OPTIONS, DataOptions
-from megatron_aspo.data.order import mixed, shuffled_position
+from megatron_aspo.data.order import choose_source, shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.sources import Row, read_rows, short_name
 from megatron_aspo.data.store import PromptStore
@@ -30,15 +30,15 @@ class Part:
 
 
 class DatasetTask:
-    """Training prompts of `data.path` in shuffled epochs, held-out prompts of `data.eval_path` in their order, the reward `data.reward`.
+    """Training prompts of `data.path` in shuffled epochs, held-out prompts of `data.eval_path` in order, the reward `data.reward`.
 
-    With `data.weights` each location has epochs of its own, and its share of the draws.
+    With `data.weights` each location has its own epochs and its share of the draws.
     """
 
     name = "dataset"
 
     def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
-        """Read and check all prompts. Raises UserError with the place of the first that is wrong."""
+        """Read and check all prompts. Raises UserError naming file and row of the first faulty one."""
         if not options.path:
             raise UserError("task=dataset needs data.path, the files of training prompts; set it")
         _require_reward(options)
@@ -54,35 +54,35 @@ class DatasetTask:
 
     @classmethod
     def build_reward(cls, options: DataOptions) -> Reward:
-        """Raises UserError if neither `data.reward` nor `data.rewards` is set, or a reward cannot be loaded."""
+        """Return the reward. Raises UserError if neither `data.reward` nor `data.rewards` is set, or a reward cannot be loaded."""
         options.refuse(cls.name, *REASONING_GYM_OPTIONS)
         _require_reward(options)
         return build_rewards(options)
 
     def prompt(self, index: int) -> Prompt:
-        """Its ground truth is a `StoredAnswer`: `store.with_answer` reads it."""
+        """Return training prompt number `index`. Its ground truth is a `StoredAnswer`, which `store.with_answer` reads."""
         if not self._weights:
             return self._store.read(shuffled_position(self._seed, index, self._training[-1].stop))
-        source, draw = mixed(self._weights, index)
+        source, draw = choose_source(self._weights, index)
         part = self._training[source]
         return self._store.read(part.start + shuffled_position(f"{self._seed} {source}", draw, part.stop - part.start))
 
     def held_out(self) -> list[Prompt]:
-        """Raises UserError if no file of held-out prompts was named."""
+        """Return the held-out prompts in order. Raises UserError if `data.eval_path` is empty."""
         if not self._held_out:
             raise UserError("task=dataset needs data.eval_path, files of held-out prompts, to evaluate; set it, or evaluation.draws=0")
         return [self._store.read(position) for part in self._held_out for position in range(part.start, part.stop)]
 
     @property
     def remarks(self) -> list[str]:
-        """Report lines: rows left out as too long, repeated prompts, held-out prompts that are trained on."""
+        """Report lines: rows left out as too long, repeated prompts, held-out prompts that are also training prompts."""
         parts = [*self._training, *self._held_out]
         long = [f"{part.location}: {part.too_long} rows left out, longer than data.max_prompt_tokens" for part in parts if part.too_long]
-        return [*long, *repetitions(self._store)]
+        return [*long, *find_repetitions(self._store)]
 
 
 class Loader:
-    """Reads locations into a store, a row at a time."""
+    """Reads locations into a store, one row at a time."""
 
     def __init__(
         self,
@@ -91,25 +91,25 @@ class Loader:
         encoder: PromptEncoder,
         read: Callable[[str], Iterable[Row]] = lambda location: read_rows(location, WANTED),
     ):
-        """read: yields the rows of a location, in one of the layouts that are understood."""
+        """read: yields the rows of a location, in one of the known layouts."""
         self._store, self._options, self._encoder, self._read = store, options, encoder, read
         self._choice = RewardChoice(options)
 
     def load(self, split: str, locations: Sequence[str]) -> list[Part]:
-        """Add all rows, with ids `SPLIT/ID`, or `SPLIT/NAME/ID` of several locations. Raises UserError for a faulty row."""
-        names = distinct([short_name(location) for location in locations])
+        """Add all rows, with ids `SPLIT/ID`, or `SPLIT/NAME/ID` if there are several locations. Raises UserError for a faulty row."""
+        names = make_distinct([short_name(location) for location in locations])
         return [self._load_one(split, location, names[n] if len(names) > 1 else "") for n, location in enumerate(locations)]
 
     def _load_one(self, split: str, location: str, name: str) -> Part:
         start, too_long = len(self._store), 0
         prefix = f"{split}/{name}/" if name else f"{split}/"
-        place_of_id: dict[str, str] = {}
+        where_by_id: dict[str, str] = {}
         for row in self._read(location):
             problem = understand(row, DatasetTask.name)
             prompt_id = prefix + str(row.number if problem.id is None else problem.id)
-            if other := place_of_id.get(prompt_id):
+            if other := where_by_id.get(prompt_id):
                 raise UserError(f"{row.where}: id {row.fields.get('id', row.number)!r} is also that of {other}; ids must differ")
-            place_of_id[prompt_id] = row.where
+            where_by_id[prompt_id] = row.where
             tokens = self._encode(problem, row)
             if len(tokens) > self._options.max_prompt_tokens and self._options.drop_long_prompts:
                 too_long += 1
@@ -140,7 +140,7 @@ class Loader:
             )
 
     def _check_truth(self, problem: Problem, row: Row) -> None:
-        if not self._choice:  # the data are only reported on
+        if not self._choice:  # no reward is set: the data are only reported on
             return
         try:
             for name in self._choice.parts(problem.data_source):
@@ -150,22 +150,22 @@ class Loader:
             raise UserError(f"{row.where}: {error}") from error
 
 
-def repetitions(store: PromptStore) -> list[str]:
-    """Say which training prompts occur twice, and which held-out prompts are trained on, by their tokens and by their ids."""
+def find_repetitions(store: PromptStore) -> list[str]:
+    """Report training prompts that occur twice, and held-out prompts that are also training prompts, by tokens and by id."""
     found = []
     for column, what in (("hash", "text"), ("known_as", "id")):
         real = f"{column} <> ''"
         ((repeated,),) = store.query(f"SELECT count(*) - count(DISTINCT {column}) FROM prompts WHERE split = ? AND {real}", TRAIN)
         if repeated:
             first = store.query(
-                f"SELECT min(place), max(place) FROM prompts WHERE split = ? AND {real} GROUP BY {column} HAVING count(*) > 1 "
+                f"SELECT min(location), max(location) FROM prompts WHERE split = ? AND {real} GROUP BY {column} HAVING count(*) > 1 "
                 "ORDER BY min(position) LIMIT 1",
                 TRAIN,
             )
             found.append(f"{repeated} training prompts have the {what} of an earlier one, such as {' and '.join(first[0])}")
         both = store.query(
-            f"SELECT held.place, trained.place FROM prompts AS held JOIN prompts AS trained USING ({column}) WHERE held.split = ? AND "
-            f"trained.split = ? AND held.{real} GROUP BY held.position ORDER BY held.position",
+            f"SELECT held.location, trained.location FROM prompts AS held JOIN prompts AS trained USING ({column}) WHERE held.split = ? "
+            f"AND trained.split = ? AND held.{real} GROUP BY held.position ORDER BY held.position",
             EVAL,
             TRAIN,
         )
@@ -174,8 +174,8 @@ def repetitions(store: PromptStore) -> list[str]:
     return [f"data: {line}" for line in found]
 
 
-def distinct(names: Sequence[str]) -> list[str]:
-    """Return the names, with the number of the occurrence behind those that repeat an earlier one."""
+def make_distinct(names: Sequence[str]) -> list[str]:
+    """Return the names, with the number of the occurrence appended to those that repeat an earlier one."""
     return [name if name not in names[:n] else f"{name}-{names[: n + 1].count(name)}" for n, name in enumerate(names)]
 
 

@@ -1,13 +1,13 @@
-"""The layouts of rows, by whose field names a row is understood.
+"""The layouts of rows, recognised by field names.
 
 | layout | a row has | prompt | ground truth |
 |---|---|---|---|
-| ours | `prompt`, `ground_truth` or `answer` | messages, or text that is given to the model as it is | any JSON value |
+| ours | `prompt`, `ground_truth` or `answer` | messages, or text that the model gets unchanged | any JSON value |
 | verl, Archer | `prompt`, `data_source`, `reward_model.ground_truth`, `extra_info` | messages, or text as above | any JSON value |
 | Archer2.0, as published | `prompt`, `ground_truth` and `ability`, all text | a user's message, or JSON text of messages | text |
 
-Messages are a list of {role, content} with the role `system`, `user` or `assistant`; the last one is the user's, and goes with the others
-into the model's chat template.
+Messages are a list of {role, content} with the role `system`, `user` or `assistant`; the last one is the user's. All go through the model's
+chat template.
 """
 
 import json
@@ -21,17 +21,17 @@ from megatron_aspo.data.sources import Row
 
 ROLES = ("system", "user", "assistant")
 WANTED = "prompt and ground_truth"
-"""The fields that error messages require of a row."""
+"""Required fields, as errors name them."""
 _RAW_FIELDS = ("question", "problem", "Problem", "question_content")
-"""Fields that hold the question in data sets without prompts."""
+"""Fields with the question in data sets without prompts."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that was understood."""
+    """A row in normalised form."""
 
     messages: list[Message] | None
-    """None where the prompt is text that is given to the model as it is."""
+    """None if the prompt is text that the model gets unchanged."""
     text: str
     """The user's last message, or that text."""
     ground_truth: Any
@@ -41,11 +41,11 @@ class Problem:
     id: str | int | None
     """The row's `id`."""
     known_as: str
-    """Identifier of the problem that holds across files: `id`, or verl's `extra_info.index` if that is text; empty if there is none."""
+    """The problem's identifier across files: `id`, or verl's `extra_info.index` if that is text; empty if there is none."""
 
 
 def understand(row: Row, default_source: str) -> Problem:
-    """Raises UserError naming place and field. default_source: the data source of rows that name none."""
+    """Return a row in normalised form. Raises UserError naming row and field. default_source: data source of rows that name none."""
     where, fields = row.where, row.fields
     if "prompt" not in fields:
         raw = next((name for name in _RAW_FIELDS if name in fields), "")
@@ -84,7 +84,7 @@ def _known_as(fields: dict[str, Any]) -> str:
         return str(fields["id"])
     extra_info = fields.get("extra_info")
     index = extra_info.get("index") if isinstance(extra_info, dict) else None
-    return index if isinstance(index, str) else ""  # a number counts the rows of its own file
+    return index if isinstance(index, str) else ""  # a number only counts the rows of its own file
 
 
 def _read_prompt(prompt: Any, layout: str, where: str) -> tuple[list[Message] | None, str]:
@@ -96,15 +96,15 @@ def _read_prompt(prompt: Any, layout: str, where: str) -> tuple[list[Message] | 
     _check_text(prompt, "prompt", where)
     if layout != "archer2":
         return None, prompt
-    messages = _messages_in(prompt)
+    messages = _parse_messages(prompt)
     if messages is None:
         return [{"role": "user", "content": prompt}], prompt
     _check_messages(messages, where)
     return messages, messages[-1]["content"]
 
 
-def _messages_in(text: str) -> list[Any] | None:
-    """The messages that are the text, written as JSON; None if it is a question in words."""
+def _parse_messages(text: str) -> list[Any] | None:
+    """Return the messages that the text encodes as JSON; None if it is a question in words."""
     if not text.lstrip().startswith("["):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Tasks whose prompts are made up: arithmetic that a small chat model learns within minutes. An answer is right or wrong."""
+"""Procedurally generated tasks: arithmetic that a small chat model learns within minutes. An answer is right or wrong."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from megatron_aspo.rewards.result import Reward, RewardResult
 
 
 class ProceduralTask:
-    """What the procedural tasks share. A subclass says which questions are held out and which one is training prompt `index`."""
+    """Base of the procedural tasks. A subclass chooses the held-out questions and training prompt `index`."""
 
     name: ClassVar[str]
     remarks: Sequence[str] = ()
@@ -24,27 +24,27 @@ class ProceduralTask:
     def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
         self._encoder = encoder
         self._max_prompt_tokens = options.max_prompt_tokens
-        self.build_reward(options)  # refuses options that these tasks have no use for
+        self.build_reward(options)  # refuses options without effect in these tasks
         self._seed = seed
 
     @classmethod
     def build_reward(cls, options: DataOptions) -> Reward:
-        """Raises UserError if `options` ask for what these tasks have no use for."""
+        """Return the reward. Raises UserError for options without effect in these tasks."""
         options.refuse(cls.name, *DATASET_OPTIONS, *REASONING_GYM_OPTIONS)
         return _score_last_number
 
-    def _make_prompt(self, key: str, place: int, question: str, answer: int) -> Prompt:
+    def _make_prompt(self, key: str, position: int, question: str, answer: int) -> Prompt:
         text = f"{question} Answer with only the number."
         token_ids = self._encoder.chat([{"role": "user", "content": text}])
         if len(token_ids) > self._max_prompt_tokens:
             raise UserError(
                 f"a prompt of task={self.name} has {len(token_ids)} tokens; raise data.max_prompt_tokens={self._max_prompt_tokens} to that"
             )
-        return Prompt(id=f"{self.name}/{key}", token_ids=token_ids, text=text, ground_truth=answer, data_source=self.name, place=place)
+        return Prompt(f"{self.name}/{key}", token_ids, text, answer, self.name, position=position)
 
 
 class SingleDigitAddition(ProceduralTask):
-    """Sums of two digits, 100 questions. A question is held out together with the one that has the operands exchanged."""
+    """Sums of two digits, 100 questions. A question is held out together with its mirror image, the operands exchanged."""
 
     name = "single_digit_addition"
 
@@ -71,12 +71,12 @@ class SingleDigitAddition(ProceduralTask):
 
 
 class LargestOfThree(ProceduralTask):
-    """The largest of three different two-digit numbers. Numbers that are held out are so in every order."""
+    """The largest of three different two-digit numbers. Held-out numbers are held out in every order."""
 
     name = "largest_of_three"
     _NUMBERS = range(10, 100)
     _MOST_HELD_OUT = 10_000
-    """Of 117,480 sets of three; far more than an evaluation needs, and few enough to leave training unhindered."""
+    """Upper bound, out of 117,480 sets of three: far more than an evaluation needs, and few enough not to constrain training."""
 
     def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
         super().__init__(options, encoder, seed)

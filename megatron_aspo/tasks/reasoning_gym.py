@@ -1,7 +1,7 @@
 """Tasks of the package reasoning-gym by name: `task: reasoning_gym:leg_counting`, with its parameters in `data.task_options`.
 
-Question, answer and score of an entry are the package's. A score may be a part of 1: several of its tasks pay for an answer that is nearly
-right, and the default pays for a right answer inside a longer one.
+The package generates an entry's question and answer and scores responses. A score may be a fraction of 1: several tasks give credit for an
+almost right answer, and the default gives credit for a right answer inside a longer one.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ EVALUATING = {
 }
 """Tasks of reasoning-gym 0.1.25 whose score evaluates the response as Python, by `eval` or by SymPy's `parse_expr`."""
 _NEEDS = {"game_of_life": "cellpylib", "game_of_life_halting": "cellpylib", "zebra_puzzles": "pycosat"}
-"""Tasks that use a package which has no wheel, and which the others can do without."""
+"""Tasks that use a package without a wheel, which the other tasks do not need."""
 _WITHOUT_WHEEL = ("cellpylib", "pycosat", "zss")
 FORMATS = {
     "tags": "Give the final answer alone between <answer> and </answer>.",
@@ -48,11 +48,11 @@ FORMATS = {
 """Text appended to a question, for each `data.answer_format`."""
 _TAGS = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _ATTEMPTS = 100
-"""Draws that may be held out in a row. After that many the task is taken to have no other questions."""
+"""Consecutive draws that may be held out. After that many the task is taken to have no other questions."""
 _JUMP = 10_000_019
-"""From a draw that is held out to the one that takes its place; seeds stay below 2**32, which NumPy requires."""
+"""Offset from a held-out draw to its substitute; seeds stay below 2**32, as NumPy requires."""
 _PROBES = 5
-"""Draws that are compared with themselves at the start."""
+"""Draws that are generated twice and compared at the start."""
 
 
 class ReasoningGymTask:
@@ -61,10 +61,10 @@ class ReasoningGymTask:
     name: ClassVar[str]
 
     def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
-        """Raises UserError for parameters that the package does not take, and for fewer different questions than are to be held out."""
+        """Raises UserError for parameters that the package does not take, and for fewer distinct questions than must be held out."""
         self.build_reward(options)
         self._encoder, self._options = encoder, options
-        # The package gives entry i of seed s the random numbers of entry i + 1 of seed s - 1: near seeds would share their questions.
+        # The package gives entry i of seed s the random numbers of entry i + 1 of seed s - 1: nearby seeds would share their questions.
         mixed_seed = int.from_bytes(hashlib.sha256(f"{self.name} {seed}".encode()).digest()[:4], "big") >> 2
         self._dataset = _make(self.name, options.task_options, mixed_seed)
         self._held_out = self._choose_held_out(options.held_out_prompts)
@@ -73,7 +73,7 @@ class ReasoningGymTask:
 
     @classmethod
     def build_reward(cls, options: DataOptions) -> Reward:
-        """Raises UserError for a task that is unknown or evaluates responses, and for options that it has no use for."""
+        """Return the reward. Raises UserError for a task that is unknown or evaluates responses, and for options without effect in it."""
         options.refuse(cls.name, *DATASET_OPTIONS)
         if options.answer_format not in FORMATS:
             raise UserError(f"data.answer_format={options.answer_format} is not known; {nearest(options.answer_format, FORMATS)}")
@@ -81,7 +81,7 @@ class ReasoningGymTask:
         return _Score(dataset, options.answer_format)
 
     def prompt(self, index: int) -> Prompt:
-        """Raises UserError where all questions that are tried are held out."""
+        """Return training prompt number `index`. Raises UserError if `_ATTEMPTS` questions in a row are held out."""
         for attempt in range(_ATTEMPTS):
             prompt = self._make_prompt(len(self._held_out) + index + attempt * _JUMP)
             if prompt.ground_truth["question"] not in self._questions:
@@ -126,7 +126,7 @@ class ReasoningGymTask:
     def _entry(self, draw: int) -> dict[str, Any]:
         try:
             return self._dataset[draw]
-        except Exception as error:  # some generators fail with parameters that their own check lets through
+        except Exception as error:  # some generators fail with parameters that their own checks accept
             raise UserError(
                 f"task={self.name} cannot make entry {draw} with data.task_options={self._options.task_options} ({one_line(error)}); "
                 "change them"
@@ -139,7 +139,7 @@ class ReasoningGymTask:
 
 
 def task_class(name: str) -> type[ReasoningGymTask]:
-    """name: with its prefix, `reasoning_gym:leg_counting`."""
+    """Return the class of the task `name`, prefix included: `reasoning_gym:leg_counting`."""
     return type("ReasoningGymTask", (ReasoningGymTask,), {"name": name})
 
 
@@ -183,10 +183,10 @@ def _make(name: str, parameters: dict[str, Any], seed: int) -> "ProceduralDatase
 
 
 def _import_package() -> list[str]:
-    """Import reasoning-gym; return which of the packages without wheels are missing.
+    """Import reasoning-gym; return which packages without wheels are missing.
 
-    reasoning-gym 0.1.25 imports all of them at its own import, although few of its tasks use them. An empty module replaces each one that
-    is missing, for the time of that import.
+    reasoning-gym 0.1.25 imports all of them at its own import, although few of its tasks use them. During that import an empty module
+    replaces each missing one.
     """
     missing = [name for name in _WITHOUT_WHEEL if importlib.util.find_spec(name) is None]
     sys.modules.update({name: ModuleType(name) for name in missing})

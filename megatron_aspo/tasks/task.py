@@ -1,4 +1,4 @@
-"""Tasks by name: where prompts come from and how responses to them are scored.
+"""Tasks by name: a source of prompts and the reward of their responses.
 
 To add a task: write a class with the methods of `Task`, the constructor and the `build_reward` used below, and put it into `TASKS`.
 """
@@ -23,20 +23,20 @@ class Task(Protocol):
     remarks: Sequence[str]
     """Report lines about the data, for the user to read before the run."""
     data_sha256: str
-    """A digest of the training data; empty where the prompts follow from the options."""
+    """A digest of the training data; empty if the prompts follow from the options."""
 
     def prompt(self, index: int) -> Prompt:
-        """Training prompt number `index` (from 0, without end): a function of the task's options, its seed and `index` alone."""
+        """Return training prompt number `index` (from 0, unbounded), which depends only on the task's options, its seed and `index`."""
 
     def held_out(self) -> list[Prompt]:
-        """The prompts of an evaluation, none of which is a training prompt; always the same for the same options and seed."""
+        """Return the prompts of an evaluation, none of which is a training prompt; the same for the same options and seed."""
 
 
 TASKS = {task.name: task for task in (SingleDigitAddition, LargestOfThree, DatasetTask)}
 
 
 def build_task(name: str, options: DataOptions, encoder: PromptEncoder, seed: int) -> Task:
-    """Raises UserError for an unknown name, options that do not fit the task, and faulty data."""
+    """Return the task. Raises UserError for an unknown name, options that do not fit the task, and faulty data."""
     if options.held_out_prompts < 0:
         raise UserError(f"data.held_out_prompts={options.held_out_prompts} is negative; set 0 or more")
     return _find(name)(options, encoder, seed)
@@ -45,7 +45,7 @@ def build_task(name: str, options: DataOptions, encoder: PromptEncoder, seed: in
 def build_reward(name: str, options: DataOptions) -> Reward:
     """Load the task's reward, which needs no tokenizer and no data. Raises UserError if it cannot be loaded.
 
-    A custom reward's code runs from here on: only `rewards/child.py` calls this in a run, in a process that may hang or crash.
+    A custom reward's code runs from here on: during a run only `rewards/child.py` calls this, in a process that may hang or crash.
     """
     return _find(name).build_reward(options)
 

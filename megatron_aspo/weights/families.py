@@ -177,7 +177,7 @@ def _swiglu(hf: str, gate: str, up: str, down: str, mcore: str, ffn: Callable[[M
 
 
 def _decoder() -> tuple[Rule, ...]:
-    """Llama, Mistral, Qwen2, Qwen3."""
+    """Llama, Mistral, Qwen2, Qwen3, Seed-OSS."""
     return (
         _EMBEDDING,
         *_ATTENTION_RULES,
@@ -226,6 +226,7 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     "Qwen3ForCausalLM": _decoder(),
     "Qwen3MoeForCausalLM": _moe_decoder("mlp", "gate_proj", "up_proj", "down_proj"),
     "MixtralForCausalLM": _moe_decoder("block_sparse_moe", "w1", "w3", "w2"),
+    "SeedOssForCausalLM": _decoder(),
 }
 """By the `architectures` entry of a Hugging Face config."""
 

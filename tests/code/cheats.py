@@ -1,11 +1,11 @@
-"""Programs that solve nothing and try to pass. Each test expects what only a solution knows: `SECRET`, or f(x) == x + 41.
+"""Programs that solve nothing and try to pass. Each test expects a value that only a solution knows: `SECRET`, or f(x) == x + 41.
 
 STDIN: the expected output is SECRET. CALLS: the test calls f(1) and expects 42. ASSERTS: test code asserts on f.
 """
 
 SECRET = "expected-7f3a91"
 
-# Look for the expected output, or for a way to look right.
+# These look for the expected output, or for a way to appear right.
 _FRAMES = """
 import sys
 frame, seen = sys._getframe(), []
@@ -223,7 +223,7 @@ def f(x):
     "kills everything else": "import os\ndef f(x):\n    os.kill(-1, 9)\n    return 0\n",
     "a list changed to fit": "def f(x):\n    if isinstance(x, list):\n        x.clear()\n    return []\n",
 }
-# Tests that a cheat may meet and that would let it pass where the program's objects or exceptions reached them.
+# Tests that would let a cheat pass if the program's objects or exceptions reached them.
 OTHER_ASSERTS = {
     "map": ("def f(x):\n    raise StopIteration\n", "assert all(map(f, [1, 2]))\n"),
     "zip over a map": (

@@ -1,4 +1,4 @@
-"""A grader for the tests of this folder. Without bubblewrap they are skipped, or errors where REQUIRE_SANDBOX is set, as .ci/run does."""
+"""A grader for the tests of this folder. Without bubblewrap they are skipped, or fail if REQUIRE_SANDBOX is set, as in .ci/run."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ STRICT = Limits(cpu_s=1, wall_s=1.5, memory_mb=256, processes=16, file_mb=4, out
 
 @pytest.fixture(scope="session")
 def sandboxed() -> None:
-    """Skips the test where there is no bubblewrap."""
+    """Skip the test if there is no bubblewrap."""
     try:
         find_bubblewrap()
     except UserError as error:
@@ -36,14 +36,14 @@ def grader(sandboxed) -> Iterator[Grader]:
 
 @pytest.fixture(scope="module")
 def strict_grader(sandboxed) -> Iterator[Grader]:
-    """Limits that a hostile program reaches soon."""
+    """A grader whose limits a hostile program reaches soon."""
     with Grader(CodeOptions(limits=STRICT)) as grader:
         yield grader
 
 
 @pytest.fixture(scope="module")
 def groupless_grader(sandboxed) -> Iterator[Grader]:
-    """As `strict_grader`, on a machine where no control groups can be made."""
+    """Like `strict_grader`, on a machine where no control groups can be created."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cgroup, "find_parents", lambda: [])
         with Grader(CodeOptions(limits=STRICT)) as grader:

@@ -3,7 +3,7 @@
 PAIRS_INPUT = "3\n1 2\n3 4\n5 6\n"
 PAIRS_OUTPUT = "3\n7\n11\n"
 
-# Idioms that public graders call wrong or that are common in their data sets.
+# Idioms that public graders reject or that are common in their data sets.
 PAIRS = {
     "input() in a loop": "for _ in range(int(input())):\n    a, b = map(int, input().split())\n    print(a + b)\n",
     "sys.stdin.buffer.read": """

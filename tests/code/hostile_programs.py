@@ -1,12 +1,12 @@
 """Hostile programs. Those of CONTAINED try something that must fail, and print "contained" if it did; those of STOPPED must be stopped.
 
-MARK stands for a word that is new in each run: nothing outside may have it afterwards.
+MARK stands for a word that is new in each run: it must not be found outside afterwards.
 """
 
 CONTAINED = {
     "reads the machine's users": "PATHS = ['/etc/passwd', '/etc/shadow', '/etc/hostname', '/proc/1/root/etc/passwd', '/proc/2/root/etc/passwd']\n",
     "lists homes and mounts": "import os, sys\nPATHS = ['/home', '/mnt', '/var', '/opt', '/sys', '/run', '/work', '/etc', '/oldroot', '/newroot']\n"
-    # Where the interpreter is the system's, it alone is there.
+    # If the interpreter is the system's, nothing else is there.
     "if os.path.isdir('/usr/bin') and ['/usr/bin/' + name for name in os.listdir('/usr/bin')] != [os.path.realpath(sys.executable)]:\n"
     "    PATHS.append('/usr/bin')\n",
     "reads keys of the worker": "PATHS = ['/root/.ssh', '/root/.aws', '/root/.netrc', '/root/.cache', '/root/.bash_history']\n",

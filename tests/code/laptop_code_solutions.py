@@ -1,4 +1,4 @@
-"""A right program for each problem of examples/data/laptop_code_*.jsonl, in the order of the file."""
+"""A correct program for each problem of examples/data/laptop_code_*.jsonl, in the order of the file."""
 
 TRAIN = [
     "def double(x):\n    return 2 * x",

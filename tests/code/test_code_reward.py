@@ -1,4 +1,4 @@
-"""The code reward names the prompt whose row, or the machine, keeps it from grading."""
+"""The code reward names the prompt whose row, or the machine, prevents grading."""
 
 import json
 
@@ -38,25 +38,25 @@ def reward(sandboxed):
     reward.close()
 
 
-def test_a_faulty_row_is_refused_with_its_prompt(reward):
+def test_a_faulty_row_is_refused_naming_its_prompt(reward):
     with pytest.raises(UserError, match="on prompt train/7: ground_truth has no tests"):
         reward(prompt([]), RESPONSE)
 
 
-def test_a_test_that_cannot_run_is_no_fault_of_the_response(reward):
+def test_a_test_that_cannot_run_is_not_the_responses_fault(reward):
     assert reward(prompt({"functional": "assert f() == 1"}), RESPONSE).score == 1.0
     with pytest.raises(UserError, match=r"on prompt train/7: test 0 cannot run here: the tests pass a function.*remove the row"):
         reward(prompt({"functional": "f(lambda: 1)"}), RESPONSE)
 
 
-def test_a_program_cannot_feign_a_test_that_cannot_run(reward):
+def test_a_program_cannot_fake_an_unsupported_test(reward):
     forged = json.dumps({"value": {"c": [{"r": 1}, 0]}, "changed": []}) + "\n"
     code = f"import os\ndef f():\n    for number in range(3, 40):\n        try:\n            os.write(number, {forged.encode()!r})\n        except OSError:\n            pass\n    return 1\n"
     result = reward(prompt({"functional": "assert f() == 1"}), f"```python\n{code}```")
     assert result.score == 0.0 and result.details["verdict"] == "runtime error", result
 
 
-def test_a_machine_without_room_for_a_sandbox_is_reported_with_the_cause(reward, monkeypatch):
+def test_a_machine_without_memory_for_a_sandbox_is_reported_with_the_cause(reward, monkeypatch):
     def fail(*_):
         raise SandboxError("no process or control group can be made: [Errno 11]")
 
@@ -85,7 +85,7 @@ def test_a_sandbox_that_cannot_be_started_is_tried_three_times(sandboxed, monkey
         pool.close()
 
 
-def test_bad_rows_are_refused_when_they_are_loaded(tmp_path):
+def test_faulty_rows_are_refused_at_loading(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [
         {"prompt": "a", "ground_truth": {"functional": "assert f()"}},

@@ -1,4 +1,4 @@
-"""The rules by which outputs and results are compared."""
+"""The rules for comparing outputs and results."""
 
 import time
 
@@ -84,5 +84,5 @@ def test_results_are_compared_by_type_and_value(value, expected, same):
 
 
 @pytest.mark.parametrize("value", [{"r": 0}, {"q": 1}, {}, {"d": [["a", 1], ["a", 1]]}, {"d": [[["x"], 1]]}, {"t": 5}, {"d": 3}])
-def test_what_no_program_of_ours_would_send_is_never_right(value):
+def test_values_that_the_agent_never_sends_do_not_match(value):
     assert not any(value_matches(value, expected) for expected in (None, True, 0, 1, 1.0, "", "a", [], [1], {"a": 1}, {"a": 1, "b": 1}))

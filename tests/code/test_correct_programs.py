@@ -1,4 +1,4 @@
-"""Correct programs of every kind pass: those that public graders call wrong, and others."""
+"""Correct programs of every kind pass: those that public graders reject, and others."""
 
 import pytest
 
@@ -99,7 +99,7 @@ def test_helpers_of_the_prompt_are_there_and_are_the_prompts_own(grader):
     )
 
 
-def test_tests_run_in_order_up_to_the_first_that_fails(grader):
+def test_tests_run_in_order_up_to_the_first_failure(grader):
     tests = [StdinTest(str(number), str(number)) for number in range(5)]
     verdict = grader.grade("x = int(input())\nprint(x if x != 3 else 0)\n", tests)
     assert (verdict.kind, verdict.test, verdict.tests_run) == ("wrong answer", 3, 4)

@@ -1,7 +1,7 @@
 """Thirty problems of AIME and of LiveCodeBench, from the raw file to the table, by the documented command against a server.
 
-The server answers every third problem right, every third right in half of the samples and else with different wrong answers, and every third
-wrong; a problem is known by the number in its question.
+The server answers every third problem correctly, every third correctly in half of the samples and otherwise with different wrong answers,
+and every third wrongly; it identifies a problem by the number in its question.
 """
 
 import csv
@@ -25,7 +25,7 @@ FIXTURE = {fixture.kind: fixture for fixture in FIXTURES}
 
 
 class Answers:
-    """The server's replies; counts how often each problem was asked."""
+    """The server's replies; counts the requests for each problem."""
 
     def __init__(self, right):
         self.right, self.asked, self.lock = right, Counter(), threading.Lock()
@@ -39,9 +39,9 @@ class Answers:
         return self.right(number + (100 + 2 * count if number % 3 == 1 else 2) if wrong else number)
 
 
-def run_eval(place, *words):
+def run_eval(directory, *words):
     command = [sys.executable, "-m", "megatron_aspo", "eval", *map(str, words)]
-    done = subprocess.run(command, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stdout
 

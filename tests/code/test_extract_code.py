@@ -1,4 +1,4 @@
-"""The program in a response."""
+"""Extraction of the program from a response."""
 
 import time
 
@@ -61,6 +61,6 @@ def test_a_hostile_response_is_read_in_linear_time(line):
         ("", None, None),
     ],
 )
-def test_other_graders_take_other_blocks(response, archer, livecodebench):
-    """As read off the two graders: the last of these rows is why published figures of one model differ."""
+def test_other_graders_choose_other_blocks(response, archer, livecodebench):
+    """The rules follow the two graders' code: the last of these rows is why published results of one model differ."""
     assert (BLOCKS["archer"](response), BLOCKS["livecodebench"](response)) == (archer, livecodebench)

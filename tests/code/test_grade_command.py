@@ -17,8 +17,8 @@ RECIPE = "task: dataset\nmodel: nowhere\ndata: {path: train.jsonl, reward: code,
 
 @pytest.fixture
 def grade(tmp_path, capsys, monkeypatch):
-    """Run the command on rows, or on the text of a file. Returns status, the objects it printed, and its error."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # interrupts stay pytest's
+    """Run the command on rows, or on the text of a file. Return the status, the objects it printed, and its error."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps handling interrupts
     monkeypatch.chdir(tmp_path)
 
     def run(rows, *arguments: str):
@@ -59,14 +59,14 @@ def test_code_and_numbers_by_their_data_source(grade, sandboxed):
     assert summary["verdicts"] == {"passed": 1, "wrong answer": 1, "no code": 1, "right": 1}
 
 
-def test_the_reward_of_a_recipe(grade, sandboxed, tmp_path):
+def test_grade_uses_the_reward_of_a_recipe(grade, sandboxed, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     rows = [{"response": PROGRAM, "ground_truth": TESTS, "data_source": "anything"}]
     status, lines, error = grade(rows, "data.code.max_tests=1", "--recipe", "recipe.yaml")
     assert (status, error, lines[0]["verdict"]) == (0, "", "passed")
 
 
-def test_a_users_reward(grade, tmp_path):
+def test_grade_uses_a_custom_reward(grade, tmp_path):
     (tmp_path / "my_graded_reward.py").write_text(
         "def f(prompt, response, truth, extra):\n    return {'score': extra['x'], 'reason': prompt}\n"
     )
@@ -96,7 +96,7 @@ def test_a_reward_that_hangs_or_crashes_fails_one_response(grade, tmp_path):
     assert lines[-1]["summary"]["verdicts"] == {'["odd", {}]': 2, "timeout": 1, "crash": 1}
 
 
-def test_files_are_read_as_those_of_a_run(tmp_path):
+def test_files_are_read_as_in_a_run(tmp_path):
     path = tmp_path / "in.jsonl"
     row = json.dumps({"response": "It is 7.", "ground_truth": 7, "data_source": "single_digit_addition"}).encode()
     path.write_bytes(b"\xef\xbb\xbf" + row)
@@ -127,7 +127,7 @@ def test_files_are_read_as_those_of_a_run(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_one_line_with_file_and_line(grade, text, arguments, message):
+def test_an_error_is_one_line_with_file_and_line_number(grade, text, arguments, message):
     status, _, error = grade(text, *arguments)
     assert status == 2 and len(error.splitlines()) == 1
     assert message in error

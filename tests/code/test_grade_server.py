@@ -1,4 +1,4 @@
-"""megatron-aspo grade-server as another machine sees it, and the reward that asks it."""
+"""megatron-aspo grade-server as seen from another machine, and the reward that calls it."""
 
 import base64
 import contextlib
@@ -98,7 +98,7 @@ def test_64_clients_at_once_get_the_right_answers(service):
         assert list(clients.map(ask, range(64))) == [[1.0, 0.0, 1.0]] * 64
 
 
-def test_clients_that_send_nothing_or_half_a_request_hold_nobody_up(service):
+def test_clients_that_send_nothing_or_half_a_request_block_no_others(service):
     half = f"POST /grade HTTP/1.1\r\nContent-Length: 99\r\nAuthorization: {service.headers['Authorization']}\r\n\r\n{{"
     with contextlib.ExitStack() as stack:
         for sent in (b"", b"POST", half.encode()) * 20:
@@ -123,7 +123,7 @@ def test_a_body_of_a_gigabyte_is_refused_unread(service):
     assert refused.status_code == 413 and "--max-body-mib" in refused.json()["error"]
 
 
-def test_only_who_has_the_token_is_answered(service):
+def test_only_requests_with_the_token_are_answered(service):
     def status(path="/grade", **headers: str) -> int:
         return requests.post(service.url + path, json=question(), headers=headers, timeout=30).status_code
 
@@ -139,7 +139,7 @@ def test_only_who_has_the_token_is_answered(service):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "said"),
+    ("path", "body", "status", "message"),
     [
         ("/grade", "{", 400, "the body is no JSON"),
         ("/grade", "[1]", 400, "the body is no JSON object"),
@@ -158,9 +158,9 @@ def test_only_who_has_the_token_is_answered(service):
     ],
     ids=range(14),
 )
-def test_a_request_that_cannot_be_answered_says_why_and_the_next_is_answered(service, path, body, status, said):
+def test_a_refused_request_gets_the_reason_and_the_next_is_answered(service, path, body, status, message):
     refused = service.post(path, data=body)
-    assert refused.status_code == status and said in refused.json()["error"]
+    assert refused.status_code == status and message in refused.json()["error"]
     assert service.post(json=question()).json()["score"] == 1.0
 
 
@@ -191,7 +191,7 @@ def _maps(process: psutil.Process) -> list:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "0", "", "nowhere", "::1"])
-def test_an_address_that_means_every_interface_or_none_is_refused(host):
+def test_an_address_of_every_interface_or_of_none_is_refused(host):
     with pytest.raises(UserError, match=r"--host .* (would listen on every interface|is no address|is not an IPv4 address)"):
         interface_of(host)
     assert (interface_of("all"), interface_of("localhost"), interface_of("10.0.0.5")) == ("0.0.0.0", "127.0.0.1", "10.0.0.5")
@@ -216,7 +216,7 @@ def test_sandbox_fusions_own_client_gets_the_results_of_programs(service):
     assert sandbox_fusion.summary_run_code_result(endless, sandbox_fusion.SummaryMapping(RunTimeout="slow")) == "slow"
 
 
-def test_the_remote_reward_gives_what_the_server_gives(service):
+def test_the_remote_reward_returns_the_servers_score(service):
     reward = build_rewards(service.options())
     row = Prompt("p", (), "What?", "7", "gsm8k")
     assert [reward(row, f"\\boxed{{{answer}}}").score for answer in ("7", "8")] == [1.0, 0.0]
@@ -226,7 +226,7 @@ def test_the_remote_reward_gives_what_the_server_gives(service):
         reward(Prompt("p", (), "What?", "7", "poems"), "7")
 
 
-def test_the_remote_reward_compares_the_outputs_that_run_code_gives(service):
+def test_the_remote_reward_compares_the_outputs_of_run_code(service):
     fusion = DataOptions(
         reward="remote",
         reward_wrong_score=-1.0,
@@ -298,7 +298,7 @@ def test_a_server_that_is_killed_and_restarted_loses_no_verdict(sandboxed, tmp_p
             one.process.wait(20)
 
 
-def test_a_server_that_stays_away_ends_the_run_with_its_address(tmp_path):
+def test_an_unreachable_server_ends_the_run_naming_its_address(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     reward = build_rewards(DataOptions(reward="remote", service=ServiceOptions(url=f"http://127.0.0.1:{port}", give_up_s=0.5)))
@@ -311,7 +311,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_address(tmp_path):
 
 
 class Overloaded(Workers):
-    """Refuses as often as it is told, then scores."""
+    """Refuses the given number of requests, then scores."""
 
     refusals = 2
 
@@ -324,7 +324,7 @@ class Overloaded(Workers):
         return build_rewards(DataOptions(reward="math"))(prompt, response)
 
 
-def test_an_overloaded_server_is_asked_again_and_a_silent_connection_is_closed(monkeypatch):
+def test_an_overloaded_server_is_retried_and_a_silent_connection_is_closed(monkeypatch):
     monkeypatch.setattr(Handler, "timeout", 0.3)
     workers = Overloaded("dataset", DataOptions(reward="math"), 1)
     with GradingServer(("127.0.0.1", 0), "t" * 16, workers, 1 << 20, "math", {}) as server:

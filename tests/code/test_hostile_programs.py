@@ -1,4 +1,4 @@
-"""Hostile programs: contained, with the right verdict, the service goes on, and nothing is left behind."""
+"""Hostile programs are contained and get the right verdict, the service goes on, and nothing is left behind."""
 
 import contextlib
 import os
@@ -17,17 +17,17 @@ MARK = f"maspo-mark-{os.getpid()}"
 WAITING = 2 * 3
 """Clean sandboxes that the graders of this file keep."""
 EARLIER: set[psutil.Process] = set()
-"""Processes that other files of tests left."""
+"""Processes that other test files left."""
 GROUPLESS = ["a fork bomb", "a thread bomb", "a memory bomb", "a memory bomb of many processes", "shared anonymous memory", "all inodes"]
 
 
 def traces() -> dict[str, object]:
-    """What a program might leave on the machine."""
+    """Return the traces that a program might leave on the machine."""
     own = psutil.Process()
     groups = [path for parent in Path("/sys/fs/cgroup").glob("*") for path in parent.glob(f"**/megatron_aspo-*-{os.getpid()}-*")]
     segments = Path("/proc/sysvipc/shm").read_text() if Path("/proc/sysvipc/shm").exists() else ""
     marked = [path for folder in ("/tmp", "/dev/shm", "/var/tmp", "/root", "/etc", "/", ".") for path in Path(folder).glob(f"*{MARK}*")]
-    # A sandbox that waits has bubblewrap twice and its agent.
+    # A waiting sandbox consists of bubblewrap twice and its agent.
     return {
         "processes": len(set(own.children(recursive=True)) - EARLIER) <= 3 * WAITING,
         "cgroups": len({path.name for path in groups}) <= WAITING,
@@ -39,21 +39,21 @@ def traces() -> dict[str, object]:
 
 @contextlib.contextmanager
 def nothing_left(grader: Grader) -> Iterator[None]:
-    """The service goes on after what is done inside, and nothing is left of it."""
+    """Check that the service goes on after the block and that nothing is left of it."""
     assert grader.grade("print(1)", [StdinTest("", "1")]).passed
     before = traces()
     assert before["processes"] and before["cgroups"] and not before["marked"]
     yield
     assert grader.grade("print(1)", [StdinTest("", "1")]).passed
     after = traces()
-    # Fewer where what an earlier test had open is closed meanwhile.
+    # There are fewer if something that an earlier test had open is closed meanwhile.
     assert after.pop("descriptors") <= before.pop("descriptors")
     assert after == before
 
 
 @pytest.fixture(scope="module", autouse=True)
 def secret() -> Iterator[None]:
-    """A key in the worker's environment, from before the first sandbox starts."""
+    """A key in the worker's environment, set before the first sandbox starts."""
     EARLIER.update(psutil.Process().children(recursive=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECRET_OF_THE_WORKER", "api-key")
@@ -61,17 +61,17 @@ def secret() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", CONTAINED)
-def test_it_is_contained(grader, name):
+def test_a_hostile_program_is_contained(grader, name):
     program = CONTAINED[name].replace("MARK", MARK)
     with nothing_left(grader), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0{MARK}")  # the machine's abstract sockets belong to its network namespace
         listener.listen()
         verdict = grader.grade(program, [StdinTest("", "contained")])
         listener.close()
-    assert verdict.passed, f"{verdict}: {what_it_prints(grader, program)}"
+    assert verdict.passed, f"{verdict}: {printed_output(grader, program)}"
 
 
-def what_it_prints(grader: Grader, program: str) -> str:
+def printed_output(grader: Grader, program: str) -> str:
     sandbox = grader._pool.take()
     sandbox.load({"program": program})
     outcome = sandbox.run("stdin", b"", 5.0)
@@ -80,16 +80,16 @@ def what_it_prints(grader: Grader, program: str) -> str:
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_it_is_stopped(strict_grader, name):
-    check_that_it_is_stopped(strict_grader, name)
+def test_a_hostile_program_is_stopped(strict_grader, name):
+    check_that_it_stops(strict_grader, name)
 
 
 @pytest.mark.parametrize("name", GROUPLESS)
-def test_it_is_stopped_where_there_are_no_control_groups(groupless_grader, name):
-    check_that_it_is_stopped(groupless_grader, name)
+def test_a_hostile_program_is_stopped_without_control_groups(groupless_grader, name):
+    check_that_it_stops(groupless_grader, name)
 
 
-def check_that_it_is_stopped(grader: Grader, name: str) -> None:
+def check_that_it_stops(grader: Grader, name: str) -> None:
     program, kinds = STOPPED[name]
     with nothing_left(grader):
         verdict = grader.grade(program, [StdinTest("some input\n", "unreachable")])
@@ -98,7 +98,7 @@ def check_that_it_is_stopped(grader: Grader, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLED)
-def test_its_result_does_no_harm(strict_grader, name):
+def test_a_hostile_result_does_no_harm(strict_grader, name):
     program, kinds = CALLED[name]
     with nothing_left(strict_grader):
         verdict = strict_grader.grade(program, [CallTest("f", [], [1])])

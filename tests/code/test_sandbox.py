@@ -1,4 +1,4 @@
-"""The sandbox itself: options, what is refused, modules, no leaks."""
+"""The sandbox itself: options, refusals, modules, no leaks."""
 
 import dataclasses
 import os
@@ -34,18 +34,18 @@ def refused(options: SandboxOptions) -> str:
 
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
-    """A directory that every user can read; pytest's own are closed."""
+    """A directory that every user can read; pytest's own directories are closed."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
 
 
-def test_no_sandbox_needs_the_risk_to_be_accepted():
+def test_running_without_a_sandbox_requires_accepting_the_risk():
     assert "accept_risk: true" in refused(SandboxOptions(kind="none"))
     assert "kind=docker is unknown" in refused(SandboxOptions(kind="docker"))
 
 
-def test_without_a_sandbox_programs_are_graded_and_killed_all_the_same():
+def test_without_a_sandbox_programs_are_still_graded_and_killed():
     options = CodeOptions(SandboxOptions(kind="none", accept_risk=True), Limits(cpu_s=1, wall_s=3))
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with Grader(options) as grader:
@@ -55,7 +55,7 @@ def test_without_a_sandbox_programs_are_graded_and_killed_all_the_same():
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
 
 
-def test_what_is_missing_is_named_with_what_to_install(monkeypatch, tmp_path):
+def test_a_missing_program_or_module_is_named_with_its_cure(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt install bubblewrap" in refused(SandboxOptions())
     old = tmp_path / "bwrap"
@@ -98,13 +98,13 @@ except UserError as error:
     ("container", "said"),
     [
         ([], "True"),
-        (["--ro-bind", "/dev/null", "/proc/version"], "hides parts of /proc"),  # as docker, podman and Kubernetes do
+        (["--ro-bind", "/dev/null", "/proc/version"], "hides parts of /proc"),  # as in docker, podman and Kubernetes
         (["--disable-userns"], "bubblewrap needs user namespaces"),
     ],
     ids=["open", "masked /proc", "no user namespaces"],
 )
-def test_the_sandbox_works_in_a_container_without_root_or_says_what_the_container_lacks(sandboxed, container, said):
-    """The container is one of bubblewrap's own, with a user that is not root."""
+def test_the_sandbox_works_in_a_container_without_root_or_names_what_the_container_lacks(sandboxed, container, said):
+    """The container is one of bubblewrap's, with a user that is not root."""
     outer = ["bwrap", "--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--dev-bind", "/", "/", "--proc", "/proc"]
     command = [*outer, *container, sys.executable, "-c", IN_A_CONTAINER]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
@@ -112,7 +112,7 @@ def test_the_sandbox_works_in_a_container_without_root_or_says_what_the_containe
     assert said == "True" or "grade-server" in done.stdout
 
 
-def test_promised_modules_are_there_and_are_checked(sandboxed):
+def test_promised_modules_are_available_and_checked(sandboxed):
     with Grader(CodeOptions(SandboxOptions(modules=["numpy"]))) as grader:
         assert grader.grade("import numpy as np\nprint(np.arange(4).sum())\n", [StdinTest("", "6")]).passed
         assert grader.grade("def f(x):\n    import numpy\n    return numpy.array(x) * 2\n", [CallTest("f", [[1, 2]], [2, 4])]).passed
@@ -138,21 +138,21 @@ def test_options_out_of_bounds_are_refused(change):
         Grader(dataclasses.replace(CodeOptions(), **change))
 
 
-def test_a_long_program_fails_unrun_and_all_tests_share_a_time(sandboxed):
+def test_a_long_program_fails_without_running_and_all_tests_share_a_time_limit(sandboxed):
     with Grader(CodeOptions(limits=Limits(cpu_s=2, wall_s=5), total_s=2.0, max_program_kb=1)) as grader:
         assert grader.grade("#" * 2000 + "\nprint(1)", ONE).tests_run == 0
         verdict = grader.grade("import time\ntime.sleep(0.4)\nprint(1)\n", ONE * 50)
         assert verdict.kind == "time limit" and 1 < verdict.tests_run < 8, verdict
 
 
-def test_a_sandbox_that_dies_while_it_waits_is_replaced(sandboxed):
+def test_a_waiting_sandbox_that_dies_is_replaced(sandboxed):
     with Grader(CodeOptions()) as grader:
         for sandbox in grader._pool._waiting:
             sandbox._process.kill()
         assert grader.grade("print(1)", ONE).passed
 
 
-def test_hundreds_of_verdicts_leave_nothing(sandboxed):
+def test_hundreds_of_verdicts_leave_nothing_behind(sandboxed):
     process = psutil.Process()
     with Grader(CodeOptions(SandboxOptions(pool=1))) as grader:
         grader.grade("print(1)", ONE)
@@ -163,7 +163,7 @@ def test_hundreds_of_verdicts_leave_nothing(sandboxed):
     assert [child for child in process.children(recursive=True) if child.name() in ("bwrap", "sh", "nsenter")] == []
 
 
-def test_a_sandbox_that_is_killed_while_it_starts_leaves_nothing(sandboxed):
+def test_a_sandbox_killed_during_its_start_leaves_nothing_behind(sandboxed):
     started = time.time()
     made = launcher.Launcher(SandboxOptions(), Limits())
     for number in range(60):
@@ -190,7 +190,7 @@ def test_sandboxes_die_with_their_worker(sandboxed):
     worker.wait()
     worker.stdout.close()
     assert psutil.wait_procs(family, timeout=10)[1] == []
-    if parents := cgroup.find_parents():  # the next worker removes what is left of control groups
+    if parents := cgroup.find_parents():  # the next worker removes leftover control groups
         assert not [path for parent in parents for path in parent.glob(f"megatron_aspo-*-{worker.pid}-*")]
 
 
@@ -213,13 +213,13 @@ def test_sandboxes_die_with_their_worker(sandboxed):
         b"9" * 4000,
     ],
 )
-def test_an_agent_that_was_taken_over_is_not_believed(line):
+def test_the_report_of_an_agent_that_was_taken_over_is_rejected(line):
     assert parse_report(b'{"status": -9, "cpu_s": 0.5}') == {"status": -9, "cpu_s": 0.5}
     with pytest.raises(EOFError):
         parse_report(line)
 
 
-def test_control_groups_of_version_2_are_looked_for_in_ones_own_group_and_its_parent(tmp_path):
+def test_control_groups_of_version_2_are_tried_in_the_own_group_and_its_parent(tmp_path):
     own = tmp_path / "cgroup"
     own.write_text("0::/user.slice/app.slice/worker.scope\n")
     root = Path("/sys/fs/cgroup")
@@ -229,7 +229,7 @@ def test_control_groups_of_version_2_are_looked_for_in_ones_own_group_and_its_pa
     assert cgroup._candidates(own, root)[0] == [root / "memory/a", root / "pids"]
 
 
-def test_only_groups_of_ones_own_pid_namespace_are_swept_and_no_process_0_is_killed(tmp_path, monkeypatch):
+def test_only_groups_of_the_own_pid_namespace_are_removed_and_process_0_is_never_killed(tmp_path, monkeypatch):
     namespace, dead, killed = os.stat("/proc/self/ns/pid").st_ino, 2**22 + 1, []
     names = [f"megatron_aspo-{namespace}-{dead}-0", f"megatron_aspo-{namespace}-{os.getpid()}-0", f"megatron_aspo-{namespace + 1}-{dead}-0"]
     for name in names:
@@ -241,7 +241,7 @@ def test_only_groups_of_ones_own_pid_namespace_are_swept_and_no_process_0_is_kil
     assert killed == [77, names[0]]
 
 
-def test_the_user_id_is_not_roots(sandboxed):
+def test_programs_do_not_have_the_user_id_of_root(sandboxed):
     with Grader(CodeOptions()) as grader:
         sandbox = grader._pool.take()
         processes = psutil.Process(sandbox._process.pid).children(recursive=True)
@@ -250,7 +250,7 @@ def test_the_user_id_is_not_roots(sandboxed):
     assert processes and 0 not in users and (os.geteuid() == 0 or users == {os.geteuid()})
 
 
-def test_no_descriptor_of_the_machine_is_open_in_a_sandbox(sandboxed):
+def test_a_sandbox_inherits_no_descriptor_of_the_machine(sandboxed):
     look = (
         "import os, sys\nfor p in filter(str.isdigit, os.listdir('/proc')):\n    try:\n        names = os.listdir(f'/proc/{p}/fd')\n"
         "    except OSError:\n        continue\n    for n in names:\n        try:\n            print(p, n, os.readlink(f'/proc/{p}/fd/{n}'))\n"
@@ -298,7 +298,7 @@ def test_a_sandbox_that_does_not_start_is_ended_with_its_inner_process(monkeypat
     made.close()
 
 
-def test_a_pipe_that_another_process_holds_does_not_stop_the_end(monkeypatch, sandboxed, open_directory):
+def test_a_pipe_held_open_by_another_process_does_not_block_ending_a_sandbox(monkeypatch, sandboxed, open_directory):
     fake = open_directory / "bwrap"
     fake.write_text("#!/bin/sh\necho 'bwrap: broken' >&2\nsleep 20 <&- >/dev/null &\nexec <&-\nexec sleep 20\n")
     fake.chmod(0o755)
@@ -315,7 +315,7 @@ def test_a_pipe_that_another_process_holds_does_not_stop_the_end(monkeypatch, sa
     made.close()
 
 
-def test_without_a_sandbox_a_session_of_its_own_does_not_save_a_program(tmp_path):
+def test_without_a_sandbox_a_program_in_its_own_session_is_killed_too(tmp_path):
     note = str(tmp_path / "pid")
     daemon = "    os.setsid()\n    if os.fork() == 0:\n        open({0!r}, 'w').write(str(os.getpid()))\n        time.sleep(600)\n    os._exit(0)\n"
     code = f"import os, time\nif os.fork() == 0:\n{daemon.format(note)}os.wait()\ntime.sleep(600)\n"
@@ -329,7 +329,7 @@ def test_without_a_sandbox_a_session_of_its_own_does_not_save_a_program(tmp_path
     ("release", "version"),
     [("5.14.0-362.el9.x86_64", (5, 14)), ("6.1-rc3", (6, 1)), ("4.18.0", (4, 18)), ("5.4.0-1-azure", (5, 4)), ("odd", (0, 0))],
 )
-def test_the_kernels_version_is_read(release, version):
+def test_the_kernel_version_is_parsed(release, version):
     assert launcher.kernel_version(release) == version
 
 

@@ -1,4 +1,4 @@
-"""Tests of problems, read from the forms that data sets have."""
+"""Tests of problems, read from the formats of public data sets."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ def packed(value):
         ),
     ],
 )
-def test_each_form_is_read(truth, tests):
+def test_each_format_is_read(truth, tests):
     assert read_tests(truth) == tests
 
 
@@ -67,7 +67,7 @@ def test_each_form_is_read(truth, tests):
         ({"inputs": [None], "outputs": ["1"]}, "null among inputs"),
     ],
 )
-def test_what_is_wrong_is_named(truth, message):
+def test_a_faulty_ground_truth_is_refused_with_the_reason(truth, message):
     for read in (read_tests, check_ground_truth):
         with pytest.raises(UserError, match=message):
             read(truth)
@@ -85,7 +85,7 @@ def test_large_packed_tests_are_checked_by_their_beginning(monkeypatch):
             check_ground_truth(bad)
 
 
-def test_packed_tests_run_no_code_and_have_a_limit(monkeypatch):
+def test_packed_tests_execute_no_code_and_have_a_size_limit(monkeypatch):
     class Evil:
         def __reduce__(self):
             return exec, ("raise SystemExit('executed')",)
@@ -107,7 +107,7 @@ def test_packed_tests_run_no_code_and_have_a_limit(monkeypatch):
         read_tests(packed("x" * (2 << 20)))
 
 
-def test_the_choice_of_tests_is_even_and_always_the_same():
+def test_the_choice_of_tests_is_even_and_deterministic():
     assert choose_tests(5, 0) == choose_tests(5, 9) == [0, 1, 2, 3, 4]
     assert choose_tests(10, 4) == [0, 3, 6, 9]
     assert choose_tests(10, 1) == [0]

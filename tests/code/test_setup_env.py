@@ -1,4 +1,4 @@
-"""tools/setup_env.sh and bubblewrap: where its log is, and that a failed installation is not repeated."""
+"""tools/setup_env.sh and bubblewrap: the path of its log, and that a failed installation is not repeated."""
 
 import os
 import shutil

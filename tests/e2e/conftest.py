@@ -1,4 +1,4 @@
-"""One user's directory, and a run in it that most tests look at; hosts for tests of what runs over several."""
+"""A user's directory with a run that most tests read; hosts for tests over several nodes."""
 
 import shutil
 import tempfile
@@ -13,14 +13,14 @@ from tests.hosts import Hosts, why_not
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("train")
-    make_workplace(place)
-    return place
+    directory = tmp_path_factory.mktemp("train")
+    make_workplace(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
 def whole(workplace) -> Path:
-    """Directory of a deterministic run that nobody touched, with a checkpoint after each step."""
+    """Return the directory of an undisturbed deterministic run, with a checkpoint after each step."""
     status, _, error = train(workplace, "name=whole", *WHOLE)
     assert status == 0, error
     return workplace / "runs" / "whole"
@@ -28,9 +28,9 @@ def whole(workplace) -> Path:
 
 @pytest.fixture(scope="module")
 def hosts(request) -> Iterator[Hosts]:
-    """Two hosts, or as many as the module's HOSTS says.
+    """Two hosts, or the number in the module's HOSTS.
 
-    Where the system lets nobody make them, the tests are skipped; anything else that is missing is an error.
+    Where the system forbids them, the tests are skipped; any other failure is an error.
     """
     if reason := why_not():
         pytest.skip(reason)
@@ -45,7 +45,7 @@ def hosts(request) -> Iterator[Hosts]:
 
 @pytest.fixture
 def clean_hosts(hosts) -> Iterator[None]:
-    """The test begins on hosts without any process and without any file in /tmp."""
+    """Let the test begin on hosts without any process and without any file in /tmp."""
     for host in (1, 2):
         assert not hosts.processes(host)
     yield

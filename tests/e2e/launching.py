@@ -1,4 +1,4 @@
-"""What tests of the launcher share: its calls on hosts made of namespaces, and what they look at there."""
+"""Shared by the launcher's tests: its calls on hosts made of namespaces, and what runs there."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def launcher(hosts: Hosts, tool: str, *options: str, ssh: str = FAST_TO_NOTICE) 
 
 
 def start(hosts: Hosts, *options: str, hostfile: Path | None = None, **how) -> subprocess.CompletedProcess:
-    """From host 1, which is the head."""
+    """Start the cluster from host 1, the head."""
     small = ["--num-cpus", "2", "--object-store-mb", "100", "--timeout", str(START_S)]
     words = launcher(hosts, "start_ray.sh", str(hostfile or hosts.hostfile), *small, *options)
     return hosts.run(1, *words, env=environment(), timeout_s=2 * START_S, **how)
@@ -54,7 +54,7 @@ def nothing_runs(hosts: Hosts, *which: int) -> bool:
 
 
 def names(hosts: Hosts, host: int) -> dict[int, str]:
-    """Process ids on this machine, with the names of their programs."""
+    """Return process id on this machine → name of its program."""
     found = {}
     for pid in hosts.processes(host):
         try:

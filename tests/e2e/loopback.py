@@ -1,4 +1,4 @@
-"""On which interfaces processes listen."""
+"""Checks on which interfaces processes listen."""
 
 from collections.abc import Iterable
 from ipaddress import IPv6Address, ip_address
@@ -7,7 +7,7 @@ import psutil
 
 
 def assert_only_loopback(processes: Iterable[psutil.Process]) -> None:
-    """Every socket on which one of the processes listens is on the loopback interface, and there is at least one."""
+    """Assert that every listening socket of the processes is on the loopback interface, and that there is at least one."""
     listening = []
     for process in processes:
         try:

@@ -1,4 +1,4 @@
-"""A custom reward that misbehaves in another way on every second response; the others get 1. A test copies it to a user's directory."""
+"""A custom reward that misbehaves in a different way on every second response; the others get 1. A test copies it to a user's directory."""
 
 import asyncio
 import ctypes
@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 LEFT_BEHIND = "86.4201"
-"""Seconds that a process sleeps which is left behind: a name to find it by."""
+"""Seconds that a left-behind process sleeps; the test finds it by this number."""
 kept = []
 
 
@@ -96,7 +96,7 @@ MISBEHAVIOUR = {
     "prints much": (print_much, "", "scored by the user's function"),
     "changes what is global": (change_what_is_global, "", "scored by the user's function"),
 }
-"""Name → (what it does, the failure, how the reason begins)."""
+"""Name → (action, failure, start of the reason)."""
 PLACE = os.getcwd()
 
 

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine: its own munge, controller and node daemons, with files, ports and sockets of its own."""
+"""A Slurm of two nodes on this machine: its own munge, controller and node daemons, with separate files, ports and sockets."""
 
 import os
 import re
@@ -16,7 +16,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
 
 def missing() -> str:
-    """Why no Slurm can be started here; empty when one can."""
+    """Return why no Slurm can be started here; empty when one can."""
     absent = [name for name in PROGRAMS if find(name) is None]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: apt install slurm-wlm munge)"
@@ -37,7 +37,7 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Slurm:
-    """Its commands, as a user gives them."""
+    """Slurm's commands, as a user gives them."""
 
     directory: Path
 
@@ -47,11 +47,11 @@ class Slurm:
         return subprocess.run(words, env=environment, cwd=cwd, check=True, capture_output=True, text=True, timeout=60).stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """State, exit code, restarts and so on of a job."""
+        """Return state, exit code, restarts and so on of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", number)))
 
     def wait(self, number: str, condition, what: str, limit_s: float = 300.0) -> dict[str, str]:
-        """Return the job as soon as the condition holds of it."""
+        """Return the job as soon as the condition holds for it."""
         deadline = time.monotonic() + limit_s
         while not condition(job := self.job(number)):
             assert time.monotonic() < deadline, f"{what} did not happen in {limit_s:g} s; {job}"
@@ -61,7 +61,7 @@ class Slurm:
 
 @contextmanager
 def two_nodes(directory: Path) -> Iterator[Slurm]:
-    """Slurm nodes n1 and n2, ready for jobs; every daemon is ended in the end."""
+    """Slurm nodes n1 and n2, ready for jobs; every daemon is ended afterwards."""
     controller, first, second = free_ports(3)
     key = directory / "munge.key"
     key.write_bytes(secrets.token_bytes(64))
@@ -77,7 +77,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser=root
 AuthType=auth/munge
-# A requeued job waits for the time in which credentials expire.
+# A requeued job waits until the credentials expire.
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -102,7 +102,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
     configured = ["-f", str(directory / "slurm.conf")]
     files = [f"--{name}-file={directory}/munged.{name}" for name in ("pid", "log", "seed")]
     daemons = [
-        # --force: its directories are below /tmp, which others can write.
+        # --force, because its directories are below /tmp, which others can write.
         ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={directory}/munge.socket", *files],
         ["slurmctld", "-D", *configured],
         *(["slurmd", "-D", "-N", name, *configured] for name in ("n1", "n2")),

@@ -1,4 +1,4 @@
-"""A cluster that Python code opens itself: it listens on loopback only, and is gone soon after its driver is killed."""
+"""A cluster that Python code opens itself: it listens on loopback only, and ends soon after its driver is killed."""
 
 import os
 import re
@@ -20,18 +20,18 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 import subprocess, sys, time
-import ray  # before ours: what Ray reads when it is imported was read without us
+import ray  # before ours: Ray reads its settings at import, without our changes
 from megatron_aspo.data.options import DataOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.cluster import open_cluster
 
-# The driver's own business; its output would stay open if the driver failed, and whoever reads that would wait.
+# Unrelated to the cluster. Its output would stay open if the driver failed, and a reader would wait for it.
 other = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
-for once_more in (True, False):
+for again in (True, False):
     cluster = open_cluster("", 2)
     rewards = RewardPool("single_digit_addition", DataOptions(), workers=2)
     rewards.ready()
-    if once_more:
+    if again:
         rewards.close()
         cluster.close()
     print(other.pid, flush=True)
@@ -42,9 +42,9 @@ GONE_S = 10
 
 
 def start_driver(directory: Path) -> subprocess.Popen:
-    """Under the longest TMPDIR that is not refused, which proves the limit: Ray starts there."""
-    room = _SOCKET_PATH_BYTES - len(_RAY_SOCKET.format(pid=2**22)) - 1
-    temporary = Path(f"{directory}/".ljust(room, "x"))
+    """Start it under the longest TMPDIR that is accepted, which proves the limit: Ray starts there."""
+    padding = _SOCKET_PATH_BYTES - len(_RAY_SOCKET.format(pid=2**22)) - 1
+    temporary = Path(f"{directory}/".ljust(padding, "x"))
     temporary.mkdir(exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     return subprocess.Popen([sys.executable, "-c", DRIVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -56,15 +56,15 @@ def family_of(driver: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.fixture
 def short():
-    """A directory with a short path."""
+    """Return a directory with a short path."""
     directory = Path(f"/tmp/t{os.getpid()}")
     directory.mkdir()
     yield directory
     subprocess.run(["rm", "-rf", str(directory)], check=True)
 
 
-def test_it_listens_on_loopback_and_goes_with_its_driver_but_takes_nothing_else_along(short):
-    """Closed, and then, opened again, by the driver's death."""
+def test_it_listens_on_loopback_and_ends_with_its_driver_and_ends_nothing_else(short):
+    """First the cluster is closed; then, opened again, it ends with the driver."""
     driver = start_driver(short)
     other = psutil.Process(int(driver.stdout.readline()))
     try:
@@ -99,9 +99,9 @@ def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing(short):
     other.kill()
 
 
-def test_without_an_open_cluster_ray_is_not_started_behind_our_back():
-    """It would listen on every interface."""
-    ask = "from megatron_aspo.common.ray_connection import require_cluster; require_cluster()"
+def test_without_an_open_cluster_ray_is_not_started_implicitly():
+    """Ray would listen on every interface."""
+    ask = "from megatron_aspo.common.actors import require_cluster; require_cluster()"
     said = subprocess.run(
         [sys.executable, "-c", ask], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
     )
@@ -113,12 +113,12 @@ def test_one_process_opens_one_cluster(ray_cluster):
 
     with pytest.raises(UserError, match="connected to a Ray cluster already; disconnect it first"):
         open_cluster("", 2)
-    with RewardPool("single_digit_addition", DataOptions()):  # and the first one goes on
+    with RewardPool("single_digit_addition", DataOptions()):  # and the first one continues
         pass
 
 
 def test_ray_is_started_in_one_place():
-    """Each other place would have to see to loopback and to what a killed driver leaves."""
+    """Every other place would need care for loopback and for the processes of a killed driver."""
     calls = [
         file
         for room in ("megatron_aspo", "tools", "tests")

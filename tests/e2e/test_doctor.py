@@ -40,10 +40,11 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789
 
 @contextlib.contextmanager
 def cluster() -> Iterator[dict]:
-    """Two nodes: address of the head, process of its GCS; id and raylet's process of the second node. Nothing is left afterwards."""
+    """Two nodes: address of the head, pid of its GCS; id of the second node and pid of its raylet. No process is left afterwards."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_DISABLE_IMPORT_WARNING": "1"} | TOKEN
     environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
-    temporary = tempfile.mkdtemp(prefix="d", dir="/tmp")  # short, as paths of sockets are; and other clusters of this user stay as they are
+    # Short, because socket paths are limited; and separate from other clusters of this user.
+    temporary = tempfile.mkdtemp(prefix="d", dir="/tmp")
     environment["RAY_TMPDIR"] = temporary
     process = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     family: list[psutil.Process] = []
@@ -79,7 +80,7 @@ def doctor(cwd: Path, *arguments: str, **environment: str) -> tuple[int, list[di
     return done.returncode, json.loads(done.stdout)["checks"], done.stdout
 
 
-def of(records: list[dict], check: str) -> list[dict]:
+def records_of(records: list[dict], check: str) -> list[dict]:
     return [record for record in records if record["check"] == check]
 
 
@@ -104,27 +105,27 @@ def test_both_nodes_and_the_connection_between_them_are_checked(nodes, tmp_path,
     assert status == 0, text
     by_node = {name: len([record for record in records if record["node"] == name]) for name in {record["node"] for record in records}}
     for check in ("versions", "torch", "shared memory", "open files", "sandbox", "model", "clock", "shared directory"):
-        assert len(of(records, check)) == 2, (check, by_node)
+        assert len(records_of(records, check)) == 2, (check, by_node)
     assert not any(record["status"] == "failed" for record in records)
-    (link,) = of(records, "gloo")
+    (link,) = records_of(records, "gloo")
     assert link["status"] == "ok" and " – " in link["node"] and "GB/s there" in link["detail"] and "GB/s back" in link["detail"]
-    assert {record["status"] for record in of(records, "same on all nodes")} == {"ok"}
-    (placement,) = of(records, "placement")
+    assert {record["status"] for record in records_of(records, "same on all nodes")} == {"ok"}
+    (placement,) = records_of(records, "placement")
     assert "2 of 8 logical CPUs on 2 nodes" in placement["detail"]
-    assert [record["detail"] for record in of(records, "Ray token")] == ["required by this node's servers"] * 2
+    assert [record["detail"] for record in records_of(records, "Ray token")] == ["required by this node's servers"] * 2
     assert TOKEN["RAY_AUTH_TOKEN"] not in text
 
 
 def test_a_wrong_token_is_a_failure_and_is_not_printed(nodes, tmp_path):
     wrong = "f" * 32
     status, records, text = doctor(tmp_path, "--ray-address", nodes["address"], RAY_AUTH_TOKEN=wrong)
-    (joined,) = of(records, "Ray cluster")
+    (joined,) = records_of(records, "Ray cluster")
     assert status == 1 and joined["status"] == "failed" and "token" in joined["cure"], text
     assert wrong not in text and TOKEN["RAY_AUTH_TOKEN"] not in text
 
 
 def test_a_frozen_actor_is_named_within_its_limit(ray_cluster):
-    """Of two processes one is stopped before it is asked."""
+    """One of two processes is stopped before it is called."""
     import ray
 
     from megatron_aspo.doctor.calls import gather
@@ -152,8 +153,8 @@ def test_a_frozen_actor_is_named_within_its_limit(ray_cluster):
             ray.kill(end)
 
 
-def test_a_frozen_node_is_named_and_the_other_one_is_checked_and_a_frozen_head_is_not_waited_for(nodes, tmp_path):
-    """The last test: the cluster is of no use after it."""
+def test_a_frozen_node_is_named_while_the_other_is_checked_and_a_frozen_head_fails_in_time(nodes, tmp_path):
+    """The last test, because the cluster cannot be used after it."""
     raylet = psutil.Process(nodes["second"])
     for process in (raylet, *raylet.children(recursive=True)):
         process.send_signal(signal.SIGSTOP)
@@ -161,9 +162,9 @@ def test_a_frozen_node_is_named_and_the_other_one_is_checked_and_a_frozen_head_i
     status, records, text = doctor(tmp_path, "--ray-address", nodes["address"], "--timeout", "10", "--bandwidth", "0")
     assert time.monotonic() - started < 180
     assert status == 1, text
-    (frozen,) = of(records, "Ray process")
+    (frozen,) = records_of(records, "Ray process")
     assert frozen["status"] == "failed" and nodes["node"][:6] in frozen["node"] and "frozen" in frozen["cure"]
-    assert len(of(records, "versions")) == 1
-    os.kill(nodes["gcs"], signal.SIGSTOP)  # now it accepts connections, and answers nobody
+    assert len(records_of(records, "versions")) == 1
+    os.kill(nodes["gcs"], signal.SIGSTOP)  # now it accepts connections, but never answers
     status, records, text = doctor(tmp_path, "--ray-address", nodes["address"], "--timeout", "5")
     assert status == 1 and "hung while joining the Ray cluster: no answer within 10 s" in records[-1]["detail"], text

@@ -1,4 +1,4 @@
-"""Real vLLM engines on CPU, as Ray actors, fed weights over a real gloo group. The oracle is a transformers float32 forward."""
+"""Real vLLM engines on CPU, as Ray actors, updated over a real gloo group. The oracle is a transformers float32 forward."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.long
 TOLERANCE = 1e-4
 BUCKET_BYTES = 200_000
 PROMPT = tuple(20 + (7 * position) % 480 for position in range(170))
-"""Longer than blocks of the prefix cache (32 tokens on CPU), so that it is cached."""
+"""Longer than a block of the prefix cache (32 tokens on CPU), so that it is cached."""
 
 
 def options(engines: int, tensor_parallel: int = 1) -> RolloutOptions:
@@ -53,7 +53,7 @@ def options(engines: int, tensor_parallel: int = 1) -> RolloutOptions:
 
 
 def requests(label: str, count: int, max_tokens: int = 24, temperature: float = 1.0) -> list[Request]:
-    """Prompts of 150 to 200 tokens that differ from their first token on; seeds 0, 1, ..."""
+    """Return prompts of 150 to 200 tokens that differ from their first token on; seeds 0, 1, ..."""
     return [
         Request(
             f"{label}-{i}",
@@ -67,7 +67,7 @@ def requests(label: str, count: int, max_tokens: int = 24, temperature: float = 
 
 
 def logprobs_of(model: PreTrainedModel, state: dict[str, torch.Tensor], request: Request, generation: Generation) -> np.ndarray:
-    """float32 [response length]: what transformers says of the sampled tokens under the weights `state`."""
+    """Return transformers' logprobs of the sampled tokens under the weights `state`, float32 [response length]."""
     model.load_state_dict(state, strict=False)
     ids = torch.tensor([[*request.prompt_ids, *generation.token_ids.tolist()]])
     with torch.inference_mode():
@@ -77,13 +77,13 @@ def logprobs_of(model: PreTrainedModel, state: dict[str, torch.Tensor], request:
 
 @dataclass
 class Rig:
-    """Engines, the model they hold, and the sender of its weights."""
+    """Engines, their model, and the sender of its weights."""
 
     pool: EnginePool
     infos: list[EngineInfo]
     model: PreTrainedModel
     state: dict[str, torch.Tensor]
-    """The weights the engines have now."""
+    """The current weights of the engines."""
     architecture: str
     dims: ModelDims
     engines: EngineSizes
@@ -91,7 +91,7 @@ class Rig:
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=2))
 
     def connect(self, dims: ModelDims) -> None:
-        """Become the one training rank of a model of these sizes."""
+        """Become the only training rank of a model of these sizes."""
         spec = TransferSpec(self.architecture, dims, ParallelSizes(), self.engines, "float32", BUCKET_BYTES)
         port = free_port("127.0.0.1")
         pending = self.pool.connect("127.0.0.1", port, spec, timeout_s=30)
@@ -108,7 +108,7 @@ class Rig:
         self.state = state
 
     def error(self, request: Request, generation: Generation) -> float:
-        """Largest distance of a logprob from the oracle under the current weights."""
+        """Return the largest difference of a logprob from the oracle under the current weights."""
         return float(np.abs(generation.logprobs - logprobs_of(self.model, self.state, request, generation)).max())
 
     def in_background(self, function: Callable, *arguments) -> Future:
@@ -125,7 +125,7 @@ def start(model: PreTrainedModel, directory: Path, pool_options: RolloutOptions,
 
 
 def leftovers(infos: list[EngineInfo]) -> list[str]:
-    """Processes and shared memory of these engines that still exist."""
+    """Return the processes and shared memory of these engines that still exist."""
     found = []
     for info in infos:
         found += [segment for segment in info.remains.segments if os.path.exists(f"/dev/shm/{segment}")]
@@ -182,7 +182,7 @@ def untied(ray_cluster, tmp_path_factory) -> Iterator[Rig]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_a_transformers_forward_at_the_requests_temperature(tied, temperature):
+def test_logprobs_equal_a_transformers_forward_at_the_requests_temperature(tied, temperature):
     asked = requests(f"forward-{temperature}", 8, temperature=temperature)
     for request, generation in zip(asked, tied.pool.generate(asked, group_size=2), strict=True):
         assert generation.logprobs.shape == generation.token_ids.shape
@@ -192,7 +192,7 @@ def test_logprobs_are_those_of_a_transformers_forward_at_the_requests_temperatur
 def test_after_an_update_a_cached_prompt_is_answered_by_the_new_weights(tied):
     for round_number in (1, 2):
         before = tied.state
-        # As many requests as fill both engines: the prompt is in the cache of each.
+        # Enough requests to fill both engines, so that the prompt is in the cache of each.
         cached = [Request(f"cached-{round_number}-{i}", PROMPT, i, 8, 1.0) for i in range(4)]
         tied.pool.generate(cached)
         tied.update(perturbed(tied.model, seed=round_number))
@@ -202,13 +202,13 @@ def test_after_an_update_a_cached_prompt_is_answered_by_the_new_weights(tied):
         for request, generation in zip(asked, generations, strict=True):
             assert tied.error(request, generation) < TOLERANCE
             stale = logprobs_of(tied.model, before, request, generation)
-            assert np.abs(generation.logprobs - stale).max() > 0.05  # the two sets of weights can be told apart
+            assert np.abs(generation.logprobs - stale).max() > 0.05  # the two sets of weights are distinguishable
             assert [(span.version, span.start, span.stop) for span in generation.versions] == [(tied.version, 0, len(generation.token_ids))]
 
 
-def test_a_response_under_way_goes_on_under_the_new_weights_and_says_from_where(tied):
+def test_a_running_response_continues_under_the_new_weights_and_records_where(tied):
     old_state, old_version = tied.state, tied.version
-    # More than run at once, so that some are under way whenever the update comes, however fast the machine is.
+    # More than run at once, so that some are running whenever the update comes, however fast the machine is.
     asked = requests("across", 48, max_tokens=300)
     running = tied.in_background(tied.pool.generate, asked)
     assert wait_until(lambda: sum(state["unfinished"] for state in tied.pool.health()) >= 8, 20)
@@ -242,20 +242,20 @@ def test_a_seed_reproduces_its_response_and_another_seed_gives_another(tied):
     assert not np.array_equal(other.token_ids, first[0].token_ids)
 
 
-def test_deterministic_generation_repeats_itself_to_the_bit(tied):
+def test_deterministic_generation_is_reproducible_bit_for_bit(tied):
     runs = []
     for run in range(2):
         asked = [Request(f"repeat-{run}-{i}", r.prompt_ids, r.seed, 16, 1.0) for i, r in enumerate(requests("", 12))]
         with deterministic(tied.pool):
             runs.append(tied.pool.generate(asked, group_size=3))
-        # What the caches hold differs from run to run.
+        # The contents of the caches differ from run to run.
         tied.pool.generate([Request(f"between-{run}", asked[0].prompt_ids, 9, 4, 1.0)])
     for one, two in zip(*runs, strict=True):
         np.testing.assert_array_equal(one.token_ids, two.token_ids)
         np.testing.assert_array_equal(one.logprobs.view(np.int32), two.logprobs.view(np.int32))
 
 
-def test_deterministic_generation_shares_out_the_same_whatever_the_engines_are_doing(tied):
+def test_deterministic_generation_distributes_requests_independently_of_load(tied):
     def unfinished() -> list[int]:
         return [state["unfinished"] for state in tied.pool.health()]
 
@@ -272,7 +272,7 @@ def test_deterministic_generation_shares_out_the_same_whatever_the_engines_are_d
 
 @pytest.mark.parametrize(("halt", "go"), [("pause", "resume"), ("sleep", "wake")])
 @pytest.mark.parametrize("fixed_share", [False, True])
-def test_nothing_is_generated_between_halting_and_going_on(tied, halt, go, fixed_share):
+def test_nothing_is_generated_between_halting_and_resuming(tied, halt, go, fixed_share):
     with deterministic(tied.pool) if fixed_share else nullcontext():
         getattr(tied.pool, halt)()
         running = tied.in_background(tied.pool.generate, requests(f"{halt}-{fixed_share}", 4, max_tokens=2))
@@ -282,8 +282,8 @@ def test_nothing_is_generated_between_halting_and_going_on(tied, halt, go, fixed
         assert [len(generation.token_ids) for generation in running.result(30)] == [2] * 4
 
 
-def test_an_engine_that_is_half_awake_sleeps_whole_and_wakes_whole(tied):
-    """As it happens when another engine is lost between the two halves."""
+def test_a_half_awake_engine_sleeps_and_wakes_completely(tied):
+    """This happens when another engine is lost between the two halves."""
     for _ in range(2):
         tied.pool.sleep()
     tied.pool.wake(("weights",))
@@ -299,8 +299,8 @@ def test_an_engine_that_is_half_awake_sleeps_whole_and_wakes_whole(tied):
     assert [state["held_by"] for state in tied.pool.health()] == [[]] * tied.pool.size
 
 
-class HaltedAtTheFirst:
-    """A reward pool that has the first response scored while the engines are halted in the middle of others."""
+class HaltedAtFirstResponse:
+    """A reward pool in which the first response is scored while the engines are halted in the middle of others."""
 
     def __init__(self, rewards: RewardPool, engines: EnginePool):
         self.rewards, self.engines = rewards, engines
@@ -330,11 +330,11 @@ class Tokens:
 
 @pytest.mark.parametrize("fixed_share", [False, True])
 def test_a_response_is_scored_while_others_are_generated(tied, fixed_share):
-    """One group on one engine, larger than what runs at once there: when the first are finished, others wait. The workers are real too."""
+    """One group on one engine, more than run at once there: when the first are finished, others wait. The workers are real too."""
     rollout = RolloutOptions(prompts_per_step=1, responses_per_prompt=12, max_response_tokens=48)
     reward = DataOptions(reward="tests.unit.user_rewards:length")
     with RewardPool("dataset", reward, workers=2) as rewards, deterministic(tied.pool) if fixed_share else nullcontext():
-        watched = HaltedAtTheFirst(rewards, tied.pool)
+        watched = HaltedAtFirstResponse(rewards, tied.pool)
         rollouts = Rollouts(Prompts(), tied.pool, watched, Tokens(), rollout, AlgorithmOptions(group_filter="none"), fixed_share, print)
         (group,) = rollouts.collect(0, lambda phase: None).groups
     assert watched.unfinished >= 4 and watched.first.score > 0
@@ -342,7 +342,7 @@ def test_a_response_is_scored_while_others_are_generated(tied, fixed_share):
         assert sample.text == " ".join(map(str, sample.generation.token_ids)) and sample.reward == len(sample.text)
 
 
-def test_what_a_callback_raises_withdraws_what_is_still_generated(tied):
+def test_an_exception_in_a_callback_cancels_the_running_requests(tied):
     def refuse(position: int, generation: Generation) -> None:
         raise UserError("the reward is broken")
 
@@ -388,7 +388,7 @@ def test_tensor_parallel_workers_of_an_untied_model_follow_updates(untied):
     assert untied.pool.versions() == [2]
 
 
-def test_responses_end_with_an_end_token_unless_cut_off_and_sampling_ignores_the_generation_config(untied):
+def test_responses_end_with_an_end_token_unless_truncated_and_sampling_ignores_the_generation_config(untied):
     asked = [Request(f"stop-{i}", PROMPT, i, 40, 1.0) for i in range(16)]
     generations = untied.pool.generate(asked)
     stops = STOPS | TOKENIZER_STOPS
@@ -406,7 +406,7 @@ def test_responses_end_with_an_end_token_unless_cut_off_and_sampling_ignores_the
     assert len({int(generation.token_ids[0]) for generation in generations}) > 8
 
 
-def test_an_update_that_leaves_a_tensor_out_is_an_error_and_the_engine_generates_no_more(untied):
+def test_an_update_without_a_tensor_is_an_error_and_the_engine_stops_generating(untied):
     untied.connect(replace(untied.dims, layers=1))
     with pytest.raises(EngineError, match=r"as they were: \['model.layers.1.[a-z_]+.weight'"):
         untied.update(untied.state)
@@ -416,7 +416,7 @@ def test_an_update_that_leaves_a_tensor_out_is_an_error_and_the_engine_generates
 
 def test_shutting_down_leaves_no_process_and_no_shared_memory(untied):
     assert any("VLLM" in name or "python" in name for name in leftovers(untied.infos))
-    assert any(info.remains.segments for info in untied.infos)  # tensor-parallel workers talk through shared memory
+    assert any(info.remains.segments for info in untied.infos)  # tensor-parallel workers communicate through shared memory
     untied.pool.shutdown()
     assert leftovers(untied.infos) == []
 
@@ -426,7 +426,7 @@ def test_a_missing_model_is_a_user_error(ray_cluster, tmp_path):
         EnginePool(str(tmp_path / "nowhere"), options(engines=1), max_model_len=256).start()
 
 
-def test_what_the_engine_core_says_before_it_dies_reaches_the_user(ray_cluster, tmp_path):
+def test_the_last_output_of_a_dying_engine_core_reaches_the_user(ray_cluster, tmp_path):
     save_tiny("qwen2", tmp_path, tied=True)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -435,7 +435,7 @@ def test_what_the_engine_core_says_before_it_dies_reaches_the_user(ray_cluster, 
     shutil.rmtree(tmp_path)
 
 
-# From here on the engines of `tied` are killed.
+# The tests below kill the engines of `tied`.
 
 
 def test_a_dead_engine_core_ends_generation_with_an_error_and_its_actor(tied):
@@ -454,7 +454,7 @@ def test_a_dead_engine_core_ends_generation_with_an_error_and_its_actor(tied):
 
 def test_a_killed_actor_ends_generation_and_takes_its_processes_with_it(tied):
     victim = tied.infos[0]
-    # One group goes to the least loaded engine, and of equals to the first; not all of it ends by itself in half a second.
+    # One group goes to the least loaded engine, the first of equals; not all of it ends within half a second.
     running = tied.in_background(tied.pool.generate, [Request(f"killed-actor {i}", PROMPT, i, 800, 1.0) for i in range(8)], 8)
     time.sleep(0.5)
     os.kill(victim.pid, signal.SIGKILL)

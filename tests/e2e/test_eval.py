@@ -1,4 +1,4 @@
-"""megatron-aspo eval with real engines: it gives what training saw, however often it is killed, together or by stages."""
+"""megatron-aspo eval with real engines: it reproduces training's evaluations, however often it is killed, in one run or by stages."""
 
 import csv
 import json
@@ -32,13 +32,13 @@ def checkpoint(whole):
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace, checkpoint):
-    """An evaluation in parts of one problem."""
+    """Return an evaluation in parts of one problem."""
     out = workplace / "undisturbed"
     return run_eval(workplace, checkpoint, "--out", str(out), *ONE_BY_ONE), responses(out)
 
 
 def test_a_saved_checkpoint_gives_every_token_and_score_that_the_live_engines_gave(workplace, whole, checkpoint):
-    """Trained by off-policy updates, deterministic, float32, two engines: the last evaluation of the run, and that of its checkpoint."""
+    """Trained by off-policy updates, deterministic, float32, two engines: the run's last evaluation against its checkpoint's."""
     result = run_eval(workplace, checkpoint, "--out", str(workplace / "saved"))
     live, saved = read_responses(whole / "evaluations" / f"step_{STEPS}.parquet"), responses(workplace / "saved")
     assert len(live) == 8 and len({tuple(response.response_ids) for response in live}) > 4
@@ -50,7 +50,7 @@ def test_a_saved_checkpoint_gives_every_token_and_score_that_the_live_engines_ga
     assert not (workplace / "saved" / "model").exists()
 
 
-def test_an_evaluation_that_is_killed_and_graded_by_another_process_is_the_undisturbed_one(workplace, checkpoint, undisturbed):
+def test_an_evaluation_that_is_killed_and_graded_by_another_process_equals_the_undisturbed_one(workplace, checkpoint, undisturbed):
     out = workplace / "killed"
     words = ["eval", checkpoint, "--out", str(out), *ONE_BY_ONE, "--stage", "generate"]
     process = start_command(workplace, *words)
@@ -71,14 +71,14 @@ def test_an_evaluation_that_is_killed_and_graded_by_another_process_is_the_undis
     assert {**result, "out": ""} == {**undisturbed[0], "out": ""}
 
 
-def test_an_evaluation_against_another_is_paired_and_needs_no_engine(workplace, checkpoint, undisturbed):
+def test_a_comparison_of_two_evaluations_is_paired_and_needs_no_engine(workplace, checkpoint, undisturbed):
     out = str(workplace / "undisturbed")
     again = run_eval(workplace, checkpoint, "--out", out, *ONE_BY_ONE, "--against", out)
     assert again["difference"]["avg@2"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "better": 0, "worse": 0}
 
 
 @pytest.mark.nightly
-def test_a_watcher_evaluates_what_is_there_as_the_command_does(workplace, checkpoint, undisturbed):
+def test_a_watcher_evaluates_existing_checkpoints_as_the_command_does(workplace, checkpoint, undisturbed):
     watched = workplace / "watched"
     watched.mkdir()
     (watched / f"step_{STEPS}").symlink_to(checkpoint)
@@ -92,8 +92,8 @@ def test_a_watcher_evaluates_what_is_there_as_the_command_does(workplace, checkp
 
 
 @pytest.mark.nightly
-def test_watchers_that_generate_and_grade_apart_give_what_one_gives(workplace, checkpoint, undisturbed):
-    """Who grades sees the evaluations alone: the checkpoint is gone by then."""
+def test_watchers_that_generate_and_grade_separately_give_the_results_of_one(workplace, checkpoint, undisturbed):
+    """The grader sees only the evaluations: the checkpoint is gone by then."""
     watched, out = workplace / "apart", workplace / "apart_evaluations"
     watched.mkdir()
     (watched / f"step_{STEPS}").symlink_to(checkpoint)

@@ -60,11 +60,11 @@ def run_eval(workplace, target, out):
     return json.loads(printed.splitlines()[-1]), responses
 
 
-def test_a_server_gives_the_greedy_responses_of_an_engine_of_ours(workplace, url):
+def test_a_server_gives_the_greedy_responses_of_our_engine(workplace, url):
     ours, expected = run_eval(workplace, "model", "by_engine")
     theirs, found = run_eval(workplace, url, "by_server")
     assert len(found) == 4 and all(response.response_ids is None for response in found)
-    # The server holds back bytes at the end that are no whole character; a decoder of whole responses shows them.
+    # The server withholds trailing bytes that are no whole character; a decoder of whole responses shows them.
     assert [(r.problem, r.response, r.tokens, r.finish_reason, r.score) for r in found] == [
         (r.problem, r.response.rstrip("\ufffd"), r.tokens, r.finish_reason, r.score) for r in expected
     ]

@@ -1,4 +1,4 @@
-"""The CPU image, built and used as docker/README.md says."""
+"""The CPU image, built and used as in docker/README.md."""
 
 import json
 import os

@@ -18,11 +18,11 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("clean_hosts")]
 
 
 def servers(hosts: Hosts, host: int) -> dict[int, str]:
-    """Ray's long-lived processes of a host; its agents come and go."""
+    """Return Ray's long-lived processes on a host; its agents come and go."""
     return {pid: name for pid, name in names(hosts, host).items() if name in ("gcs_server", "raylet")}
 
 
-def test_a_cluster_is_built_found_running_mended_and_ended(hosts):
+def test_a_cluster_is_started_found_running_repaired_and_stopped(hosts):
     first = start(hosts)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "the cluster runs: 2 nodes" in first.stdout and "--ray-address 10.77.0.1:6379" in first.stdout
@@ -70,7 +70,7 @@ def assert_state_is_private(hosts: Hosts) -> None:
 
 
 def assert_token_is_kept(hosts: Hosts, printed: list[str]) -> None:
-    """In files of mode 600, and in no other file, argument, environment or line of output."""
+    """Assert that the token is in files of mode 600, and in no other file, argument, environment or line of output."""
     token = hosts.run(1, "cat", f"{STATE}/token").stdout
     assert len(token) == 64
     for host in (1, 2):
@@ -86,7 +86,7 @@ def assert_token_is_kept(hosts: Hosts, printed: list[str]) -> None:
     assert token.encode() not in b"".join(path.read_bytes() for path in hosts.directory.rglob("*") if path.is_file())
 
 
-def test_a_key_that_the_hosts_do_not_know_is_named(hosts):
+def test_a_key_that_the_hosts_do_not_know_is_reported(hosts):
     words = launcher(hosts, "start_ray.sh", str(hosts.hostfile))
     words[-1] = words[-1].replace(f"{hosts.directory}/key ", f"{hosts.directory}/other_key ")
     done = hosts.run(1, *words, env=environment())
@@ -119,7 +119,7 @@ def test_a_port_in_use_is_named_before_anything_starts(hosts):
     assert nothing_runs(hosts, 1, 2)
 
 
-def test_a_host_that_dies_while_the_cluster_starts_is_named_and_the_rest_is_ended(hosts):
+def test_a_host_that_dies_while_the_cluster_starts_is_named_and_the_rest_is_stopped(hosts):
     words = launcher(hosts, "start_ray.sh", str(hosts.hostfile), "--timeout", str(START_S))
     process = hosts.popen(1, *words, env=environment())
     for line in process.stdout:
@@ -133,7 +133,7 @@ def test_a_host_that_dies_while_the_cluster_starts_is_named_and_the_rest_is_ende
     assert nothing_runs(hosts, 1)
 
 
-def test_an_interrupted_start_leaves_nothing(hosts):
+def test_an_interrupted_start_leaves_no_process(hosts):
     words = launcher(hosts, "start_ray.sh", str(hosts.hostfile), "--object-store-mb", "100")
     process = hosts.popen(1, *words, env=environment())
     while "gcs_server" not in (found := names(hosts, 1)).values():
@@ -163,8 +163,8 @@ def test_a_node_with_another_token_does_not_join_and_its_host_is_named(hosts):
     assert nothing_runs(hosts, 1, 2)
 
 
-def test_two_users_of_one_host_do_not_meet(hosts):
-    """`nobody` and `games`, as every Debian has them."""
+def test_two_users_of_one_host_do_not_interfere(hosts):
+    """`nobody` and `games`, which every Debian has."""
     users = {"nobody": (65534, 6379), "games": (5, 7379)}
     hostfile = hosts.directory / "one_host"
     hostfile.write_text("10.77.0.1\n")
@@ -191,8 +191,8 @@ def test_two_users_of_one_host_do_not_meet(hosts):
     assert nothing_runs(hosts, 1)
 
 
-def test_a_call_that_blocks_ends_its_node_at_a_signal_and_ends_when_the_node_does(hosts):
-    """As the process of a container does; on one host, whose network interface is named."""
+def test_a_blocking_call_stops_its_node_on_a_signal_and_exits_when_the_node_does(hosts):
+    """As a container's process does; on one host, whose network interface is given."""
     hostfile = hosts.directory / "one_host"
     hostfile.write_text("host1\n")
     small = ("--num-cpus", "1", "--object-store-mb", "100")

@@ -14,42 +14,42 @@ from tests.hosts import ROOT, Hosts
 pytestmark = pytest.mark.long
 HOSTS = 3
 STEPS = 2
-"""As many as it takes to generate from weights that were trained and sent over the link."""
+"""Enough to generate from weights that were trained and sent over the link."""
 PORTS = range(6379, 7379)
-"""Of the launcher's map."""
+"""Ports of the launcher's map."""
 CLIENT = "tests/e2e/without_token.py"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A run over three hosts, and what was seen while it trained."""
+    """A run over three hosts, and the observations made while it trained."""
 
     directory: Path
     status: int
     error: str
     listeners: list[Listener]
     without_token: dict[tuple[int, int], list[str]]
-    """(host, port) → what a client of another host was answered."""
+    """(host, port) → the answer to a client on another host."""
     with_token: dict[tuple[int, int], list[str]]
     link_bytes: int
-    """What left the trainer's host in all."""
+    """Total bytes that left the trainer's host."""
     nodes: dict[str, set[int]]
     """Role → hosts on which its processes ran."""
 
 
 @pytest.fixture(scope="module")
 def seen(hosts) -> Seen:
-    place = hosts.directory / "train"
-    place.mkdir()
-    make_workplace(place)
+    directory = hosts.directory / "train"
+    directory.mkdir()
+    make_workplace(directory)
     pinned = ["--resources", "trainers=1", "--resources", "engines:1=2-3"]
     started = start(hosts, *pinned, "--num-cpus", "6", "--export", f"PYTHONPATH={ROOT}", "--export", "HF_HUB_OFFLINE=1")
     assert started.returncode == 0, started.stdout + started.stderr
     command = ["-m", "megatron_aspo", "train", "recipe.yaml", "--ray-address", "10.77.0.1:6379", "name=three_hosts", f"steps={STEPS}"]
     token = f"{STATE}/nodes/10.77.0.1/token"
     known = environment(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
-    driver = hosts.popen(1, sys.executable, *command, "trainer.resource=trainers", "rollout.resource=engines", env=known, cwd=place)
-    run = place / "runs" / "three_hosts"
+    driver = hosts.popen(1, sys.executable, *command, "trainer.resource=trainers", "rollout.resource=engines", env=known, cwd=directory)
+    run = directory / "runs" / "three_hosts"
     try:
         wait_for(driver, lambda: (run / "metrics.jsonl").exists() and metrics(run))
         listeners = [listener for host in hosts.numbers for listener in listening(hosts, host)]
@@ -72,7 +72,7 @@ def commands(hosts: Hosts, host: int) -> str:
 
 
 def ask(hosts: Hosts, listeners: list[Listener], token: str) -> dict[tuple[int, int], list[str]]:
-    """What a client on another host is answered by each server that listens on all interfaces."""
+    """Return the answer of each server that listens on all interfaces to a client on another host."""
     answers = {}
     for host in hosts.numbers:
         ports = [str(listener.port) for listener in listeners if listener.host == host and listener.open_to_all]
@@ -82,14 +82,14 @@ def ask(hosts: Hosts, listeners: list[Listener], token: str) -> dict[tuple[int, 
     return answers
 
 
-def test_a_run_over_three_hosts_gives_the_numbers_of_the_run_on_one(seen, whole):
+def test_a_run_over_three_hosts_gives_the_metrics_of_the_run_on_one(seen, whole):
     assert seen.status == 0, seen.error
     assert seen.nodes == {"trainer": {1}, "engine": {2, 3}}
 
     ours, theirs = timeless(seen.directory), timeless(whole)[:STEPS]
     assert len(ours) == len(theirs) == STEPS
     # A run does not measure the memory of a cluster's machines. On one machine each engine gets the bytes from the ranks; here they cross
-    # the link once, and one engine passes them on to the other.
+    # the link once, and one engine forwards them to the other.
     names = {name for name in ours[0].keys() | theirs[0].keys() if not name.startswith("memory/")} - {"weights/bytes_sent"}
     differ = [(step, name, a.get(name), b.get(name)) for step, (a, b) in enumerate(zip(ours, theirs)) for name in names]
     assert len(names) >= 40 and not [found for found in differ if found[2] != found[3]]
@@ -97,11 +97,11 @@ def test_a_run_over_three_hosts_gives_the_numbers_of_the_run_on_one(seen, whole)
 
 
 def test_no_port_of_ours_is_open_to_all(seen):
-    """What is open to all belongs to Ray: its map has the port."""
+    """Only Ray's ports are open to all: its map has them."""
     assert not [listener for listener in seen.listeners if listener.open_to_all and listener.port not in PORTS]
     private = [listener for listener in seen.listeners if not listener.open_to_all]
     assert not [listener for listener in private if not listener.address.startswith(("127.", "10.77.0.", "[::1"))]
-    # Gloo's and the stores' sockets of ranks and engines are among them.
+    # The sockets of Gloo and of the stores, of ranks and engines, are among them.
     theirs = [listener for listener in private if listener.port > 32767 and listener.address.startswith("10.77.0.")]
     assert {listener.host for listener in theirs} == {*range(1, HOSTS + 1)}
 

@@ -1,4 +1,4 @@
-"""A run whose engines and training ranks share their devices by turns."""
+"""A run whose engines and training ranks time-share their devices."""
 
 import pyarrow.parquet as parquet
 import pytest
@@ -8,10 +8,10 @@ from tests.e2e.workplace import WHOLE, timeless, train
 
 pytestmark = pytest.mark.long
 STEPS = 2
-"""As many as it takes to come back to training once from weights that were trained."""
+"""Enough to return to training once from trained weights."""
 
 
-def test_a_colocated_run_gives_the_numbers_of_one_on_devices_of_its_own(workplace, whole):
+def test_a_colocated_run_gives_the_results_of_one_on_separate_devices(workplace, whole):
     status, _, error = train(workplace, "name=colocated", "placement=colocated", *WHOLE, f"steps={STEPS}")
     assert status == 0, error
     run = workplace / "runs" / "colocated"

@@ -1,4 +1,4 @@
-"""A run that stops goes on: bit for bit at the same layout, with the same prompts at another, and never from what is not whole."""
+"""A stopped run resumes: bit for bit at the same layout, with the same prompts at another, and never from an incomplete checkpoint."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ def tensor_hashes(directory: Path) -> dict[str, str]:
 
 
 def tensor_files(run: Path, step: int = STEPS) -> list[str]:
-    """SHA-256 and name of weights, optimizer and random states of every rank after this step."""
+    """Return SHA-256 and name of weights, optimizer and random states of every rank after this step."""
     sums = (run / "checkpoints" / f"step_{step}" / "SHA256SUMS").read_text().splitlines()
     return [line for line in sums if line.endswith(".safetensors")]
 
 
-def test_a_training_rank_killed_while_it_saves_ends_the_run_and_leaves_only_whole_checkpoints(workplace):
-    """SIGKILL on one of two ranks at the moment at which a checkpoint begins. The next test goes on with this run."""
+def test_a_training_rank_killed_while_it_saves_ends_the_run_and_leaves_only_complete_checkpoints(workplace):
+    """SIGKILL on one of two ranks at the moment a checkpoint begins. The next test resumes this run."""
     process = start(workplace, *KILLED)
     run = workplace / "runs" / "killed"
     wait_for(process, lambda: any((run / "checkpoints").glob("step_2.unfinished-*")), poll_s=0.002)
@@ -50,10 +50,10 @@ def test_a_training_rank_killed_while_it_saves_ends_the_run_and_leaves_only_whol
     assert not (run / "exports").exists()
 
 
-def test_a_killed_run_goes_on_and_nothing_shows(workplace, whole):
+def test_a_killed_run_resumes_without_a_difference(workplace, whole):
     """SIGKILL on the driver once three steps are done, then `--resume auto`: the same metrics, rollouts, weights and optimizer.
 
-    The run is the one in which the test above killed a rank; by itself this test starts it.
+    The run is the one in which the test above killed a rank; when it runs alone, this test starts it.
     """
     process = start(workplace, *KILLED)
     run = workplace / "runs" / "killed"
@@ -83,9 +83,9 @@ def test_a_killed_run_goes_on_and_nothing_shows(workplace, whole):
     assert status == 0 and "is complete" in out, error
 
 
-def test_one_set_of_weights_in_ranks_checkpoint_export_and_a_fresh_engine(workplace, whole, ray_cluster):
-    """TP2 → PP2: what the ranks hold is what the checkpoint says, tensor for tensor; an engine that loads the export says what the live
-    ones said, to which the weights were sent.
+def test_ranks_checkpoint_export_and_a_fresh_engine_have_the_same_weights(workplace, whole, ray_cluster):
+    """TP2 → PP2: the checkpoint equals the ranks' weights, tensor for tensor; an engine that loads the export answers like the live ones,
+    to which the weights were sent.
     """
     point = whole / "checkpoints" / "step_1"
     words = ["name=moved", "steps=1", "trainer.tensor_parallel=1", "trainer.pipeline_parallel=2", "evaluation.temperature=0"]
@@ -112,7 +112,7 @@ def test_one_set_of_weights_in_ranks_checkpoint_export_and_a_fresh_engine(workpl
     assert said == [answer["text"] for answer in answers] and len(set(said)) > 1
 
 
-def test_a_branch_at_another_data_parallel_size_goes_on_with_the_same_prompts(workplace, whole):
+def test_a_branch_at_another_data_parallel_size_continues_with_the_same_prompts(workplace, whole):
     point = whole / "checkpoints" / f"step_{STEPS - 1}"
     words = ["name=doubled", f"steps={STEPS}", "trainer.tensor_parallel=1", "trainer.data_parallel=2", f"resume={point}"]
     status, _, error = train(workplace, *words)
@@ -120,7 +120,7 @@ def test_a_branch_at_another_data_parallel_size_goes_on_with_the_same_prompts(wo
     runs = (workplace / "runs" / "doubled", whole)
     ours, theirs = (parquet.read_table(run / f"rollouts/step_{STEPS - 1}.parquet", columns=["prompt_id"]) for run in runs)
     assert ours.equals(theirs)
-    # The moments came along too: the step is that of the undisturbed run, but for rounding.
+    # The moments were loaded too: the step is that of the undisturbed run, up to rounding.
     (step,), (*_, undisturbed) = metrics(runs[0]), metrics(whole)
     for name in ("train/gradient_norm", "train/loss", "train/kl", "train/weight_distance"):
         assert step[name] == pytest.approx(undisturbed[name], rel=2e-3, abs=1e-6), name
@@ -135,7 +135,7 @@ def test_a_branch_at_another_data_parallel_size_goes_on_with_the_same_prompts(wo
         (["model=qwen3"], "is of another model"),
     ],
 )
-def test_what_would_lose_prompts_or_mix_models_is_refused_before_anything_starts(workplace, whole, change, message):
+def test_a_resume_that_would_lose_prompts_or_mix_models_is_refused_before_anything_starts(workplace, whole, change, message):
     status, _, error = train_here(workplace, "name=other_data", *change, "--resume", str(whole / "checkpoints" / "step_2"))
     assert status == 2 and message in error.splitlines()[-1]
     assert not (workplace / "runs" / "other_data").exists()

@@ -49,7 +49,7 @@ def children_in(workplace) -> list[int]:
 
 def test_a_reward_that_hangs_costs_one_response_and_workers_that_die_or_freeze_cost_none(workplace, monkeypatch):
     (workplace / "stuck.py").write_text(REWARDS)
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal: phases are shown
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where phases are shown
     limit = ["data.reward=stuck:once", "data.reward_timeout_s=2", "data.reward_failure_score=-0.25"]
     status, out, error = train(workplace, "name=hung", *SMALL, *limit)
     assert status == 0, error

@@ -1,4 +1,4 @@
-"""One run that meets every way in which a custom reward can misbehave, and one whose grading server is killed."""
+"""A run that meets every way in which a custom reward can misbehave, and a run whose grading server is killed."""
 
 import hashlib
 import json
@@ -60,11 +60,11 @@ def test_each_misbehaviour_of_a_reward_ends_as_configured_and_is_named(workplace
     assert not [one.pid for one in psutil.process_iter(["cmdline"]) if LEFT_BEHIND in (one.info["cmdline"] or [])]
 
 
-def start_server(place: Path, port: int) -> tuple[subprocess.Popen, str]:
+def start_server(directory: Path, port: int) -> tuple[subprocess.Popen, str]:
     command = ["-m", "megatron_aspo", "grade-server", "--port", str(port), "--workers", "1", "--token-file", "token"]
     process = subprocess.Popen(
         [sys.executable, *command, "--reward", "my_rewards:vowels"],
-        cwd=place,
+        cwd=directory,
         stdout=subprocess.PIPE,
         text=True,
         env={"PYTHONPATH": str(ROOT)},

@@ -1,4 +1,4 @@
-"""Rewards on the cluster, in processes of their own."""
+"""Rewards on the cluster, in separate processes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.long
 MODULE = "tests.unit.user_rewards"
 DIED = "died (killed, out of memory, or its node was lost)"
 RESOURCE = "node:127.0.0.1"
-"""Ray gives each node 1 of a resource of this name."""
+"""Ray gives each node 1 unit of a resource with this name."""
 
 
 def make_prompt(truth=7, number=1):
@@ -54,7 +54,7 @@ def test_responses_are_scored_by_several_processes_at_once_and_none_is_the_drive
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_a_result_is_that_of_its_own_response(ray_cluster):
+def test_every_response_gets_its_own_result(ray_cluster):
     with pool("details", workers=2) as rewards:
         batch = [(make_prompt(number=i), f"response {i}") for i in range(5)]
         assert [result.details["seen"][1] for result in score(rewards, batch)] == [f"response {i}" for i in range(5)]
@@ -70,8 +70,8 @@ def test_a_reward_that_cannot_be_loaded_is_a_user_error(ray_cluster):
         pass
 
 
-def test_a_reward_that_raises_ends_what_is_still_to_be_scored(ray_cluster):
-    """The worker that hangs is not waited for, what waits behind it is not begun, and nothing more is taken."""
+def test_a_reward_that_raises_cancels_the_remaining_responses(ray_cluster):
+    """The hanging worker is not waited for, the responses queued behind it are not begun, and no more are accepted."""
     with pool("does", workers=2) as rewards:
         futures = [rewards.submit(*pair) for pair in batch_of("time.sleep(99)", "raise KeyError('two')", "22", "333")]
         for future in reversed(futures):
@@ -81,7 +81,7 @@ def test_a_reward_that_raises_ends_what_is_still_to_be_scored(ray_cluster):
             rewards.submit(make_prompt(), "4444")
 
 
-def test_a_response_that_was_given_up_is_not_scored(ray_cluster, tmp_path):
+def test_a_cancelled_response_is_not_scored(ray_cluster, tmp_path):
     go, touched = tmp_path / "go", tmp_path / "touched"
     with pool("does") as rewards:
         first = rewards.submit(make_prompt(), f"while not os.path.exists('{go}'): time.sleep(0.01)")
@@ -92,7 +92,7 @@ def test_a_response_that_was_given_up_is_not_scored(ray_cluster, tmp_path):
         assert [first.result().failure, third.result().score] == ["", 3.0] and not touched.exists()
 
 
-def test_one_worker_goes_on_while_the_reward_hangs_or_crashes_in_the_other(ray_cluster, tmp_path):
+def test_one_worker_continues_while_the_reward_hangs_or_crashes_in_the_other(ray_cluster, tmp_path):
     """The response that hangs begins first, and is killed only when all others are done."""
     with pool("does", workers=2, timeout_s=4) as rewards:
         futures = [rewards.submit(*pair) for pair in batch_of(BACKTRACKING, "1", "os._exit(3)", "333", "4444")]
@@ -110,7 +110,7 @@ def test_a_reward_that_always_hangs_ends_the_run_after_a_bounded_number_of_respo
     monkeypatch.setattr(pool_module, "_MAX_FAILURES_IN_A_ROW", 3)
     hang = "time.sleep(99)"
     with pool("does", timeout_s=0.6) as rewards:
-        # A score in between: not broken.
+        # A score in between, so the reward is not broken.
         batch = batch_of(hang, hang, "3", hang, hang)
         assert [result.failure for result in score(rewards, batch)] == ["timeout", "timeout", "", "timeout", "timeout"]
         message = r"user_rewards:does failed on 3 responses in a row: on the last it timed out after 0\.6 s; correct it, or raise data\.rew"
@@ -136,7 +136,7 @@ def test_closing_ends_a_worker_that_hangs_and_all_that_it_started(ray_cluster):
     wait_until_gone(lambda: alive(marker))
 
 
-def test_a_worker_that_is_killed_between_responses_takes_its_child_along_and_is_replaced(ray_cluster):
+def test_a_worker_that_is_killed_between_responses_ends_its_child_and_is_replaced(ray_cluster):
     with pool("does") as rewards:
         (result,) = score(rewards, batch_of("1"))
         child = psutil.Process(result.details["pid"])
@@ -152,7 +152,7 @@ def test_a_worker_that_is_killed_between_responses_takes_its_child_along_and_is_
     ("number", "reason", "failure"),
     [(signal.SIGKILL, DIED, "crash"), (signal.SIGSTOP, "froze (no answer in 4 s)", "timeout")],
 )
-def test_a_response_whose_worker_dies_or_freezes_is_scored_once_more_and_then_fails(
+def test_a_response_whose_worker_dies_or_freezes_is_retried_once_and_then_fails(
     ray_cluster, tmp_path, monkeypatch, number, reason, failure
 ):
     """The first response does it to its worker once, the third to every worker."""
@@ -168,10 +168,10 @@ def test_a_response_whose_worker_dies_or_freezes_is_scored_once_more_and_then_fa
     assert [line.split("; ")[0] for line in losses] == [f"a reward worker {reason} on a response to prompt train/{i}" for i in (0, 2, 2)]
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 6
-    wait_until_gone(lambda: [pid for pid in pids if psutil.pid_exists(pid)])  # Ray takes some seconds to kill a process that is stopped
+    wait_until_gone(lambda: [pid for pid in pids if psutil.pid_exists(pid)])  # Ray takes several seconds to kill a stopped process
 
 
-def test_every_worker_takes_one_of_the_resource_that_pins_it_to_nodes(ray_cluster):
+def test_every_worker_takes_one_unit_of_the_resource_that_pins_it_to_nodes(ray_cluster):
     message = r"data\.reward_workers=2 take 1 each of data\.reward_resource=graders, of which the Ray cluster has 0; start its nodes with"
     with pytest.raises(UserError, match=message):
         pool("length", workers=2, resource="graders")
@@ -179,7 +179,7 @@ def test_every_worker_takes_one_of_the_resource_that_pins_it_to_nodes(ray_cluste
         pool("length", workers=2, resource=RESOURCE)
     with pool("length", resource=RESOURCE) as rewards:
         assert [result.score for result in score(rewards, batch_of("1", "22"))] == [1.0, 2.0]
-        deadline = time.monotonic() + 10  # Ray's figures lag behind
+        deadline = time.monotonic() + 10  # Ray's counts lag behind
         while ray.available_resources().get(RESOURCE, 0):
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -205,7 +205,7 @@ def test_programs_are_graded_in_the_workers_sandboxes():
 
 
 def wait_until_gone(left):
-    """A process that was sent SIGKILL is gone when the kernel comes to it."""
+    """Wait: a process that was sent SIGKILL exists until the kernel handles it."""
     deadline = time.monotonic() + 20
     while pids := left():
         assert time.monotonic() < deadline, pids

@@ -1,4 +1,4 @@
-"""The whole command on this machine: real Ray, vLLM and Megatron, driven as a user drives it."""
+"""The whole command on this machine: real Ray, vLLM and Megatron, called as a user calls it."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ import yaml
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.common.process_tree import mapped_segments
 from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.options import RolloutOptions
@@ -65,7 +66,7 @@ HEALTH = [
     "seconds/publish",
     "seconds/step",
 ]
-"""ALGORITHM's health figures, by our names."""
+"""Health metrics of the algorithm, by our names."""
 
 
 def test_engine_and_trainer_agree_on_every_token_of_every_step(whole):
@@ -75,11 +76,11 @@ def test_engine_and_trainer_agree_on_every_token_of_every_step(whole):
     for step in steps:
         assert step["mismatch/max"] <= 1e-4, step
         assert step["train/updates"] == 4
-    # The weights did move, or agreement would prove nothing.
+    # The weights did change, otherwise agreement would prove nothing.
     assert steps[2]["train/kl"] > 1e-3
 
 
-def test_every_health_figure_is_logged_and_training_is_off_policy(whole):
+def test_every_health_metric_is_logged_and_training_is_off_policy(whole):
     for step in metrics(whole):
         assert set(HEALTH) <= set(step)
         assert step["train/weight_distance"] > 1e-3
@@ -111,8 +112,8 @@ def test_transformers_and_a_fresh_vllm_load_the_checkpoint(whole, ray_cluster):
 
 
 @pytest.mark.long
-def test_another_loss_and_another_task_are_one_override_away(workplace):
-    """On the tied model's byte tokenizer nothing is ever right: no group tells its responses apart, and the run says so and ends well."""
+def test_another_loss_and_another_task_need_one_override_each(workplace):
+    """On the tied model's byte tokenizer no response is right, so that no group has different rewards; the run reports it and ends well."""
     overrides = [
         "algorithm.policy_loss=ppo_clip",
         "task=largest_of_three",
@@ -142,25 +143,26 @@ def test_another_loss_and_another_task_are_one_override_away(workplace):
 
 @pytest.mark.long
 def test_a_model_with_a_sentencepiece_tokenizer_trains_and_keeps_it(workplace):
-    """A Llama whose vocabulary is in tokenizer.model alone, with Llama 3's scaled rotary embeddings over 300 tokens of 64 times 8; prompts
-    are plain strings.
+    """A Llama whose vocabulary is in tokenizer.model alone, with Llama 3's scaled rotary embeddings over 300 tokens of 64 times 8, given as
+    a torch_dist checkpoint; prompts are plain strings.
     """
     pieces = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     rope = rope_scaling("llama3", original_max_position_embeddings=64)
     save_tiny("llama", workplace / "pieces", vocab_size=32000, tied=True, eos_token_ids=[2], **rope)
     shutil.copyfile(pieces, workplace / "pieces" / "tokenizer.model")
     (workplace / "pieces" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    convert(open_source(workplace / "pieces"), workplace / "dist", to="torch_dist")
     rows = [{"prompt": f"{i}: " + "the quick brown fox " * 49, "ground_truth": "aeiou"} for i in range(8)]
     (workplace / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["steps=1", "trainer.tensor_parallel=1", "rollout.engines=1", "evaluation.draws=0", "rollout.max_response_tokens=64"]
-    status, out, error = train(workplace, "name=pieces", "model=pieces", "data.path=plain.jsonl", "data.weights=", "data.eval_path=", *few)
+    status, out, error = train(workplace, "name=pieces", "model=dist", "data.path=plain.jsonl", "data.weights=", "data.eval_path=", *few)
     assert status == 0, error
     assert "plain-text prompts: no token is put first" in out
     (step,) = metrics(workplace / "runs" / "pieces")
     assert step["mismatch/max"] <= 1e-4 and step["train/updates"] == 4 and step["reward/mean"] > 0
     exported = workplace / "runs" / "pieces" / "exports" / "step_1"
     assert (exported / "tokenizer.model").read_bytes() == pieces.read_bytes()
-    # AutoTokenizer alone would order the merges of tokenizer.model in another way than it was trained on.
+    # AutoTokenizer alone would order the merges of tokenizer.model differently from its training.
     assert AutoTokenizer.from_pretrained(exported)("a  b   c")["input_ids"] == SentencePieceProcessor(str(pieces)).encode("a  b   c")
     rows = parquet.read_table(workplace / "runs" / "pieces" / "rollouts" / "step_0.parquet").to_pylist()
     assert max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows) >= 300
@@ -188,7 +190,7 @@ def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(workplace
     ],
 )
 def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
-    """Nor shared memory; and until then it listened on loopback only: Ray's processes, training ranks, engines and their workers."""
+    """Nor shared memory; and until then it listens on loopback only: Ray's processes, training ranks, engines and their workers."""
     name = f"stopped_{int(number)}"
     process = start(workplace, f"name={name}", "steps=1000", "rollout.engines=1", "trainer.tensor_parallel=1", "evaluation.draws=0")
     metrics_file = workplace / "runs" / name / "metrics.jsonl"
@@ -205,5 +207,5 @@ def test_a_stopped_run_leaves_no_process_behind(workplace, number, status):
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert not any((Path("/dev/shm") / segment).exists() for segment in segments)
-    # What was done is whole.
+    # The completed steps are complete on disk.
     assert all(np.isfinite(step["train/loss"]) for step in metrics(workplace / "runs" / name))

@@ -1,6 +1,6 @@
 """A client without the token, run on a host: which of Ray's servers answer it? Arguments: address, then ports; prints JSON, port → answer.
 
-With the token in the variable TOKEN it is sent along, which shows that the answer hangs on it.
+With the token in the variable TOKEN it sends the token, which shows that the answer depends on it.
 """
 
 import http.client
@@ -18,9 +18,9 @@ METHODS = (
     "ReporterService/GetTraceback",
     "RayletDriver/ClusterInfo",
 )
-"""One of each of Ray's gRPC services; a server has one of them."""
+"""One method of each of Ray's gRPC services; a server has one of them."""
 PATHS = (("POST", "/get_or_create_runtime_env"), ("GET", "/api/job_agent/jobs/"), ("GET", "/metrics"), ("GET", "/api/version"))
-"""Of each of its HTTP servers."""
+"""One path of each of its HTTP servers."""
 TOKEN = os.environ.get("TOKEN", "")
 
 
@@ -34,7 +34,7 @@ def grpc_answers(address: str) -> set[str]:
                 found.add("OK")
             except grpc.RpcError as error:
                 found.add(error.code().name)
-                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):  # it speaks another language
+                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):  # it speaks another protocol
                     break
     return found - {"UNIMPLEMENTED"}
 

@@ -1,4 +1,4 @@
-"""A user's directory, and the command as a user gives it."""
+"""A user's directory, and the commands that a user gives there."""
 
 import json
 import os
@@ -19,18 +19,18 @@ from tests.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RUN_S = 400.0
-"""Limit for any one run: on a busy machine they take many times what they do on an idle one."""
+"""Limit for any one run: on a busy machine runs take many times longer than on an idle one."""
 STEPS = 4
-"""Of the run that most tests look at."""
+"""Overrides of the run that most tests read."""
 WHOLE = [f"steps={STEPS}", "checkpoint.every=1", "checkpoint.keep_last=0"]
 REWARDS = '''
 def vowels(prompt, response, ground_truth, extra):
-    """Share of the response's letters that stand in the ground truth: tells the responses of a group apart."""
+    """Share of the response's letters that occur in the ground truth; differs between the responses of a group."""
     return sum(letter in ground_truth for letter in response) / max(1, len(response))
 
 
 def half_alike(prompt, response, ground_truth, extra):
-    """Every second prompt gives all its responses the same."""
+    """Every second prompt gives all its responses the same reward."""
     return 0.5 if int(prompt.split(":")[0]) % 2 else vowels(prompt, response, ground_truth, extra)
 '''
 LOSSES = '''
@@ -44,19 +44,19 @@ def broken(tokens):
 '''
 
 
-def make_workplace(place: Path) -> None:
-    """Tied models, prompts of more than 128 tokens, rewards and a policy loss of the user's own, a recipe."""
+def make_workplace(directory: Path) -> None:
+    """Make tied models, prompts of more than 128 tokens, custom rewards and a custom policy loss, and a recipe."""
     tokenizer = byte_tokenizer()
     for name, family in (("model", "qwen2"), ("qwen3", "qwen3")):
-        save_tiny(family, place / name, tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-        tokenizer.save_pretrained(place / name)
-    (place / "my_rewards.py").write_text(REWARDS)
-    (place / "my_losses.py").write_text(LOSSES)
+        save_tiny(family, directory / name, tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        tokenizer.save_pretrained(directory / name)
+    (directory / "my_rewards.py").write_text(REWARDS)
+    (directory / "my_losses.py").write_text(LOSSES)
     rows = [{"prompt": [{"role": "user", "content": f"{i}: " + "the quick brown fox " * 8}], "ground_truth": "aeiou"} for i in range(12)]
     verl = [{"prompt": row["prompt"], "reward_model": {"ground_truth": row["ground_truth"]}, "data_source": "words"} for row in rows[:6]]
-    parquet.write_table(pa.Table.from_pylist(verl), place / "train.parquet")
+    parquet.write_table(pa.Table.from_pylist(verl), directory / "train.parquet")
     for name, chosen in (("more", rows[6:8]), ("held_out", rows[8:])):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     recipe = {
         "model": "model",
         "task": "dataset",
@@ -82,7 +82,7 @@ def make_workplace(place: Path) -> None:
         },
         "evaluation": {"draws": 2},
     }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
 def start(workplace: Path, *overrides: str) -> subprocess.Popen:
@@ -108,7 +108,7 @@ def train(workplace: Path, *overrides: str) -> tuple[int, str, str]:
 
 
 def wait_for(process: subprocess.Popen, condition: Callable[[], object], poll_s: float = 0.02) -> None:
-    """Return as soon as the condition holds. A process that ends before, or takes longer than a run may, is killed and fails the test."""
+    """Return as soon as the condition holds. A process that ends first, or takes longer than a run may, is killed and fails the test."""
     deadline = time.monotonic() + RUN_S
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -118,21 +118,21 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], object], poll_s:
 
 
 def train_here(workplace: Path, *overrides: str) -> tuple[int, str, str]:
-    """As `train`, in this process: for a command that starts nothing."""
+    """Like `train`, in this process: for a command that starts no other."""
     done = run_main(main, "train", "recipe.yaml", *overrides, cwd=workplace)
     return done.returncode, done.stdout, done.stderr
 
 
 def metrics(run: Path) -> list[dict]:
-    """A step's figures after the other."""
+    """Return the metrics of each step."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def timeless(run: Path) -> list[dict]:
-    """The figures that do not depend on how fast the machine is."""
+    """Return the metrics that do not depend on the machine's speed."""
     return [without_timings(step) for step in metrics(run)]
 
 
 def without_timings(step: dict) -> dict:
-    """The metrics of a step without those that depend on how fast the machine is."""
+    """Return the metrics of a step that do not depend on the machine's speed."""
     return {name: value for name, value in step.items() if not name.startswith("seconds/") and not name.endswith("_per_s")}

@@ -30,8 +30,8 @@ def pool():
 
 
 @pytest.mark.parametrize("layer_spec", ["local", "transformer_engine"])
-def test_an_update_on_cuda_sees_the_logprobs_of_transformers(pool, directory, layer_spec):
-    """Against the truth that the CPU tests hold equal to float64 PyTorch: transformers' own log-probabilities."""
+def test_an_update_on_cuda_computes_the_logprobs_of_transformers(pool, directory, layer_spec):
+    """The reference is transformers' log-probabilities, which the CPU tests compare with float64 PyTorch."""
     from transformers import AutoModelForCausalLM
 
     given = batch()

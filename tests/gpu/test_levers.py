@@ -32,7 +32,7 @@ def pool():
     made.close()
 
 
-def test_optimizer_state_and_reference_leave_the_gpu(pool, settings):
+def test_optimizer_state_and_reference_are_offloaded_from_the_gpu(pool, settings):
     trainer = replace(settings.trainer, offload_optimizer=True, offload_reference=True)
     (found,) = pool.run(offloaded, replace(settings, trainer=trainer), batch())
     for name in ("reference", "optimizer"):
@@ -53,7 +53,7 @@ def test_optimizer_state_and_reference_leave_the_gpu(pool, settings):
     ],
     ids=str,
 )
-def test_an_update_with_a_lever_has_the_gradient_norm_of_float32_without(pool, settings, layer_spec, lever, tolerance):
+def test_an_update_with_a_memory_option_has_the_gradient_norm_of_float32_without_it(pool, settings, layer_spec, lever, tolerance):
     plain = TrainerOptions(dtype="float32", layer_spec="local", micro_batch_tokens=64)
     ours = TrainerOptions(layer_spec=layer_spec, micro_batch_tokens=64, **lever)
     (expected, _), (report, weights) = (pool.run(train_once, replace(settings, trainer=trainer), batch())[0] for trainer in (plain, ours))
@@ -61,8 +61,8 @@ def test_an_update_with_a_lever_has_the_gradient_norm_of_float32_without(pool, s
     assert all(np.isfinite(tensor).all() for tensor in weights.values())
 
 
-def test_the_card_gets_back_what_is_parked(pool, settings, tmp_path):
-    """Another process on it can have the memory, not just torch in this one. 60 M parameters: 1 GB."""
+def test_offloading_frees_memory_on_the_card(pool, settings, tmp_path):
+    """Another process on the card can use the memory, not just torch in this one. 60 M parameters: 1 GB."""
     save_tiny("qwen2", tmp_path, tied=True, vocab_size=32_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
     (found,) = pool.run(card_memory, replace(settings, model_directory=tmp_path), batch())
     assert found["moved"] > 8e8 and found["training"] - found["parked"] >= 0.95 * found["moved"], found

@@ -1,4 +1,4 @@
-"""Triton's steps and the seam above them on a device, against float64. Not yet run on hardware."""
+"""Triton's steps and the output layer that calls them on a device, against float64. Not yet run on hardware."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_the_kernels_equal_their_closed_form(shape, dtype, temperature):
         check_gradient(logprobs_triton, logits, temperature, targets, with_slope=with_slope, rounding=2.0**-8)
 
 
-def test_more_logits_than_32_bits_count_are_all_read_and_written():
+def test_logits_with_offsets_over_32_bits_are_all_read_and_written():
     from megatron_aspo.trainer import logprobs_triton
 
     tokens, columns = 17_000, 130_001

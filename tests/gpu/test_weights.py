@@ -1,4 +1,4 @@
-"""Weights from a training rank on a GPU to a worker on the same or another one. Not yet run on hardware."""
+"""Weights from a training rank on a GPU to a worker on the same GPU or another. Not yet run on hardware."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("colocated", [True, False], ids=["CUDA IPC", "NCCL"])
-def test_a_worker_holds_the_files_tensors(tmp_path, colocated: bool):
+def test_a_worker_holds_the_tensors_of_the_files(tmp_path, colocated: bool):
     if not colocated and torch.cuda.device_count() < 2:
         pytest.skip("NCCL refuses two ranks on one GPU, and this machine has no second one")
     save_tiny("qwen2", tmp_path, tied=True, num_hidden_layers=2)

@@ -1,6 +1,6 @@
-"""Answers and the right verdict on them, by what they are about: (answer, gold, equal). Judged by hand; both directions are tested.
+"""Answers and their right verdicts, by subject: (answer, gold, equal). Judged by hand; both directions are tested.
 
-`FIELD` are pairs on which graders in use are wrong, or that they leave open.
+`FIELD` has pairs on which graders in use are wrong, or which they leave open.
 """
 
 Y, N = True, False

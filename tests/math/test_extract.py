@@ -1,4 +1,4 @@
-"""The answer in a response."""
+"""Extraction of the answer from a response."""
 
 import time
 
@@ -53,11 +53,11 @@ def test_the_last_complete_box_after_thinking(response, answer):
         ("5</think> none", None),
     ],
 )
-def test_the_last_number_where_there_is_no_box(response, answer):
+def test_the_last_number_is_used_if_there_is_no_box(response, answer):
     assert extract_answer(response, "boxed_or_number") == answer
 
 
-def test_the_last_number_alone():
+def test_the_rule_number_ignores_boxes():
     assert extract_answer("\\boxed{3} of 4", "number") == "4"
 
 

@@ -39,14 +39,14 @@ def row(truth="7", source="gsm8k"):
         ("7", "7", -1.0, "no answer"),
     ],
 )
-def test_a_right_answer_scores_one_and_any_other_what_is_configured(response, truth, score, verdict):
+def test_a_right_answer_scores_one_and_any_other_the_configured_score(response, truth, score, verdict):
     result = MathReward(MathOptions(), wrong_score=-1.0)(row(truth), response)
     assert (result.score, result.details["verdict"]) == (score, verdict)
     assert result.reason and str(truth) not in result.reason
     json.dumps(result.details, allow_nan=False)
 
 
-def test_an_answer_of_broken_text_and_of_a_megabyte_is_wrong():
+def test_an_answer_with_broken_text_or_of_a_megabyte_is_wrong():
     for answer in ("\ud800", "\x00", "9" * 10**6, "\N{PILE OF POO}"):
         result = MathReward(MathOptions())(row(), f"\\boxed{{{answer}}}")
         assert result.score == 0 and len(result.details["answer"]) <= 200
@@ -56,12 +56,12 @@ def test_an_answer_of_broken_text_and_of_a_megabyte_is_wrong():
 @pytest.mark.parametrize(
     "truth", ["1/2", "\\frac{1}{2}", "\\text{Yes}", "x+1", 5, 0.5, "\\sum_{k=1}^n k", ["1", "2"], "[1,2)", "10%", "5 cm"]
 )
-def test_a_ground_truth_that_can_be_read_is_accepted(truth):
+def test_a_readable_ground_truth_is_accepted(truth):
     check_ground_truth(truth)
 
 
 @pytest.mark.parametrize(
-    ("truth", "said"),
+    ("truth", "message"),
     [
         ("", "ground_truth '' is empty; correct the row, or leave it out"),
         ("$$", "is no answer that can be read"),
@@ -75,10 +75,10 @@ def test_a_ground_truth_that_can_be_read_is_accepted(truth):
         (["1", {}], "ground_truth is a dict"),
     ],
 )
-def test_a_ground_truth_that_no_answer_can_equal_is_refused(truth, said):
+def test_a_ground_truth_that_no_answer_can_equal_is_refused(truth, message):
     with pytest.raises(UserError) as error:
         check_ground_truth(truth)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 MIXED = {"gsm8k": {"math": 1.0, "format": 0.25, "repetition": 0.5}, "*": "examples.rewards.boxed_answer:score"}
@@ -116,7 +116,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts(source, response, score, par
         (["answer"], "<answer>b</answer>", True),
     ],
 )
-def test_the_format_reward_wants_each_tag_once_and_in_order(tags, response, right):
+def test_the_format_reward_requires_each_tag_once_and_in_order(tags, response, right):
     reward = build_rewards(DataOptions(reward="format", format_tags=tags))
     assert reward(row(), response).score == float(right)
 
@@ -133,12 +133,12 @@ def test_the_repetition_reward_is_minus_the_share_of_repeated_sequences(response
     ("source", "parts"),
     [("openai/gsm8k", {"math": 1.0}), ("MATH-500", {"math": 1.0}), ("aime24", {"math": 1.0}), ("livecodebench_v5", {"code": 1.0})],
 )
-def test_by_source_takes_the_reward_that_the_name_of_the_source_implies(source, parts):
+def test_by_source_chooses_the_reward_that_the_name_of_the_source_implies(source, parts):
     assert RewardChoice(DataOptions(reward="by_source")).parts(source) == parts
 
 
 @pytest.mark.parametrize(
-    ("options", "source", "said"),
+    ("options", "source", "message"),
     [
         ({"reward": "by_source"}, "poems", "data_source='poems' names no reward"),
         ({"rewards": {"gsm8k": "math"}}, "gsm8", "has no reward in data.rewards; did you mean data_source='gsm8k'?"),
@@ -150,14 +150,14 @@ def test_by_source_takes_the_reward_that_the_name_of_the_source_implies(source, 
         ({"rewards": {"*": {"math": True}}}, "", "data.rewards.*.math=True is no weight"),
     ],
 )
-def test_a_choice_that_cannot_be_is_named(options, source, said):
+def test_an_invalid_choice_is_refused_by_name(options, source, message):
     with pytest.raises(UserError) as error:
         RewardChoice(DataOptions(**options)).parts(source)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["data.reward=math", "data.math.limit_s=60"], "data.reward_timeout_s=60 must be above data.math.limit_s=60"),
         (["data.reward=code", "data.math.limit_s=6"], "data.math.limit_s has no effect with data.reward=code; set data.reward=math"),
@@ -170,29 +170,29 @@ def test_a_choice_that_cannot_be_is_named(options, source, said):
         (["data.reward=math", "data.reward_memory_gib=-1"], "data.reward_memory_gib=-1 must not be negative"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(tmp_path, overrides, said):
+def test_an_invalid_configuration_is_refused(tmp_path, overrides, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ntask: dataset\n")
     with pytest.raises(UserError) as error:
         check(load_config(recipe, overrides))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_a_row_that_cannot_be_graded_is_refused_at_the_start_with_file_and_line(tmp_path):
+def test_an_ungradable_row_is_refused_at_the_start_with_file_and_line(tmp_path):
     tokenizer = byte_tokenizer()
-    for bad, said in (("\\frac{1}{", "is no answer that can be read"), ("", "is empty"), ([], "is an empty list")):
+    for bad, message in (("\\frac{1}{", "is no answer that can be read"), ("", "is empty"), ([], "is an empty list")):
         rows = [{"prompt": "a", "ground_truth": "1/2"}, {"prompt": "b", "ground_truth": bad}]
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         options = DataOptions(path=[str(tmp_path / "train.jsonl")], reward="math")
         with pytest.raises(UserError) as error:
             DatasetTask(options, PromptEncoder(tokenizer, len(tokenizer), options), 0)
-        assert "train.jsonl:2: " in str(error.value) and said in str(error.value)
+        assert "train.jsonl:2: " in str(error.value) and message in str(error.value)
     options = DataOptions(path=[str(tmp_path / "train.jsonl")], rewards={"poems": "math"})
     with pytest.raises(UserError, match=r"train.jsonl:1: data_source='dataset' has no reward in data.rewards"):
         DatasetTask(options, PromptEncoder(tokenizer, len(tokenizer), options), 0)
 
 
-def test_grade_tries_the_reward_that_the_source_names(tmp_path):
+def test_grade_uses_the_reward_that_the_source_implies(tmp_path):
     rows = [{"response": f"\\boxed{{{answer}}}", "ground_truth": "1/2", "data_source": "openai/gsm8k"} for answer in ("2/4", "2")]
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run_main(main, "grade", "responses.jsonl", cwd=tmp_path)
@@ -200,7 +200,7 @@ def test_grade_tries_the_reward_that_the_source_names(tmp_path):
     assert [line["verdict"] for line in lines[:2]] == ["right", "wrong"] and lines[2]["summary"]["mean_score"] == 0.5
 
 
-def test_the_mean_of_each_part_is_logged_over_the_responses_that_have_it():
+def test_the_mean_of_each_part_is_taken_over_the_responses_that_have_it():
     details = ({"parts": {"math": 1.0, "format": 0.0}}, {"parts": {"math": 0.0}}, {"parts": "mine"}, {"parts": {"math": "text"}}, {})
     samples = [SimpleNamespace(reward_details=one) for one in details]
     assert reward_parts(samples) == {"reward/part/math": 0.5, "reward/part/format": 0.0}

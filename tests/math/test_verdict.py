@@ -1,4 +1,4 @@
-"""Which answers are right: pairs judged by hand, formulas made by SymPy, answers that cost time, answers that are programs."""
+"""Right and wrong answers: pairs judged by hand, formulas made by SymPy, answers that cost time, answers that are programs."""
 
 import random
 import re
@@ -19,11 +19,11 @@ from tests.math.pairs import ELSEWHERE, GROUPS, PAIRS
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 1.0
-"""CPU time: far above what an exact comparison takes, and below what any of these answers takes other graders."""
+"""CPU time: far above that of an exact comparison, and below that of other graders on any of these answers."""
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_a_pair_gets_the_verdict_of_mathematics_either_way_round(group):
+def test_a_pair_gets_the_mathematically_right_verdict_in_both_directions(group):
     wrong = []
     for answer, gold, equal in GROUPS[group]:
         for pair in ((answer, gold), (gold, answer)):
@@ -33,7 +33,7 @@ def test_a_pair_gets_the_verdict_of_mathematics_either_way_round(group):
     assert not wrong
 
 
-def test_there_are_pairs_enough_and_each_answer_equals_itself():
+def test_there_are_enough_pairs_and_each_answer_equals_itself():
     assert len(PAIRS) >= 250
     assert len({pair[:2] for pair in PAIRS}) == len(PAIRS)
     texts = {text for pair in PAIRS for text in pair[:2] if text}
@@ -76,14 +76,14 @@ def test_forms_that_sympy_makes_of_a_formula_are_equal_and_neighbours_are_not():
                 assert not verdict(sympy.latex(other), sympy.latex(formula)).correct, (other, formula)
 
 
-def test_mutilated_answers_are_judged_alike_both_ways_and_raise_nothing(monkeypatch):
-    monkeypatch.setattr(module, "math_verify_says", lambda *_: (False, "not asked here"))
+def test_mutilated_answers_get_symmetric_verdicts_and_raise_nothing(monkeypatch):
+    monkeypatch.setattr(module, "math_verify_equal", lambda *_: (False, "not asked here"))
     choose, texts = random.Random(31), [text for pair in PAIRS for text in pair[:2]]
     pieces = [piece for text in texts for piece in re.findall(r"\\[A-Za-z]+|\\.|\d+|.", text)]
     for _ in range(3000):
         text, other = choose.choice(texts), choose.choice(texts)
-        place = choose.randrange(len(text) + 1)
-        answer = text[:place] + choose.choice(pieces) + text[place + choose.randrange(3) :]
+        position = choose.randrange(len(text) + 1)
+        answer = text[:position] + choose.choice(pieces) + text[position + choose.randrange(3) :]
         if choose.random() < 0.5:
             answer = "".join(choose.choice(pieces) for _ in range(choose.randrange(1, 14)))
         for gold in (other, text, answer + " "):
@@ -129,7 +129,7 @@ COSTLY = [
 
 
 @pytest.mark.parametrize("gold", ["1", "x^2+1", ",".join(f"x_{{{n}}}+1" for n in range(300))])
-def test_no_answer_takes_long(gold):
+def test_no_answer_takes_long_to_judge(gold):
     slow = []
     for answer in COSTLY:
         began = time.process_time()
@@ -140,16 +140,16 @@ def test_no_answer_takes_long(gold):
     assert not slow
 
 
-def test_what_math_verify_hangs_on_ends_at_the_limit():
-    module.math_verify_says("1", "1", 60.0)  # it imports for seconds
+def test_a_comparison_on_which_math_verify_hangs_ends_at_the_limit():
+    module.math_verify_equal("1", "1", 60.0)  # its import takes seconds
     began = time.monotonic()
     given = verdict(r"\sum_{k=1}^{10^9} \sin(k^k)", "2", MathOptions(limit_s=0.5))
     assert given.reason == "math-verify took more than 0.5 s" and not given.correct
     assert 0.5 <= time.monotonic() - began < 10
 
 
-def test_math_verify_is_not_asked_where_the_caller_says_so(monkeypatch):
-    monkeypatch.setattr(module, "math_verify_says", lambda *_: pytest.fail("asked"))
+def test_math_verify_is_not_used_if_the_caller_disables_it(monkeypatch):
+    monkeypatch.setattr(module, "math_verify_equal", lambda *_: pytest.fail("asked"))
     total = r"\sum_{k=1}^{10} k"
     assert not verdict(total, "55", ask_math_verify=False).correct and not verdict("(B) " + total, "55", ask_math_verify=False).correct
     assert verdict(total, total + " ", ask_math_verify=False).correct and verdict("1/2", "0.5", ask_math_verify=False).correct
@@ -177,15 +177,15 @@ HOSTILE = [
 
 
 def test_no_text_is_ever_compiled_or_evaluated(tmp_path):
-    """In a process that reports every compilation of text, also in the processes that it forks."""
+    """Runs in a process that reports every compilation of text, also in the processes that it forks."""
     file, log = tmp_path / "made", tmp_path / "compiled"
     answers = [text.format(file=file) for text in HOSTILE] + [pair[0] for pair in PAIRS] + [pair[0] for pair in ELSEWHERE]
     script = f"""
         import os, sys
-        from megatron_aspo.rewards.math.forked import math_verify_says
+        from megatron_aspo.rewards.math.forked import math_verify_equal
         from megatron_aspo.rewards.math.options import MathOptions
         from megatron_aspo.rewards.math.verdict import verdict
-        math_verify_says("1", "1", 5.0)
+        math_verify_equal("1", "1", 5.0)
         log = os.open({str(log)!r}, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         def report(event, arguments):
             if event == "compile" and arguments[0] is not None and str(arguments[1]).startswith("<"):
@@ -196,8 +196,8 @@ def test_no_text_is_ever_compiled_or_evaluated(tmp_path):
         for answer in {answers!r}:
             verdict(answer, "7", MathOptions(limit_s=1.0))
         for answer in {answers[: len(HOSTILE)]!r}:
-            math_verify_says(answer, "7", 1.0)
-            math_verify_says("7", answer, 1.0)
+            math_verify_equal(answer, "7", 1.0)
+            math_verify_equal("7", answer, 1.0)
         os.write(log, b"end\\n")
         eval("1 + 1")
     """
@@ -206,7 +206,7 @@ def test_no_text_is_ever_compiled_or_evaluated(tmp_path):
     assert not file.exists()
 
 
-def test_decimals_are_exact_where_the_option_says_so():
+def test_decimals_are_exact_if_the_option_requires_it():
     assert verdict("0.333333", "1/3").correct
     assert not verdict("0.333333", "1/3", MathOptions(rounded_digits=0)).correct
     assert verdict("33.3", "100/3", MathOptions(rounded_digits=3)).correct
@@ -220,7 +220,7 @@ def test_decimals_are_exact_where_the_option_says_so():
         (MathOptions(rounded_digits=-1), "math.rounded_digits=-1 must be 0, for exact values alone, or more; raise it"),
     ],
 )
-def test_options_out_of_their_bounds_are_named(options, message):
+def test_options_out_of_bounds_are_named(options, message):
     with pytest.raises(UserError) as error:
         options.check()
     assert str(error.value) == message

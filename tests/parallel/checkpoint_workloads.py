@@ -1,4 +1,4 @@
-"""What the pool's processes run for the tests of checkpoints. Collective, as in workloads.py."""
+"""Workloads that the pool's processes run for the checkpoint tests. Collective, as in workloads.py."""
 
 import threading
 import time
@@ -15,14 +15,14 @@ KINDS = ("weights", "master", "exp_avg", "exp_avg_sq")
 
 
 def save_amid_training(rank: int, meeting: str, settings, batch: TrainBatch, target: Path, attempt: str, asynchronous: bool) -> dict:
-    """A step, a checkpoint, and another step before the checkpoint is complete; rank 0's answer is what stood at each of the two steps."""
+    """Take a step, begin a checkpoint, and take another step before it is complete; return rank 0's state at each of the two steps."""
     from megatron_aspo.checkpoint import saver as savers
     from megatron_aspo.checkpoint.request import SaveRequest
 
     updated, write = threading.Event(), savers._write_rank
 
     def write_late(*arguments):
-        # The tiny model would be on the disk before the next step changes anything.
+        # Otherwise the tiny model would be on the disk before the next step changes anything.
         updated.wait()
         return write(*arguments)
 
@@ -41,7 +41,7 @@ def save_amid_training(rank: int, meeting: str, settings, batch: TrainBatch, tar
         return {"saved": saved, "after": gathered(trainer)}
 
 
-def load_and_go_on(rank: int, meeting: str, settings, batch: TrainBatch, checkpoint: Path) -> dict:
+def load_and_continue(rank: int, meeting: str, settings, batch: TrainBatch, checkpoint: Path) -> dict:
     from megatron_aspo.checkpoint.manifest import load_manifest
     from megatron_aspo.checkpoint.saver import restore
     from megatron_aspo.trainer.optimizer_state import updates
@@ -54,7 +54,7 @@ def load_and_go_on(rank: int, meeting: str, settings, batch: TrainBatch, checkpo
 
 
 def gathered(trainer) -> dict[str, dict[str, np.ndarray]]:
-    """Kind → Hugging Face name → float32 whole tensor, put together by live collectives; on rank 0."""
+    """Return kind → Hugging Face name → whole float32 tensor, assembled by live collectives; on rank 0."""
     from megatron_aspo.trainer.optimizer_state import optimizer_slabs
 
     slabs = optimizer_slabs(trainer.model, trainer.optimizer)
@@ -77,7 +77,7 @@ def gathered(trainer) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _replicas(expert: bool) -> dist.ProcessGroup:
-    """The ranks that hold the same parameter, and with the distributed optimizer share its state."""
+    """Return the ranks that hold the same parameter, and with the distributed optimizer share its state."""
     from megatron.core import parallel_state
 
     if expert:
@@ -86,7 +86,7 @@ def _replicas(expert: bool) -> dist.ProcessGroup:
 
 
 def save_and_fail(rank: int, meeting: str, settings, target: Path, attempt: str) -> str:
-    """A checkpoint that cannot be made; the reason that this rank gives."""
+    """Make a checkpoint that must fail; return the reason that this rank gives."""
     from megatron_aspo.checkpoint.request import SaveRequest
     from megatron_aspo.checkpoint.saver import RankSaver
     from megatron_aspo.common.errors import UserError
@@ -102,7 +102,7 @@ def save_and_fail(rank: int, meeting: str, settings, target: Path, attempt: str)
 
 
 def save_while_another_takes_over(rank: int, meeting: str, settings, target: Path, attempt: str, successor: str) -> str:
-    """A checkpoint whose run gets another owner when all ranks have written their files; the reason that this rank gives."""
+    """Make a checkpoint whose run is taken over once all ranks have written their files; return the reason that this rank gives."""
     from megatron_aspo.checkpoint import saver as savers
     from megatron_aspo.checkpoint.request import ATTEMPT
 

@@ -1,4 +1,4 @@
-"""Session-wide pools, made when first asked for."""
+"""Session-wide pools, created lazily."""
 
 import pytest
 

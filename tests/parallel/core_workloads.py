@@ -1,4 +1,4 @@
-"""What a user of Megatron-Core does with a distributed checkpoint. The project only lends what makes Megatron-Core run on CPUs.
+"""Distributed checkpoints as a user of Megatron-Core makes them. The project only provides what Megatron-Core needs to run on CPUs.
 
 Each function is collective, as in workloads.py.
 """
@@ -17,10 +17,10 @@ import torch.distributed as dist
 def logits(
     rank: int, meeting: str, sizes: dict, config: dict, model: dict, tokens: list[int], load: str | None, save: str | None
 ) -> np.ndarray | None:
-    """Logits [tokens, vocabulary] of a GPTModel with local layers, on the last pipeline stage.
+    """Return the logits [tokens, vocabulary] of a GPTModel with local layers, on the last pipeline stage.
 
-    sizes, config: arguments of initialize_model_parallel and TransformerConfig; model: of GPTModel. load: a directory of
-    dist_checkpointing to load from, strictly; None: random weights, every one of them. save: one to write.
+    sizes, config: arguments of initialize_model_parallel and TransformerConfig; model: arguments of GPTModel. load: a directory of
+    dist_checkpointing to load from, strictly; None: every weight is random. save: a directory to write.
     """
     from megatron_aspo.trainer import megatron_adapter
 
@@ -30,8 +30,9 @@ def logits(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    importlib.import_module("megatron.core.dist_checkpointing.strategies.torch")  # else imported when first used
-    megatron_adapter.prepare()  # again, for the modules imported since
+    for late in ("torch", "filesystem_async", "state_dict_saver"):  # otherwise imported lazily
+        importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{late}")
+    megatron_adapter.prepare()  # again, for modules imported since
     world = sizes["tensor_model_parallel_size"] * sizes["pipeline_model_parallel_size"] * sizes.get("expert_model_parallel_size", 1)
     dist.init_process_group("gloo", store=dist.FileStore(meeting, world), rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
@@ -84,7 +85,7 @@ def logits(
 
 @contextmanager
 def _may_have_children():
-    """Megatron-Core writes from processes of its own, which those of a pool may not have; none is left afterwards."""
+    """Megatron-Core writes from child processes, which a pool's processes may not have; none is left afterwards."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     settings = multiprocessing.current_process()._config
@@ -98,7 +99,7 @@ def _may_have_children():
 
 
 def _randomize(model: torch.nn.Module) -> None:
-    """Norms and biases too; the same on every rank that holds the same."""
+    """Set random values, norms and biases too; the same on every rank that holds the same shard."""
     from megatron.core import parallel_state
 
     shard, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()

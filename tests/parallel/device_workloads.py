@@ -1,4 +1,4 @@
-"""The pool's workloads as a GPU would have them: what works on the CPU by luck alone fails here."""
+"""The pool's workloads under a GPU's rules: code that works on the CPU by luck alone fails here."""
 
 import sys
 import traceback
@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
-def arrays_of_host_copies_only():
-    """Code of the tests gets a NumPy array of a tensor only after `cpu()`, as if all other tensors were on a GPU."""
+def numpy_needs_host_copies():
+    """Let test code make a NumPy array of a tensor only after `cpu()`, as if all other tensors were on a GPU."""
     real_cpu, real_numpy = torch.Tensor.cpu, torch.Tensor.numpy
 
     def cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,12 +35,12 @@ def arrays_of_host_copies_only():
 
 
 def as_on_a_gpu(rank: int, meeting: str, workload: Callable, *arguments):
-    with arrays_of_host_copies_only():
+    with numpy_needs_host_copies():
         return workload(rank, meeting, *arguments)
 
 
 def host_waits(rank: int, meeting: str, settings, batch, samples: list[int]) -> Counter:
-    """Where forward and backward of these samples, one micro-batch, would make the host wait for a GPU: `file:function` → times."""
+    """Count the operations in forward and backward of one micro-batch at which the host would wait for a GPU: `file:function` → times."""
     from tests.parallel.workloads import _trainer
 
     with _trainer(rank, meeting, settings) as trainer:
@@ -52,9 +52,9 @@ def host_waits(rank: int, meeting: str, settings, batch, samples: list[int]) -> 
 
 
 def fp8_copies(rank: int, meeting: str, settings, batch) -> dict[str, tuple[int, int]]:
-    """How many modules of (the model, the reference) keep a copy of their weights in a step's passes and when the weights have left.
+    """Return how many modules of (the model, the reference) keep a copy of their weights in a step's passes, and after an offload.
 
-    Transformer Engine needs a GPU: here each module that holds a matrix makes such a copy at its forward pass.
+    Transformer Engine needs a GPU: here each module that holds a matrix makes such a copy in its forward pass.
     """
     from tests.parallel.workloads import _trainer
 
@@ -83,7 +83,7 @@ def fp8_copies(rank: int, meeting: str, settings, batch) -> dict[str, tuple[int,
 
 
 class _Waits(TorchDispatchMode):
-    """Counts operations whose result the host needs: a number, or how many elements there are."""
+    """Counts operations whose result the host needs: a number, or a count of elements."""
 
     _OPERATORS: ClassVar = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten.equal}
     _INDEXED: ClassVar = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
@@ -102,7 +102,7 @@ class _Waits(TorchDispatchMode):
 
     @contextmanager
     def methods(self):
-        """What is no operation on the CPU: reading a tensor, making one of the host's numbers, waiting for the whole device."""
+        """Count calls that are no dispatched operation on the CPU: reading a tensor, making one from host numbers, synchronizing."""
         real = {name: getattr(torch.Tensor, name) for name in self._METHODS}
         synchronize = torch.cuda.synchronize
         for name, method in real.items():
@@ -115,15 +115,15 @@ class _Waits(TorchDispatchMode):
             for name, method in real.items():
                 setattr(torch.Tensor, name, method)
 
-    def _noting(self, function: Callable) -> Callable:
+    def _counting(self, function: Callable) -> Callable:
         def call(*arguments, **keywords):
             self._note()
             return function(*arguments, **keywords)
 
         return call
 
-    def _note(self) -> None:
-        """Under the nearest function of this project or of Megatron-Core."""
+    def _count(self) -> None:
+        """Count it under the nearest function of this project or of Megatron-Core."""
         for frame in reversed(traceback.extract_stack()):
             for package in ("/megatron_aspo/", "/megatron/core/"):
                 if package in frame.filename:

@@ -1,6 +1,6 @@
-"""The table of layouts at which one optimizer step is held to plain PyTorch in float64, and how far a step was from it.
+"""The table of layouts at which one optimizer step is compared with plain PyTorch in float64, and the error of such a step.
 
-A line is a model and what cuts it, in the words of the start-up line: `qwen3 tied TP2 SP PP2`. The suite runs SUITE,
+A line is a model and its layout, in the words of the start-up line: `qwen3 tied TP2 SP PP2`. The suite runs SUITE,
 tools/prove/check_layouts.py runs all.
 """
 
@@ -15,7 +15,7 @@ from tests.models import rope_scaling
 from tests.parallel.test_one_step import Case, Truth, make_case, relative_error
 
 BAR = 1e-5
-"""Nothing may be further from the reference."""
+"""Upper bound of every error."""
 
 SUITE = """
     qwen3     tied    TP2 SP
@@ -48,7 +48,7 @@ SUITE = """
     qwen3_moe tied    PP2 DP2 EP2
 """
 
-# Each axis alone, in the families that the suite's lines leave out; then pairs of axes, and their products over eight processes.
+# Each axis alone, in the families that the suite leaves out; then pairs of axes, and products over eight processes.
 BEYOND = """
     llama     untied
     llama     untied  tokens=10000
@@ -123,13 +123,13 @@ class LayoutCase:
     family: str
     tied: bool
     options: dict[str, Any] = field(default_factory=dict)
-    """Of TrainerOptions."""
+    """Fields of TrainerOptions."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Of the model's configuration."""
+    """Fields of the model's configuration."""
 
     @property
     def model(self) -> str:
-        """Cases of one model take the same step."""
+        """The name of the model; cases of one model take the same step."""
         return " ".join([*self.name.split()[:2], *(f"{name}={value}" for name, value in self.overrides.items())])
 
     @property
@@ -137,12 +137,12 @@ class LayoutCase:
         return int(np.prod([self.options.get(f"{axis}_parallel", 1) for axis in ("tensor", "pipeline", "context", "data")]))
 
     def make(self, directory: Path) -> Case:
-        """The model, on disk, and its samples."""
+        """Save the model and make its samples."""
         return make_case(directory, self.family, tied=self.tied, seed=_SEEDS.get(self.family, 0), **self.overrides)
 
 
 def read_table(table: str) -> list[LayoutCase]:
-    """Raises ValueError naming a word that is none of the table's."""
+    """Return the cases. Raises ValueError naming a word that the table does not know."""
     return [_read_line(line.split()) for line in table.splitlines() if line.strip()]
 
 
@@ -170,10 +170,10 @@ def _read_line(words: list[str]) -> LayoutCase:
 
 
 def differences(results: list[dict], true: Truth) -> dict[str, float]:
-    """How far one step's results, by rank, are from the reference. Everything is relative, but for log-probabilities, in nats.
+    """Return the errors of one step's results, by rank. Everything is relative, except for log-probabilities, in nats.
 
-    Gradients and weights by tensor: largest difference over largest value. The distributed optimizer leaves each rank only its share of the
-    gradient: there are no gradients then, and the norm and the weights stand for them. Raises ValueError where there is no figure.
+    Gradients and weights by tensor: largest difference over largest value. With the distributed optimizer each rank has only its shard of
+    the gradient: there are no gradients then, and norm and weights replace them. Raises ValueError where a result is not a number.
     """
     first, last = results[0], results[-1]
     total, count = last["tally"]["loss"]

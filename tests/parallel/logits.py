@@ -1,4 +1,4 @@
-"""Our logits against those of transformers."""
+"""Compares our logits with those of transformers."""
 
 import numpy as np
 import torch
@@ -9,8 +9,8 @@ from tests.parallel import workloads
 VOCAB = 131
 
 
-def assert_logits_are_those_of_transformers(pools, settings: RankSettings, reference, lengths=(7, 1, 40, 12)) -> None:
-    """On packed sequences of several lengths, to 1e-5 of float32."""
+def assert_logits_equal_transformers(pools, settings: RankSettings, reference, lengths=(7, 1, 40, 12)) -> None:
+    """Assert it on packed sequences of several lengths, to 1e-5 in float32."""
     random = np.random.default_rng(0)
     sequences = [random.integers(0, VOCAB, n).tolist() for n in lengths]
     shares = pools(settings.sizes.world).run(workloads.logits, settings, sequences)

@@ -1,6 +1,6 @@
 """A long-lived pool of real processes for each world size, shared by the tests of a session.
 
-The processes are forked from one that has imported what takes seconds to import (multiprocessing's fork server), not spawned.
+The processes are forked from a process that has imported the slow modules (multiprocessing's fork server), not spawned.
 """
 
 import gc
@@ -17,9 +17,9 @@ from megatron_aspo.runtime.guard import environment_set
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 IMPORTED_ONCE = ["megatron_aspo.trainer.rank", "megatron_aspo.checkpoint.saver"]
-"""By the fork server. With one thread of OpenMP it starts none, so forking it is safe; none of these starts CUDA."""
+"""Modules that the fork server imports. With one OpenMP thread it starts none, so forking is safe; none of these starts CUDA."""
 GRACE_S = 20.0
-"""For the ranks that are left when one has failed."""
+"""Seconds for the ranks that are left when one has failed."""
 
 
 def _serve(pipe: Connection) -> None:
@@ -38,7 +38,7 @@ def _serve(pipe: Connection) -> None:
 
 
 class Pool:
-    """`world` processes. Each job meets in a process group of its own and leaves it at the end."""
+    """`world` processes. Each job creates its own process group and leaves it at the end."""
 
     def __init__(self, world: int):
         self._world = world
@@ -47,23 +47,23 @@ class Pool:
         self._start()
 
     def run(self, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:
-        """`function(rank, meeting, *arguments)` on every rank; the results by rank. Any rank's failure fails the caller."""
+        """Run `function(rank, meeting, *arguments)` on every rank; return the results by rank. Any rank's failure fails the caller."""
         self._jobs += 1
         meeting = f"{self._meetings.name}/{self._jobs}"
         for rank, pipe in enumerate(self._pipes):
             pipe.send((function, (rank, meeting, *arguments)))
         answers: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + timeout_s
-        while len(answers) < self._world and (ready := wait(self._without(answers), max(0.0, end - time.monotonic()))):
+        while len(answers) < self._world and (ready := wait(self._unanswered(answers), max(0.0, end - time.monotonic()))):
             for pipe in ready:
                 answers[rank := self._pipes.index(pipe)] = self._answer(pipe)
-                if not answers[rank][0]:  # the others may wait for it in vain
+                if not answers[rank][0]:  # the others may wait for it forever
                     end = min(end, time.monotonic() + GRACE_S)
         failures = [f"rank {rank}:\n{value}" for rank, (done, value) in sorted(answers.items()) if not done]
         if len(answers) < self._world:
             silent = sorted(set(range(self._world)) - answers.keys())
             failures.append(f"ranks {silent} gave no answer in {timeout_s} s, or {GRACE_S} s after a failure")
-        if failures:  # new processes: none goes on with a job that is over
+        if failures:  # new processes: none continues a job that is over
             self._stop()
             self._start()
             raise RuntimeError("\n".join(failures))
@@ -73,7 +73,7 @@ class Pool:
         self._stop()
         self._meetings.cleanup()
 
-    def _without(self, answers: dict[int, Any]) -> list[Connection]:
+    def _unanswered(self, answers: dict[int, Any]) -> list[Connection]:
         return [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
 
     @staticmethod
@@ -87,7 +87,7 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED_ONCE)
         self._pipes, self._processes = [], []
-        with environment_set(ENVIRONMENT):  # the fork server gets it when the first process is started
+        with environment_set(ENVIRONMENT):  # the fork server inherits it when the first process is started
             for _ in range(self._world):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs,), daemon=True)

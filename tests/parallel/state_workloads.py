@@ -1,4 +1,4 @@
-"""What the pool's processes run for the tests of the optimizer's state. Collective, as in workloads.py."""
+"""Workloads that the pool's processes run for the tests of the optimizer's state. Collective, as in workloads.py."""
 
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ from tests.parallel.workloads import _trainer, array
 
 
 def interrupted(rank: int, meeting: str, settings, batch: TrainBatch) -> dict:
-    """Two rollout steps, three times: straight on; with the state read before and between; stopped between and restored in a new group."""
+    """Take two rollout steps in three ways: uninterrupted; with the state read before and between; stopped and restored in a new group."""
     from megatron_aspo.trainer.optimizer_state import updates
     from megatron_aspo.trainer.rng import rng_states
 
@@ -53,7 +53,7 @@ def interrupted(rank: int, meeting: str, settings, batch: TrainBatch) -> dict:
 
 
 def snapshot(trainer) -> dict:
-    """Copies of everything that the next update depends on."""
+    """Return copies of everything that the next update depends on."""
     from megatron_aspo.trainer.optimizer_state import optimizer_slabs, updates
 
     slabs = optimizer_slabs(trainer.model, trainer.optimizer)
@@ -84,7 +84,7 @@ def restore(trainer, kept: dict, rng: dict) -> None:
 
 
 def unequal(left: dict, right: dict) -> list[str]:
-    """What differs in any bit."""
+    """Return the names of the entries that differ in any bit."""
     kinds = ("weights", "master", "exp_avg", "exp_avg_sq")
     pairs = {f"{kind} {name}": (left[kind][name], right[kind][name]) for kind in kinds for name in left[kind]}
     different = [name for name, (a, b) in pairs.items() if not torch.equal(a, b)]
@@ -93,7 +93,7 @@ def unequal(left: dict, right: dict) -> list[str]:
 
 @contextmanager
 def gradients_of_every_update(trainer):
-    """A list that each update extends by {parameter: float64 gradient before clipping}, of this rank's own share at least."""
+    """Return a list that each update extends by {parameter: float64 gradient before clipping}, of at least this rank's own shard."""
     seen: list[dict[str, np.ndarray]] = []
     apply = trainer.apply_gradients
 
@@ -107,7 +107,7 @@ def gradients_of_every_update(trainer):
 
 
 def mixed_dtypes(rank: int, meeting: str, distributed: bool) -> list[tuple[str, int, int, bool]]:
-    """Slabs of a module with parameters of two dtypes in one group: name, range, and whether the main weight is the parameter's."""
+    """Return the slabs of a module with parameters of two dtypes in one group: name, range, whether the main weight is the parameter's."""
     from megatron_aspo.trainer import megatron_adapter
 
     megatron_adapter.prepare()
@@ -148,7 +148,7 @@ def draw() -> list[float]:
 
 
 def arrays(kept: dict) -> dict:
-    """For the way between processes; parameters flattened."""
+    """Return arrays that can be sent between processes; parameters flattened."""
     return {
         kind: {name: array(tensor.double()).ravel() for name, tensor in value.items()}
         if kind in ("weights", "master", "exp_avg", "exp_avg_sq")

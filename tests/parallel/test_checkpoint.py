@@ -1,4 +1,4 @@
-"""Checkpoints of real ranks: what was saved is what is loaded, at any layout, whatever trains meanwhile."""
+"""Checkpoints of real ranks: the saved state is loaded exactly, at any layout, while training continues."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ LAYOUTS = {
     "EP2 DP2 distributed": {"expert_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
     "EP2 TP2 SP ETP1": {"expert_parallel": 2, "expert_tensor_parallel": 1, "tensor_parallel": 2, "sequence_parallel": True},
 }
-"""Those with EP are of a model with experts, all others of one without."""
+"""Those with EP belong to a model with experts, all others to one without."""
 CASES = [
     ("float32 TP2", "float32 PP2"),
     ("float32 TP2", "float32 TP2"),
@@ -42,19 +42,19 @@ CASES = [
     ("float32 PP2 VPP2", "float32 CP2 TP2 SP distributed"),
     ("float32 EP2 DP2 distributed", "float32 EP2 TP2 SP ETP1"),
 ]
-"""From one layout and element type to another; each is on either side at least once."""
+"""(source, target) layouts and element types; each is on either side at least once."""
 MORE = [
     ("float32 DP2 distributed", "float32 TP2"),
     ("bfloat16 TP2 DP2 distributed", "bfloat16 TP2 DP2 distributed"),
     ("float32 CP2 TP2 SP distributed", "float32 PP2 VPP2"),
     ("float32 EP2 TP2 SP ETP1", "float32 EP2 DP2 distributed"),
 ]
-"""The way back, mostly."""
+"""Mostly the reverse direction."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[bool, Path]:
-    """Whether it has experts → model directory."""
+    """Return {has experts: model directory}."""
     directories = {}
     for experts, family in ((False, "qwen2"), (True, "qwen3_moe")):
         directories[experts] = tmp_path_factory.mktemp("model")
@@ -79,7 +79,7 @@ def settings(models, case: str) -> RankSettings:
 
 @pytest.fixture(scope="module")
 def saved(pools, models, tmp_path_factory):
-    """Case → (checkpoint, what the ranks held); each is made once. Those of TP2 are written while the next step is done."""
+    """Return case → (checkpoint, state that the ranks held); each is made once. Those of TP2 are written during the next step."""
     made = {}
 
     def get(case: str):
@@ -98,14 +98,14 @@ def saved(pools, models, tmp_path_factory):
 def test_weights_and_moments_cross_layouts_and_element_types(pools, models, saved, source, target):
     checkpoint, held = saved(source)
     ours = settings(models, target)
-    results = pools(ours.sizes.world).run(checkpoint_workloads.load_and_go_on, ours, batch(), checkpoint)
+    results = pools(ours.sizes.world).run(checkpoint_workloads.load_and_continue, ours, batch(), checkpoint)
     loaded = results[0]["loaded"]
     for kind in ("master", "exp_avg", "exp_avg_sq"):
         for name, expected in held["saved"][kind].items():
             assert np.array_equal(loaded[kind][name], expected), (kind, name)
-            assert np.abs(expected).max() > 0 and (kind == "master" or np.ptp(expected) > 0), "nothing to be seen here"
+            assert np.abs(expected).max() > 0 and (kind == "master" or np.ptp(expected) > 0), "the case shows nothing"
     assert results[0]["updates"] == read_manifest(checkpoint).training["updates"] == 2
-    # It goes on as where it came from; in bfloat16 the layouts round differently.
+    # It continues as the source would have; in bfloat16 the layouts round differently.
     rounding = 0 if source == target else 1e-2 if "bfloat16" not in source + target else 0.2
     for name, expected in held["after"]["master"].items():
         moved = np.abs(expected - held["saved"]["master"][name]).mean()
@@ -115,7 +115,7 @@ def test_weights_and_moments_cross_layouts_and_element_types(pools, models, save
 
 @pytest.mark.parametrize("case", ["float32 TP2", "bfloat16 TP2 DP2 distributed"])
 def test_a_checkpoint_converts_to_the_weights_that_the_ranks_held(saved, case, tmp_path):
-    """Also where it was written while training went on."""
+    """Also where it was written while training continued."""
     checkpoint, held = saved(case)
     source = open_source(checkpoint)
     assert source.dtype == case.split()[0]
@@ -138,7 +138,7 @@ def test_a_process_that_was_replaced_cannot_finish_its_checkpoint(pools, models,
     assert not target.parent.exists()
 
 
-def test_a_process_that_is_replaced_while_it_writes_does_not_give_its_checkpoint_the_name(pools, models, tmp_path):
+def test_a_process_that_is_replaced_while_it_writes_does_not_publish_its_checkpoint(pools, models, tmp_path):
     (tmp_path / ATTEMPT).write_text("the predecessor")
     target = tmp_path / "checkpoints" / "step_1"
     work = checkpoint_workloads.save_while_another_takes_over
@@ -148,7 +148,7 @@ def test_a_process_that_is_replaced_while_it_writes_does_not_give_its_checkpoint
 
 
 def test_a_rank_that_cannot_write_ends_the_checkpoint_on_rank_0_too(pools, models, tmp_path):
-    """Rank 1's file is there already: its error is the reason that rank 0 gives, and nothing is left."""
+    """Rank 1's file exists already: its error is the reason that rank 0 gives, and no file is left."""
     (tmp_path / ATTEMPT).write_text("this one")
     target = tmp_path / "checkpoints" / "step_1"
     blocked = target.with_name("step_1.unfinished-this one") / "model" / "rank_00001.safetensors"

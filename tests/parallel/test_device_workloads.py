@@ -1,4 +1,4 @@
-"""What a GPU would make of workloads and of the training step, as far as a CPU can tell."""
+"""Whether workloads and the training step would work on a GPU, as far as a CPU can tell."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def settings(tmp_path_factory) -> RankSettings:
     return RankSettings(directory, trainer, OptimizerOptions(lr=1e-4), algorithm, 1.0, 0, 3, 12)
 
 
-def test_no_workload_makes_an_array_of_a_tensor_on_the_device(pools, settings, tmp_path):
+def test_no_workload_makes_a_numpy_array_of_a_device_tensor(pools, settings, tmp_path):
     given = batch()
     tokens, samples = len(given.mask), given.samples
     (tmp_path / ATTEMPT).write_text("this one")
@@ -47,28 +47,28 @@ def test_no_workload_makes_an_array_of_a_tensor_on_the_device(pools, settings, t
 
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["reference on the device", "reference in host memory"])
-def test_fp8_copies_of_weights_leave_the_device_with_the_weights(pools, settings, offloaded):
+def test_fp8_copies_are_offloaded_with_the_weights(pools, settings, offloaded):
     moved = replace(settings, trainer=replace(settings.trainer, offload_reference=offloaded))
     [found] = pools(1).run(fp8_copies, moved, batch())
     model, reference = found["modules"]
-    assert model == reference == 4  # of one layer: queries, keys and values; what attention gives; and two of feed-forward
+    assert model == reference == 4  # of one layer: QKV, the attention output, and two of feed-forward
     assert found["after a step"] == found["after another"] == (model, 0 if offloaded else reference)
     assert found["parked"] == (0, 0)
 
 
 WAITS = {
     "losses/objective.py:_check_finite": 1,  # a number that is not finite is named before it spreads
-    "losses/objective.py:objective": 1,  # how many tokens count
-    "losses/objective.py:_tally": 1,  # all logged figures at once
-    "rerun_state_machine.py:validate_result": 2,  # once a mini-batch: neither NaN nor infinity in a bucket of gradients
+    "losses/objective.py:objective": 1,  # the number of counted tokens
+    "losses/objective.py:_tally": 1,  # all metrics at once
+    "rerun_state_machine.py:validate_result": 2,  # once per mini-batch: neither NaN nor infinity in a bucket of gradients
 }
-"""Where a mini-batch of one micro-batch makes the host wait for the device."""
+"""Functions in which a mini-batch of one micro-batch makes the host wait for the device → times."""
 
 
 @pytest.mark.parametrize(
     "trainer", [{}, {"shared_prompts": True}, {"context_parallel": 2}, {"context_parallel": 2, "shared_prompts": True}], ids=str
 )
-def test_a_micro_batch_waits_for_the_device_as_often_whatever_its_segments_and_layers(pools, tmp_path, trainer):
+def test_the_host_waits_of_a_micro_batch_do_not_depend_on_its_segments_and_layers(pools, tmp_path, trainer):
     given, found = batch(), {}
     for layers in (1, 3):
         save_tiny("qwen3", tmp_path / str(layers), tied=True, vocab_size=VOCAB, num_hidden_layers=layers)

@@ -1,6 +1,6 @@
-"""What vLLM's own loaders put into each worker, against the rules from which transfers are planned: real vLLM models, real process groups.
+"""The boxes that vLLM's own loaders put into each worker, against the rules that plan transfers: real vLLM models, real process groups.
 
-Every element of a checkpoint is a number of its own; which numbers stand in a worker's parameters after loading says what it took.
+Every element of a checkpoint has a unique number; the numbers in a worker's parameters after loading show which elements it took.
 """
 
 import os
@@ -18,12 +18,13 @@ from tests.models import FAMILIES, save_tiny
 
 pytestmark = pytest.mark.long
 
-# Neither vocabulary, 290 rows padded to 320, nor experts divide by 4. Of 2 key-value heads each of 4 workers holds one of two copies.
+# 4 divides neither the vocabulary (290 rows, padded to 320) nor the experts. With 2 key-value heads, each of 4 workers holds one of two
+# copies.
 SIZES = {"vocab_size": 290, "hidden_size": 64, "num_hidden_layers": 1}
 
 
 def first_ids(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """The number of each tensor's first element; 0 stands for none."""
+    """Return the number of each tensor's first element; 0 means none."""
     starts = np.cumsum([1] + [int(np.prod(shape)) for shape in shapes.values()])
     assert starts[-1] < 2**24  # float32 counts no further
     return dict(zip(shapes, starts.tolist(), strict=False))
@@ -38,7 +39,7 @@ def save_numbered(family: str, directory: Path, **overrides) -> None:
 
 
 def loaded(rank: int, meeting: str, directory: str, world: int, expert_parallel: bool) -> list[int]:
-    """The numbers in the parameters of vLLM's model on this worker."""
+    """Return the numbers in the parameters of vLLM's model on this worker."""
     os.environ |= {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_DIST_IDENT": Path(meeting).parent.name,
@@ -72,7 +73,7 @@ def loaded(rank: int, meeting: str, directory: str, world: int, expert_parallel:
                 parameter.data.zero_()
             model.load_weights(safetensors_weights_iterator([f"{directory}/model.safetensors"], use_tqdm_on_load=False))
             found = {int(i) for parameter in model.parameters() for i in parameter.data.unique().tolist()}
-            torch.distributed.barrier()  # who leaves early closes connections that a slow worker is still making
+            torch.distributed.barrier()  # a worker that leaves early closes connections that a slow one is still making
     finally:
         torch.set_default_dtype(before)
         cleanup_dist_env_and_memory()

@@ -1,4 +1,4 @@
-"""Every way of cutting a model and its batch takes the step of plain PyTorch in float64: sequence, interleaved pipeline, expert and context
+"""Every layout of a model and its batch takes the step of plain PyTorch in float64: sequence, interleaved pipeline, expert and context
 parallelism and their products, on real Megatron-Core processes.
 """
 
@@ -25,7 +25,7 @@ CASES = {case.name: case for case in layout_cases.read_table(layout_cases.SUITE)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The model and samples of a layout's case; each model is made once."""
+    """Return the model and samples of a layout's case; each model is made once."""
     cases: dict[str, Case] = {}
 
     def get(case: layout_cases.LayoutCase) -> Case:
@@ -41,17 +41,17 @@ def test_one_step_equals_float64_pytorch(pools, made, name):
     case = CASES[name]
     results = run(pools, made(case), "aspo", **case.options)
     found = layout_cases.differences(results, truth(made(case), "aspo"))
-    # The distributed optimizer leaves each rank only its share of the gradient.
+    # With the distributed optimizer each rank has only its shard of the gradient.
     assert ("gradients" in found) == ("distributed_optimizer" not in case.options)
     assert max(found.values()) <= layout_cases.BAR, found
 
 
-def test_a_line_of_the_table_stands_there_once():
+def test_the_table_has_no_duplicate_lines():
     names = [case.name for case in layout_cases.read_table(layout_cases.SUITE + layout_cases.BEYOND)]
     assert len(names) == len(set(names)) >= 24
 
 
-def test_what_is_not_a_number_is_not_near_the_reference():
+def test_nan_is_never_close_to_the_reference():
     true = {"chosen": np.ones(2), "of an expert that nobody chose": np.zeros(2)}
     assert relative_error(true, true) == 0
     for wrong in (np.array([1, np.nan]), np.array([1, np.inf]), np.array([0, 1e-9])):
@@ -65,7 +65,7 @@ splitting_case = test_splitting.case
 
 @pytest.mark.parametrize("name", test_splitting.ALGORITHMS)
 def test_every_loss_sees_whole_responses_under_context_parallelism(pools, splitting_case, name):
-    """Means, entropy quantiles and masks of responses of one to 22 tokens that are cut over the ranks; of the mini-batch too."""
+    """Means, entropy quantiles and masks of responses of 1 to 22 tokens that are split over the ranks; of the mini-batch too."""
     options, case = test_splitting.options(name), splitting_case
     settings = RankSettings(
         case.directory,
@@ -105,8 +105,8 @@ def directories(tmp_path_factory):
     ],
     ids=str,
 )
-def test_six_off_policy_updates_are_those_of_one_process(pools, directories, family, layout):
-    """With empty micro-batches among them. Differences are of float32 rounding carried through six Adam steps."""
+def test_six_off_policy_updates_equal_those_of_one_process(pools, directories, family, layout):
+    """Some micro-batches are empty. The tolerance is float32 rounding carried through six Adam steps."""
     given = test_update.batch()
     expected_report, expected = test_update.update(pools, directories[family], given, micro_batch_tokens=10_000)
     report, weights = test_update.update(pools, directories[family], given, **layout)
@@ -126,7 +126,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_the_optimizers_state_goes_by_the_names_of_the_weight_map_and_can_be_gone_on_from(pools, directories, name):
+def test_the_optimizer_state_has_the_names_of_the_weight_map_and_can_be_resumed_from(pools, directories, name):
     family, layout = STATES[name]
     settings = RankSettings(
         directories[family],
@@ -149,7 +149,7 @@ def test_the_optimizers_state_goes_by_the_names_of_the_weight_map_and_can_be_gon
         for parameter, shape in ours.parameter_shapes.items():
             expert = parameter in ours.expert_parameters
             home = (parameter, at.pipeline, *((at.expert, at.expert_tensor) if expert else (at.tensor,)))
-            # A replica's rank may hold no share.
+            # A replica's rank may hold no shard.
             slabs.setdefault(home, []).append(result["kept"]["ranges"].get(parameter, (0, 0)))
             shapes[home] = shape
     for home, shape in shapes.items():
@@ -173,7 +173,7 @@ def test_the_optimizers_state_goes_by_the_names_of_the_weight_map_and_can_be_gon
         ("qwen3_moe", {"expert_tensor_parallel": 2}, "does not divide the 1 ranks of a pipeline stage"),
     ],
 )
-def test_layouts_that_the_model_does_not_fit_are_refused(directories, family, options, message):
+def test_layouts_that_do_not_fit_the_model_are_refused(directories, family, options, message):
     trainer = TrainerOptions(**options)
     settings = RankSettings(directories[family], trainer, OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 3, 12)
     with pytest.raises(UserError) as caught:
@@ -189,11 +189,11 @@ def test_layouts_that_the_model_does_not_fit_are_refused(directories, family, op
         ({"data_parallel": 4, "expert_parallel": 2, "expert_tensor_parallel": 1}, "DP4 EP2 ETP1"),
     ],
 )
-def test_a_layout_is_named_by_what_it_cuts(options, words):
+def test_a_layout_is_named_by_its_parallel_axes(options, words):
     assert RankSettings("", TrainerOptions(**options), OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 2, 8).layout == words
 
 
-def test_what_only_the_local_layers_can_do_is_refused_elsewhere():
+def test_options_of_the_local_layers_are_refused_with_other_layers():
     from megatron_aspo.trainer import megatron_adapter
 
     megatron_adapter.prepare()  # before anything else imports Megatron-Core
@@ -208,7 +208,7 @@ def test_what_only_the_local_layers_can_do_is_refused_elsewhere():
 
 @pytest.mark.parametrize("name", ["qwen2 tied CP2 DP2 distributed", "qwen3_moe tied DP2 EP2"])
 def test_a_trainer_that_is_closed_leaves_its_process_groups(pools, made, name):
-    """Each group has threads; a trainer has some twenty groups."""
+    """Each group has threads; a trainer has about twenty groups."""
     case = CASES[name]
     threads = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Options that save memory change no result: held to plain PyTorch in float64, on real Megatron-Core processes."""
+"""Options that save memory change no result: compared with plain PyTorch in float64, on real Megatron-Core processes."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ RECOMPUTED = {
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """The case of a model by its name; each is made once."""
+    """Return the case of a model by its name; each is made once."""
     made: dict[str, Case] = {}
 
     def get(name: str) -> Case:
@@ -62,7 +62,7 @@ def test_recomputed_activations_give_the_gradient_of_float64_pytorch(pools, case
 
 
 def _rewarded(case: Case) -> TrainBatch:
-    """With an advantage in each group."""
+    """Return the batch with an advantage in each group."""
     return replace(case.batch(), rewards=np.array([1.0, 0.0, 0.5, 0.0, 0.0, 2.0, 0.0, 0.7]))
 
 
@@ -72,7 +72,7 @@ def _settings(case: Case, **trainer) -> RankSettings:
 
 
 def _kept(pools, case: Case, **layout) -> dict[str, int]:
-    """Bytes of rank 0's activations by what is recomputed."""
+    """Return the bytes of rank 0's activations by recomputation option."""
     kept = {}
     for recompute in ("none", "selective", "full"):
         settings = _settings(case, recompute=recompute, **layout)
@@ -80,17 +80,17 @@ def _kept(pools, case: Case, **layout) -> dict[str, int]:
     return kept
 
 
-def test_recomputed_activations_are_not_kept(pools, cases):
+def test_recomputed_activations_are_not_kept_for_backward(pools, cases):
     case = cases("qwen2 tied")
     layers, hidden, ffn, head = 4, SIZES["hidden_size"], SIZES["intermediate_size"], 32
     tokens = sum(len(prompt) + len(response) - 1 for prompt, response in zip(case.prompts, case.responses))
     kept = {name: size / tokens / 4 for name, size in _kept(pools, case).items()}
-    # Of each layer gate, up and their product, which is all that stands between the products of feed-forward; what attention gives, with a
-    # sum of exponentials for each head; and turned keys (queries are kept by themselves instead of turned).
-    # Less the kind of mask, one number a layer. One table of cosines and sines for all layers, which recomputation keeps unseen.
+    # Per layer: gate, up and their product, which are all the tensors between the products of feed-forward; the attention output, with a
+    # sum of exponentials for each head; and rotated keys (queries are kept unrotated). Less the kind of mask, one number per layer. One
+    # table of cosines and sines for all layers, which recomputation keeps outside autograd.
     saved = layers * (3 * ffn + hidden + SIZES["num_attention_heads"] + SIZES["num_key_value_heads"] * head) + 2 * head
     assert kept["none"] - kept["selective"] == pytest.approx(saved - layers / tokens)
-    # The input of each layer; of the final norm input and scale; the token's number, of 64 bits.
+    # The input of each layer; input and scale of the final norm; the token's number, of 64 bits.
     assert kept["full"] == layers * hidden + (hidden + 1) + 2
 
 
@@ -101,7 +101,7 @@ def test_a_plan_counts_the_activations_that_are_kept(pools, cases, name):
     tokens = sum(len(prompt) + len(response) - 1 for prompt, response in zip(case.prompts, case.responses))
     for recompute, size in _kept(pools, case).items():
         counted = kept_per_token(read_model(case.directory), TrainerOptions(recompute=recompute), 1, 1)
-        table = 2 * head if recompute == "none" else 0  # else not among what autograd keeps
+        table = 2 * head if recompute == "none" else 0  # otherwise autograd does not keep it
         assert layers * counted + (hidden + 1) + table + 2 == pytest.approx(size / tokens / 4, rel=1e-4), recompute
 
 
@@ -124,7 +124,7 @@ def test_offloading_takes_the_step_of_float64_pytorch(pools, cases, layout):
 
 
 @pytest.mark.parametrize("layout", [{"dtype": "bfloat16", **DISTRIBUTED}, {"tensor_parallel": 2, **OFFLOADED}], ids=str)
-def test_what_leaves_the_device_between_two_updates_comes_back_bit_for_bit(pools, cases, layout):
+def test_offloaded_and_reloaded_state_is_equal_bit_for_bit(pools, cases, layout):
     case = cases("qwen2 tied")
     options = TrainerOptions(**{"dtype": "float32", "micro_batch_tokens": 60} | layout)
     settings = RankSettings(case.directory, options, OPTIMIZER, AlgorithmOptions(mini_batch_prompts=2, kl_coef=KL_COEF), 1.0, 0, 2, 32)
@@ -135,13 +135,13 @@ def test_what_leaves_the_device_between_two_updates_comes_back_bit_for_bit(pools
 
 
 @pytest.mark.parametrize("name", ["float32 TP2", "bfloat16 PP2 untied", "bfloat16 DP2 distributed"])
-def test_an_optimizer_at_home_in_host_memory_is_adam_in_float64_and_can_be_gone_on_from(pools, cases, name):
+def test_an_optimizer_in_host_memory_equals_adam_in_float64_and_can_be_resumed_from(pools, cases, name):
     case = cases("qwen2 tied" if "untied" not in name else "llama untied")
     options = TrainerOptions(**{"dtype": "float32", "micro_batch_tokens": 60, "offload_optimizer": True} | test_trainer_state.CASES[name])
     algorithm = AlgorithmOptions(epochs=1, mini_batch_prompts=2)
     settings = RankSettings(case.directory, options, test_trainer_state.OPTIMIZER, algorithm, 0.9, 0, 2, 32)
     results = pools(settings.sizes.world).run(state_workloads.interrupted, settings, _rewarded(case))
-    test_trainer_state.test_moments_and_weights_are_those_of_adam_in_float64((settings, results))
+    test_trainer_state.test_moments_and_weights_equal_adam_in_float64((settings, results))
     for result in results:
         assert result["moved"] and result["by reading"] == result["by copying"] == result["by restoring"] == []
 
@@ -167,7 +167,7 @@ def test_checkpoints_hold_the_state_in_host_memory(pools, cases, tmp_path, offlo
 
 @pytest.mark.parametrize("moved", [True, False])
 @pytest.mark.parametrize("layout", [{"dtype": "bfloat16"}, {}, DISTRIBUTED, {**PP2_VPP2, "dtype": "bfloat16"}], ids=str)
-def test_what_is_offloaded_is_on_the_device_only_in_use(pools, cases, layout, moved):
+def test_offloaded_state_is_on_the_device_only_while_in_use(pools, cases, layout, moved):
     case = cases("qwen2 tied")
     settings = replace(
         _settings(case, **(OFFLOADED if moved else {}), **layout), algorithm=AlgorithmOptions(epochs=1, mini_batch_prompts=4, kl_coef=0.01)
@@ -179,14 +179,14 @@ def test_what_is_offloaded_is_on_the_device_only_in_use(pools, cases, layout, mo
             assert found["moved"] == (found["tensors"] * uses if moved else 0)
             assert found["left"] == (0 if moved else found["tensors"] * uses), (name, found)
         elements = result["reference"]["bytes"] // (2 if layout.get("dtype") == "bfloat16" else 4)
-        # Two moments, with bfloat16 main weights too; each rank half of them if distributed.
+        # Two moments, with bfloat16 main weights too; each rank has half of them if distributed.
         expected = elements * 4 * (3 if layout.get("dtype") == "bfloat16" else 2) // (2 if layout == DISTRIBUTED else 1)
         assert result["optimizer"]["bytes"] == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("layout", [{"dtype": "bfloat16"}, {}, {"data_parallel": 2, "distributed_optimizer": True}], ids=str)
 def test_offloaded_moments_are_never_on_the_device_together(pools, cases, layout):
-    """The files are float32: with bfloat16 the main weights are filled from them, which asks for the whole state too."""
+    """The files are float32: bfloat16 training fills the main weights from them, which requires the whole state too."""
     settings = _settings(cases("qwen2 tied"), offload_optimizer=True, **layout)
     assert set(pools(settings.sizes.world).run(workloads.most_moments_on_the_device, settings)) == {1}
 
@@ -200,8 +200,8 @@ def test_reference_logprobs_are_those_of_the_original_weights_in_float64(pools, 
 
 
 @pytest.mark.parametrize("layout", [{}, {"data_parallel": 2}, {"tensor_parallel": 2}], ids=["one process", "DP2", "TP2"])
-def test_gradients_are_added_up_in_their_element_type(pools, cases, layout):
-    """bfloat16 activations leave some 5 % of float64's gradient in doubt; what bfloat16 sums add to that is bounded by itself."""
+def test_gradients_accumulate_in_their_element_type(pools, cases, layout):
+    """bfloat16 activations leave about 5 % of float64's gradient uncertain; the error of bfloat16 sums is bounded separately."""
     case, true = cases("qwen2 tied"), truth(cases("qwen2 tied"), "aspo").gradients
     gradients = {}
     for name in ("float32", "bfloat16"):
@@ -219,7 +219,7 @@ def test_gradients_are_added_up_in_their_element_type(pools, cases, layout):
         assert kept == (name == "bfloat16")
 
 
-def test_chosen_levers_are_named_at_the_start_and_no_others(pools, cases):
+def test_only_chosen_memory_options_are_named_at_the_start(pools, cases):
     plain = pools(1).run(workloads.described, _settings(cases("qwen2 tied"), dtype="bfloat16"))[0]
     levers = {"recompute": "full", "offload_optimizer": True, "offload_reference": True, "gradient_dtype": "bfloat16"}
     chosen = pools(1).run(workloads.described, _settings(cases("qwen2 tied"), dtype="bfloat16", **levers))[0]
@@ -234,10 +234,10 @@ def test_fp8_without_transformer_engine_ends_the_start(pools, cases):
 
 
 @pytest.mark.parametrize("fp8", ["none", "e4m3", "hybrid"])
-def test_fp8_goes_on_to_transformer_engine(cases, fp8, monkeypatch):
+def test_fp8_reaches_transformer_engine(cases, fp8, monkeypatch):
     from megatron_aspo.trainer import megatron_adapter
 
-    megatron_adapter.prepare()  # before anything else imports Megatron-Core
+    megatron_adapter.prepare()  # before any other import of Megatron-Core
     from megatron_aspo.trainer.layers import check_layers, packing_rules
     from megatron_aspo.trainer.model import transformer_config
     from megatron_aspo.trainer.parallel import ParallelState
@@ -273,7 +273,7 @@ def test_fp8_goes_on_to_transformer_engine(cases, fp8, monkeypatch):
         ({"fp8": "e4m3", "tensor_parallel": 32}, {}, "qwen2 tied", "at trainer.tensor_parallel=32 has one of 8; set trainer.fp8=none"),
     ],
 )
-def test_levers_that_the_model_has_no_use_for_are_refused(cases, trainer, algorithm, model, message):
+def test_memory_options_that_have_no_effect_are_refused(cases, trainer, algorithm, model, message):
     dims = read_model(cases(model).directory).dims
     options = {name: value for name, value in trainer.items() if name != "tensor_parallel"}
     settings = RankSettings("", TrainerOptions(**options), OptimizerOptions(), AlgorithmOptions(**algorithm), 1.0, 0, 2, 8)

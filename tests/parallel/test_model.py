@@ -1,4 +1,4 @@
-"""The model itself on real processes: logits against transformers, the vocabulary-parallel seam, export."""
+"""The model on real processes: logits against transformers, the vocabulary-parallel output layer, export."""
 
 import json
 
@@ -13,14 +13,17 @@ from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
 from tests.parallel import workloads
-from tests.parallel.logits import VOCAB, assert_logits_are_those_of_transformers
+from tests.parallel.logits import VOCAB, assert_logits_equal_transformers
 
 
 def settings(directory, dtype: str = "float32", **layout) -> RankSettings:
     return RankSettings(directory, TrainerOptions(dtype=dtype, **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
 
 
-@pytest.fixture(scope="module", params=["llama untied", "llama tied", "qwen2 untied", "qwen2 tied", "qwen3 untied", "mistral untied"])
+MODELS = ("llama untied", "llama tied", "qwen2 untied", "qwen2 tied", "qwen3 untied", "mistral untied", "seed_oss untied")
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
     family, tying = request.param.split()
     directory = tmp_path_factory.mktemp("model")
@@ -30,11 +33,11 @@ def model(request, tmp_path_factory):
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_logits_of_packed_sequences_equal_transformers(pools, model, tensor_parallel):
     directory, reference = model
-    assert_logits_are_those_of_transformers(pools, settings(directory, tensor_parallel=tensor_parallel), reference)
+    assert_logits_equal_transformers(pools, settings(directory, tensor_parallel=tensor_parallel), reference)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel": 2, "pipeline_parallel": 2}, {"data_parallel": 2}], ids=str)
-def test_an_export_holds_the_very_tensors_that_were_loaded(pools, model, layout, tmp_path):
+def test_an_export_holds_exactly_the_loaded_tensors(pools, model, layout, tmp_path):
     directory, reference = model
     chosen = settings(directory, **layout)
     pools(chosen.sizes.world).run(workloads.export, chosen, tmp_path / "export", "float32")
@@ -57,7 +60,7 @@ def test_an_export_does_not_overwrite(pools, model, tmp_path):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_vocabulary_cut_over_ranks_changes_no_value_and_no_gradient(pools, world):
+def test_a_sharded_vocabulary_changes_no_value_and_no_gradient(pools, world):
     random = np.random.default_rng(0)
     vocab, padded, tokens = 37, 40, 11
     hidden, weight = random.normal(size=(tokens, 8)), random.normal(size=(padded, 8))

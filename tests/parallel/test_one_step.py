@@ -31,7 +31,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model on disk and samples whose old and reference log-probabilities are off the current ones."""
+    """A model on disk, and samples whose old and reference log-probabilities differ from the current ones."""
 
     directory: object
     prompts: list
@@ -65,25 +65,25 @@ def case(request, tmp_path_factory) -> Case:
 
 
 def make_case(directory: Path, family: str, tied: bool, seed: int = 0, **model) -> Case:
-    """Of a new random model; seed: of the samples."""
+    """Make a case with a new random model; `seed` is that of the samples."""
     save_tiny(family, directory, tied=tied, **{"vocab_size": VOCAB, "num_hidden_layers": 4, **model})
     random = np.random.default_rng(seed)
-    # Two responses to each prompt, as the groups of the batch say.
-    # Not the padding token: its embedding is zero, and the norm after it makes a gradient that dwarfs all others.
+    # Two responses to each prompt, matching the groups of the batch.
+    # Without the padding token: its embedding is zero, and the norm after it makes a gradient that dwarfs all others.
     prompts = [random.integers(1, VOCAB, n).tolist() for n in random.integers(2, 30, 4) for _ in range(2)]
     prompts[1::2] = prompts[::2]
     responses = [random.integers(1, VOCAB, n).tolist() for n in (5, 17, 1, 9, 30, 2, 12, 7)]
     decoder = Decoder(directory)
     with torch.no_grad():
         current = np.concatenate([token_logprobs(decoder, p, r)[0].numpy() for p, r in zip(prompts, responses)])
-    # Nowhere does the choice of experts hang on float32 rounding.
+    # No choice of experts depends on float32 rounding.
     assert decoder.narrowest_choice > 1e-4, decoder.narrowest_choice
     return Case(
         directory=directory,
         prompts=prompts,
         responses=responses,
         advantages=np.array([1.3, -0.7, 0.4, -1.1, 0.9, -0.2, 0.0, -1.6]),
-        # Wide enough that both sides of the hard mask and of the cap are crossed.
+        # Wide enough to cross both sides of the hard mask and of the cap.
         old=(current + random.normal(0, 0.9, current.shape)).astype(np.float32),
         reference=(current + random.normal(0, 0.3, current.shape)).astype(np.float32),
     )
@@ -103,7 +103,7 @@ _truths: dict[tuple, Truth] = {}
 
 
 def truth(case: Case, policy_loss: str) -> Truth:
-    """Computed once for each model and loss."""
+    """Return the truth, computed once for each model and loss."""
     key = (case.directory, policy_loss)
     if key not in _truths:
         _truths[key] = _compute_truth(case, policy_loss)
@@ -161,10 +161,10 @@ def run(pools, case: Case, policy_loss: str, optimizer: OptimizerOptions = OPTIM
 
 
 def relative_error(ours: dict, true: dict) -> float:
-    """Largest difference over largest value of any tensor. An expert that no token chose has a gradient of zero, ours too."""
+    """Return the largest difference over the largest value of any tensor. An expert that no token chose has a zero gradient, ours too."""
     assert set(ours) == set(true)
     differences = {name: np.abs(ours[name] - true[name]).max() for name in true}
-    # NumPy's maximum: it hands on what is not a number.
+    # NumPy's maximum, because it propagates NaN.
     return float(np.max([difference / np.abs(true[name]).max() if difference else 0.0 for name, difference in differences.items()]))
 
 
@@ -189,7 +189,7 @@ def test_distributed_optimizer_takes_the_same_step(pools, case):
     assert relative_error(ours["weights"], true.weights) <= 1e-5
 
 
-def test_weight_decay_reaches_biases_and_norms_when_asked(pools, case):
+def test_weight_decay_applies_to_biases_and_norms_when_enabled(pools, case):
     """The first Adam step of a one-dimensional parameter with decay is the one without, less lr · decay of the weight."""
     without, start = truth(case, "aspo").weights, Decoder(case.directory).weights
     ours = run(pools, case, "aspo", replace(OPTIMIZER, decay_one_dimensional=True))[0]["weights"]
@@ -200,7 +200,7 @@ def test_weight_decay_reaches_biases_and_norms_when_asked(pools, case):
         assert np.abs(ours[name] - expected).max() < 1e-6 < np.abs(ours[name] - without[name]).max()
 
 
-def test_aspo_and_ppo_clip_differ_as_the_reference_says(pools, case):
+def test_aspo_and_ppo_clip_differ_as_in_the_reference(pools, case):
     true = {name: truth(case, name).gradients for name in ("aspo", "ppo_clip")}
     ours = {name: run(pools, case, name)[0]["gradients"] for name in ("aspo", "ppo_clip")}
     tensor = "model.layers.0.mlp.up_proj.weight"

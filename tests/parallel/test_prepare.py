@@ -1,4 +1,4 @@
-"""What a training rank fixes before the first mini-batch: old and reference log-probabilities, KL in the reward, advantages."""
+"""Per-token constants computed before the first mini-batch: old and reference log-probabilities, KL in the reward, advantages."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ VOCAB = 64
 SCALE = 1.2
 TEMPERATURE = 0.8
 FILTERED = 3
-"""The response of which no token counts."""
+"""The response without counted tokens."""
 LENGTHS = [5, 1, 9, 7, 3, 4]
 ENDS = np.concatenate([[0], np.cumsum(LENGTHS)])
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """A model, three groups of two responses; in float64 their log-probabilities under the scaled and the original weights."""
+    """Return a model, three groups of two responses, and their float64 log-probabilities under the scaled and the original weights."""
     directory = tmp_path_factory.mktemp("model")
     save_tiny("llama", directory, tied=False, vocab_size=VOCAB)
     random = np.random.default_rng(4)
@@ -59,7 +59,7 @@ def prepare(pools, case, algorithm: AlgorithmOptions, **layout) -> dict:
 
 
 def advantage_pairs(rewards: np.ndarray) -> np.ndarray:
-    """GRPO's advantages of groups of two: the standard deviation of a, b with n − 1 is |a − b| / √2."""
+    """Return GRPO's advantages for groups of two: the standard deviation of a, b with n − 1 is |a − b| / √2."""
     a, b = rewards[::2], rewards[1::2]
     half = (a - b) / 2 / (np.abs(a - b) / np.sqrt(2) + 1e-6)
     return np.stack([half, -half], axis=1).ravel()
@@ -106,7 +106,7 @@ def test_a_kl_penalty_in_the_reward_is_summed_over_every_response(pools, case, e
     assert count == 6 and total == pytest.approx(penalty.sum(), rel=1e-4)
 
 
-def test_the_engines_logprobs_can_be_the_old_ones_and_the_mismatch_is_measured_all_the_same(pools, case):
+def test_the_mismatch_is_measured_even_where_the_engines_logprobs_are_the_old_ones(pools, case):
     _, batch, current, _ = case
     ours = prepare(pools, case, AlgorithmOptions(old_logprobs="rollout", kl_coef=0.0))
     assert np.array_equal(ours["old"], batch.rollout_logprobs) and ours["reference"] is None

@@ -1,4 +1,4 @@
-"""One mini-batch, however it is cut: gradients of every policy loss on real processes against float64, by width and micro-batch budget."""
+"""Gradients of one mini-batch do not depend on its splitting: every policy loss on real processes against float64, by DP and budget."""
 
 from dataclasses import dataclass
 
@@ -56,7 +56,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> Case:
-    """Off-policy samples. One response counts nowhere, some tokens of others do not."""
+    """Return off-policy samples. One response is not counted, nor are some tokens of others."""
     directory = tmp_path_factory.mktemp("model")
     save_tiny("qwen2", directory, tied=True, vocab_size=VOCAB)
     random = np.random.default_rng(5)
@@ -92,7 +92,7 @@ _truths: dict[str, tuple[float, dict]] = {}
 
 
 def truth(case: Case, name: str) -> tuple[float, dict]:
-    """The loss, and its gradient with respect to every weight: the losses' derivatives by hand, the model's by autograd."""
+    """Return the loss and its gradient for every weight: the losses' derivatives by hand, the model's by autograd."""
     if name not in _truths:
         decoder = Decoder(case.directory)
         pairs = [token_logprobs(decoder, p, r) for p, r in zip(case.prompts, case.responses)]
@@ -121,7 +121,7 @@ def truth(case: Case, name: str) -> tuple[float, dict]:
 @pytest.mark.parametrize("budget", [10_000, 60, 1])
 @pytest.mark.parametrize("data_parallel", [1, 2])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_gradient_is_that_of_the_whole_mini_batch_however_it_is_cut(pools, case, name, data_parallel, budget):
+def test_the_gradient_does_not_depend_on_how_the_mini_batch_is_split(pools, case, name, data_parallel, budget):
     trainer = TrainerOptions(dtype="float32", data_parallel=data_parallel, micro_batch_tokens=budget)
     settings = RankSettings(
         case.directory, trainer, OptimizerOptions(), options(name), 1.0, 0, RESPONSES_PER_PROMPT, max_response_tokens=MAX_TOKENS

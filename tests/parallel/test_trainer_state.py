@@ -1,4 +1,4 @@
-"""The optimizer's state by parameter: whole, right, and enough to go on from with no bit changed."""
+"""The optimizer's state by parameter: complete, correct, and sufficient to resume from bit for bit."""
 
 import math
 
@@ -28,7 +28,7 @@ CASES = {
     "bfloat16 DP2 distributed": {"dtype": "bfloat16", "data_parallel": 2, "distributed_optimizer": True},
     "bfloat16 PP2 tied DP2 distributed": {"dtype": "bfloat16", "pipeline_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
 }
-# No clipping: the gradients seen are the gradients that Adam sees. Small betas and a large rate make a wrong moment or count visible.
+# No clipping: the recorded gradients are those that Adam sees. Small betas and a large rate make a wrong moment or count visible.
 OPTIMIZER = OptimizerOptions(lr=1e-3, warmup_steps=1, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.1, clip_grad=0.0)
 UPDATES = 2
 """In each rollout step: five groups in mini-batches of three."""
@@ -45,7 +45,7 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=CASES)
 def run(request, pools, directories):
-    """(settings, every rank's results) of one layout."""
+    """Return (settings, every rank's results) of one layout."""
     settings = RankSettings(
         directories["untied" not in request.param],
         TrainerOptions(**{"dtype": "float32", "micro_batch_tokens": 60, "layer_spec": "local"} | CASES[request.param]),
@@ -59,7 +59,7 @@ def run(request, pools, directories):
     return settings, pools(settings.sizes.world).run(state_workloads.interrupted, settings, batch())
 
 
-def test_the_slabs_hold_every_parameter_once_for_each_replica_or_once_over_all_of_them(run):
+def test_the_slabs_hold_every_parameter_once_per_replica_or_once_over_all_replicas(run):
     settings, results = run
     sizes, hf = settings.sizes, read_model(settings.model_directory)
     layouts = replica_layouts(hf.architecture, hf.dims, sizes, "local")
@@ -73,11 +73,11 @@ def test_the_slabs_hold_every_parameter_once_for_each_replica_or_once_over_all_o
             else:
                 assert ranges == [(0, math.prod(shape))] * sizes.data, name
         assert set().union(*replicas) == layouts[rank].parameter_shapes.keys()
-    if settings.trainer.distributed_optimizer:  # shards that begin or end inside a parameter were among them
+    if settings.trainer.distributed_optimizer:  # some shards begin or end inside a parameter
         assert any(start > 0 for result in results for start, _ in result["kept"]["ranges"].values())
 
 
-def test_main_weights_begin_as_the_files_say_and_not_rounded(run):
+def test_main_weights_start_as_the_files_values_unrounded(run):
     settings, results = run
     sizes, hf = settings.sizes, read_model(settings.model_directory)
     files = load_file(settings.model_directory / "model.safetensors")
@@ -108,8 +108,8 @@ def test_main_weights_are_the_models_own_memory_in_float32_and_round_to_it_in_bf
             assert stop - start < 64 or not np.array_equal(model, main), (rank, name)
 
 
-def test_moments_and_weights_are_those_of_adam_in_float64(run):
-    """The closed form of AdamW over the gradients that each update was given."""
+def test_moments_and_weights_equal_adam_in_float64(run):
+    """The closed form of AdamW over the gradients of each update."""
     settings, results = run
     for rank, result in enumerate(results):
         assert result["first"]["updates"] == 0 and result["kept"]["updates"] == len(result["gradients"]) == UPDATES
@@ -128,7 +128,7 @@ def test_moments_and_weights_are_those_of_adam_in_float64(run):
 
 
 def adam(weight, gradients, rate: float, decay: float, options: OptimizerOptions):
-    """Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2; float64: weight, first and second moment."""
+    """Return weight, first and second moment by Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2; float64."""
     mean = square = np.zeros_like(weight)
     for count, gradient in enumerate(gradients, start=1):
         mean = options.beta1 * mean + (1 - options.beta1) * gradient
@@ -143,16 +143,16 @@ def test_reading_the_state_changes_nothing_before_the_first_update_or_later(run)
         assert result["by reading"] == []
 
 
-def test_a_new_trainer_goes_on_from_a_copied_state_with_no_bit_changed(run):
+def test_a_new_trainer_resumes_from_a_copied_state_bit_for_bit(run):
     for result in run[1]:
         assert result["by copying"] == [] and result["by restoring"] == [] and result["draws"]
         moved = {name.partition(" ")[2] for name in result["moved"] if name.startswith("exp_avg ")}
-        assert moved == result["kept"]["ranges"].keys()  # the step in between was no empty one
+        assert moved == result["kept"]["ranges"].keys()  # the step in between was not empty
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 def test_a_group_may_mix_float32_and_bfloat16_parameters(pools, distributed):
-    """Megatron's index of shards is off there; by shape and value each main weight must be its own parameter's."""
+    """Megatron's shard index is wrong there; by shape and value each main weight must be its own parameter's."""
     slabs = [result for rank in pools(2).run(state_workloads.mixed_dtypes, distributed) for result in rank]
     assert all(correct for _, _, _, correct in slabs)
     assert sum(stop - start for _, start, stop, _ in slabs) == (6 + 35 + 32) * (1 if distributed else 2)
@@ -160,10 +160,10 @@ def test_a_group_may_mix_float32_and_bfloat16_parameters(pools, distributed):
 
 @pytest.fixture
 def linear():
-    """A module and two optimizers over it in Megatron's wrapper: torch's Adam, and what stands for a fused one."""
+    """Return a module and two optimizers over it in Megatron's wrapper: torch's Adam, and a stand-in for a fused one."""
     from megatron_aspo.trainer import megatron_adapter
 
-    megatron_adapter.prepare()  # before anything else imports Megatron-Core
+    megatron_adapter.prepare()  # before any other import of Megatron-Core
     from megatron.core.optimizer import FP32Optimizer, OptimizerConfig
 
     class FusedAdam(torch.optim.Optimizer):
@@ -188,7 +188,7 @@ def linear():
     return module, [FP32Optimizer(adam([dict(g) for g in groups]), config, None) for adam in (torch.optim.AdamW, FusedAdam)]
 
 
-def test_fused_and_torchs_adam_count_alike(linear):
+def test_fused_adam_and_torchs_adam_count_updates_alike(linear):
     from megatron_aspo.trainer.optimizer_state import optimizer_slabs, set_updates, updates
 
     module, optimizers = linear

@@ -1,4 +1,4 @@
-"""A whole update (scores, epochs × mini-batches) on different layouts and packings."""
+"""A whole update (scores, epochs × mini-batches) at different layouts and packings."""
 
 from dataclasses import replace
 
@@ -77,7 +77,7 @@ def update(pools, directory, given: TrainBatch, dtype="float32", algorithm=None,
     ids=str,
 )
 def test_six_off_policy_updates_do_not_depend_on_layout_or_packing(pools, directory, trainer):
-    """Differences are of float32 rounding carried through six Adam steps."""
+    """The tolerance is float32 rounding carried through six Adam steps."""
     given = batch()
     expected_report, expected = update(pools, directory, given, micro_batch_tokens=10_000)
     report, weights = update(pools, directory, given, **trainer)
@@ -86,7 +86,7 @@ def test_six_off_policy_updates_do_not_depend_on_layout_or_packing(pools, direct
     for name, (total, count) in expected_report.tally.items():
         assert report.tally[name][1] == count
         assert report.tally[name][0] == pytest.approx(total, rel=1e-3, abs=2e-2), name
-    # Off-policy: later mini-batches really see r ≠ 1.
+    # Off-policy: later mini-batches have r ≠ 1.
     assert report.tally["weight_distance"][0] / report.tally["weight_distance"][1] > 1e-3
     assert report.mismatch["mean"] == pytest.approx(expected_report.mismatch["mean"], rel=1e-5)
     if not trainer.get("shared_prompts"):
@@ -97,7 +97,7 @@ def test_six_off_policy_updates_do_not_depend_on_layout_or_packing(pools, direct
         assert report.packing.imbalance == report.packing.lockstep_imbalance == 1
 
 
-def test_every_step_has_an_order_of_mini_batches_of_its_own_and_the_same_when_it_is_done_again(pools, directory):
+def test_every_step_has_its_own_order_of_mini_batches_and_repeats_it(pools, directory):
     first, second, again = (update(pools, directory, batch(), step=step)[0].gradient_norms for step in (0, 1, 1))
     assert len(first) == len(second) == 6
     assert not np.allclose(first, second, rtol=1e-2) and np.allclose(second, again, rtol=1e-5)
@@ -109,13 +109,13 @@ def test_bfloat16_follows_float32(pools, directory):
     report, weights = update(pools, directory, given, dtype="bfloat16", micro_batch_tokens=64)
     assert np.allclose(report.gradient_norms, full_report.gradient_norms, rtol=0.1)
     for name in full:
-        # bfloat16 keeps 8 bits: half a unit in the last place, and a few Adam steps whose size is bounded by the learning rate.
+        # bfloat16 keeps 8 bits: half a unit in the last place, and a few Adam steps bounded by the learning rate.
         assert np.abs(weights[name] - full[name]).max() <= np.abs(full[name]).max() / 256 + 6 * 3e-3
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_sum"])
-def test_filtered_responses_leave_no_trace(pools, directory, aggregation):
-    """A step with uncounted responses, a whole mini-batch of them among others, against the same step without these responses."""
+def test_filtered_responses_have_no_effect(pools, directory, aggregation):
+    """Compare a step with uncounted responses, among them a whole mini-batch, with the same step without these responses."""
     given = batch(6)
     algorithm = {"advantage": "reinforce_plus_plus", "aggregation": aggregation, "batch_order": "data_index"}
     out = np.array([1, 6, 7, 8, 9, 10, 11, 17])  # groups 2 and 3 are a mini-batch

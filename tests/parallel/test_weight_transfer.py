@@ -1,4 +1,4 @@
-"""From real training ranks to the tensors that engines' workers are handed: what a model's files say, cast once, and nothing else."""
+"""From real training ranks to the tensors that engines' workers receive: exactly the values of the model's files, cast once."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 def received(
     spec: TransferSpec, port: int, worker: int, versions: list[int], device: str = "cpu", backend: str = "gloo"
 ) -> dict[str, torch.Tensor]:
-    """What this worker, on this device, has after the last version."""
+    """Return the tensors of this worker, on this device, after the last version."""
     rank = spec.training.world + worker
     group = stateless_group(HOST, port, rank, spec.world, 150.0, backend, names=spec.name)
     schedule = Schedule(spec, rank, where_of(group.places))
@@ -57,7 +57,7 @@ MIXED = [
 @pytest.mark.parametrize(
     ("family", "layout", "engines"), [("qwen2", *case) for case in DENSE] + [("qwen3_moe", *case) for case in MIXED], ids=str
 )
-def test_workers_together_hold_the_files_tensors(pools, tmp_path, family: str, layout: dict[str, int], engines: EngineSizes):
+def test_the_workers_together_hold_the_tensors_of_the_files(pools, tmp_path, family: str, layout: dict[str, int], engines: EngineSizes):
     save_tiny(family, tmp_path, tied=family == "qwen2", num_hidden_layers=2)
     settings = RankSettings(
         tmp_path, TrainerOptions(dtype="float32", **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32
@@ -81,5 +81,5 @@ def test_workers_together_hold_the_files_tensors(pools, tmp_path, family: str, l
                 covered[name] |= here
                 given += int(here.sum())
         assert all(bool(here.all()) for here in covered.values())
-    # Each element that a worker has was sent to it once, by someone; all workers are on one node, and none passes anything on.
+    # Each element of a worker was sent to it once, by some rank; all workers are on one node, and none forwards anything.
     assert [sum(rank[version] for rank in sent) for version in (0, 1)] == [2 * given] * 2

@@ -1,4 +1,4 @@
-"""What the pool's processes run. Each function is collective: (rank, path at which the ranks meet, …) on every rank of the pool."""
+"""Workloads that the pool's processes run. Each function is collective: (rank, path at which the ranks meet, …) on every rank."""
 
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from megatron_aspo.data.batch import TrainBatch
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:
-    """The values of a tensor on any device."""
+    """Return the values of a tensor on any device."""
     return tensor.detach().cpu().numpy()
 
 
@@ -21,12 +21,12 @@ def arrays(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]
 
 
 def on_device(trainer, values: np.ndarray) -> torch.Tensor:
-    """A tensor where the trainer computes."""
+    """Return a tensor on the trainer's device."""
     return torch.from_numpy(values).to(trainer.device.torch_device)
 
 
 def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None, advantages: np.ndarray):
-    """Gradients and weights (Hugging Face names) and the tally of one optimizer step over the whole batch; rank 0's answer counts."""
+    """Return gradients and weights (Hugging Face names) and the tally of one optimizer step over the batch; rank 0's result counts."""
     from megatron_aspo.trainer.rank import Scores, set_learning_rate  # rank.py before what imports Megatron-Core
 
     with _trainer(rank, meeting, settings) as trainer:
@@ -54,7 +54,7 @@ def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarr
 
 
 def kept_for_backward(rank: int, meeting: str, settings, batch: TrainBatch) -> int:
-    """Bytes of activations that the model's forward pass leaves for backward; the whole batch in one micro-batch."""
+    """Return the bytes of activations that the model's forward pass keeps for backward; the whole batch in one micro-batch."""
     with _trainer(rank, meeting, settings) as trainer:
         weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
         kept, readings = {}, []
@@ -79,7 +79,7 @@ def described(rank: int, meeting: str, settings) -> dict[str, str]:
 
 
 def offloaded(rank: int, meeting: str, settings, batch: TrainBatch) -> dict:
-    """Two rollout steps. What the reference pass and the optimizer step had in memory, and what of it is left when they are over."""
+    """Take two rollout steps; return the offloaded tensors that each pass had in memory, and those left when they are over."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from megatron_aspo.trainer.model import chunks
@@ -122,7 +122,7 @@ def offloaded(rank: int, meeting: str, settings, batch: TrainBatch) -> dict:
 
 
 def most_moments_on_the_device(rank: int, meeting: str, settings) -> int:
-    """The largest number of parameters whose moments were on the device at one time while the trainer was built."""
+    """Return the largest number of parameters whose moments were on the device at one time while the trainer was built."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from megatron_aspo.trainer import optimizer_state
@@ -165,7 +165,7 @@ def _trainer(rank: int, meeting: str, settings):
 
 
 def logits(rank: int, meeting: str, settings, sequences: list[list[int]]) -> np.ndarray:
-    """This rank's columns of the logits of packed sequences, [tokens, rows of the output matrix]; one pipeline stage."""
+    """Return this rank's columns of the logits of packed sequences, [tokens, rows of the output matrix]; one pipeline stage."""
     from megatron_aspo.trainer.attention import causal_params
 
     with _trainer(rank, meeting, settings) as trainer, torch.no_grad():
@@ -188,7 +188,7 @@ def export(rank: int, meeting: str, settings, directory: Path, dtype: str) -> No
 
 
 def vocab_parallel_logprobs(rank: int, meeting: str, world: int, hidden, weight, targets, upstream, vocab: int):
-    """The seam with the vocabulary cut over all ranks: values and gradients of this rank."""
+    """Return values and gradients of this rank, with the vocabulary sharded over all ranks."""
     from megatron_aspo.trainer.logprobs import logprobs
 
     dist.init_process_group("gloo", store=dist.FileStore(meeting, world), rank=rank, world_size=world)
@@ -202,7 +202,7 @@ def vocab_parallel_logprobs(rank: int, meeting: str, world: int, hidden, weight,
 
 
 def train_once(rank: int, meeting: str, settings, batch: TrainBatch, step: int = 0) -> tuple:
-    """One whole `update`: scores, epochs × mini-batches; the report of the last rank and the weights of rank 0."""
+    """Run one whole `update`: scores, epochs × mini-batches; return the report of the last rank and the weights of rank 0."""
     with _trainer(rank, meeting, settings) as trainer:
         report = trainer.update(batch, step)
         weights = arrays(trainer.whole_tensors(trainer.tensor_metas("float32")))
@@ -210,7 +210,7 @@ def train_once(rank: int, meeting: str, settings, batch: TrainBatch, step: int =
 
 
 def train_and_park(rank: int, meeting: str, settings, batch: TrainBatch, parked: bool) -> dict:
-    """Two updates, between which all that lies on the device leaves it and comes back, or does not."""
+    """Take two updates, between which all device memory is offloaded and reloaded, or not."""
     with _trainer(rank, meeting, settings) as trainer:
         trainer.update(batch, step=0)
         parameters = list(trainer.model.parameters())
@@ -231,7 +231,7 @@ def train_and_park(rank: int, meeting: str, settings, batch: TrainBatch, parked:
 
 
 def card_memory(rank: int, meeting: str, settings, batch: TrainBatch) -> dict[str, int]:
-    """Bytes of the whole card that are taken, whoever took them: in training, with all parked, and back; and those of what was parked."""
+    """Return the bytes of the whole card in use by any process: in training, offloaded, and reloaded; and the bytes that were offloaded."""
 
     def taken() -> int:
         free, total = torch.cuda.mem_get_info()
@@ -251,7 +251,7 @@ def card_memory(rank: int, meeting: str, settings, batch: TrainBatch) -> dict[st
 
 
 def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) -> dict:
-    """What is held fixed over the phase, with the model's weights `scale` times the reference's; the last rank's answer counts."""
+    """Return the step's constants, with the model's weights `scale` times the reference's; the last rank's result counts."""
     with _trainer(rank, meeting, settings) as trainer:
         with torch.no_grad():
             for parameter in trainer.model.parameters():
@@ -262,12 +262,12 @@ def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) 
 
 
 def count_threads(rank: int, meeting: str) -> int:
-    """Of this process."""
+    """Return the number of threads of this process."""
     return len(list(Path("/proc/self/task").iterdir()))
 
 
 def send_weights(rank: int, meeting: str, settings, port: int, spec, versions: list[int]) -> list[int]:
-    """The weights just loaded, to whoever receives them at `port`, once for each version; bytes of each time."""
+    """Send the weights just loaded to the receivers at `port`, once for each version; return the bytes of each time."""
     with _trainer(rank, meeting, settings) as trainer:
         trainer.connect("127.0.0.1", port, spec)
         return [trainer.publish(version, verify=True) for version in versions]

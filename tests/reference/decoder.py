@@ -1,4 +1,4 @@
-"""Decoders of the supported families in plain PyTorch and float64: the independent truth for logits and gradients.
+"""Decoders of the supported families in plain PyTorch and float64: the independent reference for logits and gradients.
 
 Reads Hugging Face tensors by name from a dict; knows nothing of Megatron, of packing or of any module of the project.
 """
@@ -25,10 +25,10 @@ class Decoder:
         self.experts_per_token = config.get("num_experts_per_tok", 0)
         self.weights_sum_to_one = config["model_type"] == "mixtral" or config.get("norm_topk_prob", False)
         self.narrowest_choice = math.inf
-        """Smallest difference seen between the logits of the last expert chosen and the first one left out."""
+        """Smallest difference so far between the logits of the last expert chosen and the first one left out."""
 
     def logits(self, token_ids: list[int]) -> Tensor:
-        """[tokens, vocabulary] of one sequence."""
+        """Return the logits [tokens, vocabulary] of one sequence."""
         w = self.weights
         x = w["model.embed_tokens.weight"][token_ids]
         for layer in range(self.layers):
@@ -49,7 +49,7 @@ class Decoder:
         return (y @ gate.T * torch.sigmoid(y @ gate.T) * (y @ up.T)) @ down.T
 
     def _experts(self, y: Tensor, prefix: str, names: tuple[str, str, str]) -> Tensor:
-        """Every expert reads every token; what a token did not choose has weight 0."""
+        """Every expert reads every token; experts that a token did not choose have weight 0."""
         logits = y @ self.weights[prefix + "gate.weight"].T
         ordered = logits.detach().sort(-1, descending=True).values
         if self.experts_per_token < ordered.shape[1]:
@@ -93,7 +93,7 @@ class Decoder:
 
 
 def rotary_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
-    """(radians per position of each pair of channels, float64; factor of the rotated vectors).
+    """Return (radians per position of each pair of channels, float64; factor of the rotated vectors).
 
     linear: https://arxiv.org/abs/2306.15595. llama3: `apply_scaling` in Meta's Llama 3.1, whose three bands are one clamp. yarn:
     https://arxiv.org/abs/2309.00071, with the ramp over pairs of channels of the authors' code.
@@ -122,6 +122,6 @@ def rotary_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
 
 
 def token_logprobs(decoder: Decoder, prompt: list[int], response: list[int], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(logprob, entropy) of each response token, float64."""
+    """Return (logprob, entropy) of each response token, float64."""
     logprobs = (decoder.logits(prompt + response)[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
     return logprobs.gather(1, torch.tensor(response)[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)

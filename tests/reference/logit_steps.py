@@ -1,4 +1,4 @@
-"""The two steps of the log-probabilities that read logits, in closed form and float64, and what holds an implementation to them."""
+"""The two steps of the log-probabilities that read logits, in closed form and float64, and checks of an implementation against them."""
 
 from types import ModuleType
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def random_logits(tokens: int, columns: int, dtype: torch.dtype, size: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Logits and the column of each target: of every third token before this block, of every third behind it."""
+    """Return logits and each target's column; every third target is before this vocabulary block, every third after it."""
     generator = torch.Generator().manual_seed(tokens * 10_007 + columns)
     logits = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) * size
     targets = torch.randint(columns, (tokens,), generator=generator)
@@ -38,7 +38,7 @@ def check_statistics(steps: ModuleType, logits: Tensor, temperature: float, targ
 
 
 def check_gradient(steps: ModuleType, logits: Tensor, temperature: float, targets: Tensor, *, with_slope: bool, rounding: float) -> None:
-    """Also that what lies behind the logits in memory stays as it is. rounding: largest relative error of a number put into bfloat16."""
+    """Check the gradient, and that memory after the logits is unchanged. rounding: largest relative error of rounding to bfloat16."""
     tokens, columns = logits.shape
     accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
     behind = torch.full((300,), 7.0, dtype=logits.dtype, device=logits.device)

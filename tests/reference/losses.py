@@ -1,7 +1,7 @@
-"""The losses in numpy float64, one response after another, derivatives by hand: the truth for `megatron_aspo.losses`.
+"""The losses in numpy float64, one response after another, derivatives by hand: the reference for `megatron_aspo.losses`.
 
 A is the advantage of a response, Δ = logp − old, r = exp(Δ) with Δ bounded to ±20, H entropy, β the weight of the KL estimate. `o` holds
-the options under the names of a recipe. Every array is [tokens] of one response and, but for `mini_batch`, of its counted tokens alone.
+the options under the names of a recipe. Every array is [tokens] of one response and, except in `mini_batch`, only of its counted tokens.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Term(NamedTuple):
     gradient: Array
     """∂value/∂logp."""
     weight: Array
-    """What multiplies −A∇logp; under the hard mask, the bound at which it was cut."""
+    """w in the gradient −A·w·∇logp; for hard-masked tokens, the clip bound they hit."""
     masked: Array
     capped: Array
 
@@ -128,7 +128,7 @@ def correction(old: Array, rollout: Array, o: Any) -> tuple[Array, Array]:
 
 
 def token_weight(counted: int, o: Any, tokens: int, responses: int, max_response_tokens: int) -> float:
-    """What each of a response's `counted` tokens weighs. Of the whole mini-batch: counted tokens, responses."""
+    """Return the weight of each of a response's `counted` tokens. tokens, responses: counted ones of the whole mini-batch."""
     return {
         "token_mean": 1 / tokens,
         "seq_mean_token_mean": 1 / responses / counted,
@@ -148,13 +148,13 @@ class Response:
     A: float
 
     def map(self, function) -> "Response":
-        """All arrays of numbers changed."""
+        """Return the response with `function` applied to all arrays of numbers."""
         arrays = {name: getattr(self, name) for name in ("logp", "old", "rollout", "ref", "entropy")}
         return replace(self, **{name: function(array) for name, array in arrays.items() if array is not None})
 
 
 class Result(NamedTuple):
-    """Of a mini-batch; first the sums, then [all tokens], then [counted tokens]."""
+    """The result of a mini-batch: first the sums, then [all tokens], then [counted tokens]."""
 
     loss: float
     policy_loss: float
@@ -164,7 +164,7 @@ class Result(NamedTuple):
     """∂loss/∂H."""
     token_weight: Array
     largest_value: Array
-    """The largest of the terms that a token's loss is the sum of, before its weight; and of its gradient."""
+    """The largest term in the sum that is a token's loss, before its weight; and the largest in its gradient."""
     largest_gradient: Array
     A: Array
     term: Term
@@ -176,7 +176,7 @@ class Result(NamedTuple):
 
 
 def entropy_threshold(responses: Sequence[Response], o: Any) -> float | None:
-    """The quantile over all counted tokens of the mini-batch, where that is the scope."""
+    """Return the quantile over all counted tokens of the mini-batch, where that is the scope."""
     counted = np.concatenate([np.zeros(0), *[r.entropy[r.mask] for r in responses]])
     return float(np.quantile(counted, o.low_entropy_quantile)) if o.entropy_quantile_scope == "mini_batch" and counted.size else None
 
@@ -228,7 +228,7 @@ def mini_batch(responses: Sequence[Response], o: Any, full_responses: int, max_r
 
 
 def figures(result: Result) -> dict[str, tuple[float, float]]:
-    """Every logged figure of a whole mini-batch as (sum, count)."""
+    """Return every metric of a whole mini-batch as (sum, count)."""
     A, term, every = result.A, result.term, np.ones(len(result.A), bool)
     table = {
         "entropy": (result.entropy, every),
@@ -250,19 +250,19 @@ def figures(result: Result) -> dict[str, tuple[float, float]]:
 
 
 def grpo(rewards: Sequence[float], std: bool) -> list[float]:
-    """Of one group: (R − mean) / (std + 1e-6), std with n − 1; without `std` R − mean."""
+    """Return the advantages of one group: (R − mean) / (std + 1e-6), std with n − 1; without `std` R − mean."""
     n, mean = len(rewards), sum(rewards) / len(rewards)
     deviation = (sum((R - mean) ** 2 for R in rewards) / (n - 1)) ** 0.5
     return [(R - mean) / (deviation + 1e-6) if std else R - mean for R in rewards]
 
 
 def rloo(rewards: Sequence[float]) -> list[float]:
-    """Of one group: R minus the mean of the others."""
+    """Return the advantages of one group: R minus the mean of the others."""
     return [R - np.mean([*rewards[:i], *rewards[i + 1 :]]) for i, R in enumerate(rewards)]
 
 
 def reinforce_plus_plus(rewards: Sequence[float], groups: Sequence[int], counted: Sequence[int], subtract_group_mean: bool) -> list[float]:
-    """Of a step: R, or R minus its group's mean, whitened over the counted tokens: minus their mean, over their std + 1e-8."""
+    """Return a step's advantages: R, or R minus its group's mean, whitened over counted tokens: less their mean, over their std + 1e-8."""
     if subtract_group_mean:
         rewards = [R - np.mean([other for other, g in zip(rewards, groups) if g == group]) for R, group in zip(rewards, groups)]
     tokens = np.repeat(rewards, counted)  # every token with its response's R
@@ -270,5 +270,5 @@ def reinforce_plus_plus(rewards: Sequence[float], groups: Sequence[int], counted
 
 
 def overlong_penalty(length: int, longest: int, buffer: int, factor: float) -> float:
-    """0 up to longest − buffer, then down in a straight line, to −factor at `longest`."""
+    """Return 0 up to longest − buffer, then a linear decrease to −factor at `longest`."""
     return -factor * max(0, length - (longest - buffer)) / buffer if buffer else 0.0

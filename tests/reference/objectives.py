@@ -40,7 +40,7 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def adamw_first_step(weight: Tensor, gradient: Tensor, *, lr: float, eps: float, weight_decay: float, beta1=0.9, beta2=0.999) -> Tensor:
-    """The first AdamW update, bias correction written out."""
+    """Return the weight after the first AdamW update, bias correction written out."""
     decay = weight_decay if weight.dim() > 1 else 0.0
     m, v = (1 - beta1) * gradient / (1 - beta1), (1 - beta2) * gradient**2 / (1 - beta2)
     return weight * (1 - lr * decay) - lr * m / (v.sqrt() + eps)

@@ -1,4 +1,4 @@
-"""A conversion that must be refused."""
+"""A fixture that runs a conversion that must be refused."""
 
 import signal
 from pathlib import Path
@@ -11,7 +11,7 @@ from megatron_aspo.cli import main
 @pytest.fixture
 def refused(tmp_path, capsys, monkeypatch):
     """Runs the command, which must be refused without a trace; returns its one line."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # interrupts stay pytest's
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps handling interrupts
 
     def run(*arguments: object) -> str:
         before = contents(tmp_path)

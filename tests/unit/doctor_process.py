@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def in_process(expression: str, before: str = "", prefix: tuple[str, ...] = (), prepare=None, **environment: str) -> Record:
-    """The record of a check that another process makes, under limits and an environment of its own."""
-    imports = "import json; from megatron_aspo.doctor import files, limits, sandbox, storage, subject, versions; from pathlib import Path"
+    """Return the record of a check that runs in another process, with its own limits and environment."""
+    imports = "import json; from megatron_aspo.doctor import files, limits, needs, sandbox, storage, versions; from pathlib import Path"
     code = f"{imports}\n{before}\nprint(json.dumps(vars({expression})))"
     done = subprocess.run(
         [*prefix, sys.executable, "-c", code],

@@ -1,6 +1,6 @@
-"""Small Hugging Face directories written by hand, with the names and shapes of each family stated here, apart from the weight map's table.
+"""Small Hugging Face directories written by hand, with the names and shapes of each family stated here, independently of the weight map.
 
-Fast enough for hundreds of shapes. `test_convert.py` holds the names and shapes to what transformers saves.
+Fast enough for hundreds of shapes. `test_convert.py` compares the names and shapes with those that transformers saves.
 """
 
 import json
@@ -22,11 +22,12 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
 }
-DENSE, MOE = ("llama", "mistral", "qwen2", "qwen3"), ("qwen3_moe", "mixtral")
+DENSE, MOE = ("llama", "mistral", "qwen2", "qwen3", "seed_oss"), ("qwen3_moe", "mixtral")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
-# What a model directory holds beside weights; bytes that no JSON or text round trip would leave alone.
+# Files of a model directory beside the weights; bytes that any JSON or text round trip would change.
 SMALL_FILES = {
     "generation_config.json": b'{"eos_token_id": [2,7],\r\n\t"do_sample" : true}',
     "tokenizer.json": '{"text": "é \\u00e9",  "model": {}}\n\n'.encode(),
@@ -39,7 +40,7 @@ SMALL_FILES = {
 
 @contextmanager
 def flipped_bit(file: Path, draw: Callable[[Any], int]) -> Iterator[None]:
-    """One bit of a file, drawn by hypothesis, is the other one while the block runs."""
+    """Flip one bit of a file, drawn by hypothesis, while the block runs."""
     content = file.read_bytes()
     bit = draw(st.integers(0, 8 * len(content) - 1))
     changed = bytearray(content)
@@ -71,7 +72,7 @@ class Model:
         return self.family in MOE
 
     def config(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-        """The contents of config.json."""
+        """Return the contents of config.json."""
         experts: dict[str, Any] = {
             "qwen3_moe": {"num_experts": self.experts, "moe_intermediate_size": self.ffn, "num_experts_per_tok": 2, "norm_topk_prob": True},
             "mixtral": {"num_local_experts": self.experts, "num_experts_per_tok": 2},
@@ -97,7 +98,7 @@ class Model:
         }
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every tensor of the checkpoint."""
+        """Return name → shape of every tensor of the checkpoint."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden), "model.norm.weight": (self.hidden,)}
         if not self.tied:
@@ -118,14 +119,14 @@ class Model:
             else:
                 here |= {f"mlp.{part}": shape for part, shape in feed_forward.items()}
             shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in here.items()}
-            if self.family == "qwen2":
+            if self.family in ("qwen2", "seed_oss"):
                 rows = {"q": q, "k": kv, "v": kv}
                 shapes |= {f"model.layers.{layer}.self_attn.{part}_proj.bias": (n,) for part, n in rows.items()}
         return shapes
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Every bit pattern of the element type: NaNs with payloads, subnormals and −0 included."""
+    """Return random bit patterns of the element type: NaNs with payloads, subnormals and −0 included."""
     count = torch.Size(shape).numel() * dtype.itemsize
     return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
 
@@ -143,7 +144,7 @@ def write_model(
     seed: int = 0,
     files: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """Write a model directory of random bits; more than one of `files`: with an index. Returns the tensors."""
+    """Write a model directory of random bits, with an index if `files` > 1; return the tensors."""
     tensors = random_tensors(model, dtype, seed)
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, tensors, files)
@@ -166,7 +167,7 @@ def write_tensors(directory: Path, tensors: dict[str, torch.Tensor], files: int 
 
 
 def read_tensors(directory: Path, files: str = "*.safetensors") -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files of a directory, read by the safetensors library; a name in two files is an error."""
+    """Return all tensors of a directory's safetensors files, read by the safetensors library; a name in two files is an error."""
     found: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob(files)):
         with safe_open(file, framework="pt") as handle:
@@ -177,7 +178,7 @@ def read_tensors(directory: Path, files: str = "*.safetensors") -> dict[str, tor
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same names, shapes, element types and bytes."""
+    """Assert the same names, shapes, element types and bytes."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name

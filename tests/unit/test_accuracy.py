@@ -1,4 +1,4 @@
-"""Held-out accuracy by hand, and what is kept of an evaluation."""
+"""Held-out accuracy computed by hand, and the record of an evaluation."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from megatron_aspo.evaluation.records import EvalResponse, read_responses
 
 
 def scored(position: int, question: str, rewards: list[float]) -> list[EvalResponse]:
-    """One answer of one token for each reward."""
+    """Return one answer of one token for each reward."""
     return [
         EvalResponse(position, index, f"p{position}", "words", question, [5], index, f"{question}!", [1], 1, "stop", reward, "r", "r")
         for index, reward in enumerate(rewards)
@@ -19,7 +19,7 @@ ALL = [response for group in GROUPS for response in group]
 
 
 def test_the_standard_error_is_over_prompts_however_often_each_is_drawn():
-    """Means 1/2, 1, 0: their variance over n − 1 is 1/4, of their mean 1/12."""
+    """Means 1/2, 1, 0: their variance over n − 1 is 1/4, that of their mean 1/12."""
     found = evaluation(ALL).accuracy
     assert (found.mean, found.prompts, found.draws) == (0.5, 3, 4)
     assert found.standard_error == pytest.approx((1 / 12) ** 0.5, rel=1e-12)
@@ -38,7 +38,7 @@ def test_an_evaluation_reads_back_as_it_was_written(tmp_path):
     ]
 
 
-def test_evaluations_are_compared_only_where_they_asked_the_same_in_the_same_order():
+def test_evaluations_are_compared_only_with_the_same_questions_in_the_same_order():
     asked = evaluation(ALL)
     assert asked.same_questions(evaluation([*scored(0, "a", [0, 0, 1, 0]), *ALL[4:]]))
     assert not asked.same_questions(evaluation([*scored(0, "d", [1, 1, 0, 0]), *ALL[4:]]))

@@ -19,7 +19,7 @@ from megatron_aspo.common.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_directory_takes_its_name_when_it_is_full_and_not_before(tmp_path):
+def test_a_directory_gets_its_name_only_when_it_is_complete(tmp_path):
     target = tmp_path / "deep" / "target"
     with new_directory(target) as directory:
         (directory / "sub").mkdir()
@@ -30,14 +30,14 @@ def test_a_directory_takes_its_name_when_it_is_full_and_not_before(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, UserError])
-def test_a_directory_whose_making_fails_is_gone_and_the_error_is_passed_on(tmp_path, error):
+def test_a_directory_that_cannot_be_completed_is_removed_and_the_error_propagates(tmp_path, error):
     with pytest.raises(error), new_directory(tmp_path / "target") as directory:
         (directory / "file").write_text("text")
         raise error
     assert os.listdir(tmp_path) == []
 
 
-def test_what_killed_processes_left_of_the_same_target_is_removed_and_nothing_else(tmp_path):
+def test_only_leftovers_of_killed_processes_at_the_same_target_are_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     host = f"target.unfinished-{socket.gethostname()}"
@@ -51,7 +51,7 @@ def test_what_killed_processes_left_of_the_same_target_is_removed_and_nothing_el
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
-def test_a_target_that_exists_is_refused_and_left_alone(tmp_path, kind):
+def test_an_existing_target_is_refused_and_unchanged(tmp_path, kind):
     target = tmp_path / "target"
     {"directory": target.mkdir, "file": target.touch, "dangling link": lambda: target.symlink_to("nowhere")}[kind]()
     with pytest.raises(UserError, match=f"{target} exists; choose another name, or remove it"), new_directory(target):
@@ -59,7 +59,7 @@ def test_a_target_that_exists_is_refused_and_left_alone(tmp_path, kind):
     assert os.listdir(tmp_path) == ["target"]
 
 
-def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
+def test_a_target_that_appears_in_the_meantime_is_not_replaced(tmp_path):
     target = tmp_path / "target"
     with pytest.raises(UserError, match="could not be written"), new_directory(target) as directory:
         (directory / "file").touch()
@@ -69,15 +69,15 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_a_user_error_with_the_space_that_is_left(tmp_path, number):
+def test_a_full_disk_is_a_user_error_with_the_remaining_space(tmp_path, number):
     target = tmp_path / "not" / "yet" / "target"
     with pytest.raises(UserError) as error, disk_errors(target, "nothing of it was left"):
         raise OSError(number, os.strerror(number))
-    said = f"{target} could not be written: {os.strerror(number).lower()}; nothing of it was left; "
-    assert re.fullmatch(re.escape(said) + rf"\d+\.\d\d GB are free in {tmp_path}: make room, or choose another place", str(error.value))
+    message = f"{target} could not be written: {os.strerror(number).lower()}; nothing of it was left; "
+    assert re.fullmatch(re.escape(message) + rf"\d+\.\d\d GB are free in {tmp_path}: make room, or choose another place", str(error.value))
 
 
-def test_any_other_refusal_of_the_file_system_is_a_user_error_with_its_reason(tmp_path):
+def test_any_other_error_of_the_file_system_is_a_user_error_with_its_reason(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=r"could not be written \(Not a directory\); nothing of it was left"),
@@ -86,7 +86,7 @@ def test_any_other_refusal_of_the_file_system_is_a_user_error_with_its_reason(tm
         raise AssertionError("the block was entered")
 
 
-def test_every_file_and_directory_is_synced_before_the_name_is_given_and_the_parent_after(tmp_path, monkeypatch):
+def test_every_file_and_directory_is_synced_before_the_rename_and_the_parent_after_it(tmp_path, monkeypatch):
     unfinished, target = tmp_path / "u", tmp_path / "target"
     (unfinished / "sub").mkdir(parents=True)
     for name in ("one", "sub/two"):
@@ -101,7 +101,7 @@ def test_every_file_and_directory_is_synced_before_the_name_is_given_and_the_par
     assert events[at + 1 :] == [tmp_path]
 
 
-def test_a_directory_is_removed_by_first_losing_its_name(tmp_path, monkeypatch):
+def test_a_directory_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
     (tmp_path / "target" / "sub").mkdir(parents=True)
     seen = []
     rmtree = atomic.shutil.rmtree
@@ -112,7 +112,7 @@ def test_a_directory_is_removed_by_first_losing_its_name(tmp_path, monkeypatch):
     assert seen[-1] is False and os.listdir(tmp_path) == []
 
 
-def test_a_small_file_is_replaced_in_one_step(tmp_path, monkeypatch):
+def test_a_small_file_is_replaced_atomically(tmp_path, monkeypatch):
     file = tmp_path / "file"
     write_text(file, "old ×")
     assert file.read_text(encoding="utf-8") == "old ×"
@@ -126,7 +126,7 @@ def test_a_small_file_is_replaced_in_one_step(tmp_path, monkeypatch):
     assert file.read_text(encoding="utf-8") == "old ×"
 
 
-def test_a_process_that_is_killed_while_it_fills_a_directory_leaves_nothing_under_its_name(tmp_path):
+def test_a_process_killed_while_filling_a_directory_leaves_nothing_under_its_name(tmp_path):
     script = f"""
         import os, signal
         from pathlib import Path
@@ -139,7 +139,7 @@ def test_a_process_that_is_killed_while_it_fills_a_directory_leaves_nothing_unde
     assert result.returncode == -signal.SIGKILL
     (left,) = os.listdir(tmp_path)
     assert left.startswith("target.unfinished-")
-    # The next one is not in its way.
+    # The next attempt is not blocked.
     with new_directory(tmp_path / "target") as directory:
         (directory / "file").write_text("whole")
     assert (tmp_path / "target" / "file").read_text() == "whole"

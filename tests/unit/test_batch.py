@@ -1,4 +1,4 @@
-"""Flat batches, mini-batches, and micro-batches cut from them."""
+"""Flat batches, mini-batches, and the micro-batches built from them."""
 
 from dataclasses import replace
 
@@ -13,8 +13,8 @@ from megatron_aspo.trainer.micro_batch import PackingRules, cut, cut_all
 from megatron_aspo.weights.layout import ParallelSizes
 
 
-def group(number: int, prompt: list[int], responses: list[list[int]], place: int = 0) -> Group:
-    owner = Prompt(f"p{number}", tuple(prompt), "", 0, "test", place=place)
+def group(number: int, prompt: list[int], responses: list[list[int]], position: int = 0) -> Group:
+    owner = Prompt(f"p{number}", tuple(prompt), "", 0, "test", position=position)
     samples = [
         Sample(
             owner,
@@ -33,7 +33,7 @@ def group(number: int, prompt: list[int], responses: list[list[int]], place: int
 GROUPS = [group(0, [5, 6, 7], [[1, 2], [3]]), group(1, [9], [[4, 4, 4], [8, 1]])]
 
 
-def test_a_batch_holds_the_samples_one_after_another():
+def test_a_batch_concatenates_the_samples():
     batch = make_train_batch(GROUPS, "shuffled", 1, overlong_filter=False)
     assert batch.token_ids.tolist() == [5, 6, 7, 1, 2, 5, 6, 7, 3, 9, 4, 4, 4, 9, 8, 1]
     assert batch.offsets.tolist() == [0, 5, 9, 13, 16]
@@ -45,13 +45,13 @@ def test_a_batch_holds_the_samples_one_after_another():
     assert batch.names == ("p0[0]", "p0[1]", "p1[0]", "p1[1]")
 
 
-def test_a_batch_of_no_group_is_empty():
+def test_a_batch_without_groups_is_empty():
     batch = make_train_batch([], "shuffled", 1, overlong_filter=False)
     assert batch.samples == 0 and batch.response_offsets[-1] == 0
     assert mini_batches(batch.groups, 4, epochs=2, seed=0) == []
 
 
-def test_cut_off_responses_count_nowhere_with_the_overlong_filter():
+def test_truncated_responses_do_not_count_with_the_overlong_filter():
     one, two = GROUPS
     cut_off = replace(one.samples[1], generation=replace(one.samples[1].generation, finish_reason="length"))
     groups = [replace(one, samples=(one.samples[0], cut_off)), two]
@@ -61,8 +61,8 @@ def test_cut_off_responses_count_nowhere_with_the_overlong_filter():
     assert make_train_batch(groups, "shuffled", 1, overlong_filter=False).mask.all()
 
 
-def test_data_order_sorts_by_place_and_counts_a_multiple_of_the_ranks():
-    groups = [group(0, [5], [[1], [2]], place=9), group(1, [6], [[3, 3], [4]], place=2), group(2, [7], [[5]], place=5)]
+def test_data_order_sorts_by_position_and_counts_a_multiple_of_the_ranks():
+    groups = [group(0, [5], [[1], [2]], position=9), group(1, [6], [[3, 3], [4]], position=2), group(2, [7], [[5]], position=5)]
     batch = make_train_batch(groups, "data_index", 2, overlong_filter=False)
     assert batch.names == ("p1[0]", "p1[1]", "p2[0]", "p0[0]", "p0[1]")
     assert batch.counted.tolist() == [2, 1, 1, 1, 0]
@@ -86,13 +86,13 @@ def test_a_micro_batch_pairs_each_target_with_the_token_before_it():
     assert micro.offsets == [0, 1, 4]
 
 
-def test_an_empty_micro_batch_has_one_token_that_nothing_looks_at():
+def test_an_empty_micro_batch_has_one_token_that_nothing_attends_to():
     micro = cut(make_train_batch(GROUPS, "shuffled", 1, overlong_filter=False), np.zeros(0, np.int64), torch.device("cpu"))
     assert micro.token_ids.shape == (1, 1) and micro.cu_seqlens.tolist() == [0, 1] and micro.offsets == [0]
     assert micro.predictors.numel() == micro.targets.numel() == 0
 
 
-def test_every_epoch_visits_every_group_once_in_an_order_of_its_own():
+def test_every_epoch_visits_every_group_once_in_a_different_order():
     groups = np.repeat(np.arange(7), 2)
     batches = mini_batches(groups, 3, epochs=2, seed=1)
     assert [len(b) for b in batches] == [6, 6, 2, 6, 6, 2]
@@ -118,7 +118,7 @@ def test_responses_that_share_a_prompt_follow_it_once():
 CPU = torch.device("cpu")
 
 
-def test_rules_follow_the_layout():
+def test_padding_rules_follow_the_layout():
     sizes = ParallelSizes(tensor=2, pipeline=4, data=3, virtual=2, context=2)
     rules = PackingRules.of(sizes, sizes.coordinates(2), sequence_parallel=True)
     assert rules == PackingRules(context=2, context_rank=1, multiple=2, count_multiple=4, equal_lengths=True)
@@ -137,7 +137,7 @@ def test_lengths_are_multiples_that_every_rank_can_share(context, sequence, segm
     assert rules.segment_tokens(2 * segment) == 2 * segment and rules.total_tokens(2 * total + 1) == 3 * total
 
 
-def test_padding_stands_after_what_it_pads():
+def test_padding_follows_what_it_pads():
     batch = make_train_batch(GROUPS, "shuffled", 1, overlong_filter=False)
     micro = cut(batch, np.array([0, 1, 2]), CPU, rules=PackingRules(multiple=4))
     assert micro.token_ids[0].tolist() == [5, 6, 7, 1, 5, 6, 7, 9, 4, 4, 0, 0]
@@ -160,7 +160,7 @@ def test_a_context_parallel_rank_holds_a_chunk_and_the_mirrored_one_of_each_segm
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), context=st.integers(2, 4), sequence=st.integers(1, 4), shared=st.booleans(), equal=st.booleans())
 def test_context_parallel_ranks_hold_every_token_and_every_target_once(data, context, sequence, shared, equal):
-    """Put together rank by rank and in order again, they are what one rank would hold, padding apart."""
+    """Concatenated and reordered, the ranks' tokens are those of a single rank, except for padding."""
     sizes = st.tuples(st.integers(1, 20), st.lists(st.integers(1, 25), min_size=1, max_size=4))
     groups = [
         group(n, list(range(1, prompt + 1)), [list(range(50, 50 + length)) for length in responses])
@@ -179,10 +179,10 @@ def test_context_parallel_ranks_hold_every_token_and_every_target_once(data, con
         tokens = torch.cat([share.token_ids[0] for share in shares])[shares[0].order]
         for share in shares:
             assert torch.equal(tokens[share.local], share.token_ids[0])
-            # What predicts a target stands one place before it.
+            # The token that predicts a target is one position before it.
             before = share.position_ids[0, share.local][share.predictors] + 1
-            places = torch.cat([torch.arange(n, n + stop - start) for n, start, stop in spans(batch, samples)] or [torch.zeros(0)])
-            assert torch.equal(before, places[share.held].long())
+            positions = torch.cat([torch.arange(n, n + stop - start) for n, start, stop in spans(batch, samples)] or [torch.zeros(0)])
+            assert torch.equal(before, positions[share.held].long())
         kept = [i for a, b, n in zip(shares[0].cu_seqlens[:-1], whole.cu_seqlens[:-1], whole.cu_seqlens.diff()) for i in range(a, a + n)]
         if len(samples):
             assert torch.equal(tokens[kept], whole.token_ids[0]) and torch.equal(shares[0].position_ids[0, kept], whole.position_ids[0])
@@ -192,5 +192,5 @@ def test_context_parallel_ranks_hold_every_token_and_every_target_once(data, con
 
 
 def spans(batch, samples):
-    """(prompt length, first, last) of each sample's response tokens."""
+    """Return (prompt length, first, last) of each sample's response tokens."""
     return [(int(batch.prompt_lengths[i]), int(batch.response_offsets[i]), int(batch.response_offsets[i + 1])) for i in samples]

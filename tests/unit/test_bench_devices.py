@@ -1,4 +1,4 @@
-"""The speed tools run on the device that they are given, tiny here."""
+"""The speed tools run on the device that they are given, here at a tiny size."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tests.unit.test_packaging import ROOT, load_tool
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("tool", ["bench_train_step", "bench_logprobs"])
-def test_a_device_that_is_not_here_is_refused(tool: str):
+def test_a_missing_device_is_refused(tool: str):
     command = [sys.executable, str(ROOT / f"tools/bench/{tool}.py"), "--device", "cuda"]
     refused = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert refused.returncode == 2 and "--device cuda: torch sees no GPU here" in refused.stderr
@@ -22,7 +22,7 @@ def test_a_device_that_is_not_here_is_refused(tool: str):
 
 @pytest.mark.parametrize("on", ["cpu", "cuda"])
 def test_log_probabilities_are_measured_on_either_device(monkeypatch, on: str):
-    """With torch's CUDA figures replaced: which are read, and that waiting comes before each clock."""
+    """torch's CUDA functions are replaced: the test checks which are read, and that waiting comes before each clock."""
     tool = load_tool("bench_logprobs")
     calls = []
     monkeypatch.setattr(tool, "VOCAB", 500)

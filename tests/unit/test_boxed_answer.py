@@ -1,4 +1,4 @@
-"""The example of a reward for mathematics: which answers count as right."""
+"""The example reward for mathematics: which answers count as right."""
 
 import json
 import time
@@ -50,7 +50,7 @@ def test_a_number_of_a_million_digits_costs_no_time():
     assert time.monotonic() - began < 2
 
 
-def test_it_is_tried_on_a_file_of_responses(tmp_path):
+def test_the_example_grades_a_file_of_responses(tmp_path):
     rows = [{"response": f"\\boxed{{{answer}}}", "ground_truth": "1/2", "data_source": "mine"} for answer in ("0.5", "2")]
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run_main(cli.main, "grade", str(tmp_path / "responses.jsonl"), "--reward", "examples.rewards.boxed_answer:score", cwd=ROOT)

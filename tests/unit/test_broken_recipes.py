@@ -1,4 +1,4 @@
-"""Recipes with the mistakes that people make: each ends `megatron-aspo train` with one line, before Ray is started."""
+"""Recipes with common mistakes: each ends `megatron-aspo train` with one line, before Ray is started."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def place(tmp_path, model, monkeypatch):
+def directory(tmp_path, model, monkeypatch):
     def started(*_):
         raise AssertionError("Ray was about to be started")
 
@@ -54,7 +54,7 @@ def data(**changes: str) -> str:
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        # YAML that says something else than it seems to.
+        # YAML that means something other than it seems to.
         (HEAD + "steps: 1\nseed: 0\nsteps: 2\n", "steps occurs twice, in lines 3 and 5; keep one"),
         (HEAD + "optimizer:\n  lr: 1e-6\n  lr: 2e-6\n", "lr occurs twice, in lines 4 and 5; keep one"),
         (HEAD + "trainer:\n", "trainer is a section of keys, not the value None"),
@@ -98,18 +98,18 @@ def data(**changes: str) -> str:
     ],
     ids=lambda value: value[-40:],
 )
-def test_a_broken_recipe_ends_with_one_line_that_says_what_is_wrong(place, recipe, said):
-    (place / "recipe.yaml").write_text(recipe)
-    done = run_main(cli.main, "train", "recipe.yaml", cwd=place)
+def test_a_broken_recipe_ends_with_one_line_that_names_the_mistake(directory, recipe, said):
+    (directory / "recipe.yaml").write_text(recipe)
+    done = run_main(cli.main, "train", "recipe.yaml", cwd=directory)
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("megatron-aspo: error: ") and said in line
-    assert not (place / "runs").exists()
+    assert not (directory / "runs").exists()
 
 
-def test_keys_may_come_from_an_anchor_and_be_replaced(place):
-    """What a merge brings along is no second occurrence."""
-    (place / "recipe.yaml").write_text("model: model\ntask: single_digit_addition\nrollout: &r {engines: 1}\nevaluation: {draws: 2}\n")
-    assert load_config(place / "recipe.yaml").evaluation.draws == 2
-    (place / "recipe.yaml").write_text(HEAD + "trainer: &t {dtype: float32}\nrollout: {<<: *t, dtype: bfloat16}\n")
-    assert load_config(place / "recipe.yaml").rollout.dtype == "bfloat16"
+def test_keys_may_come_from_an_anchor_and_be_replaced(directory):
+    """A merged key is not a duplicate."""
+    (directory / "recipe.yaml").write_text("model: model\ntask: single_digit_addition\nrollout: &r {engines: 1}\nevaluation: {draws: 2}\n")
+    assert load_config(directory / "recipe.yaml").evaluation.draws == 2
+    (directory / "recipe.yaml").write_text(HEAD + "trainer: &t {dtype: float32}\nrollout: {<<: *t, dtype: bfloat16}\n")
+    assert load_config(directory / "recipe.yaml").rollout.dtype == "bfloat16"

@@ -1,4 +1,4 @@
-"""One list of checks: what is wrong with a model or a recipe is refused in the same words by every command, before anything is started."""
+"""One list of checks: a mistake in a model or recipe is refused in the same words by every command, before anything is started."""
 
 import importlib.util
 import json
@@ -27,8 +27,8 @@ FILES = "model/model.safetensors"
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A recipe and a tied model; no Ray can be started."""
+def directory(tmp_path, monkeypatch) -> Path:
+    """Return the directory of a recipe and a tied model, in which no Ray can be started."""
 
     def started(*_):
         raise AssertionError("Ray was about to be started")
@@ -64,7 +64,7 @@ def convert(*_: str) -> None:
 
 
 def verify_sync(*overrides: str) -> None:
-    """The tool's own `main`, as a user calls it."""
+    """Call the tool's own `main`, as a user does."""
     file = Path(__file__).parents[2] / "tools" / "verify_sync.py"
     spec = importlib.util.spec_from_file_location("verify_sync", file)
     tool = importlib.util.module_from_spec(spec)
@@ -80,7 +80,7 @@ def verify_sync(*overrides: str) -> None:
 
 
 def refusals(commands: list[Callable], *overrides: str) -> set[str]:
-    """What the commands say; one line when they agree."""
+    """Return the commands' refusals; one line when they agree."""
     lines = set()
     for command in commands:
         with pytest.raises(UserError) as refused:
@@ -135,7 +135,7 @@ def another_index() -> None:
         "index",
     ],
 )
-def test_what_is_wrong_with_a_model_is_said_in_one_line_by_every_command(place, spoil, said):
+def test_a_mistake_in_a_model_is_reported_in_one_line_by_every_command(directory, spoil, said):
     spoil()
     (line,) = refusals([convert, plan, train, resume, verify_sync])
     assert said in line and "\n" not in line
@@ -155,27 +155,27 @@ def test_what_is_wrong_with_a_model_is_said_in_one_line_by_every_command(place, 
     ],
     ids=str,
 )
-def test_what_is_wrong_with_a_recipe_is_said_in_one_line_by_every_command(place, overrides, said):
+def test_a_mistake_in_a_recipe_is_reported_in_one_line_by_every_command(directory, overrides, said):
     (line,) = refusals([plan, train, resume, verify_sync], *overrides)
     assert said in line
 
 
-def test_a_head_size_that_engines_lack_is_refused_before_they_start(place):
-    save_tiny("qwen2", place / "model", tied=True, hidden_size=64)
+def test_a_head_size_that_engines_lack_is_refused_before_they_start(directory):
+    save_tiny("qwen2", directory / "model", tied=True, hidden_size=64)
     (line,) = refusals([plan, train, resume, verify_sync])
     assert "attention heads have 16 channels" in line
     convert()  # Megatron has no such limit
 
 
-def test_more_memory_than_the_machine_has_is_refused_by_train_as_by_plan(place):
+def test_more_memory_than_the_machine_has_is_refused_by_train_as_by_plan(directory):
     (line,) = refusals([plan, train, resume], "rollout.kv_cache_gib=100000")
     assert "GB on this machine" in line
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tied_model_whose_head_is_there_twice_alike_is_fine(place, dtype):
-    """Whatever element type the copy has, if it has the same values."""
+def test_a_tied_model_with_an_equal_copy_of_its_head_is_accepted(directory, dtype):
+    """The copy may have any element type, as long as its values are the same."""
     change_tensors(lambda t: t.update({EMBEDDING: t[EMBEDDING].bfloat16().float()}))
     change_tensors(lambda t: t.update({HEAD: t[EMBEDDING].to(dtype)}))
-    assert HEAD not in TensorReader.checked(read_model(place / "model")).dtypes
+    assert HEAD not in TensorReader.checked(read_model(directory / "model")).dtypes
     plan()

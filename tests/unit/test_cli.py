@@ -1,6 +1,6 @@
-"""The command as a user calls it: status, one line, nothing left behind.
+"""The command as a user calls it: status, one line, and no file left.
 
-One refusal is of a process of its own, the others of this one.
+One refusal runs in a new process, the others in this one.
 """
 
 import os
@@ -28,7 +28,7 @@ def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Heads that 3 does not divide, and no tokenizer: enough for all that is checked before a tokenizer is needed."""
+    """Return a model with a number of heads that 3 does not divide, and no tokenizer: enough for all checks before the tokenizer's."""
     directory = tmp_path_factory.mktemp("model")
     save_tiny("llama", directory)
     return directory
@@ -70,7 +70,7 @@ def test_an_existing_run_directory_is_refused(tmp_path):
     assert "taken exists" in refused(tmp_path, RECIPE, "run_dir=taken")
 
 
-def test_there_must_be_something_to_resume_from(tmp_path):
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").touch()
     assert "is no run's directory" in refused(tmp_path, RECIPE, "run_dir=thesis", "--resume", "auto")
@@ -91,12 +91,12 @@ def test_a_loss_cannot_end_the_command_silently_or_with_a_traceback(tmp_path, co
     assert result.returncode == status and line.startswith(said)
 
 
-def test_a_path_that_cannot_be_is_refused(tmp_path):
+def test_an_impossible_path_is_refused(tmp_path):
     assert "no usable path" in refused(tmp_path, RECIPE, "name=" + "x" * 300)
     assert "no usable path" in refused(tmp_path, RECIPE, "run_dir=~nobody_here/x")
 
 
-def test_a_cluster_where_nobody_listens_is_refused_at_once_and_options_may_stand_anywhere(tmp_path, tmp_path_factory):
+def test_an_unreachable_cluster_is_refused_at_once_and_options_may_be_anywhere(tmp_path, tmp_path_factory):
     whole = tmp_path_factory.mktemp("whole")
     save_tiny("llama", whole)
     byte_tokenizer().save_pretrained(whole)
@@ -112,7 +112,7 @@ def test_a_model_without_tokenizer_is_refused(tmp_path, model):
 
 
 @pytest.mark.parametrize("code", ["import megatron_aspo", "from megatron_aspo.cli import main; main(['--help'])"])
-def test_importing_the_package_and_asking_for_help_load_nothing_heavy(code):
+def test_importing_the_package_and_printing_help_load_nothing_heavy(code):
     heavy = "{'torch', 'ray', 'vllm', 'transformers', 'numpy'} & set(sys.modules)"
     check = f"import sys, atexit; atexit.register(lambda: print('HEAVY', {heavy}))\n{code}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The comparison of two evaluations: pairs questions, and says which are refused."""
+"""The comparison of two evaluations pairs questions, and refuses evaluations that it cannot pair."""
 
 import json
 
@@ -11,7 +11,7 @@ TOOL = load_tool("compare_evaluations")
 
 @pytest.fixture
 def compare(tmp_path, monkeypatch, capsys):
-    """Run the tool on {step: {question: rewards}}. Returns its status and the lines it printed."""
+    """Run the tool on {step: {question: rewards}}; return its status and the lines it printed."""
 
     def run(evaluations):
         (tmp_path / "evaluations").mkdir()

@@ -1,4 +1,4 @@
-"""Hugging Face → Megatron → Hugging Face is the same model, bit for bit, at every layout; what lies beside the weights comes along."""
+"""Hugging Face → Megatron → Hugging Face is the same model, bit for bit, at every layout; the files beside the weights are copied."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ from tests.unit.hf_shards import ARCHITECTURES, DTYPES, SMALL_FILES, Model, asse
 
 MAX_RANKS = 8
 MEMORY = Path("/dev/shm")
-"""Where fsync costs nothing."""
+"""A directory where fsync costs nothing."""
 
 
 def to_megatron(source: Path, target: Path, sizes: ParallelSizes = ParallelSizes(), naming: str = "local", **options) -> Path:  # noqa: B008
@@ -60,7 +60,7 @@ def models(draw) -> Model:
 
 @st.composite
 def layouts(draw, model: Model) -> ParallelSizes:
-    """Any layout of up to MAX_RANKS ranks that can cut the model, by the rules of Megatron-Core."""
+    """Draw any layout of up to MAX_RANKS ranks that can split the model, by the rules of Megatron-Core."""
     rows = (model.heads + 2 * model.kv_heads) * model.head_dim
     tensor = draw(
         st.sampled_from(
@@ -100,7 +100,7 @@ def journeys(draw) -> tuple[Model, ParallelSizes, ParallelSizes]:
     shard_bytes=st.sampled_from([1, 2000, 10**9]),
     seed=st.integers(0, 2**32),
 )
-def test_every_bit_comes_back_from_every_layout_and_from_one_layout_by_way_of_another(journey, namings, dtype, files, shard_bytes, seed):
+def test_conversion_is_bit_exact_for_every_layout_and_through_another_layout(journey, namings, dtype, files, shard_bytes, seed):
     model, first, second = journey
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
         room = Path(name)
@@ -111,7 +111,7 @@ def test_every_bit_comes_back_from_every_layout_and_from_one_layout_by_way_of_an
             back = to_hugging_face(room / checkpoint, room / f"{checkpoint}_hf", shard_bytes=shard_bytes)
             assert_same(read_tensors(back), tensors)
             assert_small_files(room / "hf", back)
-        # A layout reached by way of another is the one reached at once.
+        # A layout reached through another equals the one reached directly.
         direct = to_megatron(room / "hf", room / "direct", second, namings[1])
         assert contents(direct) == contents(room / "second")
 
@@ -128,14 +128,14 @@ def assert_small_files(source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_the_names_and_shapes_of_these_tests_are_those_that_transformers_saves(tmp_path, family, tied):
+def test_the_names_and_shapes_of_these_tests_are_those_of_transformers(tmp_path, family, tied):
     model = Model(family, layers=2, tied=tied)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config())).save_pretrained(tmp_path)
     assert {name: tuple(t.shape) for name, t in read_tensors(tmp_path).items()} == model.tensor_shapes()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
-def test_a_model_that_transformers_saved_comes_back_whole_and_loads_again(tmp_path, family):
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "seed_oss"])
+def test_a_model_of_transformers_survives_a_round_trip_and_loads_again(tmp_path, family):
     expected = save_tiny(family, tmp_path / "hf", tied=family == "qwen2", vocab_size=301)
     save_byte_tokenizer(tmp_path / "hf")
     to_megatron(tmp_path / "hf", tmp_path / "megatron", ParallelSizes(tensor=2, pipeline=2))
@@ -151,7 +151,7 @@ def test_a_model_that_transformers_saved_comes_back_whole_and_loads_again(tmp_pa
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("by_way_of_megatron_in", ["source", "target"])
-def test_a_chosen_dtype_casts_every_tensor_as_torch_does(tmp_path, source, target, by_way_of_megatron_in):
+def test_a_chosen_dtype_casts_every_tensor_like_torch(tmp_path, source, target, by_way_of_megatron_in):
     model = Model("qwen2", tied=True)
     wide = {
         name: 300 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for name, t in random_tensors(model, source).items()
@@ -169,7 +169,7 @@ def test_a_chosen_dtype_casts_every_tensor_as_torch_does(tmp_path, source, targe
     assert config == original | {"dtype": name}
 
 
-def test_an_older_config_that_says_torch_dtype_is_kept_byte_for_byte_and_a_chosen_dtype_replaces_it(tmp_path):
+def test_an_older_config_with_torch_dtype_is_kept_byte_for_byte_and_a_chosen_dtype_replaces_it(tmp_path):
     tensors = write_model(tmp_path / "hf", Model())
     config = Model().config() | {"torch_dtype": "bfloat16"}
     del config["dtype"]
@@ -182,7 +182,7 @@ def test_an_older_config_that_says_torch_dtype_is_kept_byte_for_byte_and_a_chose
     assert written["dtype"] == "float32" and "torch_dtype" not in written
 
 
-def test_tensors_of_several_element_types_become_one_when_it_is_chosen(tmp_path):
+def test_tensors_of_several_element_types_are_cast_to_the_chosen_one(tmp_path):
     tensors = write_model(tmp_path / "hf", Model(), torch.bfloat16)
     tensors["model.norm.weight"] = torch.linspace(-3, 3, 12)
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
@@ -213,7 +213,7 @@ def test_buffers_of_old_checkpoints_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 500, 3000])
-def test_shards_hold_at_most_what_was_asked_or_one_tensor_and_the_index_says_which(tmp_path, shard_bytes):
+def test_shards_hold_at_most_the_given_size_or_one_tensor_and_the_index_lists_them(tmp_path, shard_bytes):
     tensors = write_model(tmp_path / "hf", Model("mixtral"), torch.float32, files=2)
     back = to_hugging_face(tmp_path / "hf", tmp_path / "copy", shard_bytes=shard_bytes)
     assert_same(read_tensors(back), tensors)
@@ -229,7 +229,7 @@ def test_shards_hold_at_most_what_was_asked_or_one_tensor_and_the_index_says_whi
         assert len(names) == 1 or sum(tensors[name].nbytes for name in names) <= shard_bytes
 
 
-def test_a_checkpoint_has_one_file_a_rank_of_the_first_replica_with_the_parameters_of_the_layout(tmp_path):
+def test_a_checkpoint_has_one_file_per_rank_of_the_first_replica_with_the_parameters_of_the_layout(tmp_path):
     """Qwen2 over two tensor-parallel ranks and two stages: names and shapes as Megatron-Core's local layers have them."""
     model = Model("qwen2", layers=2, hidden=12, heads=4, kv_heads=2, head_dim=2, ffn=8, vocab=19)
     write_model(tmp_path / "hf", model)

@@ -1,4 +1,4 @@
-"""`megatron-aspo convert` and the scripts around it: the shell script in a process of its own, the others in this one."""
+"""`megatron-aspo convert` and its scripts: the shell script in a new process, the others in this one."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def merge(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def script(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """A script of tools/, which calls the command's `main`, run in this process."""
+    """Run a script of tools/, which calls the command's `main`, in this process."""
     return run_main(lambda: runpy.run_path(str(ROOT / "tools" / name), run_name="__main__"), *arguments, cwd=cwd)
 
 
@@ -32,7 +32,7 @@ def convert(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     return run_main(main, "convert", *arguments, cwd=cwd)
 
 
-def test_a_model_goes_to_megatron_and_back_and_each_says_what_it_wrote(tmp_path):
+def test_a_model_is_converted_to_megatron_and_back_and_each_command_reports_what_it_wrote(tmp_path):
     tensors = write_model(tmp_path / "hf", Model("mixtral", layers=4), files=2)
     options = ["--tensor-parallel", 2, "--pipeline-parallel", 2, "--virtual-pipeline", 2, "--expert-parallel", 2]
     there = convert("hf", "megatron", *options, "--expert-tensor-parallel", 1, "--naming", "transformer_engine", cwd=tmp_path)
@@ -42,7 +42,7 @@ def test_a_model_goes_to_megatron_and_back_and_each_says_what_it_wrote(tmp_path)
     assert back.returncode == 0, back.stderr
     first, note = back.stdout.splitlines()
     assert first == f"back: MixtralForCausalLM, {len(tensors)} tensors, bfloat16"
-    # The model's tokenizer.json is a stand-in, which travels as it is.
+    # The model's tokenizer.json is a stand-in, which is copied unchanged.
     assert note.startswith("note: model=") and "its tokenizer cannot be loaded" in note
     assert_same(read_tensors(tmp_path / "back"), tensors)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 10
@@ -81,7 +81,7 @@ def test_faults_are_one_line_and_status_2(tmp_path):
 
 
 @pytest.mark.parametrize("option", [["--tensor-parallel", "0"], ["--dtype", "int8"], ["--to", "gguf"], ["--strange"]])
-def test_an_option_that_cannot_be_is_refused_with_the_usage(tmp_path, option):
+def test_an_impossible_option_is_refused_with_the_usage(tmp_path, option):
     result = convert("hf", "target", *option, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("usage: megatron-aspo") and option[0] in result.stderr
 
@@ -93,7 +93,7 @@ def test_verify_compares_the_logits_of_both_models(tmp_path):
     assert "verify: " in result.stdout and "same best token for 100.0 %" in result.stdout
 
 
-def test_the_scripts_convert_in_their_direction_and_from_where_the_caller_stands(tmp_path):
+def test_the_scripts_convert_in_their_direction_with_paths_relative_to_the_caller(tmp_path):
     tensors = write_model(tmp_path / "a model", Model(layers=4))
     there = script("convert_hf_to_megatron.py", "a model", "m 'q'", "--pipeline-parallel", 4, cwd=tmp_path)
     assert there.returncode == 0 and "4 ranks" in there.stdout, there.stderr
@@ -105,7 +105,7 @@ def test_the_scripts_convert_in_their_direction_and_from_where_the_caller_stands
     assert_same(read_tensors(tmp_path / "$(merged) *"), {name: tensor.float() for name, tensor in tensors.items()})
 
 
-def test_the_scripts_hand_on_the_status_of_a_refusal(tmp_path):
+def test_the_scripts_return_the_status_of_a_refusal(tmp_path):
     for name in ("convert_hf_to_megatron.py", "convert_megatron_to_hf.py"):
         assert script(name, "./nowhere", "target", cwd=tmp_path).returncode == 2
     assert merge("./nowhere", "target", cwd=tmp_path).returncode == 2

@@ -1,4 +1,4 @@
-"""Conversions of damaged checkpoints, on full disks, and killed ones: what is not whole is refused, and nothing half-made gets a name."""
+"""Conversions of damaged checkpoints, on full disks, and killed ones: anything incomplete is refused, and nothing partial gets the name."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def whole_checkpoint(tmp_path_factory) -> Path:
-    """Converted once; tests damage copies."""
+    """Return a checkpoint that is converted once; tests damage copies."""
     room = tmp_path_factory.mktemp("whole")
     write_model(room / "hf", Model(layers=2), files=2)
     convert(open_source(room / "hf"), room / "step_1", to="megatron", sizes=ParallelSizes(tensor=2, pipeline=2))
@@ -69,7 +69,7 @@ def test_a_file_added_to_a_checkpoint_is_refused(checkpoint, tmp_path, refused, 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_one_bit_that_flips_anywhere_in_a_checkpoint_is_refused(checkpoint, tmp_path, refused, data):
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(checkpoint, tmp_path, refused, data):
     name = data.draw(st.sampled_from(files_of(checkpoint)))
     with flipped_bit(checkpoint / name, data.draw):
         line = refused(checkpoint, tmp_path / "target")
@@ -77,7 +77,7 @@ def test_one_bit_that_flips_anywhere_in_a_checkpoint_is_refused(checkpoint, tmp_
 
 
 def rewrite_sums(checkpoint: Path) -> None:
-    """Make the list of hashes agree with the files: someone who tampers may do so too."""
+    """Make the list of hashes agree with the files, as an attacker may."""
     names = [name for name in files_of(checkpoint) if name != "SHA256SUMS"]
     result = subprocess.run(["sha256sum", *names], cwd=checkpoint, capture_output=True, text=True, check=True)
     (checkpoint / "SHA256SUMS").write_text(result.stdout)
@@ -104,7 +104,7 @@ def test_weights_changed_together_with_their_file_hash_are_refused_by_the_tensor
         ({"format": 2}, "format 2, this version reads 1"),
     ],
 )
-def test_a_manifest_that_does_not_fit_its_files_is_refused(checkpoint, tmp_path, refused, changes, said):
+def test_a_manifest_that_does_not_match_its_files_is_refused(checkpoint, tmp_path, refused, changes, said):
     values = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps(values | changes))
     rewrite_sums(checkpoint)
@@ -113,33 +113,33 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(checkpoint, tmp_path,
 
 # --- the machine --------------------------------------------------------------------------------------------------------------------------
 
-# Loops in one process over sizes of the file system; prints for each what was said and what was left.
+# Loops in one process over sizes of the file system; prints the message and the files left for each.
 FILL = """
 import contextlib, io, json, os, resource, signal, subprocess, sys
 import torch
 from megatron_aspo.cli import main
 torch.set_num_threads(1)
-mechanism, place, source = sys.argv[1:4]
+mechanism, directory, source = sys.argv[1:4]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for size in map(int, sys.argv[4:]):
     if mechanism == "tmpfs":
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", directory], check=True)
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            main(["convert", source, os.path.join(place, "target")])
+            main(["convert", source, os.path.join(directory, "target")])
     except SystemExit as exit:
-        print(json.dumps({"size": size, "status": exit.code, "said": said.getvalue(), "left": os.listdir(place)}), flush=True)
+        print(json.dumps({"size": size, "status": exit.code, "said": said.getvalue(), "left": os.listdir(directory)}), flush=True)
     if mechanism == "tmpfs":
-        subprocess.run(["umount", "-l", place], check=True)
+        subprocess.run(["umount", "-l", directory], check=True)
 """
 
 
 @pytest.mark.parametrize("kind", ["hugging_face", "megatron"])
-def test_a_disk_that_is_full_ends_the_conversion_and_nothing_is_left(tmp_path, kind):
-    """A small tmpfs of a user namespace where the system allows one, else a limit on the size of files: the kernel refuses either way."""
+def test_a_full_disk_ends_the_conversion_and_nothing_is_left(tmp_path, kind):
+    """A small tmpfs of a user namespace where the system allows one, else a limit on file sizes: the kernel refuses either way."""
     model = Model(layers=4, hidden=64, heads=8, head_dim=16, ffn=128, vocab=500)
     source = tmp_path / "hf"
     write_model(source, model)
@@ -248,6 +248,6 @@ def test_a_conversion_killed_from_outside_leaves_no_target_and_can_be_run_again(
     assert not (tmp_path / "target").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "target"], "what the killed one left is still there"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "target"], "files of the killed conversion are left"
     convert(open_source(tmp_path / "target"), tmp_path / "back", to="huggingface", sizes=ParallelSizes())
     assert_same(read_tensors(tmp_path / "back"), tensors)

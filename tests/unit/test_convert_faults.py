@@ -1,4 +1,4 @@
-"""A conversion that cannot be whole ends with status 2 and one line that names the thing and the cure, and leaves nothing behind."""
+"""A conversion that cannot be completed ends with status 2 and one line that names the thing and the cure, and leaves no file."""
 
 import json
 import signal
@@ -55,7 +55,7 @@ def file_of(directory: Path, tensor: str) -> Path:
     ],
     ids=["missing", "missing in a layer", "extra", "shape", "transposed", "rank", "int8", "float64", "float8", "mixed"],
 )
-def test_a_tensor_that_is_not_as_the_config_says_is_refused_by_name(hf, tmp_path, refused, change, said):
+def test_a_tensor_that_does_not_match_the_config_is_refused_by_name(hf, tmp_path, refused, change, said):
     change_tensors(hf, change)
     for arguments in ([], ["--tensor-parallel", 2], ["--to", "huggingface"]):
         line = refused(hf, tmp_path / "target", *arguments)
@@ -63,7 +63,7 @@ def test_a_tensor_that_is_not_as_the_config_says_is_refused_by_name(hf, tmp_path
             assert words in line
 
 
-def test_a_dtype_for_all_does_not_make_integers_weights(hf, tmp_path, refused):
+def test_a_chosen_dtype_does_not_turn_integers_into_weights(hf, tmp_path, refused):
     change_tensors(hf, lambda t: t.update({Q: torch.zeros(8, 12, dtype=torch.int8)}))
     assert "element type I8" in refused(hf, tmp_path / "target", "--dtype", "float32")
 
@@ -101,7 +101,7 @@ def test_an_index_that_names_a_file_that_is_missing_is_refused_by_the_file(hf, t
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "\x00"])
-def test_an_index_that_is_none_is_refused_by_name(hf, tmp_path, refused, text):
+def test_an_invalid_index_is_refused_by_name(hf, tmp_path, refused, text):
     (hf / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json" in refused(hf, tmp_path / "target")
 
@@ -167,7 +167,7 @@ def test_a_setting_that_the_family_does_not_support_is_refused_by_the_setting(tm
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"model_type": "llama"}', '"\\ud800"', "\x00\xff"])
-def test_a_config_that_is_none_is_refused_by_name(hf, tmp_path, refused, text):
+def test_an_invalid_config_is_refused_by_name(hf, tmp_path, refused, text):
     (hf / "config.json").write_bytes(text.encode("latin-1"))
     line = refused(hf, tmp_path / "target")
     assert str(hf) in line and ("config.json" in line or "architecture" in line)
@@ -181,7 +181,7 @@ def test_a_source_that_is_missing_is_refused(tmp_path, refused, name):
     assert f"{tmp_path / name}: there is no such directory" in refused(tmp_path / name, tmp_path / "target")
 
 
-def test_a_relative_source_that_is_missing_is_not_asked_of_the_hub(tmp_path, refused, monkeypatch):
+def test_a_missing_relative_source_is_not_looked_up_on_the_hub(tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "there is no such directory" in refused("./nowhere", tmp_path / "target")
 
@@ -193,18 +193,18 @@ def test_a_source_that_is_a_file_or_an_empty_directory_is_refused(tmp_path, refu
     assert "has no config.json" in refused(tmp_path / "empty", tmp_path / "target")
 
 
-def test_a_target_that_exists_is_refused_and_left_alone(hf, tmp_path, refused):
+def test_an_existing_target_is_refused_and_unchanged(hf, tmp_path, refused):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "theirs").write_text("kept")
     assert f"{tmp_path / 'target'} exists; choose another name, or remove it" in refused(hf, tmp_path / "target")
     assert "exists" in refused(hf, hf)
 
 
-@pytest.mark.parametrize("place", ["file/target", "/proc/nowhere/target"])
-def test_a_target_in_a_place_that_cannot_be_written_is_refused(hf, tmp_path, refused, place):
+@pytest.mark.parametrize("path", ["file/target", "/proc/nowhere/target"])
+def test_a_target_in_an_unwritable_directory_is_refused(hf, tmp_path, refused, path):
     (tmp_path / "file").touch()
-    line = refused(hf, tmp_path / place)
-    assert f"{tmp_path / place} could not be written" in line and "choose another place" in line
+    line = refused(hf, tmp_path / path)
+    assert f"{tmp_path / path} could not be written" in line and "choose another place" in line
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_target_in_a_place_that_cannot_be_written_is_refused(hf, tmp_path, ref
         ("qwen3_moe", ["--expert-tensor-parallel", 3], [" 3 does not divide the 8 feed-forward channels", "choose one of [1, 2, 4, 8]"]),
     ],
 )
-def test_a_layout_that_cannot_cut_the_model_is_refused_with_the_choices(tmp_path, refused, family, arguments, said):
+def test_a_layout_that_cannot_split_the_model_is_refused_with_the_choices(tmp_path, refused, family, arguments, said):
     write_model(tmp_path / "hf", Model(family))
     line = refused(tmp_path / "hf", tmp_path / "target", *arguments)
     for words in said:
@@ -236,7 +236,7 @@ def test_a_layout_that_cannot_cut_the_model_is_refused_with_the_choices(tmp_path
         (["--to", "huggingface", "--max-shard-gb", -1], "must be above 0"),
         (["--to", "huggingface", "--max-shard-gb", "nan"], "must be above 0"),
         (["--to", "huggingface", "--max-shard-gb", "1e-12"], "--max-shard-gb"),
-        (["--to", "huggingface", "--verify"], "source and target are of one kind"),
+        (["--to", "huggingface", "--verify"], "needs Hugging Face on one side"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(hf, tmp_path, refused, arguments, said):

@@ -1,4 +1,4 @@
-"""The task `dataset`: what is read from each format and layout, and what is refused."""
+"""The task `dataset`: rows read from each format and layout, and refusals."""
 
 import bz2
 import datetime
@@ -18,7 +18,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.data import store
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.options import DataOptions
-from megatron_aspo.data.order import mixed
+from megatron_aspo.data.order import choose_source
 from megatron_aspo.data.store import with_answer
 from megatron_aspo.tasks.task import build_task
 from tests.tokenizers import byte_tokenizer
@@ -40,7 +40,7 @@ def build(seed=0, **options):
 
 
 def all_prompts(task, count):
-    return sorted((with_answer(task.prompt(number)) for number in range(count)), key=lambda prompt: prompt.place)
+    return sorted((with_answer(task.prompt(number)) for number in range(count)), key=lambda prompt: prompt.position)
 
 
 def rendered(prompt):
@@ -48,7 +48,7 @@ def rendered(prompt):
 
 
 def save(path, rows, kind):
-    """Write the rows as one of the formats; return the location."""
+    """Write the rows in one of the formats; return the location."""
     if kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == "array":
@@ -70,7 +70,7 @@ def read(tmp_path):
     return read
 
 
-def test_rows_keep_what_they_hold(read):
+def test_rows_keep_all_their_fields(read):
     rows = [
         {"prompt": "plain é", "answer": [1, {"a": None}], "level": 3},
         {"prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}], "ground_truth": 7, "answer": 8, "id": "q1"},
@@ -161,7 +161,7 @@ def test_a_whole_character_written_as_a_surrogate_pair_is_read(read):
         ('{"prompt": "x", "answer": 1}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
     ],
 )
-def test_a_file_of_another_format_is_called_what_it_is(read, content, kind):
+def test_a_file_of_another_format_is_refused_naming_the_format(read, content, kind):
     with pytest.raises(UserError, match=rf"data\.jsonl is {kind}"):
         read(content)
 
@@ -195,12 +195,12 @@ def test_the_published_layout_is_chat_whether_text_or_messages(read):
     assert {prompt.data_source for prompt in prompts} == {"code"} and prompts[0].ground_truth == ARCHER2["ground_truth"]
 
 
-def test_nulls_of_a_column_are_fields_that_the_row_lacks(tmp_path):
+def test_a_null_in_a_column_is_a_missing_field(tmp_path):
     rows = [{"prompt": "x", "answer": 1, "level": None}, {"prompt": "y", "answer": 2, "level": 3}]
     assert [prompt.extra for prompt in all_prompts(build(path=[save(tmp_path / "a", rows, "parquet")]), 2)] == [{}, {"level": 3}]
 
 
-def test_an_array_is_read_over_the_borders_of_chunks(tmp_path, monkeypatch):
+def test_an_array_is_read_across_chunk_boundaries(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_aspo.data.json_rows._CHUNK", 7)
     rows = [{"prompt": f'é\\ "{n}" 🙂' * n, "answer": [n, {"a": [True, None, -1.5e3, 10**25]}]} for n in range(1, 30)]
     path = tmp_path / "rows.json"
@@ -304,17 +304,17 @@ def test_a_directory_of_parquet_files_is_a_data_set(tmp_path, monkeypatch):
     assert [prompt.ground_truth for prompt in all_prompts(build(path=[f"{tmp_path}/data"]), 2)] == [0, 1]
 
 
-def test_a_hub_name_that_cannot_be_reached_is_named(monkeypatch):
+def test_an_unreachable_hub_name_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="nobody/nothing-here cannot be loaded as a Hugging Face data set"):
         build(path=["hub:nobody/nothing-here:main@train"])
 
 
-def two_files(place, *sizes):
-    """a.parquet and b.jsonl with rows of their own."""
+def two_files(directory, *sizes):
+    """Write a.parquet and b.jsonl, with different rows."""
     return [
-        save(place / f"{name}.{kind}", [{"prompt": f"{name}{n}", "answer": n} for n in range(size)], kind)
+        save(directory / f"{name}.{kind}", [{"prompt": f"{name}{n}", "answer": n} for n in range(size)], kind)
         for name, kind, size in zip("ab", ("parquet", "jsonl"), sizes, strict=True)
     ]
 
@@ -328,7 +328,7 @@ def test_several_locations_are_shuffled_together(tmp_path):
     assert {name.split("/")[1] for name in epochs[0][:4]} == {"a", "b"}
 
 
-def test_files_of_one_name_have_ids_of_their_own(tmp_path):
+def test_files_of_the_same_name_have_different_ids(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     paths = [save(tmp_path / name / "train.jsonl", [{"prompt": name, "answer": 1}], "jsonl") for name in ("one", "two")]
@@ -336,7 +336,7 @@ def test_files_of_one_name_have_ids_of_their_own(tmp_path):
     assert {task.prompt(n).id for n in range(2)} == {"train/train/1", "train/train-2/1"}
 
 
-def test_weights_are_the_shares_of_the_draws_and_each_location_has_its_epochs(tmp_path):
+def test_weights_are_the_shares_of_the_draws_and_each_location_has_its_own_epochs(tmp_path):
     paths = two_files(tmp_path, 4, 50)
     task = build(path=paths, weights=[3, 1])
     ids = [task.prompt(n).id for n in range(160)]
@@ -356,7 +356,7 @@ def test_a_mixture_is_never_a_draw_or_more_from_its_shares_for_each_other_source
     seen = [0] * len(weights)
     total = sum(Fraction(str(weight)) for weight in weights)
     for index in range(3000):
-        source, before = mixed(weights, index)
+        source, before = choose_source(weights, index)
         assert before == seen[source]
         seen[source] += 1
         shares = [(index + 1) * Fraction(str(weight)) / total for weight in weights]

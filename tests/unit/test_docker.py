@@ -1,4 +1,4 @@
-"""The images' files: linters are content, what they copy is there, the toy cluster's commands are accepted, the smoke test notices."""
+"""The images' files: linters accept them, copied files exist, the toy cluster's commands are accepted, the smoke test finds faults."""
 
 import importlib.util
 import re
@@ -31,14 +31,14 @@ def compose() -> dict:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_hadolint_is_content(name):
+def test_hadolint_reports_nothing(name):
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([hadolint, DOCKER / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_an_image_copies_is_in_the_checkout_and_not_ignored(name):
+def test_files_that_an_image_copies_are_in_the_checkout_and_not_ignored(name):
     ignored = set((ROOT / ".dockerignore").read_text().split("\n"))
     copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", (DOCKER / name).read_text(), re.MULTILINE)
     assert copied

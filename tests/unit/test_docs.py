@@ -66,7 +66,7 @@ def fences(page: Path) -> Iterator[Fence]:
 
 @cache
 def prose(page: Path) -> str:
-    """The page without its fenced and indented code."""
+    """Return the page without its fenced and indented code."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"^    \S.*$", "", text, flags=re.MULTILINE)
 
@@ -80,7 +80,7 @@ def inline_code(page: Path) -> list[str]:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """The fragments that a code host gives a page's headings."""
+    """Return the fragments that a code host gives a page's headings."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ +(.+)$", prose(page), flags=re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()).replace(" ", "-")
@@ -94,7 +94,7 @@ def option_keys() -> set[str]:
 
 
 def flat(values: dict, prefix: str) -> Iterator[str]:
-    """Yield the key path of each option; an option that is an empty mapping is one itself."""
+    """Yield the key path of each option; an empty mapping is an option itself."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{key}.")
@@ -161,7 +161,7 @@ def test_every_option_has_a_row_with_a_meaning():
 
 
 def test_every_metric_that_whole_runs_are_tested_for_has_a_row():
-    """The list of tests/e2e/test_train.py is compared with what real runs write, so it does not depend on this page's tool."""
+    """The list of tests/e2e/test_train.py is compared with the metrics of real runs, so it does not depend on this page's tool."""
     module = ast.parse((ROOT / "tests/e2e/test_train.py").read_text())
     (health,) = (ast.literal_eval(node.value) for node in module.body if isinstance(node, ast.Assign) and node.targets[0].id == "HEALTH")
     rows = set(re.findall(r"^\| `([\w/]+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE))
@@ -179,8 +179,8 @@ def test_every_command_is_accepted_or_marked(fence, monkeypatch):
 
 
 def check_command(words: list[str]) -> None:
-    """Fail unless the command exists, its flags are known to it and its overrides are a valid recipe's."""
-    while re.match(r"[A-Z][A-Z0-9_]*=", words[0]):  # variables of the one command
+    """Fail unless the command exists, it knows its flags, and its overrides are valid for a recipe."""
+    while re.match(r"[A-Z][A-Z0-9_]*=", words[0]):  # variables of this command
         words = words[1:]
     program, *arguments = words
     if program.endswith("megatron-aspo"):
@@ -207,7 +207,7 @@ def check_command(words: list[str]) -> None:
 
 
 def flags_of(tool: Path) -> set[str]:
-    """The flags that a tool gives its argument parser, read off its source: importing some takes seconds."""
+    """Return the flags that a tool gives its argument parser, read from its source: importing some tools takes seconds."""
     calls = [node for node in ast.walk(ast.parse(tool.read_text())) if isinstance(node, ast.Call)]
     added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
     return {word.value for call in added for word in call.args if isinstance(word, ast.Constant)}
@@ -234,13 +234,13 @@ def test_a_wrong_command_in_a_page_would_be_noticed(line, monkeypatch):
 
 
 def check_overrides(recipe: str, words: list[str]) -> None:
-    """Load the recipe, in place of a placeholder the quickstart's, with all key.path=value words."""
+    """Load the recipe, or the quickstart's for a placeholder, with all key.path=value words."""
     path = QUICKSTART if recipe in ("RECIPE", "mine.yaml") else ROOT / recipe
     load_config(path, [word for word in words if re.match(r"[a-z_.]+=", word)])
 
 
 def test_commands_that_are_marked_to_run_do():
-    """All at once: each spends most of its time importing."""
+    """All at once, because each spends most of its time importing."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     started = []
@@ -253,7 +253,7 @@ def test_commands_that_are_marked_to_run_do():
     assert not failed
 
 
-def test_what_a_report_must_contain_and_what_integration_runs_is_in_the_forms():
+def test_the_forms_require_the_contents_of_a_report_and_list_the_steps_of_integration():
     form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug_report.yml").read_text())
     required = [part["attributes"]["label"] for part in form["body"] if part.get("validations", {}).get("required")]
     assert {"Output of `megatron-aspo plan RECIPE --json`", "The run's config.yaml", "Versions"} <= set(required)
@@ -281,7 +281,7 @@ def test_a_room_imports_only_rooms_below_it():
         if own not in rooms:
             continue
         tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):  # what only a type checker imports is no import
+        for node in ast.walk(tree):  # imports for a type checker only do not count
             if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
                 node.body = []
         for node in ast.walk(tree):
@@ -301,7 +301,7 @@ def test_every_tool_is_listed():
 
 
 def marks_of(source: str, test: str) -> set[str]:
-    """The markers that every case of a test has: its own and its file's; those of single cases are not among them."""
+    """Return the markers that every case of a test has: its own and its file's, without those of single cases."""
     module = ast.parse(source)
     assigned = [node for node in module.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"]
     (function,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == test)
@@ -326,14 +326,14 @@ def test_every_claim_names_tests_and_tools_that_exist_and_run_or_says_why_not():
             assert not left_out or (reason and holder in named), f"{holder} is not in .ci/run: give the reason in its row"
 
 
-def test_markers_are_read_off_functions_and_files_but_not_off_single_cases():
+def test_markers_are_read_from_functions_and_files_but_not_from_single_cases():
     source = "pytestmark = [pytest.mark.long, pytest.mark.gpu]\n\n@pytest.mark.parametrize('x', [pytest.param(1, marks=pytest.mark.a)])\n"
     assert marks_of(source + "def test_it(x): ...", "test_it") == {"long", "gpu", "parametrize"}
     assert marks_of("pytestmark = pytest.mark.long\n\n@pytest.mark.nightly\ndef test_it(): ...", "test_it") == {"long", "nightly"}
 
 
 def test_continuous_integration_leaves_out_nightly_and_gpu_tests_alone():
-    """The three scripts' choices; a marker that is misspelt in them would choose tests that it should not."""
+    """The three scripts' choices; a misspelt marker in them would choose wrong tests."""
     assert 'tools/test.sh -m "not gpu and not nightly"' in (ROOT / ".ci/run").read_text()
     script = (ROOT / "tools/test.sh").read_text()
     markers = set(re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))

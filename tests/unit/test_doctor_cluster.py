@@ -17,8 +17,8 @@ from megatron_aspo.doctor.gpus import gpu_devices
 from megatron_aspo.doctor.link import measure_link
 from megatron_aspo.doctor.links import Speed, judge_speeds
 from megatron_aspo.doctor.local_pair import check_pair
-from megatron_aspo.doctor.pairs import rounds
-from megatron_aspo.doctor.recipe import NodeRoom, check_fit, check_placement, subject_of
+from megatron_aspo.doctor.pairs import pair_rounds
+from megatron_aspo.doctor.recipe import NodeCapacity, check_fit, check_placement, run_needs
 from megatron_aspo.doctor.record import Record, ok
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.sync.group import TransferError
@@ -29,8 +29,8 @@ NAMES = ("node a", "node b")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7, 16])
-def test_each_pair_is_tried_once_and_no_node_is_in_two_pairs_at_a_time(count):
-    plan = rounds(range(count))
+def test_each_pair_is_tried_once_and_no_node_is_in_two_concurrent_pairs(count):
+    plan = pair_rounds(range(count))
     assert sorted(tuple(sorted(pair)) for pairs in plan for pair in pairs) == [*combinations(range(count), 2)]
     assert all(len({*sum(pairs, ())}) == 2 * len(pairs) for pairs in plan)
     assert len(plan) <= count
@@ -49,14 +49,14 @@ def test_a_connection_is_measured_in_both_directions_or_only_tried():
     assert [speed.bytes_per_s for speed in both_ends(0)] == [0, 0]
 
 
-def test_the_other_end_that_does_not_come_is_named_in_time():
+def test_a_missing_other_end_is_named_in_time():
     started = time.monotonic()
     with pytest.raises(TransferError, match="node b did not join"):
         measure_link(HOST, free_port(HOST), 0, NAMES, 0, 0.5)
     assert time.monotonic() - started < 5
 
 
-def test_a_pair_is_slow_by_itself_or_beside_the_others():
+def test_a_pair_is_slow_in_absolute_terms_or_compared_with_the_others():
     fast, slow = Speed(1e-4, 10e9, 10e9), Speed(1e-4, 10e9, 1e9)
     records = [*judge_speeds({("a", "b"): fast, ("a", "c"): fast, ("b", "c"): slow}, "gloo")]
     assert [record.status for record in records] == ["ok", "ok", "warning"]
@@ -68,7 +68,7 @@ def test_a_pair_is_slow_by_itself_or_beside_the_others():
 
 
 @pytest.mark.parametrize(("ahead", "status"), [(0.2, "ok"), (5.0, "warning"), (-5.0, "warning"), (3600.0, "failed")])
-def test_a_clock_that_is_wrong_is_found_through_slow_round_trips(ahead, status):
+def test_a_wrong_clock_is_detected_despite_slow_round_trips(ahead, status):
     def remote() -> float:
         time.sleep(0.01)
         now = time.time() + ahead
@@ -81,7 +81,7 @@ def test_a_clock_that_is_wrong_is_found_through_slow_round_trips(ahead, status):
     assert record.status == status and ("chrony" in record.cure) == (status != "ok")
 
 
-def test_a_difference_smaller_than_the_round_trip_is_not_called_one():
+def test_a_skew_smaller_than_the_round_trip_is_not_reported():
     assert judge_skew(40.0, 39.5).status == "ok"
 
 
@@ -99,7 +99,7 @@ def test_nodes_that_differ_from_the_drivers_are_named_with_both_values():
     assert missing.status == "failed" and "ray is missing, on a 2.60.0" in missing.detail
 
 
-def test_other_gpus_are_a_warning_and_another_driver_is_a_failure():
+def test_different_gpus_are_a_warning_and_a_different_driver_is_a_failure():
     for name, status in (("kind of GPU", "warning"), ("NVIDIA driver", "failed")):
         (record,) = compare_nodes({"a": [ok("GPUs", "", {name: "one"})], "b": [ok("GPUs", "", {name: "other"})]}, "a")
         assert record.status == status and record.cure
@@ -107,7 +107,7 @@ def test_other_gpus_are_a_warning_and_another_driver_is_a_failure():
 
 def fit(ranks: int, engines: int, per_engine: int, *devices: int, **changes) -> Record:
     config = replace(Config(model="m"), **changes)
-    return check_fit(ranks, engines, per_engine, config, "cuda", [NodeRoom(count, {"GPU": count}) for count in devices])
+    return check_fit(ranks, engines, per_engine, config, "cuda", [NodeCapacity(count, {"GPU": count}) for count in devices])
 
 
 @pytest.mark.parametrize(
@@ -131,33 +131,33 @@ def test_colocated_engines_need_no_devices_of_their_own_and_reward_workers_need_
     assert record.status == "failed" and "cpu_box" in record.detail and "--resources=" in record.cure
 
 
-def test_a_recipe_is_checked_as_a_run_checks_it_and_its_needs_are_known(tmp_path):
+def test_a_recipe_is_checked_as_in_a_run_and_its_requirements_are_collected(tmp_path):
     save_tiny("qwen2", tmp_path / "model", tied=True)
     rollout = RolloutOptions(dtype="float32", kv_cache_gib=0.01, max_response_tokens=16)
     config = Config(model=str(tmp_path / "model"), task="single_digit_addition", data=DataOptions(max_prompt_tokens=32), rollout=rollout)
     config = replace(config, trainer=replace(config.trainer, dtype="float32"))
     assert check_placement(config, "cpu", []).status == "ok"
-    assert check_placement(config, "cpu", [NodeRoom(2, {"CPU": 2})]).status == "ok"
-    assert check_placement(config, "cpu", [NodeRoom(1, {"CPU": 1})]).status == "failed"
+    assert check_placement(config, "cpu", [NodeCapacity(2, {"CPU": 2})]).status == "ok"
+    assert check_placement(config, "cpu", [NodeCapacity(1, {"CPU": 1})]).status == "failed"
     with pytest.raises(UserError, match="max_response_tokens"):
         check_placement(replace(config, rollout=replace(rollout, max_response_tokens=10**6)), "cpu", [])
-    subject = subject_of(config)
-    assert subject.model == str(tmp_path / "model") and subject.code is None and subject.disk_bytes > 0
+    needs = run_needs(config)
+    assert needs.model == str(tmp_path / "model") and needs.code is None and needs.disk_bytes > 0
     with_checkpoints = replace(config, checkpoint=replace(config.checkpoint, every=1))
-    assert subject_of(with_checkpoints).disk_bytes > 10 * subject.disk_bytes
-    assert subject_of(replace(config, data=DataOptions(reward="code"))).code is not None
+    assert run_needs(with_checkpoints).disk_bytes > 10 * needs.disk_bytes
+    assert run_needs(replace(config, data=DataOptions(reward="code"))).code is not None
 
 
-def test_a_model_of_the_hub_that_is_not_in_the_cache_is_a_warning_and_is_not_fetched(monkeypatch, tmp_path):
+def test_a_hub_model_that_is_not_cached_is_a_warning_and_is_not_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = Config(model="no-such-owner/no-such-model", task="single_digit_addition")
-    assert subject_of(config).model == "no-such-owner/no-such-model"
+    assert run_needs(config).model == "no-such-owner/no-such-model"
     record = check_placement(config, "cpu", [])
     assert record.status == "warning" and "hf download no-such-owner/no-such-model" in record.cure
 
 
-def test_two_processes_of_one_machine_are_connected_and_a_failure_names_its_end():
-    """Over gloo, as there may be no GPUs; the processes and what they say are the same."""
+def test_two_processes_of_one_machine_connect_and_a_failure_names_its_end():
+    """Over gloo, because there may be no GPUs; the processes and their messages are the same."""
     record = check_pair(60, "gloo")
     assert record.status == "ok" and "GPU 0 and GPU 1 exchange" in record.detail
     if not gpu_devices():
@@ -167,7 +167,7 @@ def test_two_processes_of_one_machine_are_connected_and_a_failure_names_its_end(
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "cure"),
+    ("error", "message", "cure"),
     [
         (None, "no answer within 5 s", "frozen"),
         (
@@ -179,15 +179,15 @@ def test_two_processes_of_one_machine_are_connected_and_a_failure_names_its_end(
     ],
     ids=["frozen", "not installed", "dead"],
 )
-def test_a_node_without_a_process_of_ours_says_what_to_do_there(error, said, cure):
-    from megatron_aspo.doctor.cluster import no_process  # imports Ray
+def test_a_node_without_a_doctor_process_is_reported_with_the_cure(error, message, cure):
+    from megatron_aspo.doctor.cluster import unresponsive_node  # imports Ray
 
-    record = no_process("Ray process", "b", error, 5)
-    assert record.status == "failed" and said in record.detail and cure in record.cure
+    record = unresponsive_node("Ray process", "b", error, 5)
+    assert record.status == "failed" and message in record.detail and cure in record.cure
 
 
 @pytest.mark.parametrize(("listed", "given", "status"), [("8", 8, "ok"), ("8", 4, "warning"), ("", 2, "warning")])
-def test_gpus_that_ray_does_not_hand_out_are_noticed(listed, given, status):
+def test_gpus_that_ray_does_not_offer_are_reported(listed, given, status):
     from megatron_aspo.doctor.cluster import check_gpus_of_ray
 
     record = check_gpus_of_ray({"GPU": given}, [ok("GPUs", "", {"number of GPUs": listed} if listed else {})])

@@ -1,4 +1,4 @@
-"""`megatron-aspo doctor` as its user gives it: table, JSON, exit status, and a limit for everything."""
+"""`megatron-aspo doctor` as called by a user: table, JSON, exit status, and a limit for everything."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from megatron_aspo.cli import main
 from megatron_aspo.doctor.command import examine
 from megatron_aspo.doctor.record import failed, ok, warning
 from megatron_aspo.doctor.redact import redactor
-from megatron_aspo.doctor.table import CHECKS, in_order, table
+from megatron_aspo.doctor.table import CHECKS, format_table, sort_records
 from megatron_aspo.doctor.worker import Request
 from tests.in_process import run_main
 from tests.models import save_tiny
@@ -55,8 +55,8 @@ def test_a_machine_and_its_recipe_are_checked_and_the_json_object_holds_no_secre
     assert "alice" not in out and "hf_secret" not in out
 
 
-def test_failures_have_status_1_and_say_what_to_do(tmp_path, recipe):
-    """A cluster where nobody listens, and a model without weights on this machine, which is checked all the same."""
+def test_failures_have_status_1_and_name_the_cure(tmp_path, recipe):
+    """A cluster at whose address nothing listens, and a model without weights on this machine, which is still checked."""
     (tmp_path / "model" / "model.safetensors").unlink()
     process = start(tmp_path, "--recipe", "recipe.yaml", "--timeout", "100", "--ray-address", "127.0.0.1:9")
     out, _ = process.communicate(timeout=300)
@@ -70,7 +70,7 @@ def test_failures_have_status_1_and_say_what_to_do(tmp_path, recipe):
 
 
 def worker_of(process: subprocess.Popen, busy: bool = False) -> psutil.Process:
-    """The process that does the command's work; busy: once it has started a process itself."""
+    """Return the process that does the command's work; busy: once it has started a process itself."""
     deadline = time.monotonic() + 60
     while True:
         for child in psutil.Process(process.pid).children():
@@ -81,7 +81,7 @@ def worker_of(process: subprocess.Popen, busy: bool = False) -> psutil.Process:
         time.sleep(0.01)
 
 
-def test_work_that_hangs_is_killed_in_time_and_the_phase_is_named(tmp_path):
+def test_a_hanging_worker_is_killed_in_time_and_its_phase_is_named(tmp_path):
     process = start(tmp_path, "--timeout", "2")
     worker = worker_of(process, busy=True)
     worker.send_signal(signal.SIGSTOP)
@@ -91,14 +91,14 @@ def test_work_that_hangs_is_killed_in_time_and_the_phase_is_named(tmp_path):
     assert time.monotonic() - started < 20 and not worker.is_running()
 
 
-def test_work_that_dies_is_a_failure_too(tmp_path):
+def test_a_worker_that_dies_is_a_failure_too(tmp_path):
     process = start(tmp_path)
     worker_of(process).kill()
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "its process ended while" in out
 
 
-def test_an_interrupt_ends_the_work_too(tmp_path):
+def test_an_interrupt_ends_the_worker_too(tmp_path):
     process = start(tmp_path)
     worker = worker_of(process)
     process.send_signal(signal.SIGTERM)
@@ -106,7 +106,7 @@ def test_an_interrupt_ends_the_work_too(tmp_path):
     assert not worker.is_running()
 
 
-def test_an_interrupt_while_the_work_starts_ends_it_too(monkeypatch):
+def test_an_interrupt_during_the_workers_start_ends_it_too(monkeypatch):
     started = []
 
     class Interrupted(subprocess.Popen):
@@ -116,7 +116,7 @@ def test_an_interrupt_while_the_work_starts_ends_it_too(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the suite in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell started the suite in the background
     try:
         with pytest.raises(KeyboardInterrupt):
             next(examine(Request("", [], "", 1.0, 10.0, False)))
@@ -127,7 +127,7 @@ def test_an_interrupt_while_the_work_starts_ends_it_too(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--recipe", "missing.yaml"), "there is no recipe missing.yaml"),
         (("--recipe", "recipe.yaml", "--set", "trainer.tensor_paralel=2"), "did you mean trainer.tensor_parallel"),
@@ -139,15 +139,15 @@ def test_an_interrupt_while_the_work_starts_ends_it_too(monkeypatch):
         (("--ray-address", "head:6379", "--bandwidth", "-1"), "--bandwidth -1 must be"),
     ],
 )
-def test_misuse_is_one_line_and_status_2(tmp_path, recipe, arguments, said):
+def test_misuse_is_one_line_and_status_2(tmp_path, recipe, arguments, message):
     done = run_main(main, "doctor", *arguments, cwd=tmp_path)
     (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and line.startswith("megatron-aspo: error: ") and said in line and not done.stdout
+    assert done.returncode == 2 and line.startswith("megatron-aspo: error: ") and message in line and not done.stdout
 
 
-def test_the_table_keeps_a_check_together_and_has_a_cure_below_each_fault():
+def test_the_table_groups_records_by_check_and_has_a_cure_below_each_fault():
     records = [warning("ports", "taken", "end it"), ok("versions", "fine"), failed("torch", "broken", "mend it"), ok("ports", "free")]
-    lines = [*table(in_order(records))]
+    lines = [*format_table(sort_records(records))]
     assert [line.split()[0] for line in lines[:-2]] == ["ok", "failed", "→", "warning", "→", "ok"]
     assert lines[-1] == "2 ok, 1 warnings, 1 failed"
 

@@ -1,4 +1,4 @@
-"""`megatron-aspo doctor`, the checks of one machine: each real fault is named, with what to do."""
+"""`megatron-aspo doctor`, the checks of one machine: each real fault is named, with its cure."""
 
 import os
 import resource
@@ -14,12 +14,12 @@ import pytest
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.doctor.files import check_data, check_model
 from megatron_aspo.doctor.limits import cgroup_processes, check_open_files
-from megatron_aspo.doctor.ports import HEAD_PORT, check_ports, listeners
+from megatron_aspo.doctor.needs import RunNeeds
+from megatron_aspo.doctor.ports import HEAD_PORT, check_ports, find_listeners
 from megatron_aspo.doctor.record import Record, ok
 from megatron_aspo.doctor.runner import run_checks
 from megatron_aspo.doctor.sandbox import check_sandbox
 from megatron_aspo.doctor.storage import check_hub_cache, check_run_directory
-from megatron_aspo.doctor.subject import Subject
 from megatron_aspo.rewards.code.options import CodeOptions
 from tests.unit.doctor_process import in_process
 
@@ -38,12 +38,12 @@ def test_few_open_files_are_named_with_the_command_that_raises_them(hard, status
     assert ("ulimit -n" in record.cure) == (status != "ok")
 
 
-def test_ray_start_does_not_raise_the_soft_limit_and_the_cluster_check_knows_it():
+def test_the_cluster_check_accounts_for_ray_start_not_raising_the_soft_limit():
     record = in_process("limits.check_open_files(True)", prepare=limit(resource.RLIMIT_NOFILE, 900, 20000))
     assert record.status == "failed" and record.detail.startswith("900 for each process")
 
 
-def test_little_locked_memory_matters_where_there_are_infiniband_cards(tmp_path):
+def test_a_low_limit_of_locked_memory_matters_only_with_infiniband_cards(tmp_path):
     cards = tmp_path / "infiniband"
     (cards / "mlx5_0").mkdir(parents=True)
     before = f"limits._INFINIBAND = Path({str(cards)!r})"
@@ -52,14 +52,14 @@ def test_little_locked_memory_matters_where_there_are_infiniband_cards(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to be, who has no other processes")
-def test_a_user_who_may_have_few_processes_is_told():
-    """Root is not held to the limit, an ordinary user is."""
+def test_a_low_limit_of_processes_is_reported():
+    """The limit does not apply to root, but to an ordinary user."""
     record = in_process("limits.check_processes()", f"import os; os.setuid({NOBODY})", prepare=limit(resource.RLIMIT_NPROC, 100, 100))
     assert record.status == "failed" and "may have 100 processes" in record.detail and "ulimit -u" in record.cure
     assert in_process("limits.check_processes()", prepare=limit(resource.RLIMIT_NPROC, 100, 100)).status == "ok"
 
 
-def test_the_lowest_limit_of_a_control_group_and_its_parents_counts(tmp_path):
+def test_the_tightest_limit_of_a_control_group_and_its_parents_counts(tmp_path):
     group = tmp_path / "fs" / "pod" / "container"
     group.mkdir(parents=True)
     (tmp_path / "cgroup").write_text("0::/pod/container\n")
@@ -71,13 +71,13 @@ def test_the_lowest_limit_of_a_control_group_and_its_parents_counts(tmp_path):
     assert cgroup_processes(tmp_path / "cgroup", tmp_path / "fs") is None
 
 
-def test_open_files_of_this_process_are_read_and_not_assumed():
+def test_the_open_files_limit_of_this_process_is_read_rather_than_assumed():
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert str(soft) in check_open_files(True).detail
 
 
 def private_mounts() -> bool:
-    """Whether a process here may have a mount namespace of its own: nothing is mounted for others."""
+    """Return whether a process here may have a private mount namespace, in which nothing is mounted for others."""
     try:
         return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
     except OSError:
@@ -89,7 +89,7 @@ def private_mounts() -> bool:
     ("size", "status"), [("2m", "failed"), ("3g", "warning")], ids=["almost nothing", "less than a run's logs may take"]
 )
 def test_a_small_disk_under_the_temporary_directory_is_named(size, status):
-    """A real file system of that size, in a mount namespace that only the process has."""
+    """Uses a real file system of that size, in a mount namespace that only the process has."""
     inside = ("unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /mnt && exec "$@"', "sh")
     record = in_process("storage.check_temporary_directory()", "", inside, TMPDIR="/mnt", RAY_TMPDIR="/mnt")
     assert record.status == status and "free in /mnt" in record.detail and "set RAY_TMPDIR and TMPDIR" in record.cure
@@ -98,54 +98,54 @@ def test_a_small_disk_under_the_temporary_directory_is_named(size, status):
 @pytest.mark.skipif(not private_mounts(), reason="no private mount namespaces here")
 def test_shared_memory_of_dockers_size_is_too_small():
     inside = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
-    record = in_process("storage.check_shared(subject.Subject(Path('/tmp')))", "", inside)
+    record = in_process("storage.check_shared(needs.RunNeeds(Path('/tmp')))", "", inside)
     assert (record.status, record.detail) == ("failed", "64 MiB of 64 MiB free in /dev/shm")
     assert "--shm-size" in record.cure
 
 
 def test_a_run_directory_that_cannot_be_written_or_is_too_small_for_the_run_is_named(tmp_path):
-    assert check_run_directory(Subject(tmp_path / "runs" / "one")).status in ("ok", "warning")
+    assert check_run_directory(RunNeeds(tmp_path / "runs" / "one")).status in ("ok", "warning")
     assert not (tmp_path / "runs").exists()
-    record = check_run_directory(Subject(Path("/proc/runs/one")))
+    record = check_run_directory(RunNeeds(Path("/proc/runs/one")))
     assert record.status == "failed" and "/proc/runs/one cannot be written" in record.detail and "run_dir" in record.cure
-    record = check_run_directory(Subject(tmp_path, disk_bytes=1 << 60))
+    record = check_run_directory(RunNeeds(tmp_path, disk_bytes=1 << 60))
     assert record.status == "failed" and "the run will write about" in record.detail and "keep fewer checkpoints" in record.cure
 
 
 def test_a_hub_cache_that_cannot_be_written_fails_only_a_run_that_fetches_from_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/proc/cache/hub")
-    assert check_hub_cache(Subject(tmp_path, model=str(tmp_path))).status == "warning"
-    record = check_hub_cache(Subject(tmp_path, model="owner/model"))
+    assert check_hub_cache(RunNeeds(tmp_path, model=str(tmp_path))).status == "warning"
+    record = check_hub_cache(RunNeeds(tmp_path, model="owner/model"))
     assert record.status == "failed" and "HF_HOME" in record.cure
 
 
 def test_without_bubblewrap_only_a_run_with_the_code_reward_fails(tmp_path):
     for code, status in (("None", "warning"), ("CodeOptions()", "failed")):
         before = "from megatron_aspo.rewards.code.options import CodeOptions"
-        record = in_process(f"sandbox.check_sandbox(subject.Subject(Path('/tmp'), code={code}))", before, PATH=str(tmp_path))
+        record = in_process(f"sandbox.check_sandbox(needs.RunNeeds(Path('/tmp'), code={code}))", before, PATH=str(tmp_path))
         assert record.status == status and "no bwrap on PATH" in record.detail and "install bubblewrap" in record.cure
 
 
-def test_the_sandbox_options_of_the_recipe_are_those_that_are_tried(tmp_path):
+def test_the_sandbox_is_tried_with_the_recipes_options(tmp_path):
     from megatron_aspo.rewards.sandbox.options import SandboxOptions
 
-    record = check_sandbox(Subject(tmp_path, code=CodeOptions(SandboxOptions(kind="none"))))
+    record = check_sandbox(RunNeeds(tmp_path, code=CodeOptions(SandboxOptions(kind="none"))))
     assert record.status == "failed" and "accept_risk" in record.cure
 
 
-def test_a_port_that_another_program_has_is_named_with_the_program():
+def test_a_port_taken_by_another_program_is_named_with_the_program():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         name = psutil.Process().name()
-        assert name in listeners()[port]
+        assert name in find_listeners()[port]
         record = check_ports(NO_PORTS, (port,))
     assert record.status == "warning" and f"port {port} of a Ray head is taken by" in record.detail and name in record.detail
     assert f"--port={port + 1}" in record.cure
 
 
-def test_servers_of_ray_on_ports_that_the_kernel_gives_away_are_named(tmp_path):
+def test_ray_servers_on_ephemeral_ports_are_named(tmp_path):
     ephemeral = tmp_path / "range"
     ephemeral.write_text("32768\t60999\n")
     record = check_ports({45678: "node manager", HEAD_PORT: "head"}, ephemeral=ephemeral)
@@ -174,7 +174,7 @@ def test_a_model_is_compared_by_its_files(model):
 
 
 @pytest.mark.parametrize("lacks", ["config.json", "model.safetensors", "all"])
-def test_a_model_that_is_not_whole_is_named(model, lacks):
+def test_an_incomplete_model_is_named(model, lacks):
     for path in list(model.iterdir()):
         if lacks in (path.name, "all"):
             path.unlink()
@@ -185,7 +185,7 @@ def test_a_model_that_is_not_whole_is_named(model, lacks):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to be")
-def test_a_model_that_the_user_may_not_read_is_named_with_its_file(model):
+def test_an_unreadable_model_is_named_with_its_file(model):
     (model / "model.safetensors").chmod(0o600)
     for directory in model.parents:
         if directory.owner() == "root" and directory.name.startswith(("pytest-", "popen-", "test_")):
@@ -195,7 +195,7 @@ def test_a_model_that_the_user_may_not_read_is_named_with_its_file(model):
     assert "readable for the user of Ray" in record.cure
 
 
-def test_data_that_is_missing_fails_where_the_run_starts_and_warns_elsewhere(tmp_path):
+def test_missing_data_is_a_failure_where_the_run_starts_and_a_warning_elsewhere(tmp_path):
     there = tmp_path / "train.jsonl"
     there.write_text("{}\n")
     assert check_data((str(there), "hub:owner/set"), True).status == "ok"
@@ -207,8 +207,8 @@ def test_data_that_is_missing_fails_where_the_run_starts_and_warns_elsewhere(tmp
     assert "dangling.parquet" in check_data((f"{tmp_path / 'set'}@train",), True).detail
 
 
-def test_a_check_that_hangs_is_named_within_its_limit_and_the_others_are_not_lost(tmp_path):
-    """Opening a pipe that nobody writes waits for ever, as a file system that does not answer does."""
+def test_a_hanging_check_is_named_within_its_limit_and_the_others_are_kept(tmp_path):
+    """Opening a pipe without a writer waits forever, like an unresponsive file system."""
     pipe = tmp_path / "train.jsonl"
     os.mkfifo(pipe)
     started = time.monotonic()
@@ -217,10 +217,10 @@ def test_a_check_that_hangs_is_named_within_its_limit_and_the_others_are_not_los
     assert time.monotonic() - started < 5
     assert records["other"].status == "ok" and records["data"].status == "failed"
     assert "no answer within 0.5 s" in records["data"].detail and "file system" in records["data"].cure and records["data"].node == "here"
-    threading.Thread(target=lambda: pipe.open("wb").close(), daemon=True).start()  # lets the thread that hangs go on
+    threading.Thread(target=lambda: pipe.open("wb").close(), daemon=True).start()  # lets the hanging thread go on
 
 
-def test_a_check_that_breaks_is_a_failure_and_not_the_end_of_the_others():
+def test_a_check_that_raises_is_a_failure_and_the_others_go_on():
     def refuses() -> Record:
         raise UserError("the thing is wrong; turn it round")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from megatron_aspo.doctor.gpus import check_gpus, check_torch, gpu_devices, judge_torch
-from megatron_aspo.doctor.subject import Place
+from megatron_aspo.doctor.needs import NodeContext
 from megatron_aspo.doctor.versions import check_versions
 from tests.unit.doctor_process import ROOT, in_process
 
 
 def fake_package(directory: Path, name: str, version: str, *lines: str) -> None:
-    """Installed metadata that is found before the environment's own."""
+    """Write package metadata that is found before the environment's own."""
     folder = directory / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines]) + "\n")
@@ -34,17 +34,17 @@ def test_the_environment_of_the_tests_is_the_tested_set():
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "status", "said"),
+    ("name", "version", "status", "message"),
     [
         ("megatron-core", "0.15.0", "failed", "megatron-core 0.15.0 is not <0.20,>=0.16.1"),
         ("transformers", "4.57.1", "failed", "transformers 4.57.1 is not <5.20,>=5.16.1"),
         ("torch", "2.12.0+cpu", "warning", "not the tested set: torch 2.12.0+cpu is not ==2.13.0"),
     ],
 )
-def test_a_version_outside_the_ranges_of_setup_py_is_named_with_its_range(tmp_path, name, version, status, said):
+def test_a_version_outside_the_ranges_of_setup_py_is_named_with_its_range(tmp_path, name, version, status, message):
     fake_package(tmp_path, name, version)
     record = versions_with(tmp_path)
-    assert record.status == status and record.detail.startswith(said) and "pip install 'megatron_aspo[cpu]'" in record.cure
+    assert record.status == status and record.detail.startswith(message) and "pip install 'megatron_aspo[cpu]'" in record.cure
     assert record.facts[name] == version
 
 
@@ -57,8 +57,8 @@ def test_a_package_that_is_missing_and_a_python_that_is_too_old_are_named(tmp_pa
     assert record.status == "failed" and "megatron_aspo needs >=4" in record.detail
 
 
-def test_what_is_not_tested_together_is_a_warning_for_the_extra_that_is_installed_only(tmp_path):
-    """The GPU extra pins another Megatron-Core than the range allows; it does not count beside the CPU build of vLLM."""
+def test_an_untested_version_is_a_warning_for_the_installed_extra_only(tmp_path):
+    """The GPU extra pins a Megatron-Core outside the range; it does not count beside the CPU build of vLLM."""
     needs = [
         'Requires-Dist: torch==9; extra == "gpu"',
         'Requires-Dist: torch>=2; extra == "cpu"',
@@ -77,7 +77,7 @@ NVIDIA_SMI = "NVIDIA H100 80GB HBM3, 580.82.07, 81559, {used}\n"
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
-    """Puts a program of that name before all others on PATH."""
+    """Put a program of that name before all others on PATH."""
 
     def make(script: str) -> None:
         program = tmp_path / "nvidia-smi"
@@ -109,21 +109,22 @@ def test_gpus_are_counted_with_their_driver_and_those_in_use_are_named(nvidia_sm
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "limit_s", "message"),
     [
         (
             "import sys; print('Failed to initialize NVML: Driver/library version mismatch'); sys.exit(18)",
+            60,
             "Driver/library version mismatch",
         ),
-        ("import time; time.sleep(60)", "no answer within 0.5 s"),
-        ("pass", "nvidia-smi lists none"),
+        ("import time; time.sleep(60)", 0.5, "no answer within 0.5 s"),
+        ("pass", 60, "nvidia-smi lists none"),
     ],
     ids=["mismatch", "hangs", "empty"],
 )
-def test_a_driver_that_fails_or_hangs_is_named(nvidia_smi, script, said):
+def test_a_driver_that_fails_or_hangs_is_named(nvidia_smi, script, limit_s, message):
     nvidia_smi(script)
-    record = check_gpus(0.5)
-    assert record.status == "failed" and said in record.detail and "reload it or reboot" in record.cure
+    record = check_gpus(limit_s)
+    assert record.status == "failed" and message in record.detail and "reload it or reboot" in record.cure
 
 
 FOUND = {"torch": "2.13.0", "cuda": "13.0", "seconds": 2.0, "devices": ["H100"] * 8, "reason": "", "address": "10.0.0.1"}
@@ -131,7 +132,7 @@ FOUND |= {"gloo_bytes_per_s": 2e9, "gloo_error": ""}
 
 
 @pytest.mark.parametrize(
-    ("changes", "devices", "status", "said"),
+    ("changes", "devices", "status", "message"),
     [
         ({}, 8, "ok", "8 GPUs"),
         ({"devices": ["H100"] * 4}, 8, "warning", "4 GPUs are hidden"),
@@ -141,18 +142,18 @@ FOUND |= {"gloo_bytes_per_s": 2e9, "gloo_error": ""}
         ({"gloo_error": "rank 1: timed out"}, 8, "failed", "gloo on 10.0.0.1: rank 1: timed out"),
     ],
 )
-def test_torch_must_see_the_gpus_that_there_are(changes, devices, status, said):
+def test_torch_must_see_all_gpus(changes, devices, status, message):
     record = judge_torch(FOUND | changes, devices)
-    assert record.status == status and said in record.detail and bool(record.cure) == (status != "ok")
+    assert record.status == status and message in record.detail and bool(record.cure) == (status != "ok")
 
 
-def test_torch_is_imported_and_sends_bytes_in_a_process_of_its_own():
-    record = check_torch(Place("here"), 60)
+def test_torch_is_imported_and_sends_bytes_in_a_separate_process():
+    record = check_torch(NodeContext("here"), 60)
     assert record.status == "ok" and metadata.version("torch") in record.detail and "gloo on 127.0.0.1 at" in record.detail
 
 
-def test_the_process_that_prints_and_the_checks_of_a_node_import_no_torch():
-    """So that none of them can initialise CUDA, or hang where a broken driver makes it hang."""
+def test_the_command_and_the_checks_of_a_node_import_no_torch():
+    """Otherwise one of them could initialise CUDA, or hang where a broken driver makes it hang."""
     modules = "megatron_aspo.doctor.command, megatron_aspo.doctor.worker, megatron_aspo.doctor.node"
     code = f"import sys, {modules}; print(sorted({{'torch', 'ray', 'vllm'}} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -161,9 +162,9 @@ def test_the_process_that_prints_and_the_checks_of_a_node_import_no_torch():
 
 
 def test_an_address_that_this_machine_does_not_have_fails_the_trial_of_gloo():
-    record = check_torch(Place("here", address="203.0.113.7"), 60)
+    record = check_torch(NodeContext("here", address="203.0.113.7"), 60)
     assert record.status == "failed" and "203.0.113.7" in record.detail and "firewall" in record.cure
 
 
-def test_a_torch_that_does_not_come_in_time_is_a_failure():
-    assert "longer than 0.05 s" in check_torch(Place("here"), 0.05).detail
+def test_a_torch_import_that_exceeds_the_limit_is_a_failure():
+    assert "longer than 0.05 s" in check_torch(NodeContext("here"), 0.05).detail

@@ -1,4 +1,4 @@
-"""The pictures of docs/losses.md: their curves are the published formulas, and the files are what the script draws."""
+"""The pictures of docs/losses.md: their curves are the published formulas, and the files are those that the script draws."""
 
 import re
 from dataclasses import fields, replace
@@ -21,12 +21,12 @@ def between(r, low, high):
 
 
 def sigmoid_gate(r, tau):
-    """r·f′(r) of f(r) = σ(τ(r − 1))·4/τ."""
+    """Return r·f′(r) for f(r) = σ(τ(r − 1))·4/τ."""
     p = 1 / (1 + np.exp(-tau * (r - 1)))
     return 4 * r * p * (1 - p)
 
 
-# (loss, sign of A, low entropy) → weight at r, written out of the papers with their constants.
+# (loss, sign of A, low entropy) → weight at r, written from the papers with their constants.
 FORMULAS = {
     ("aspo", 1, True): lambda r: np.minimum(1 / r, 3) * (r <= 1.2),
     ("aspo", 1, False): lambda r: np.minimum(1 / r, 3) * (r <= 1.4),
@@ -80,7 +80,7 @@ def test_the_marks_are_where_the_weight_breaks():
     assert TOOL.marks("reinforce", 1, True) == {}
 
 
-def test_the_pictures_of_the_docs_are_what_the_script_draws(tmp_path, capsys):
+def test_the_pictures_of_the_docs_are_current(tmp_path, capsys):
     TOOL.main(["--out", str(tmp_path)])
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     kept = {path.name: path.read_bytes() for path in TOOL.OUT.glob("*.svg")}
@@ -91,7 +91,7 @@ def test_the_pictures_of_the_docs_are_what_the_script_draws(tmp_path, capsys):
     assert [name for name in kept if f"(figures/losses/{name})" not in page] == []
 
 
-def test_a_loss_of_ones_own_can_be_drawn(tmp_path, capsys, monkeypatch):
+def test_a_custom_loss_can_be_drawn(tmp_path, capsys, monkeypatch):
     (tmp_path / "own_to_draw.py").write_text("def halved(tokens):\n    return -tokens.advantages * tokens.logprobs / 2\n")
     monkeypatch.chdir(tmp_path)
     TOOL.main(["own_to_draw:halved", "--out", "pictures"])
@@ -99,7 +99,7 @@ def test_a_loss_of_ones_own_can_be_drawn(tmp_path, capsys, monkeypatch):
     assert np.allclose(TOOL.curve("own_to_draw:halved", -1)[1], 0.5)
 
 
-def test_the_page_says_of_each_loss_which_options_it_reads_and_their_defaults():
+def test_the_page_lists_the_options_of_each_loss_with_their_defaults():
     page = (ROOT / "docs" / "losses.md").read_text()
     sections = dict(re.findall(r"^### `(\w+)`$(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
     assert set(sections) == set(names.POLICY_LOSS_NAMES)

@@ -1,4 +1,4 @@
-"""Prompts as token ids: what is put around a text, chat templates of a recipe, tokens that the model lacks."""
+"""Prompts as token ids: special tokens around a text, chat templates of a recipe, tokens that the model lacks."""
 
 import json
 
@@ -17,7 +17,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 def framing_tokenizer(single="<s> $A </s>"):
-    """Puts special tokens around a text, as `add_bos_token` and `add_eos_token` make a tokenizer do."""
+    """Return a tokenizer that adds special tokens around a text, as `add_bos_token` and `add_eos_token` do."""
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair=f"{single} $B", special_tokens=[("<s>", BOS), ("</s>", EOS)]
@@ -43,13 +43,13 @@ def template(tmp_path):
     return write
 
 
-def test_nothing_is_put_after_a_text():
+def test_nothing_is_appended_to_a_text():
     assert decoded(encoder(framing_tokenizer()).text("hi")) == "<s>hi"
     assert decoded(encoder(framing_tokenizer("$A </s>")).text("hi")) == "hi"
     assert decoded(encoder().text("hi")) == "hi"
 
 
-def test_a_text_that_has_its_beginning_token_gets_no_second_one_and_the_run_says_so():
+def test_a_text_with_its_beginning_token_gets_no_second_one_and_this_is_reported():
     encode = encoder(framing_tokenizer())
     assert decoded(encode.text("<s><user>hi</s>")) == "<s><user>hi</s>"
     assert decoded(encode.text("<user>hi</s>")) == "<s><user>hi</s>"
@@ -60,7 +60,7 @@ def test_a_text_that_has_its_beginning_token_gets_no_second_one_and_the_run_says
 
 
 @pytest.mark.parametrize(("single", "stated", "puts"), [("$A", True, "no token"), ("<s> $A", False, "<s>")])
-def test_a_beginning_token_that_the_config_states_otherwise_is_reported(tmp_path, single, stated, puts):
+def test_a_beginning_token_that_contradicts_the_config_is_reported(tmp_path, single, stated, puts):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": stated}))
     tokenizer = framing_tokenizer(single)
     tokenizer.name_or_path = str(tmp_path)
@@ -90,7 +90,7 @@ def test_a_token_beyond_the_models_rows_is_refused_with_file_line_token_and_id(t
     path.write_text('{"prompt": [{"role": "user", "content": "<tool>"}], "answer": 1}\n')
     with pytest.raises(UserError, match=r"data\.jsonl:1: token '<tool>'"):
         load(path, encoder(tokenizer, rows))
-    # Rows that pad the model's vocabulary beyond its tokenizer are usual.
+    # Rows that pad the model's vocabulary beyond its tokenizer are normal.
     (part,) = load(path, encoder(tokenizer, rows + 64))
     assert part.stop == 1
 
@@ -103,7 +103,7 @@ def test_an_end_token_that_the_model_cannot_produce_is_refused():
         encoder(tokenizer, rows)
 
 
-def test_a_system_prompt_is_put_before_chats_that_have_none():
+def test_a_system_prompt_is_prepended_to_chats_without_one():
     encode = encoder(system_prompt="be kind")
     assert decoded(encode.chat(USER)) == "<system>be kind</s><user>hi</s><assistant>"
     own = [{"role": "system", "content": "be brief"}, *USER]
@@ -115,7 +115,7 @@ def test_a_system_prompt_is_put_before_chats_that_have_none():
         unused.check_options_used()
 
 
-def test_a_recipes_chat_template_takes_the_place_of_the_tokenizers(template):
+def test_a_recipes_chat_template_replaces_that_of_the_tokenizer(template):
     path = template("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ '<assistant>' if not think }}")
     assert decoded(encoder(chat_template=path).chat(USER)) == "[hi]<assistant>"
     assert decoded(encoder(byte_tokenizer(template=None), chat_template=path).chat(USER)) == "[hi]<assistant>"

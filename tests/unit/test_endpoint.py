@@ -1,4 +1,4 @@
-"""Evaluation of an OpenAI-compatible server: what is sent, what is retried, and what is refused. A real server is in tests/e2e."""
+"""Evaluation of an OpenAI-compatible server: requests, retries and refusals. A real server is tested in tests/e2e."""
 
 from collections.abc import Iterator
 
@@ -40,13 +40,13 @@ def test_each_request_is_answered_with_its_own_seed_and_sampling(server, monkeyp
     assert set(server.keys) == {"Bearer secret"}
 
 
-def test_a_prompt_that_is_text_is_completed_as_it_is(server):
+def test_a_text_prompt_is_completed_unchanged(server):
     (reply,) = respond(server, [request()], {(1,): "def add("}).values()
     path, sent = server.received[0]
     assert path == "/v1/completions" and sent["prompt"] == "def add(" and "messages" not in sent and reply.text == "seed 40"
 
 
-def test_an_overloaded_server_is_asked_again(server):
+def test_a_request_to_an_overloaded_server_is_retried(server):
     server.replies = [(429, {"error": {"message": "slow down"}}), (503, {}), (500, {})]
     assert respond(server, [request()])[0].text == "seed 40" and len(server.received) == 4
 
@@ -68,14 +68,14 @@ def test_reasoning_that_the_server_split_off_is_part_of_the_response(server):
         ((200, answer("4", usage=False)), "does not report token counts"),
     ],
 )
-def test_an_answer_that_cannot_be_used_ends_the_evaluation_in_one_line(server, reply, said):
+def test_an_unusable_answer_ends_the_evaluation_in_one_line(server, reply, said):
     server.replies = [reply]
     with pytest.raises(UserError) as error:
         respond(server, [request()])
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_model_is_the_one_that_is_served_or_has_to_be_chosen(server):
+def test_the_model_is_the_only_one_served_or_must_be_chosen(server):
     assert Endpoint(server.url, "", {}, 1, []).model == "small"
     server.models = ["small", "large"]
     assert Endpoint(server.url, "large", {}, 1, []).model == "large"

@@ -1,4 +1,4 @@
-"""What training ranks and engines find in their environment when CUDA, NCCL and vLLM start."""
+"""The environment of training ranks and engines when CUDA, NCCL and vLLM start."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ INTERFACES = {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "eth1"}
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "^NVLS"}
 
 
-def test_both_sides_listen_on_the_private_network_and_give_nccl_memory_alike():
+def test_both_sides_listen_on_the_private_network_and_configure_nccl_memory_alike():
     rank, engine = rank_environment("eth1", 1, 1, False, {}), engine_environment("eth1", {})
     assert rank == INTERFACES | {"NCCL_CUMEM_ENABLE": "0"}
     assert engine == {"NCCL_SOCKET_IFNAME": "eth1", "NCCL_CUMEM_ENABLE": "0"}
@@ -37,12 +37,12 @@ def test_both_sides_listen_on_the_private_network_and_give_nccl_memory_alike():
 
 
 @pytest.mark.parametrize(("tensor", "context", "wanted"), [(1, 1, False), (2, 1, True), (1, 2, True)])
-def test_kernels_start_in_order_where_megatron_overlaps_communication(tensor, context, wanted):
+def test_kernels_start_in_order_if_megatron_overlaps_communication(tensor, context, wanted):
     assert (rank_environment("lo", tensor, context, False, {}).get("CUDA_DEVICE_MAX_CONNECTIONS") == "1") == wanted
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in rank_environment("lo", tensor, context, False, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
 
 
-def test_a_deterministic_rank_overrides_what_would_make_it_another():
+def test_a_deterministic_rank_overrides_settings_that_would_change_its_results():
     given = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
     assert rank_environment("lo", 1, 1, True, given).items() >= DETERMINISTIC.items()
     assert not rank_environment("lo", 1, 1, False, {}).keys() & DETERMINISTIC.keys()
@@ -65,7 +65,7 @@ def on_loopback(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_a_rank_has_its_environment_before_it_meets_the_others(on_loopback, monkeypatch):
+def test_a_rank_has_its_environment_before_it_joins_the_others(on_loopback, monkeypatch):
     seen = {}
     monkeypatch.setattr(trainers, "meeting_store", lambda *_: _stop(seen))
     settings = RankSettings("", TrainerOptions(), OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 2, 8, deterministic=True)

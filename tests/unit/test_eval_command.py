@@ -1,4 +1,4 @@
-"""What `megatron-aspo eval` refuses before anything starts, and what it reports of responses that are on disk."""
+"""Mistakes that `megatron-aspo eval` refuses before anything starts, and its report on stored responses."""
 
 import fcntl
 import json
@@ -28,8 +28,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def place(tmp_path, model):
-    """A user's directory with a model, three problems and a reward."""
+def directory(tmp_path, model):
+    """Return a user's directory with a model, three problems and a reward."""
     (tmp_path / "model").symlink_to(model)
     (tmp_path / "my_rewards.py").write_text(REWARD)
     save_lines(tmp_path / "data.jsonl", [{"prompt": asked(f"{n}?"), "ground_truth": n, "id": f"q{n}"} for n in range(3)])
@@ -40,8 +40,8 @@ SMALL = ["--set", "samples=2", "temperature=1", "pass_at=[2]", "max_response_tok
 OWN = ["--data", "data.jsonl", *SMALL, "data.reward=my_rewards:score"]
 
 
-def run_eval(place, *words):
-    return run_main(main, "eval", *words, cwd=place)
+def run_eval(directory, *words):
+    return run_main(main, "eval", *words, cwd=directory)
 
 
 @pytest.mark.parametrize(
@@ -61,21 +61,21 @@ def run_eval(place, *words):
         (["model", "--out", "o", *SMALL, "task=no_such_task"], "task=no_such_task is unknown"),
     ],
 )
-def test_mistakes_end_with_status_2_and_one_line(place, words, said):
-    done = run_eval(place, *words)
+def test_mistakes_end_with_status_2_and_one_line(directory, words, said):
+    done = run_eval(directory, *words)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_directory_in_use_is_refused(place):
-    (place / "o").mkdir()
-    with (place / "o" / "grade.lock").open("w") as held:
+def test_a_directory_in_use_is_refused(directory):
+    (directory / "o").mkdir()
+    with (directory / "o" / "grade.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        done = run_eval(place, "model", "--out", "o", *OWN)
+        done = run_eval(directory, "model", "--out", "o", *OWN)
     assert done.returncode == 2 and "is in use by another evaluation" in done.stderr
 
 
 def make_evaluation(out, right, failure="", **changes):
-    """An evaluation that is complete. right: of each problem, which samples are."""
+    """Make a complete evaluation. right: for each problem, which samples are right."""
     values = {"samples": 2, "temperature": 1.0, "pass_at": [2], "max_response_tokens": 8, "part_problems": 2}
     settings = replace(build(EvalSettings, values, ()), **changes)
     record = {"protocol": "own", "changed": {}, "settings": asdict(settings), "model": {"sha256": "m"}, "data": {"problems": len(right)}}
@@ -113,7 +113,7 @@ def test_a_report_has_metrics_table_and_paired_difference(tmp_path, capsys):
     assert line["difference"]["pass@2"]["mean"] == pytest.approx(1 / 3)
 
 
-def test_a_report_is_refused_while_something_is_missing_or_when_the_reward_failed_on_everything(tmp_path):
+def test_a_report_is_refused_while_responses_are_missing_or_when_the_reward_failed_on_all(tmp_path):
     from megatron_aspo.common.errors import UserError
 
     make_evaluation(tmp_path / "o", [(0, 0), (1, 0), (0, 0)])

@@ -1,4 +1,4 @@
-"""From graded responses to metrics: by hand on a few problems."""
+"""From graded responses to metrics: computed by hand on a few problems."""
 
 import csv
 import io
@@ -36,9 +36,9 @@ def result(position, scores, answers=None, pass_at=(2,), majority_at=(), **chang
     return ProblemResult.of(responses(position, scores, answers, **changes), pass_at, majority_at)
 
 
-def test_metrics_of_one_problem_are_those_of_the_definitions():
+def test_metrics_of_one_problem_follow_their_definitions():
     one = result(0, [1, 0, 0, 1], ["4", "5", " 5", "4.0"], (1, 2, 4), (1, 3, 4), tokens=7)
-    # 6 pairs, of which one is wrong twice. Of the 4 triples, 2 have two right responses. All four: 2 against 2.
+    # 6 pairs, of which one is wrong twice. 2 of the 4 triples have two right responses. All four: 2 against 2.
     assert one.metrics == pytest.approx(
         {"avg@4": 0.5, "pass@1": 0.5, "pass@2": 5 / 6, "pass@4": 1.0, "maj@1": 0.5, "maj@3": 0.5, "maj@4": 0.5}, abs=1e-12
     )
@@ -50,7 +50,7 @@ def test_right_responses_vote_together_and_silent_ones_not_at_all():
     assert result(0, [0, 0], [None, " "], (), (2,)).metrics["maj@2"] == 0.0
 
 
-def test_a_part_of_a_score_counts_in_the_mean_and_is_not_right():
+def test_a_partial_score_counts_in_the_mean_but_is_not_right():
     one = result(0, [0.5, 1.0], pass_at=(1,))
     assert one.metrics == {"avg@2": 0.75, "pass@1": 0.5}
 
@@ -98,7 +98,7 @@ def test_the_difference_is_paired_by_problem_whatever_their_order():
 
 
 def test_a_paired_interval_is_narrower_than_the_intervals_of_its_two_sides():
-    """Problems differ much, and one side is better on each by a little."""
+    """Problems differ much, and one side is slightly better on each."""
     before = [replace(PROBLEMS[0], problem=f"p{n}", metrics={"avg@2": n / 50}) for n in range(40)]
     after = [replace(p, metrics={"avg@2": p.metrics["avg@2"] + 0.1}) for p in before]
     change = difference(after, before)["avg@2"]

@@ -1,4 +1,4 @@
-"""What is evaluated: directories, checkpoints, runs and servers, and the digest that says which model it was."""
+"""The target of an evaluation: directories, checkpoints, runs and servers, and the digest that identifies the model."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def make_run(directory: Path, checkpoints=(), exports=()) -> Path:
     return directory
 
 
-def test_a_run_stands_for_its_final_model_or_else_its_newest_checkpoint(tmp_path):
+def test_a_run_means_its_final_model_or_else_its_newest_checkpoint(tmp_path):
     run = make_run(tmp_path / "a", checkpoints=(2, 10))
     found = find_target(str(run))
     assert (found.checkpoint, found.directory, found.run, found.step) == (run / "checkpoints" / "step_10", None, run, 10)
@@ -40,7 +40,7 @@ def test_parts_of_a_run_know_it_and_other_directories_have_none(tmp_path):
     assert found.run is None and found.step == 3 and found.name == str(tmp_path / "elsewhere" / "step_3")
 
 
-def test_a_url_is_a_server_and_anything_else_has_to_be_there(tmp_path):
+def test_a_url_is_a_server_and_any_other_target_must_exist(tmp_path):
     assert find_target("http://127.0.0.1:8000/v1/").endpoint == "http://127.0.0.1:8000/v1"
     with pytest.raises(UserError, match="there is no such directory"):
         find_target(str(tmp_path / "none"))

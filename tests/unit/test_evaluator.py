@@ -1,4 +1,4 @@
-"""How an evaluation has its parts answered and graded: order, seeds, what is written when, and what a failure leaves."""
+"""How an evaluation answers and grades its parts: order, seeds, times of writing, and the state after a failure."""
 
 from concurrent.futures import Future
 
@@ -47,7 +47,7 @@ class Stub:
 
 
 def evaluate(stub, part_problems=2, one_by_one=False, rewards=True, prompts=PROMPTS, sampling=SAMPLING, parts=None):
-    """Return the responses of each part, every time that it was handed on."""
+    """Return the responses of each part, every time that it was yielded."""
     handed = []
 
     def note(part):
@@ -71,14 +71,14 @@ def test_responses_are_in_the_order_of_problems_and_samples_however_they_arrive(
         assert graded(evaluate(Stub(order))) == expected
 
 
-def test_parts_change_how_many_requests_go_out_together_and_nothing_else():
+def test_parts_change_only_how_many_requests_are_sent_together():
     together, apart = Stub(), Stub()
     assert graded(evaluate(together)) == graded(evaluate(apart, one_by_one=True)) == graded(evaluate(Stub(), part_problems=1))
     assert [len(call) for call in together.calls] == [15] and [len(call) for call in apart.calls] == [6, 6, 3]
     assert [request for call in apart.calls for request in call] == together.calls[0]
 
 
-def test_a_part_is_handed_on_when_it_is_generated_and_again_when_it_is_graded():
+def test_a_part_is_yielded_when_it_is_generated_and_again_when_it_is_graded():
     handed = evaluate(Stub(), one_by_one=True)
     assert [(number, responses[0].graded) for number, responses in handed] == [(n, g) for n in range(3) for g in (False, True)]
     ungraded = [response for _, part in handed[::2] for response in part]
@@ -115,7 +115,7 @@ def test_a_response_ends_before_the_first_stop_string():
     assert first.response == f"seed {first.seed} b" and first.finish_reason == "length"
 
 
-def test_generating_then_grading_from_disk_gives_what_streaming_gives(tmp_path):
+def test_generating_then_grading_from_disk_equals_streaming(tmp_path):
     expected = graded(evaluate(Stub()))
     store = PartStore(tmp_path, 5, 2)
     Evaluator(PROMPTS, SAMPLING, Stub(reversed), None, store.write).run(store.missing(), one_by_one=False)
@@ -126,7 +126,7 @@ def test_generating_then_grading_from_disk_gives_what_streaming_gives(tmp_path):
 
 
 @pytest.mark.parametrize("dies_after", [0, 5, 6, 8, 14])
-def test_what_was_whole_when_an_engine_died_is_kept_and_the_rest_generated_the_same(tmp_path, dies_after):
+def test_complete_parts_survive_a_dead_engine_and_the_rest_is_generated_identically(tmp_path, dies_after):
     store, expected = PartStore(tmp_path, 5, 2), graded(evaluate(Stub()))
     with pytest.raises(RuntimeError, match="engine 1 died"):
         Evaluator(PROMPTS, SAMPLING, Stub(dies_after=dies_after), Stub(), store.write).run(store.missing(), one_by_one=True)
@@ -139,7 +139,7 @@ def test_what_was_whole_when_an_engine_died_is_kept_and_the_rest_generated_the_s
     assert [r for part in store.responses() for r in part] == expected
 
 
-def test_scores_that_have_not_begun_are_given_up_when_an_engine_dies():
+def test_scores_that_have_not_begun_are_cancelled_when_an_engine_dies():
     stub = Stub(dies_after=4, scored_at_once=False)
     with pytest.raises(RuntimeError):
         evaluate(stub)

@@ -1,4 +1,4 @@
-"""The committed configs of real models describe the models that were published, and can be planned."""
+"""The committed configs of real models match the published models, and can be planned."""
 
 import math
 from pathlib import Path
@@ -20,8 +20,9 @@ PUBLISHED = {
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen3-8b": 8_190_735_360,
     "qwen3-30b-a3b": 30_532_122_624,
+    "seed-oss-36b": 36_151_104_512,
 }
-"""Parameters, as the model cards' safetensors summaries state them."""
+"""Number of parameters in the safetensors summaries of the model cards."""
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -30,6 +31,6 @@ def test_a_committed_config_is_planned_with_the_published_number_of_parameters(m
     assert sum(map(math.prod, described.tensor_shapes.values())) == PUBLISHED[model]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"model": str(MODELS / model)}))
     stages = make_plan(load_config(tmp_path / "recipe.yaml", ["trainer.pipeline_parallel=2"]), "cuda").ranks
-    # Two bytes per parameter; of a tied model the last stage holds a second copy of the embedding.
+    # Two bytes per parameter; in a tied model the last stage holds a second copy of the embedding.
     embedding = math.prod(described.tensor_shapes["model.embed_tokens.weight"]) if described.dims.tied else 0
     assert sum(stage.weights for stage in stages) == 2 * (PUBLISHED[model] + embedding)

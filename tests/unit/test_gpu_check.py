@@ -1,4 +1,4 @@
-"""The prepared check of a GPU: rehearsed here, and what it does with cases that fail, crash or take too long."""
+"""The prepared check of a GPU: a rehearsal, and its handling of cases that fail, crash or take too long."""
 
 import importlib
 import json
@@ -43,7 +43,7 @@ def test_every_section_passes_small_on_this_machine():
     assert counts["passed"] >= 14
 
 
-def test_a_case_that_fails_crashes_or_hangs_does_not_keep_the_others_from_running(tmp_path, monkeypatch, capfd):
+def test_a_case_that_fails_crashes_or_hangs_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     (tmp_path / "made_up").mkdir()
     (tmp_path / "made_up" / "section.py").write_text(SECTION)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
@@ -61,7 +61,7 @@ def test_a_case_that_fails_crashes_or_hangs_does_not_keep_the_others_from_runnin
     hanging = [
         process for process in psutil.process_iter(["cmdline"]) if "# child of a hanging case" in " ".join(process.info["cmdline"] or [])
     ]
-    _, alive = psutil.wait_procs(hanging, timeout=10)  # killed, it may take a moment
+    _, alive = psutil.wait_procs(hanging, timeout=10)  # a killed process may take a moment
     assert not alive
     capfd.readouterr()
 
@@ -89,7 +89,7 @@ def cases(small):
 """
 
 
-def test_a_rank_that_fails_half_built_leaves_no_group_to_the_next(tmp_path, monkeypatch, capfd):
+def test_a_rank_that_fails_half_built_leaves_no_process_group(tmp_path, monkeypatch, capfd):
     (tmp_path / "made_up").mkdir()
     (tmp_path / "made_up" / "ranks.py").write_text(RANKS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
@@ -114,7 +114,7 @@ def test_results_are_kept_by_section_and_shown_with_their_versions(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--small"], []], ids=["small", "no card"])
-def test_what_no_card_showed_is_not_written(words):
+def test_results_that_are_not_from_a_card_are_not_written(words):
     command = [sys.executable, str(ROOT / "tools" / "prove" / "gpu_check.py"), "environment", "--write", *words]
     before = (ROOT / "docs" / "gpu_results.json").read_text()
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})

@@ -1,4 +1,4 @@
-"""The kit for a card without network, as far as it needs neither. tools/maintain/make_gpu_kit.sh itself tries what it has made."""
+"""The parts of the kit for a card without network that need neither. tools/maintain/make_gpu_kit.sh itself tests the kit that it makes."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ TOOL = ROOT / "tools" / "maintain" / "keep_gpu_code.py"
 
 
 def entry(kind: int, architecture: int, code: bytes) -> bytes:
-    """An entry as CUDA 13's compiler lays it out: kind, version, header bytes, code bytes, …, architecture at byte 28, … (64 bytes)."""
+    """Return an entry as CUDA 13's compiler lays it out: kind, version, header bytes, code bytes, …, architecture at byte 28 (64 bytes)."""
     header = bytearray(64)
     struct.pack_into("<HHIQ", header, 0, kind, 0x101, 64, len(code))
     struct.pack_into("<I", header, 28, architecture)
@@ -34,7 +34,7 @@ def container(*entries: bytes) -> bytes:
 
 
 def library(code: bytes, name: bytes = b".nv_fatbin") -> bytes:
-    """A shared library with one section of GPU code between other bytes."""
+    """Return a shared library with one section of GPU code between other bytes."""
     names = b"\0" + name + b"\0.shstrtab\0"
     code_at, names_at = 128, 128 + len(code) + 64
     table_at = -(-(names_at + len(names)) // 8) * 8
@@ -47,7 +47,7 @@ def library(code: bytes, name: bytes = b".nv_fatbin") -> bytes:
     return body.ljust(table_at, b"\0") + bytes(64) + section(1, 1, code_at, len(code)) + section(len(name) + 2, 3, names_at, len(names))
 
 
-def test_the_code_of_one_architecture_is_kept_and_all_else_stays_in_its_place(tmp_path):
+def test_the_code_of_one_architecture_is_kept_and_the_layout_unchanged(tmp_path):
     hopper, special, tail = entry(2, 90, b"hopper!!" * 3), entry(2, 90, b"sm_90a.." * 2), entry(2, 90, b"second..")
     others = entry(2, 80, b"ampere.." * 5), entry(1, 90, b"ptx....." * 2), entry(2, 100, b"blackwel" * 7)
     first = container(others[0], hopper, others[1], special, others[2])
@@ -76,7 +76,7 @@ def test_the_code_of_one_architecture_is_kept_and_all_else_stays_in_its_place(tm
     ],
     ids=["a script", "no GPU code", "PTX alone", "no container", "unknown kind"],
 )
-def test_a_library_that_is_not_understood_stays_as_it_was(tmp_path, content, error):
+def test_a_library_of_unknown_layout_is_unchanged(tmp_path, content, error):
     file = tmp_path / "lib.so"
     file.write_bytes(content)
     done = subprocess.run([sys.executable, str(TOOL), str(file), "sm_90"], capture_output=True, text=True)
@@ -93,7 +93,7 @@ def lock(name: str) -> dict[str, str]:
     return dict(pin.lower().replace("_", "-").split("==") for pin, _ in lines)
 
 
-def test_the_kit_brings_what_the_other_machine_lacks_in_the_versions_that_the_tools_name():
+def test_the_kit_has_the_packages_that_the_other_machine_lacks_in_the_tools_versions():
     host, kit, tool = lock("gpu-kit-host-py312.txt"), lock("gpu-kit-py312.txt"), load_tool("make_gpu_kit_lock")
     assert not host.keys() & kit.keys()
     assert {"pydantic", "transformer-engine-torch"} <= kit.keys()
@@ -115,7 +115,7 @@ def run_script(tmp_path: Path, code: str, **environment: str) -> subprocess.Comp
 
 
 def tools_without(tmp_path: Path, *left_out: str) -> str:
-    """A PATH with the commands that the script needs, but for these."""
+    """Return a PATH with the commands that the script needs, except these."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in (
@@ -153,7 +153,7 @@ def test_a_missing_tool_is_named_in_one_line(tmp_path):
         text=True,
         env={"PATH": tools_without(tmp_path, "xz"), "HOME": str(tmp_path)},
     )
-    # The order in which they are looked for is the script's: on a machine without a compiler, that comes first.
+    # The script looks for tools in this order: on a machine without a compiler, that comes first.
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "was not found; install it" in done.stderr
     assert not (tmp_path / "kit").exists()
@@ -174,8 +174,8 @@ def test_another_python_is_refused(tmp_path, python, error):
     assert done.returncode == 1 and error in done.stderr.splitlines()[-1] and done.stderr.count("\n") == 1
 
 
-def test_too_little_disk_is_refused_with_what_is_there(tmp_path):
-    """Every machine has less than this."""
+def test_too_little_disk_space_is_refused_with_the_free_space(tmp_path):
+    """Every machine has less than the required size."""
     python = script_file(tmp_path / "python3.12", f'#!/bin/sh\ncase "$2" in *get_path*) echo {tmp_path};; *) echo True;; esac\n')
     (tmp_path / "Python.h").touch()
     done = run_script(tmp_path, "disk_gib=1000000000; check_machine", PYTHON=str(python))
@@ -185,7 +185,7 @@ def test_too_little_disk_is_refused_with_what_is_there(tmp_path):
     assert done.returncode == 1 and f"has no headers in {tmp_path}; install them" in done.stderr
 
 
-def test_a_step_that_fails_ends_the_script_and_is_done_again_and_one_that_was_done_is_not(tmp_path):
+def test_a_failed_step_ends_the_script_and_is_repeated_and_a_finished_one_is_not(tmp_path):
     work = tmp_path / "work"
     code = 'fine() { echo x >>"$work/count"; }; wrong() { echo "the cause"; false; echo "went on" >&2; }; '
     code += "step good fine; step bad wrong; echo no"
@@ -199,7 +199,7 @@ def test_a_step_that_fails_ends_the_script_and_is_done_again_and_one_that_was_do
     assert (work / "count").read_text() == "x\nx\n"
 
 
-def test_what_is_left_of_an_earlier_kit_is_whole_until_the_new_one_takes_its_name(tmp_path):
+def test_an_earlier_kit_is_complete_until_the_new_one_replaces_it(tmp_path):
     site = tmp_path / "site"
     (site / "a_package" / "__pycache__").mkdir(parents=True)
     (site / "bin").mkdir()
@@ -224,12 +224,13 @@ def test_what_is_left_of_an_earlier_kit_is_whole_until_the_new_one_takes_its_nam
     assert {path.name for path in tmp_path.iterdir()} == {"site", "kit", "work"}
 
 
-# --- on the other side --------------------------------------------------------------------------------------------------------------------
+# --- on the machine with the card
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def kit(tmp_path):
-    """A kit with one package, for the Python and the torch that run here."""
+    """Make a kit with one package, for the Python and the torch that run here."""
     folder = tmp_path / "kit"
     folder.mkdir()
     (tmp_path / "carried_package.py").write_text("name = 'carried'\n")

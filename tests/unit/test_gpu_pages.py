@@ -1,4 +1,4 @@
-"""The pages that say what has run on a GPU: current, and with results of a card that was never there."""
+"""The pages on which cases have run on a GPU: current, and with invented results of a card."""
 
 import importlib
 import json
@@ -46,13 +46,13 @@ def write(tmp_path):
     return put
 
 
-def test_the_pages_are_what_the_tool_writes_from_the_committed_results():
+def test_the_pages_are_current_with_the_committed_results():
     entries = json.loads((ROOT / pages.RESULTS).read_text())
     for page, text in pages.pages(ROOT, entries).items():
         assert page.read_text(encoding="utf-8") == text, "run .venv/bin/python tools/maintain/make_gpu_pages.py"
 
 
-def test_without_results_the_pages_say_that_nothing_has_run(write):
+def test_without_results_the_pages_state_that_nothing_has_run(write):
     texts = write([])
     assert "**Nothing has run on a GPU yet" in texts["README.md"] and "No CUDA code has run on a GPU yet." in texts["docs/gpu.md"]
     _, _, rows = texts["README.md"].partition(pages.TABLE)
@@ -60,7 +60,7 @@ def test_without_results_the_pages_say_that_nothing_has_run(write):
     assert sum(line.startswith("- ") for line in texts["docs/README.md"].split(pages.MARK)[1].splitlines()) == len(pages.UNPROVEN)
 
 
-def test_with_results_the_list_shrinks_and_figures_appear(write):
+def test_with_results_the_list_shrinks_and_measurements_appear(write):
     without, texts = write([]), write(CASES)
     gone = set(without["docs/README.md"].splitlines()) - set(texts["docs/README.md"].splitlines())
     assert {line.split(",")[0].split(" (")[0].rstrip(";") for line in gone} == {
@@ -71,7 +71,7 @@ def test_with_results_the_list_shrinks_and_figures_appear(write):
     readme = texts["README.md"]
     assert "**Parts have run on NVIDIA H100 80GB HBM3 ([results](docs/gpu.md#results)), the rest on CPU alone" in readme
     assert "Nothing has run" not in readme and len(readme.splitlines()) == len(without["README.md"].splitlines())
-    # One of two FP8 cases failed, an engine was not there, and NCCL needs two cards.
+    # One of two FP8 cases failed, vLLM was not installed, and NCCL needs two cards.
     assert "| no | Transformer Engine layers and its fused optimizer: yes; FP8: not yet |" in readme
     assert "| shared memory and gloo | not yet |" in readme
     assert "memory that leaves and comes back: yes; whole runs: not yet |" in readme
@@ -83,7 +83,7 @@ def test_with_results_the_list_shrinks_and_figures_appear(write):
     assert write([]) == without
 
 
-def test_results_of_two_commits_stand_apart(write):
+def test_results_of_two_commits_are_separate(write):
     text = write([CASES[0], CASES[4] | {"commit": "fedcba9876"}])["docs/gpu.md"]
     assert text.index("commit 0123456789") < text.index("| trainer |") < text.index("commit fedcba9876") < text.index("| logprobs |")
 

@@ -1,4 +1,4 @@
-"""The tests that need a GPU can be collected on a machine that has nothing else: a card is too rare to meet an import error first."""
+"""The tests that need a GPU can be collected on a machine with no other packages, so that time on a card is not lost to an import error."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ sys.meta_path.insert(0, Blocked())
 
 @pytest.fixture(scope="module")
 def collected() -> str:
-    """What pytest finds in tests/gpu where neither Ray nor vLLM can be imported."""
+    """Return the tests that pytest finds in tests/gpu where neither Ray nor vLLM can be imported."""
     code = WITHOUT_RAY_AND_VLLM + "import pytest; sys.exit(pytest.main(['--collect-only', '-qq', '-rs', 'tests/gpu']))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr

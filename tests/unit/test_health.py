@@ -1,4 +1,4 @@
-"""Figures of a step's rollouts."""
+"""Metrics of a step's rollouts."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from megatron_aspo.observe.health import rollout_health, staleness
 from tests.unit.test_batch import group
 
 
-def test_staleness_is_counted_by_token():
+def test_staleness_is_averaged_over_tokens():
     one = group(0, [5], [[1, 2, 3], [4]])
     spans = (VersionSpan(2, 0, 1), VersionSpan(5, 1, 3)), (VersionSpan(4, 0, 1),)
     samples = tuple(replace(s, generation=replace(s.generation, versions=v)) for s, v in zip(one.samples, spans))

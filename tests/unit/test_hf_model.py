@@ -1,4 +1,4 @@
-"""Model directories that are wrong are refused before anything is loaded."""
+"""Invalid model directories are refused before anything is loaded."""
 
 import json
 from pathlib import Path
@@ -64,9 +64,9 @@ def test_a_config_that_the_family_does_not_support_is_refused_by_the_setting(mod
 
 @pytest.fixture(scope="module")
 def saved_configs(tmp_path_factory) -> dict[str, dict]:
-    """The config of each family, as transformers writes it."""
+    """Return the config of each family, as transformers writes it."""
     configs = {}
-    for family in ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral"):
+    for family in ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral", "seed_oss"):
         directory = tmp_path_factory.mktemp(family)
         save_tiny(family, directory, vocab_size=64)
         configs[family] = json.loads((directory / "config.json").read_text())
@@ -102,6 +102,8 @@ def read_config(directory: Path, config: dict):
         ("mixtral", {"sliding_window": 512}, "sliding_window=512"),
         ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise=0.01"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias=True"),
+        ("seed_oss", {"mlp_bias": True}, "mlp_bias=True"),
     ],
 )
 def test_a_setting_that_would_change_the_mathematics_is_refused_by_its_name(saved_configs, tmp_path, family, changes, message):
@@ -109,15 +111,24 @@ def test_a_setting_that_would_change_the_mathematics_is_refused_by_its_name(save
         read_config(tmp_path, saved_configs[family] | changes)
 
 
+def test_bias_and_dropout_of_seed_oss(saved_configs, tmp_path):
+    """Query, key and value have a bias where the config says so; dropout, which its models state, is of pretraining."""
+    config = saved_configs["seed_oss"]
+    assert config["attention_dropout"] == config["residual_dropout"] == 0.1
+    for bias in (True, False):
+        described = read_config(tmp_path, config | {"attention_bias": bias})
+        assert described.dims.qkv_bias == bias == ("model.layers.0.self_attn.q_proj.bias" in described.tensor_shapes)
+
+
 def test_experts_are_counted_under_either_name(saved_configs, tmp_path):
-    """transformers 5 writes num_local_experts, the models' own configs say num_experts."""
+    """transformers 5 writes num_local_experts, the models' own configs num_experts."""
     config = saved_configs["qwen3_moe"]
     original = {key: value for key, value in config.items() if key != "num_local_experts"} | {"num_experts": 6}
     assert read_config(tmp_path, config).dims.experts == 4
     assert read_config(tmp_path, original).dims.experts == 6
 
 
-def test_an_expert_is_as_wide_as_its_family_says(saved_configs, tmp_path):
+def test_the_width_of_an_expert_follows_its_family(saved_configs, tmp_path):
     qwen, mixtral = (read_config(tmp_path, saved_configs[family]) for family in ("qwen3_moe", "mixtral"))
     assert (qwen.dims.moe_ffn, mixtral.dims.moe_ffn) == (64, 256)
     assert (qwen.norm_topk_prob, mixtral.norm_topk_prob, mixtral.experts_per_token) == (True, True, 2)
@@ -125,12 +136,12 @@ def test_an_expert_is_as_wide_as_its_family_says(saved_configs, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
-def test_a_window_as_long_as_the_longest_sequence_is_none(saved_configs, tmp_path, family):
+def test_a_window_as_long_as_the_longest_sequence_means_no_window(saved_configs, tmp_path, family):
     assert read_config(tmp_path, saved_configs[family] | {"sliding_window": 1024}).max_positions == 1024
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tensors_of_every_family_are_those_that_transformers_writes(tmp_path, family):
+def test_every_family_has_the_tensors_that_transformers_writes(tmp_path, family):
     save_tiny(family, tmp_path, vocab_size=64)
     assert set(TensorReader(read_model(tmp_path)).dtypes) == set(load_file(tmp_path / "model.safetensors"))
 
@@ -177,7 +188,7 @@ def test_a_tensor_in_two_files_is_refused(model):
 
 @pytest.fixture
 def indexed(model) -> Path:
-    """The model in one shard, with an index."""
+    """Return the model in one shard, with an index."""
     names = load_file(model / "model.safetensors")
     (model / "model.safetensors").rename(model / "shard.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "shard.safetensors")}))
@@ -193,12 +204,12 @@ def test_a_file_that_vllm_would_read_with_the_model_is_refused(model, name):
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "optimizer.safetensors"])
 def test_a_file_that_the_index_does_not_name_is_no_part_of_the_model(indexed, name):
-    """Nor for vLLM: its list of files, and the format that it is asked for, lest it prefer Mistral's."""
+    """Nor for vLLM: in its list of files, and with the given load format, without which it might prefer Mistral's."""
     save_file({"strange": torch.zeros(1)}, indexed / name)
     assert set(TensorReader(read_model(indexed)).dtypes) == set(load_file(indexed / "shard.safetensors"))
 
 
-def test_a_whole_model_beside_an_index_of_others_is_refused(indexed):
+def test_a_complete_model_beside_an_index_of_other_files_is_refused(indexed):
     save_file({"model.norm.weight": torch.zeros(128)}, indexed / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors is not named by model\.safetensors\.index\.json .* remove one of them"):
         TensorReader(read_model(indexed))
@@ -207,7 +218,7 @@ def test_a_whole_model_beside_an_index_of_others_is_refused(indexed):
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
 @pytest.mark.parametrize("kind", ["model", "indexed"])
 def test_an_adapter_beside_the_model_is_refused_by_its_file(kind, name, request):
-    """transformers applies it where peft is installed, vLLM and the training ranks do not."""
+    """transformers applies it where peft is installed; vLLM and the training ranks do not."""
     directory = request.getfixturevalue(kind)
     (directory / name).touch()
     with pytest.raises(UserError, match=rf"{name} belongs to a LoRA adapter, .*; merge it into the model, or move its files away"):
@@ -225,7 +236,7 @@ def test_a_file_that_the_index_names_must_exist(model):
 @pytest.mark.parametrize(
     ("family", "tied", "matrices"),
     [
-        # Of each layer: query and output 128 × 128, key and value 64 × 128, gate, up and down 128 × 256; norms; a head of 512 × 128.
+        # Per layer: query and output 128 × 128, key and value 64 × 128, gate, up and down 128 × 256; norms; a head of 512 × 128.
         ("llama", False, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256 + 2 * 128) + 128 + 512 * 128),
         ("llama", True, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256 + 2 * 128) + 128 + 512 * 128),
         # Two of four experts of 128 × 64, and a router.

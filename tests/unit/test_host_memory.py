@@ -26,7 +26,7 @@ print(resident_mb() - before)
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("kept", True), ("as glibc does", False)])
-def test_freed_memory_is_kept_when_asked_and_returned_when_released(mode, kept):
+def test_freed_memory_is_kept_when_enabled_and_returned_when_released(mode, kept):
     output = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=True).stdout
     freed, released = map(float, output.split())
     assert (freed > 150) == kept

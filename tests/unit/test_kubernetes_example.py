@@ -1,6 +1,6 @@
-"""The RayJob of examples/kubernetes: its fields are those of KubeRay's and Kubernetes' types, and what it promises is in it.
+"""The RayJob of examples/kubernetes: its fields have the types of KubeRay and Kubernetes, and it holds what the docs promise.
 
-The types are written down here as far as the example uses them (KubeRay 1.5, ray-operator/apis/ray/v1). No cluster has run it.
+The types are written here as far as the example uses them (KubeRay 1.5, ray-operator/apis/ray/v1). No cluster has run it.
 """
 
 import copy
@@ -17,7 +17,7 @@ TEXTS = {"type": "object", "additionalProperties": TEXT}
 
 
 def record(required: str = "", **fields: dict) -> dict:
-    """An object of these fields and no others."""
+    """Return the type of an object with exactly these fields."""
     return {"type": "object", "properties": fields, "required": required.split(), "additionalProperties": False}
 
 
@@ -114,7 +114,7 @@ def test_a_wrong_field_would_be_noticed(job, spoil):
         jsonschema.validate(spoilt, RAY_JOB)
 
 
-def test_the_cluster_asks_for_a_token_and_no_secret_is_in_the_file(job):
+def test_the_cluster_requires_a_token_and_no_secret_is_in_the_file(job):
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"]["mode"] == "token" and cluster["rayVersion"] == "2.60.0"
     for pod in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]):
@@ -127,9 +127,9 @@ def test_the_cluster_asks_for_a_token_and_no_secret_is_in_the_file(job):
 def test_the_entrypoint_runs_a_script_of_the_examples_on_all_pods(job):
     entrypoint, cluster = job["spec"]["entrypoint"], job["spec"]["rayClusterSpec"]
     script = re.search(r"/opt/megatron_aspo/(examples/run_\S+\.sh)", entrypoint)[1]
-    assert (ROOT / script).is_file() and "set -o pipefail" in entrypoint  # else the status would be tee's
+    assert (ROOT / script).is_file() and "set -o pipefail" in entrypoint  # otherwise the status would be tee's
     pods = 1 + sum(group["replicas"] for group in cluster["workerGroupSpecs"])
     gpus = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert f"NNODES={pods} GPUS_PER_NODE={gpus} " in entrypoint and "/shared/runs" in entrypoint
-    # A failed job holds no GPUs, and a retry goes on from the checkpoint.
+    # A failed job holds no GPUs, and a retry resumes from the checkpoint.
     assert job["spec"]["shutdownAfterJobFinishes"] and job["spec"]["backoffLimit"] > 0 and "RESUME" not in entrypoint

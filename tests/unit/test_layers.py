@@ -1,4 +1,4 @@
-"""The modules of the local layer spec that are ours, and the memory they run in."""
+"""Our modules of the local layer spec, and the memory that they reuse."""
 
 import resource
 from dataclasses import replace
@@ -39,7 +39,7 @@ def test_rms_norm_and_its_gradient():
     torch.autograd.gradcheck(lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, x), (x, norm.weight))
 
 
-def test_rms_norm_in_bfloat16_is_torch_s():
+def test_rms_norm_in_bfloat16_equals_torchs():
     mine, torch_s = RMSNorm(CONFIG, 64).bfloat16(), torch.nn.RMSNorm(64, eps=1e-5).bfloat16()
     upstream = torch.randn(9, 1, 64).bfloat16()
     weight = torch.randn(64)
@@ -58,9 +58,9 @@ def test_rms_norm_in_bfloat16_is_torch_s():
 @pytest.mark.parametrize("shared", [False, True], ids=["causal", "shared prompts"])
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [1, 3, 3, 6, 6, 2], [7], [300, 257, 256]], ids=str)
 def test_packed_attention_by_its_definition(monkeypatch, lengths: list[int], shared: bool, dtype: torch.dtype, error: float, device: str):
-    """As on this device, computed on the CPU.
+    """Computed on the CPU by the rules of this device.
 
-    Each segment for itself, softmax written out in float64; gradients too. Segments of one length, which run together, and of several;
+    Each segment separately, softmax written out in float64; gradients too. Segments of one length, which run together, and of several;
     the last third of a segment's tokens may be a second response to its first third.
     """
     monkeypatch.setitem(ATTENTION, "cpu", ATTENTION[device])
@@ -112,7 +112,7 @@ def test_attention_on_cuda_never_takes_the_kernel_that_holds_all_scores(monkeypa
     assert given == {"heads": 2 if flash else 6, "masked": masked, "causal": not masked, "grouped": flash}
 
 
-def test_rotary_tables_turn_queries_as_megatron_does():
+def test_rotary_tables_rotate_queries_like_megatron():
     """Bit for bit, with gradients: Megatron's own function for packed batches, given one row of angles per token."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 
@@ -134,9 +134,9 @@ def test_rotary_tables_turn_queries_as_megatron_does():
 
 
 @pytest.mark.parametrize("context", [1, 2, 3])
-def test_transformer_engine_is_given_its_own_share_of_each_segment_and_no_masks(context: int):
-    """Its rule for packed batches under context parallelism: 2 · context chunks of a segment, of which rank r has the r-th and the r-th
-    from the end. It divides padded ends, and wants them.
+def test_transformer_engine_gets_its_own_share_of_each_segment_and_no_masks(context: int):
+    """Its rule for packed batches under context parallelism: a segment has 2 · context chunks, of which rank r has the r-th and the r-th
+    from the end. It divides padded ends, and requires them.
     """
     given = batch(2)
     whole = cut(given, np.arange(6), torch.device("cpu"), rules=PackingRules(context=context))
@@ -159,8 +159,8 @@ def test_transformer_engine_is_given_its_own_share_of_each_segment_and_no_masks(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA torch keeps freed memory itself")
-def test_freed_memory_serves_the_next_layer():
-    """Blocks that come and go cost no new pages, at sizes that glibc by itself gives back at once."""
+def test_freed_memory_is_reused_by_the_next_layer():
+    """Blocks that are freed and reused cost no new pages, at sizes that glibc by default returns at once."""
     select_device()
 
     def new_pages(megabytes: int) -> int:
@@ -168,5 +168,5 @@ def test_freed_memory_serves_the_next_layer():
         torch.ones(megabytes << 18)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    new_pages(128)  # room to spare: the C library cuts alignment off a block, and the next of the same size may not fit
+    new_pages(128)  # slack: the C library takes alignment from a block, and the next of the same size may not fit
     assert max(new_pages(megabytes) for megabytes in (96, 64, 40)) < 100

@@ -27,14 +27,14 @@ def has_experts(family: str) -> bool:
     return "Moe" in family or "Mixtral" in family
 
 
-# --- Megatron's own view, told without the table: whole fused matrices first, then even shares of them -----------------------------------
+# --- Megatron's own view, without the table: whole fused matrices first, then even shares of them -----------------------------------------
 
 
 def megatron_parameters(family: str, d: ModelDims, whole: dict[str, np.ndarray], sizes: ParallelSizes, rank: int) -> dict[str, np.ndarray]:
-    """Every parameter of one rank under the local names, cut from whole Hugging Face tensors; −1 is padding."""
+    """Return every parameter of one rank under the local names, sliced from whole Hugging Face tensors; −1 is padding."""
     stage, inside = divmod(rank, sizes.tensor * sizes.data)
     tp, etp = sizes.tensor, sizes.tensor if sizes.expert_tensor is None else sizes.expert_tensor
-    # [expert data, expert, expert tensor] is how Megatron lays out the ranks of a stage for the experts, tensor fastest.
+    # For the experts, Megatron lays out the ranks of a stage as [expert data, expert, expert tensor], tensor fastest.
     _, expert_rank, expert_tensor_rank = np.argwhere(np.arange(tp * sizes.data).reshape(-1, sizes.expert, etp) == inside)[0]
     tensor_rank = inside % tp
 
@@ -57,7 +57,7 @@ def megatron_parameters(family: str, d: ModelDims, whole: dict[str, np.ndarray],
         family.removesuffix("ForCausalLM"), ("mlp", ("gate_proj", "up_proj", "down_proj"))
     )
     expert_share = np.split(np.arange(d.experts), sizes.expert)[expert_rank] if d.experts else []
-    # Chunk by chunk, and in each the stages in order, the layers are dealt out.
+    # Layers are distributed chunk by chunk, and within a chunk over the stages in order.
     dealt = np.arange(d.layers).reshape(sizes.virtual, sizes.pipeline, -1)[:, stage]
     found: dict[str, np.ndarray] = {}
     for chunk, layers in enumerate(dealt):
@@ -97,7 +97,7 @@ def megatron_parameters(family: str, d: ModelDims, whole: dict[str, np.ndarray],
 
 @st.composite
 def layouts(draw) -> tuple[str, ModelDims, ParallelSizes]:
-    """A family, dimensions, and a layout of at most 8 ranks that cuts them."""
+    """Draw a family, dimensions, and a layout of at most 8 ranks that can split them."""
     family = draw(st.sampled_from(sorted(FAMILIES)))
     tensor, pipeline, data = draw(st.sampled_from([s for s in itertools.product((1, 2, 3, 4, 8), repeat=3) if np.prod(s) <= 8]))
     virtual = draw(st.sampled_from([1, 2, 3])) if pipeline > 1 else 1
@@ -108,7 +108,7 @@ def layouts(draw) -> tuple[str, ModelDims, ParallelSizes]:
         expert_tensor = draw(st.sampled_from([n for n in ways if tensor * data // expert % n == 0]))
         if expert_tensor == tensor:
             expert_tensor = draw(st.sampled_from([None, tensor]))
-    # As many key-value heads as 1, 2, 3 or heads, where tensor parallelism can cut them.
+    # 1, 2, 3 or as many key-value heads as heads, where tensor parallelism can split them.
     kv_heads = draw(st.sampled_from([n for n in (1, 2, 3, tensor, 2 * tensor) if tensor % n == 0 or n % tensor == 0]))
     per_group = draw(st.sampled_from([n for n in range(1, 9) if n * kv_heads % tensor == 0]))
     whole_shares = [n for n in range(1, 13) if (kv_heads * per_group + 2 * kv_heads) * n % tensor == 0]
@@ -129,13 +129,13 @@ def layouts(draw) -> tuple[str, ModelDims, ParallelSizes]:
 
 
 def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Tensors in which no number stands twice."""
+    """Return tensors in which every number is unique."""
     starts = np.cumsum([0] + [int(np.prod(s)) for s in shapes.values()])
     return {name: np.arange(np.prod(s)).reshape(s) + start for (name, s), start in zip(shapes.items(), starts)}
 
 
 def filled(of: Layout, whole: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This rank's parameters, filled piece by piece; −1 where no piece is."""
+    """Return this rank's parameters, filled piece by piece; −1 where no piece is."""
     parameters = {name: np.full(shape, -1) for name, shape in of.parameter_shapes.items()}
     for piece in of.pieces:
         target = parameters[piece.parameter][tuple(slice(*e) for e in piece.local)]
@@ -146,7 +146,7 @@ def filled(of: Layout, whole: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @settings(max_examples=200, deadline=None)
 @given(layouts())
-def test_every_rank_holds_what_megatron_s_view_of_the_fused_matrices_says(drawn):
+def test_every_rank_holds_the_boxes_of_megatrons_fused_matrices(drawn):
     family, d, sizes = drawn
     check_divisible(d, sizes)
     whole = numbered(tensor_shapes(family, d))
@@ -161,7 +161,7 @@ def test_every_rank_holds_what_megatron_s_view_of_the_fused_matrices_says(drawn)
 @settings(max_examples=100, deadline=None)
 @given(layouts(), st.sampled_from(NAMINGS))
 def test_the_first_copy_holds_every_element_once_per_home(drawn, naming):
-    """Homes: one, but for what tensor-parallel ranks hold alike and for the tied embedding of a model cut into stages."""
+    """One home, except for parameters that tensor-parallel ranks replicate and for the tied embedding of a pipelined model."""
     family, d, sizes = drawn
     whole = numbered(tensor_shapes(family, d))
     count = np.zeros(sum(t.size for t in whole.values()), int)
@@ -177,7 +177,7 @@ def test_the_first_copy_holds_every_element_once_per_home(drawn, naming):
         assert (count[numbers] == homes).all(), name
 
 
-def test_the_first_copy_of_experts_may_lie_on_other_ranks_than_that_of_the_rest():
+def test_the_first_copy_of_experts_may_be_on_other_ranks_than_the_rest():
     """Two data-parallel replicas, experts over both: rank 1 holds half of the experts and repeats the rest."""
     d = family_dims("MixtralForCausalLM", experts=4, moe_ffn=6)
     parts = replica_layouts("MixtralForCausalLM", d, ParallelSizes(data=2, expert=2))
@@ -213,7 +213,7 @@ def test_tied_last_stage_keeps_its_own_copy():
         [((0, 2), (0, 2))],
         [((0, 2), (0, 2)), ((1, 4), (0, 2))],
         [((0, 4), (0, 2)), ((0, 2), (0, 2))],
-        # In sorted order the first and the last overlap; neighbours do not, and the elements add up.
+        # In sorted order the first and the last overlap; neighbours do not, and the element counts add up.
         [((0, 4), (0, 1)), ((1, 2), (1, 2)), ((2, 3), (0, 1)), ((3, 4), (1, 2)), ((0, 1), (1, 2))],
         [((0, 4), (0, 1)), ((0, 4), (1, 3))],
     ],
@@ -260,7 +260,7 @@ MOE = {"experts": 6, "moe_ffn": 8}
         (MOE, ParallelSizes(tensor=2, expert=2), r"2 × .*=2 does not divide the 2 ranks of a pipeline stage .* one of \[1, 2\]"),
     ],
 )
-def test_a_layout_that_cannot_cut_the_model_is_refused_with_the_choices(changes, sizes, message):
+def test_a_layout_that_cannot_split_the_model_is_refused_with_the_choices(changes, sizes, message):
     with pytest.raises(UserError, match=message):
         check_divisible(dims(**changes), sizes)
 
@@ -289,14 +289,14 @@ def elements(box) -> set[tuple[int, ...]]:
 
 
 @given(data=st.data())
-def test_an_overlap_holds_what_both_boxes_hold(data):
+def test_an_overlap_holds_the_elements_of_both_boxes(data):
     axes = data.draw(st.integers(1, 3))
     a, b = (tuple(tuple(sorted(data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5))))) for _ in range(axes)) for _ in "ab")
     shared = overlap(a, b)
     assert (elements(shared) if shared else set()) == elements(a) & elements(b)
 
 
-def test_bands_are_put_in_order_and_anything_else_is_none():
+def test_bands_are_sorted_and_other_boxes_give_none():
     shape = (6, 4)
     assert stacked([((3, 6), (0, 4)), ((0, 1), (0, 4)), ((1, 3), (0, 4))], shape) == [((0, 1), (0, 4)), ((1, 3), (0, 4)), ((3, 6), (0, 4))]
     assert stacked([((0, 2), (0, 4))], shape) == [((0, 2), (0, 4))], "padding may follow"

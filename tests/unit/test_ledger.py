@@ -1,4 +1,4 @@
-"""The ledger: only ever longer, whole lines, and what they say once a run was resumed."""
+"""The ledger: append-only, whole lines, and their meaning once a run was resumed."""
 
 import os
 
@@ -23,7 +23,7 @@ def test_lines_come_back_in_order_across_processes(path):
 
 
 @pytest.mark.parametrize("torn", [b'{"event": "tra', b'{"event": "trained", "step": 1}'])
-def test_a_line_that_was_torn_by_a_kill_is_cut_off(path, torn):
+def test_a_line_that_a_kill_truncated_is_removed(path, torn):
     ledger = Ledger(path)
     ledger.append("start", step=0)
     ledger.close()
@@ -36,7 +36,7 @@ def test_a_line_that_was_torn_by_a_kill_is_cut_off(path, torn):
     assert [event["event"] for event in read_ledger(path)] == ["start", "resume"]
 
 
-def test_steps_that_are_done_again_count_once():
+def test_repeated_steps_count_once():
     def trained(step: int, mark: str) -> dict:
         return {"event": "trained", "step": step, "mark": mark}
 

@@ -33,15 +33,15 @@ def test_the_map_has_exactly_the_parameters_that_megatron_builds(file):
 
 
 @each_file
-def test_a_rank_stands_where_megatron_places_it(file):
+def test_a_rank_has_the_coordinates_that_megatron_gives_it(file):
     for listing in json.loads(file.read_text())["ranks"]:
         # The listings have no context parallelism.
         assert vars(ParallelSizes(**listing["sizes"]).coordinates(listing["rank"])) == listing["place"] | {"context": 0}
 
 
 @each_file
-def test_layers_and_experts_are_those_that_megatron_puts_there(file):
-    """The numbers in a parameter's name count from the first that is here, those in the Hugging Face name over the whole model."""
+def test_a_rank_has_the_layers_and_experts_that_megatron_gives_it(file):
+    """The numbers in a parameter's name count from the first on this rank, those in the Hugging Face name over the whole model."""
     content = json.loads(file.read_text())
     for listing in content["ranks"]:
         sizes = ParallelSizes(**listing["sizes"])

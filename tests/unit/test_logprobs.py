@@ -1,4 +1,4 @@
-"""The seam after the model, whole vocabulary (tests/parallel has it cut)."""
+"""Output projection and log-softmax with the whole vocabulary (tests/parallel has it sharded)."""
 
 import sys
 
@@ -86,19 +86,19 @@ def test_bfloat16_is_summed_in_float32_and_its_gradients_are_bfloat16():
     torch.autograd.backward(values, [torch.ones(50)] * 2)
     assert {value.dtype for value in values} == {torch.float32} and {x.grad.dtype for x in ours} == {torch.bfloat16}
 
-    logits = (ours[0] @ ours[1][:3000].T).double()  # a logit itself is bfloat16
+    logits = (ours[0] @ ours[1][:3000].T).double()  # each logit is bfloat16
     full = logits.log_softmax(-1)
     torch.testing.assert_close(values[0].double(), full.gather(1, targets[:, None])[:, 0], rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(values[1].double(), -(full.exp() * full).sum(-1), rtol=1e-5, atol=1e-5)
     truth = [x.detach().double().requires_grad_() for x in ours]
     full = (truth[0] @ truth[1][:3000].T).log_softmax(-1)
     (full.gather(1, targets[:, None]).sum() - (full.exp() * full).sum()).backward()
-    for a, b, rounding in zip(ours, truth, (0.007, 0.01)):  # the hidden states' is a sum over the blocks
+    for a, b, rounding in zip(ours, truth, (0.007, 0.01)):  # the hidden states' gradient is a sum over the blocks
         assert (a.grad.double() - b.grad).norm() < rounding * b.grad.norm()
 
 
 class Largest(TorchDispatchMode):
-    """Most elements of any tensor that an operation makes."""
+    """Records the most elements of any tensor that an operation makes."""
 
     elements = 0
 
@@ -111,7 +111,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("chunk", [2, 7, 64])
-def test_no_more_logits_exist_than_chunk_tokens_have(chunk):
+def test_at_most_the_logits_of_chunk_tokens_exist_at_once(chunk):
     hidden, weight, targets = case(vocab=1000, padded=1024, tokens=200)
     with Largest() as largest:
         logprob, entropy = logprobs(hidden, weight, targets, 1.0, None, vocab=1000, chunk_tokens=chunk)

@@ -1,4 +1,4 @@
-"""Triton's kernels compile for GPUs that are not here; what they then compute needs one (tests/gpu)."""
+"""Triton's kernels compile for GPUs that this machine lacks; running them needs one (tests/gpu)."""
 
 import os
 import subprocess
@@ -37,6 +37,6 @@ def test_the_kernels_compile_for_ampere_and_hopper(tmp_path):
     subprocess.run(["bash", ROOT / "tools" / "maintain" / "setup_triton.sh"], check=True)
     script = tmp_path / "compile_kernels.py"
     script.write_text(COMPILE)
-    place = {"PYTHONPATH": f"{ROOT}:{ROOT / '.venv' / 'triton'}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, script], env=os.environ | place, capture_output=True, text=True)
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / '.venv' / 'triton'}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, script], env=os.environ | environment, capture_output=True, text=True)
     assert done.stdout == "compiled\n", done.stderr

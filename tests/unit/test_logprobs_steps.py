@@ -1,6 +1,6 @@
 """The steps that read logits, PyTorch's and Triton's alike, against their closed form in float64.
 
-Triton's run in its interpreter, which must be chosen before Triton is imported, so all run in a process of its own.
+Triton's run in its interpreter, which must be chosen before Triton is imported, so all of them run in a separate process.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ from tests.reference.logit_steps import check_gradient, check_statistics, random
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(1, 1), (1, 5), (4, 37), (7, 4096), (5, 4097), (3, 9001)]
 ROUNDING = {"logprobs_torch": 2.0**-8, "logprobs_triton": 2.0**-7}
-"""Into bfloat16: Triton's interpreter cuts off what a device rounds."""
+"""Rounding to bfloat16: Triton's interpreter truncates where a device rounds."""
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 pytestmark = pytest.mark.parametrize("steps", ["logprobs_torch", "logprobs_triton"])
@@ -68,8 +68,8 @@ def no_token(steps):
     module.gradient_(logits, 1.0, nothing.long(), nothing, nothing, nothing, nothing)
 
 
-def whole_seam(steps, dtype, temperature, chunk):
-    """Values and gradients of `logprobs` by these steps, against autograd in float64; the vocabulary is padded."""
+def all_logprobs(steps, dtype, temperature, chunk):
+    """Compare values and gradients of `logprobs` by these steps with autograd in float64; the vocabulary is padded."""
     from megatron_aspo.trainer import logprobs as seam
 
     seam._STEPS["cpu"] = f"megatron_aspo.trainer.{steps}"
@@ -94,19 +94,19 @@ def whole_seam(steps, dtype, temperature, chunk):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_are_those_of_the_closed_form(interpreter, steps, dtype, temperature):
+def test_statistics_equal_the_closed_form(interpreter, steps, dtype, temperature):
     interpreter(statistics_of_all_shapes, steps, dtype, temperature)
 
 
 @pytest.mark.parametrize("with_slope", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_in_place_is_that_of_the_closed_form(interpreter, steps, dtype, temperature, with_slope):
+def test_the_in_place_gradient_equals_the_closed_form(interpreter, steps, dtype, temperature, with_slope):
     interpreter(gradient_of_all_shapes, steps, dtype, temperature, with_slope)
 
 
 @pytest.mark.parametrize("first, last", [(-1e4, 1e4), (1e4, -1e4), (-1e4, -9e3), (-3.0, 5.0)])
-def test_a_peak_that_rises_or_falls_or_lies_low_loses_nothing(interpreter, steps, first, last):
+def test_a_rising_falling_or_low_peak_loses_no_precision(interpreter, steps, first, last):
     interpreter(logits_in_order, steps, first, last)
 
 
@@ -116,5 +116,5 @@ def test_no_token_is_no_error(interpreter, steps):
 
 @pytest.mark.parametrize("chunk", [2, 5, 100])
 @pytest.mark.parametrize("dtype, temperature", [(torch.float64, 0.7), (torch.float32, 1.0), (torch.bfloat16, 0.7)])
-def test_the_seam_by_these_steps_equals_autograd(interpreter, steps, dtype, temperature, chunk):
-    interpreter(whole_seam, steps, dtype, temperature, chunk)
+def test_logprobs_by_these_steps_equal_autograd(interpreter, steps, dtype, temperature, chunk):
+    interpreter(all_logprobs, steps, dtype, temperature, chunk)

@@ -1,4 +1,4 @@
-"""What a machine lacks is named with its cure before Ray is started."""
+"""A missing prerequisite of the machine is named with its cure before Ray is started."""
 
 import shutil
 import tempfile
@@ -17,7 +17,7 @@ ONE = EngineSizes()
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch, tmp_path):
-    """A machine on which all is well."""
+    """A machine that meets all requirements."""
     for name in ("RAY_TMPDIR", "TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", None)
@@ -30,7 +30,7 @@ def refused(said: str, engines: EngineSizes = ONE) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_plain_machine_will_do(tmp_path):
+def test_a_plain_machine_is_accepted(tmp_path):
     check_machine(EngineSizes(tensor=2))
     assert not list((tmp_path / ".ray").iterdir())
 
@@ -73,10 +73,10 @@ def test_a_user_without_a_home_is_refused(monkeypatch):
     refused("no home directory.*set HOME to a directory that can be written")
 
 
-@pytest.mark.parametrize("place", ["/proc/nowhere/run", "/dev/null/run"])
-def test_a_run_directory_that_could_not_be_made_is_refused_before_anything_is_started(tmp_path, place):
-    with pytest.raises(UserError, match=f"run directory {place} cannot be made: .*; choose another run_dir"):
-        check_can_be_made(Path(place))
+@pytest.mark.parametrize("path", ["/proc/nowhere/run", "/dev/null/run"])
+def test_a_run_directory_that_could_not_be_made_is_refused_before_anything_is_started(tmp_path, path):
+    with pytest.raises(UserError, match=f"run directory {path} cannot be made: .*; choose another run_dir"):
+        check_can_be_made(Path(path))
     check_can_be_made(tmp_path / "runs" / "one")
     assert not (tmp_path / "runs").exists()
 

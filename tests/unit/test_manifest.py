@@ -1,4 +1,4 @@
-"""A checkpoint proves itself: one bit, one file, one name that differs, and it is refused by that file."""
+"""A checkpoint verifies itself: a difference in one bit, one file or one name is refused by that file."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def everything(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def test_what_is_written_is_read(checkpoint):
+def test_a_written_manifest_is_read_back(checkpoint):
     assert read_manifest(checkpoint) == load_manifest(checkpoint) == MANIFEST
 
 
@@ -59,8 +59,8 @@ def test_a_file_that_another_process_wrote_and_this_one_does_not_see_is_refused(
 @pytest.mark.parametrize("name", [*FILES, "manifest.json", "SHA256SUMS"])
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_one_bit_that_flips_anywhere_is_refused_by_the_file(checkpoint, name, data):
-    """A bit of SHA256SUMS damages that file, or is a hash or a name of another: then that other one is named."""
+def test_a_flipped_bit_anywhere_is_refused_by_the_file(checkpoint, name, data):
+    """A bit of SHA256SUMS damages that file, or a hash or name of another, which is then named."""
     with flipped_bit(checkpoint / name, data.draw), pytest.raises(UserError, match=r"damaged|missing|not listed") as error:
         read_manifest(checkpoint)
     assert str(checkpoint) in str(error.value) and (name == "SHA256SUMS" or str(checkpoint / name) in str(error.value))
@@ -120,7 +120,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
         read_manifest(tmp_path)
 
 
-def test_a_checkpoint_that_lost_its_manifest_is_still_known_for_one(checkpoint):
+def test_a_checkpoint_without_its_manifest_is_still_recognised(checkpoint):
     (checkpoint / "manifest.json").unlink()
     assert is_checkpoint(checkpoint)
     shutil.rmtree(checkpoint / "huggingface")

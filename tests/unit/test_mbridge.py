@@ -1,8 +1,8 @@
-"""Our Megatron shards are those of mbridge, an independent converter, bit for bit.
+"""Our Megatron shards equal those of mbridge, an independent converter, bit for bit.
 
 mbridge's own `load_weights` runs on the same Hugging Face files. It needs neither process group nor model for that: it reads on the first
-tensor-parallel rank and scatters one part to each rank, and here the scatter is caught; what it fills is a stand-in with the names and
-shapes of our files, which it refuses where it does not know them.
+tensor-parallel rank and scatters one part to each rank, and here the scatter is intercepted; it fills a stand-in with the names and
+shapes of our files, and refuses names that it does not know.
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ CASES = [
             ({"tied": True}, ParallelSizes(tensor=2)),
         )
     ),
-    # mbridge has no home for the last stage's copy of a tied embedding in its Llama.
+    # mbridge's Llama has no parameter for the last stage's copy of a tied embedding.
     (replace(BASE, tied=True), ParallelSizes(tensor=2, pipeline=2)),
     *(
         (replace(BASE, family=family), sizes)
@@ -56,7 +56,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("model", "sizes"), CASES)
-def test_every_parameter_of_every_rank_is_as_mbridge_cuts_it(tmp_path, monkeypatch, model, sizes, dtype):
+def test_every_parameter_of_every_rank_equals_mbridges(tmp_path, monkeypatch, model, sizes, dtype):
     write_model(tmp_path / "hf", model, dtype, files=2)
     convert(open_source(tmp_path / "hf"), tmp_path / "megatron", to="megatron", sizes=sizes, naming="transformer_engine")
     files = {int(file.stem.removeprefix("rank_")): load(file) for file in (tmp_path / "megatron" / "model").iterdir()}
@@ -82,7 +82,7 @@ def test_every_parameter_of_every_rank_is_as_mbridge_cuts_it(tmp_path, monkeypat
 
 
 def load(file: Path) -> list[dict[str, torch.Tensor]]:
-    """The parameters of one rank, by model chunk."""
+    """Return the parameters of one rank, by model chunk."""
     everything = read_tensors(file.parent, file.name)
     if not any(name.startswith("model0.") for name in everything):
         return [everything]
@@ -98,7 +98,7 @@ def is_expert(name: str) -> bool:
 
 
 class Chunk(torch.nn.Module):
-    """Stands in for the model chunk that mbridge fills: parameters by name, layers that know their number in the whole model."""
+    """Stand-in for the model chunk that mbridge fills: parameters by name, layers that know their number in the whole model."""
 
     def __init__(self, parameters: dict[str, torch.Tensor], first_layer: int):
         super().__init__()
@@ -120,7 +120,7 @@ def mbridge_parts(
     expert: int,
     monkeypatch,
 ) -> dict[str, list[torch.Tensor]]:
-    """Parameter → the part of each (expert) tensor-parallel rank, as mbridge cuts it."""
+    """Return parameter → the part of each (expert) tensor-parallel rank, as mbridge splits it."""
     from mbridge.core.bridge import _MODEL_REGISTRY  # imported late: it takes seconds
     from mbridge.core.parallel_states import ParallelStates
 
@@ -128,10 +128,10 @@ def mbridge_parts(
 
     class Bridge(base):
         def _build_config(self):
-            """What the mapping reads of Megatron's config."""
+            """Return the fields of Megatron's config that the mapping reads."""
             return SimpleNamespace(gated_linear_unit=True, num_moe_experts=model.experts if model.moe else None)
 
-    # mbridge changes the class's table for a tied model, and would keep it for the next one.
+    # mbridge changes the class's table for a tied model, and would keep the change for the next one.
     Bridge._DIRECT_MAPPING = dict(base._DIRECT_MAPPING)
     bridge = Bridge(
         AutoConfig.from_pretrained(hf),

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a line is on the disk when it is written, and holds nothing but finite numbers."""
+"""`metrics.jsonl`: a line is on disk once it is written, and holds only finite numbers."""
 
 import math
 import os
@@ -18,7 +18,7 @@ def test_a_metric_that_is_not_finite_is_refused_by_name_and_writes_nothing(tmp_p
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "reward/mean": 0.5}]
 
 
-def test_a_line_is_on_the_disk_when_it_is_written(tmp_path, monkeypatch):
+def test_a_written_line_is_on_disk(tmp_path, monkeypatch):
     on_disk = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (fsync(number), on_disk.append(os.fstat(number).st_size)))

@@ -1,4 +1,4 @@
-"""The mutation tester: what the operators make of small sources, what names a mutant, and a whole run on a small package."""
+"""The mutation tester: the operators' mutants of small sources, the key of a mutant, and a whole run on a small package."""
 
 import ast
 import importlib.util
@@ -29,13 +29,13 @@ def mutants_of(source: str):
 
 
 def mutated(source: str) -> list[str]:
-    """The text of every mutant."""
+    """Return the text of every mutant."""
     texts = []
     for mutant in mutants_of(source):
         old = mutant.apply()
         texts.append(ast.unparse(mutant.tree))
-        mutants._replace(mutant.place, old)
-        assert ast.unparse(mutant.tree) == ast.unparse(ast.parse(source)), "a mutant is to leave no trace"
+        mutants._replace(mutant.target, old)
+        assert ast.unparse(mutant.tree) == ast.unparse(ast.parse(source)), "a mutant must leave no trace"
     return texts
 
 
@@ -130,11 +130,11 @@ class C:
 '''
 
 
-def test_what_says_nothing_at_run_time_is_left_alone():
+def test_code_without_effect_at_run_time_is_left_alone():
     assert mutated(LEFT_ALONE) == []
 
 
-def test_a_key_names_the_place_without_line_numbers_and_apart_from_others_on_the_line():
+def test_a_key_identifies_a_mutant_without_line_numbers_even_among_others_on_its_line():
     source = "class C:\n    def f(self):\n        return g(\n            0, 0,\n        )\n"
     keys = [mutant.key for mutant in mutants_of(source)]
     assert len(set(keys)) == len(keys)
@@ -176,7 +176,7 @@ AT_ZERO = {"file": "sign.py", "function": "sign", "line": "return 1 if x > ZERO 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A repository with two modules in losses/. Its tests cannot tell x > 0 from x >= 0."""
+    """Make a repository with two modules in losses/. Its tests cannot distinguish x > 0 from x >= 0."""
     files = {"megatron_aspo/losses/sign.py": SIGN, "megatron_aspo/losses/zero.py": "ZERO = 0\n", "tests/unit/test_losses_sign.py": TEST}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def test_the_list_names_nothing_but_survivors(checkout):
     status, output = run(checkout)
     assert status == 1 and f"{stale} (killed): zero.py | <module> | ZERO = 0 | 0 → 1\n" in output
     assert f"{stale} (no such mutant): zero.py | <module> | ZERO = 5 | 0 → 1\n" in output
-    # Of a part nobody knows what the rest does.
+    # A partial run does not know the rest.
     status, output = run(checkout, "--only", "zero.py")
     assert status == 0 and f"{stale} (killed)" in output and "no such mutant" not in output
 

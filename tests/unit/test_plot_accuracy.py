@@ -1,4 +1,4 @@
-"""The picture of the README: which files of a run it reads, and what it refuses."""
+"""The picture of the README: the files of a run that it reads, and its refusals."""
 
 import json
 
@@ -13,7 +13,7 @@ ACCURACY = {0: (0.2, 0.04), 2: (0.5, 0.05), 10: (0.9, 0.02)}
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory with three evaluations, one of them set aside by a resumed run, and ten steps."""
+    """Make a run directory with three evaluations, one of them set aside by a resumed run, and ten steps."""
     directory = tmp_path / "run"
     (directory / "evaluations").mkdir(parents=True)
     for step, (mean, error) in ACCURACY.items():
@@ -31,7 +31,7 @@ def call(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])
-def test_the_numbers_drawn_are_those_of_the_evaluations_and_the_metrics_in_order_of_steps(run, tmp_path, monkeypatch, capsys, ending):
+def test_the_picture_draws_evaluations_and_metrics_in_order_of_steps(run, tmp_path, monkeypatch, capsys, ending):
     out = tmp_path / "figures" / f"x.{ending}"
     call(monkeypatch, run, "-o", out)
     drawn = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -47,7 +47,7 @@ def test_the_picture_of_the_readme_is_drawn_from_the_committed_numbers(tmp_path)
     assert (tmp_path / "again.svg").read_bytes() == COMMITTED.read_bytes()
 
 
-def test_no_colour_is_drawn_that_a_light_or_a_dark_page_swallows(run, tmp_path, monkeypatch):
+def test_every_colour_is_visible_on_light_and_dark_pages(run, tmp_path, monkeypatch):
     """Contrast by WCAG 2 with white and with #0d1117, the dark page of code hosts: at least 4.25. No colour has over 4.34 with both."""
 
     def luminance(colour: str) -> float:

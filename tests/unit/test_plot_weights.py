@@ -1,4 +1,4 @@
-"""The diagnostic figure of docs/losses.md: what it reads, and that the committed one is drawn from the committed numbers."""
+"""The diagnostic figure of docs/losses.md: its input, and that the committed one is drawn from the committed numbers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The proof finds what differs: one element anywhere, at any layout of what was written."""
+"""The proof finds a difference in a single element, at any layout of the written model."""
 
 import hashlib
 from pathlib import Path
@@ -18,8 +18,8 @@ CHANGED = ["model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"
 LAYOUTS = {"hugging_face": None, "tp2": ParallelSizes(tensor=2), "pp2": ParallelSizes(pipeline=2)}
 
 
-def place(source: Path, target: Path, sizes: ParallelSizes | None):
-    """The reader of a model, at a layout."""
+def convert_and_open(source: Path, target: Path, sizes: ParallelSizes | None):
+    """Return the reader of a model written at a layout."""
     if sizes is None:
         return open_source(source).reader
     convert(open_source(source), target, to="megatron", sizes=sizes)
@@ -40,7 +40,8 @@ def test_one_element_that_differs_is_found_and_named(tmp_path, a, b, changed):
         last[-1] ^= 1
     write_tensors(tmp_path / "b", others, 1)
     metas = [meta_of(name, tensor) for name, tensor in tensors.items()]
-    source, written = place(tmp_path / "a", tmp_path / "at_a", LAYOUTS[a]), place(tmp_path / "b", tmp_path / "at_b", LAYOUTS[b])
+    source = convert_and_open(tmp_path / "a", tmp_path / "at_a", LAYOUTS[a])
+    written = convert_and_open(tmp_path / "b", tmp_path / "at_b", LAYOUTS[b])
     if changed:
         with pytest.raises(UserError, match=f"{changed} reads back differently"):
             compare(source, written, metas)

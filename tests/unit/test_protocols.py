@@ -1,4 +1,4 @@
-"""Protocols by name: what they fix, what is recorded when a value is replaced, and which data they accept."""
+"""Protocols by name: their fixed values, the record of a replaced value, and the data that they accept."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ def test_every_protocol_is_valid_as_it_is_and_names_the_source_of_each_value(nam
 
 
 def test_archers_windows_counts_and_sampling():
-    """As read from Archer2.0's evaluation scripts and grader."""
+    """As in Archer2.0's evaluation scripts and grader."""
     v5, v6 = planned("archer_lcb_v5").settings, planned("archer_lcb_v6").settings
     assert (v5.problems, v5.samples, v6.problems, v6.samples) == (279, 8, 131, 16)
     for s in (v5, v6):
@@ -58,7 +58,7 @@ def test_fewer_samples_lower_the_ks_that_nobody_named():
         planned("archer_lcb_v5", "samples=2", "pass_at=[4]")
 
 
-def test_a_recipe_is_evaluated_as_its_run_does():
+def test_a_recipe_is_evaluated_like_its_run():
     from megatron_aspo.config import load_config
 
     config = load_config(QUICKSTART, ["deterministic=true", "seed=7", "evaluation.temperature=0.5"])
@@ -89,7 +89,7 @@ def test_a_recipe_is_evaluated_as_its_run_does():
         (["pass_at=[1.5]"], "pass_at=[1.5] is not a list of whole numbers"),
     ],
 )
-def test_values_that_cannot_be_are_said_in_one_line(overrides, said):
+def test_impossible_values_are_reported_in_one_line(overrides, said):
     with pytest.raises(UserError) as error:
         planned("humaneval", *overrides)
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -179,7 +179,7 @@ def test_the_digest_of_the_data_is_that_of_questions_and_truths(tmp_path):
     assert a == b != c
 
 
-def test_a_record_is_agreed_with_or_refused(tmp_path):
+def test_a_record_must_match_or_is_refused(tmp_path):
     record = EvalRecord(tmp_path / "out")
     values = {"settings": {"samples": 4, "engine": {"engines": 1}}, "model": {"sha256": "a"}}
     record.agree(values)

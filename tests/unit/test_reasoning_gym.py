@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: questions, parameters, what is held out, scores."""
+"""Tasks of reasoning-gym: questions, parameters, held-out questions, scores."""
 
 import ast
 import importlib
@@ -71,7 +71,7 @@ def test_held_out_questions_are_never_trained_on():
     assert len(held_out) == 15 and len(trained) > 60 and not held_out & trained
 
 
-def test_seeds_do_not_share_their_questions_and_a_resumed_run_goes_on_with_its_own():
+def test_seeds_do_not_share_questions_and_a_resumed_run_continues_with_its_own():
     tasks = [build("gcd", seed=seed) for seed in range(2)]
     one, other = ([task.prompt(number).text for number in range(300)] for task in tasks)
     assert len(set(one) & set(other)) < 30  # in the package itself, entry i + 1 of one seed is entry i of the next
@@ -79,7 +79,7 @@ def test_seeds_do_not_share_their_questions_and_a_resumed_run_goes_on_with_its_o
     assert [again.prompt(number).text for number in range(40, 50)] == other[40:50]
 
 
-def test_a_task_with_few_questions_says_so():
+def test_a_task_with_too_few_questions_is_refused():
     tiny = {"min_word_len": 3, "max_word_len": 3}
     with pytest.raises(UserError, match=r"has hardly more than .* different questions; lower data\.held_out_prompts=3000"):
         build("spell_backward", task_options=tiny, held_out_prompts=3000)
@@ -100,13 +100,13 @@ def test_a_task_with_few_questions_says_so():
         ("countdown", {}, "its score evaluates the response as Python code"),
     ],
 )
-def test_what_cannot_be_done_is_refused(name, options, message):
+def test_an_impossible_task_is_refused(name, options, message):
     with pytest.raises(UserError, match=message):
         build(name, **options)
 
 
 def test_every_task_whose_score_evaluates_the_response_is_refused():
-    """Found in the package's source, so that a new version with further ones is noticed."""
+    """They are found in the package's source, so that a new version with more of them is noticed."""
     found = set()
     reasoning_gym._import_package()
     for name, (kind, _) in importlib.import_module("reasoning_gym.factory").DATASETS.items():
@@ -115,7 +115,7 @@ def test_every_task_whose_score_evaluates_the_response_is_refused():
         if calls & {"eval", "exec", "parse_expr", "sympify"} and ("score_answer" in vars(kind) or name == "codeio"):
             found.add(name)
     assert found >= EVALUATING
-    assert found - EVALUATING == {"number_sorting", "basic_arithmetic", "bitwise_arithmetic"} & found  # evaluate what they made themselves
+    assert found - EVALUATING == {"number_sorting", "basic_arithmetic", "bitwise_arithmetic"} & found  # these evaluate their own text
 
 
 def _is_named_call(node):

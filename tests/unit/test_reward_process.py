@@ -1,4 +1,4 @@
-"""A reward in a child process: what it may do to that process, and that nothing of it is left."""
+"""A reward in a child process: the effects it may have on that process, and that nothing of it is left."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ from megatron_aspo.rewards.process import RewardProcess, check_reward
 DOES = "tests.unit.user_rewards:does"
 PROMPT = Prompt("train/1", (1, 2), "the words", 7, "dataset")
 BACKTRACKING = "re.match(r'(a+)+$', 'a' * 40 + 'b')"
-"""In C code, with the interpreter's lock held, for ages."""
+"""An expression that runs in C code, with the interpreter's lock held, for ages."""
 LIMIT_S = 0.8
 
 
@@ -35,7 +35,7 @@ def score(process, *responses):
 
 
 def alive(marker: str) -> list[int]:
-    """Processes with `marker` in their command line."""
+    """Return the processes with `marker` in their command line."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -49,7 +49,7 @@ def alive(marker: str) -> list[int]:
     ["time.sleep(99)", BACKTRACKING, "[signal.signal(n, signal.SIG_IGN) for n in (2, 14, 15)]; time.sleep(99)", "os.kill(os.getpid(), 19)"],
     ids=["sleeping", "in C code", "ignoring signals", "stopped"],
 )
-def test_a_response_on_which_the_reward_hangs_gets_the_failure_score_and_the_others_their_own(hang):
+def test_only_the_response_on_which_the_reward_hangs_gets_the_failure_score(hang):
     with reward_process(limit_s=LIMIT_S) as process:
         started = time.monotonic()
         first, stuck, last = score(process, "1", hang, "333")
@@ -58,7 +58,7 @@ def test_a_response_on_which_the_reward_hangs_gets_the_failure_score_and_the_oth
         assert stuck.details == {"failed": True}
         assert [(result.score, result.failure) for result in (first, last)] == [(1.0, ""), (3.0, "")]
         assert first.details["pid"] != last.details["pid"] and not psutil.pid_exists(first.details["pid"])
-        # The child that took its place goes on to the next batch.
+        # The replacement child scores the next batch.
         assert score(process, "22")[0].details["pid"] == last.details["pid"]
 
 
@@ -68,10 +68,10 @@ def test_a_response_on_which_the_reward_hangs_gets_the_failure_score_and_the_oth
         ("os._exit(0)", "ended its process (exit status 0) twice"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed its process (Segmentation fault) twice"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "crashed its process (Killed) twice"),
-        ("os.closerange(3, 65536)", "crashed its process (Killed) twice"),  # without its connection it is of no use: killed
+        ("os.closerange(3, 65536)", "crashed its process (Killed) twice"),  # useless without its connection, so it is killed
     ],
 )
-def test_a_reward_that_ends_its_process_is_tried_once_more_and_then_fails(crash, reason):
+def test_a_reward_that_ends_its_process_is_retried_once_and_then_fails(crash, reason):
     with reward_process() as process:
         results = score(process, "1", crash, "333")
     assert [result.score for result in results] == [1.0, -2.5, 3.0]
@@ -86,8 +86,8 @@ def test_a_reward_that_floods_its_worker_with_details_fails_on_that_response(mon
     assert results[1].reason == "returned details of over 1 MiB twice" and results[1].details == {"failed": True}
 
 
-def test_an_answer_of_which_half_arrives_is_none():
-    """The reward itself writes to the connection, as far as a process gets that is killed in the middle."""
+def test_half_an_answer_is_no_answer():
+    """The reward itself writes to the connection, up to where a process that is killed in the middle would get."""
     half = "[os.write(n, b'[1.0, ') for n in range(3, 64) if 'socket' in os.path.realpath(f'/proc/self/fd/{n}')]; os._exit(1)"
     with reward_process() as process:
         results = score(process, "1", half, "333")
@@ -95,7 +95,7 @@ def test_an_answer_of_which_half_arrives_is_none():
 
 
 def test_one_crash_of_a_response_costs_nothing(tmp_path):
-    """The first time a directory is made, the second time it is there."""
+    """The directory is created by the first call and exists in the second."""
     first, second, third = (f"os.path.isdir('{tmp_path}/{n}') or (os.mkdir('{tmp_path}/{n}'), os._exit(1))" for n in "abc")
     with reward_process() as process:
         results = score(process, "1", first, second, "4444")
@@ -123,7 +123,7 @@ def test_the_processes_of_a_killed_reward_end_with_it():
     ],
     ids=["printing", "closing its output", "moving away", "setting what is global"],
 )
-def test_what_a_reward_does_to_its_own_process_harms_nothing(response):
+def test_effects_of_a_reward_on_its_own_process_do_no_harm(response):
     with reward_process() as process:
         results = score(process, response, "print(1)" if "close" not in response else "22", "333")
         assert len({result.details["pid"] for result in results}) == 1
@@ -139,7 +139,7 @@ def test_a_value_that_is_no_score_is_the_users_error_and_not_a_failure():
         assert score(process, "four")[0].score == 4.0
 
 
-def test_a_batch_that_was_given_up_does_not_answer_for_the_next():
+def test_an_abandoned_batch_does_not_answer_for_the_next():
     with reward_process() as process:
         next(process.score([(PROMPT, "1"), (PROMPT, "22"), (PROMPT, "333")]))
         assert [result.score for result in score(process, "4444", "55555")] == [4.0, 5.0]
@@ -163,7 +163,7 @@ def test_a_module_that_cannot_be_loaded_is_refused_before_a_run_starts(tmp_path,
         check_reward("dataset", DataOptions(reward="bad_reward:f"))
 
 
-def test_a_reward_finds_the_files_of_the_directory_from_which_the_run_was_started(tmp_path):
+def test_a_reward_finds_the_files_of_the_runs_working_directory(tmp_path):
     (tmp_path / "table.txt").write_text("12345")
     with reward_process(directory=tmp_path) as process:
         response = "assert open('table.txt').read() == '12345'"
@@ -171,7 +171,7 @@ def test_a_reward_finds_the_files_of_the_directory_from_which_the_run_was_starte
     assert Path.cwd() != tmp_path
 
 
-def test_what_a_reward_does_wrong_costs_one_response_where_the_option_says_so():
+def test_a_fault_of_the_reward_costs_one_response_if_the_option_allows_it():
     options = DataOptions(reward=DOES, reward_on_error="score", reward_failure_score=-2.5)
     process = RewardProcess("dataset", options, ".")
     try:
@@ -184,7 +184,7 @@ def test_what_a_reward_does_wrong_costs_one_response_where_the_option_says_so():
     assert results[1].details == {"failed": True} and results[0].details["pid"] == results[3].details["pid"]
 
 
-def test_memory_that_leaks_over_responses_costs_none_and_a_response_that_needs_too_much_fails():
+def test_leaked_memory_costs_no_response_and_one_that_needs_too_much_fails():
     options = DataOptions(reward=DOES, reward_memory_gib=1.0, reward_failure_score=-2.5)
     leak = "globals().setdefault('kept', []).append(bytearray(350 << 20))"
     process = RewardProcess("dataset", options, ".")
@@ -198,7 +198,7 @@ def test_memory_that_leaks_over_responses_costs_none_and_a_response_that_needs_t
     assert (results[3].score, results[3].reason) == (-2.5, "got no more memory twice")
 
 
-def test_an_async_reward_is_awaited_and_its_loop_stays(tmp_path):
+def test_an_async_reward_is_awaited_and_its_loop_is_reused(tmp_path):
     module_text = (
         "import asyncio\nloops = set()\nasync def score(prompt, response, ground_truth, extra):\n"
         "    await asyncio.sleep(0.01)\n    loops.add(id(asyncio.get_running_loop()))\n    return len(response) / len(loops)\n"

@@ -1,4 +1,4 @@
-"""Rewards: the last number, and functions of the user's own."""
+"""Rewards: the last number, and custom functions."""
 
 import json
 import sys
@@ -41,14 +41,14 @@ def test_the_last_number_counts(response, score, reason):
     assert (result.score, result.reason) == (score, reason)
 
 
-def test_a_users_reward_sees_the_row_and_gives_details():
+def test_a_custom_reward_gets_the_row_and_returns_details():
     result = load_reward(f"{MODULE}:details")(make_prompt(level=2), "an answer")
     assert (result.score, result.reason) == (0.5, "half")
     assert type(result.score) is float
     assert result.details == {"seen": ["the words", "an answer", 7, {"level": 2}]}
 
 
-def test_a_users_reward_cannot_change_the_prompt():
+def test_a_custom_reward_cannot_change_the_prompt():
     reward, prompt = load_reward(f"{MODULE}:greedy"), make_prompt()
     assert [reward(prompt, "").score for _ in range(3)] == [1.0, 1.0, 1.0]
     assert prompt.extra == {}
@@ -132,7 +132,7 @@ def test_every_finite_number_is_a_score(value, score):
     assert result.score == score and type(result.score) is float
 
 
-def test_details_are_what_json_gives_back():
+def test_details_round_trip_through_json():
     value = "{'score': 1, 'reason': 3, 'a': np.bool_(True), 'b': (np.int64(2), np.float32(0.5)), 3: {None: [nested(90)]}}"
     result = load_reward(f"{MODULE}:returned")(make_prompt(value), "")
     assert result.reason == "3" and result.details["a"] is True and result.details["b"] == [2, 0.5]
@@ -149,13 +149,13 @@ def test_details_are_what_json_gives_back():
         ("ValueError('x' * 100_000)", "raised ValueError: xxx"),
     ],
 )
-def test_whatever_a_reward_raises_names_the_prompt_in_one_line(raised, message):
+def test_any_exception_of_a_reward_names_the_prompt_in_one_line(raised, message):
     with pytest.raises(UserError, match=f"user_rewards:raised on prompt train/9 {message}") as caught:
         load_reward(f"{MODULE}:raised")(make_prompt(raised, number=9), "")
     assert len(str(caught.value)) < 1000
 
 
-def test_a_reward_that_quits_is_told_that_it_must_not():
+def test_a_reward_that_exits_is_refused_with_the_rule():
     with pytest.raises(UserError, match=r"raised SystemExit: None; a reward must not exit"):
         load_reward(f"{MODULE}:quitting")(make_prompt(), "")
 
@@ -168,7 +168,7 @@ def test_a_reward_that_quits_is_told_that_it_must_not():
         ("def __getattr__(name): raise RuntimeError(name)", "raised RuntimeError: (__path__|f)"),
     ],
 )
-def test_whatever_a_rewards_module_raises_is_a_user_error(tmp_path, monkeypatch, code, message):
+def test_any_exception_of_a_rewards_module_is_a_user_error(tmp_path, monkeypatch, code, message):
     (tmp_path / "bad_module.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -177,6 +177,6 @@ def test_whatever_a_rewards_module_raises_is_a_user_error(tmp_path, monkeypatch,
         load_reward("bad_module:f")
 
 
-def test_an_exception_in_a_users_reward_names_the_prompt_in_one_line():
+def test_an_exception_in_a_custom_reward_names_the_prompt_in_one_line():
     with pytest.raises(UserError, match=r"user_rewards:raising on prompt train/9 raised KeyError: 'two\\nlines'"):
         load_reward(f"{MODULE}:raising")(make_prompt(number=9), "")

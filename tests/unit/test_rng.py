@@ -1,4 +1,4 @@
-"""Random generators as tensors: what is drawn after a restore is what would have been drawn."""
+"""Random generators as tensors: after a restore they draw the same numbers as before."""
 
 import random
 
@@ -10,10 +10,10 @@ from safetensors.torch import load, save
 
 @pytest.fixture(autouse=True)
 def generators():
-    """Megatron's tracker with two states of its own; every generator of this process is put back afterwards."""
+    """Megatron's tracker with two states; every generator of this process is restored afterwards."""
     from megatron_aspo.trainer import megatron_adapter
 
-    megatron_adapter.prepare()  # before anything else imports Megatron-Core
+    megatron_adapter.prepare()  # before any other import of Megatron-Core
     from megatron.core import tensor_parallel
 
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -31,7 +31,7 @@ def generators():
 
 
 def draw() -> list:
-    """A few numbers of every generator. One normal number is left waiting in NumPy and Python, which make two at a time."""
+    """Draw from every generator. NumPy and Python make normal numbers two at a time; one is left waiting in each."""
     from megatron.core import tensor_parallel
 
     tracked = []
@@ -50,12 +50,12 @@ def scramble() -> None:
 
 
 @pytest.mark.parametrize("numbers_before", [0, 1], ids=["no normal waits", "a normal waits"])
-def test_a_restored_generator_draws_what_it_would_have_drawn(numbers_before):
+def test_a_restored_generator_draws_the_same_numbers(numbers_before):
     from megatron_aspo.trainer.rng import restore_rng, rng_states
 
     scramble()
     [(np.random.normal(), random.gauss(0, 1)) for _ in range(numbers_before)]
-    kept = save(rng_states())  # through the file format they are kept in
+    kept = save(rng_states())  # through their file format
     expected = [draw(), draw()]
     scramble()
     assert draw() != expected[0]
@@ -63,13 +63,13 @@ def test_a_restored_generator_draws_what_it_would_have_drawn(numbers_before):
     assert [draw(), draw()] == expected
 
 
-def test_states_are_copies_that_later_draws_leave_alone():
+def test_states_are_copies_that_later_draws_do_not_change():
     from megatron_aspo.trainer.rng import restore_rng, rng_states
 
     states = rng_states()
     copies = {name: state.clone() for name, state in states.items()}
     expected = draw()
-    for _ in range(2):  # a restore can be repeated: it takes nothing from the states given
+    for _ in range(2):  # a restore can be repeated, because it does not change the given states
         restore_rng(states)
         assert draw() == expected
     assert all(torch.equal(states[name], copies[name]) for name in copies)
@@ -99,7 +99,7 @@ def test_a_missing_or_unknown_state_is_named_and_nothing_is_changed():
     assert all(torch.equal(state, before[name]) for name, state in rng_states().items())
 
 
-def test_another_generator_in_the_place_of_numpys_is_refused():
+def test_a_different_generator_for_numpy_is_refused():
     from megatron_aspo.trainer.rng import rng_states
 
     original = np.random.get_bit_generator()

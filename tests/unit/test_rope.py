@@ -1,4 +1,4 @@
-"""Scaled rotary embeddings: frequencies by the papers' definitions, and configs that transformers and vLLM would not read alike."""
+"""Scaled rotary embeddings: frequencies by the papers' definitions, and refusal of configs that transformers and vLLM read differently."""
 
 import json
 
@@ -33,12 +33,12 @@ REAL = {
 
 @pytest.mark.parametrize("rope", [*map(rope_scaling, ROPE_SCALINGS), *REAL.values()], ids=[*ROPE_SCALINGS, *REAL])
 @pytest.mark.parametrize("head_dim", [32, 128])
-def test_frequencies_are_those_of_the_definition(tmp_path, config, rope, head_dim):
+def test_frequencies_equal_the_definition(tmp_path, config, rope, head_dim):
     scaling = read(tmp_path, config | {"head_dim": head_dim}, rope).rope_scaling
     frequencies, attention_factor = rotary_frequencies(rope["rope_parameters"], head_dim)
     torch.testing.assert_close(torch.tensor(scaling.frequencies, dtype=torch.float64), frequencies, rtol=1e-6, atol=0)
     assert scaling.attention_factor == pytest.approx(attention_factor, rel=1e-12)
-    # They are scaled, or this would prove nothing.
+    # They are scaled, otherwise this would prove nothing.
     plain, _ = rotary_frequencies({"rope_theta": rope["rope_parameters"]["rope_theta"]}, head_dim)
     assert (frequencies / plain).min() == pytest.approx(1 / rope["rope_parameters"]["factor"])
 
@@ -78,6 +78,6 @@ def test_engines_have_yarn_positions_up_to_factor_times_the_original_length(tmp_
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, r"config\.json cannot be read: .*low_freq_factor"),
     ],
 )
-def test_a_scaling_that_would_be_read_in_several_ways_is_refused(tmp_path, config, rope, message):
+def test_an_ambiguous_scaling_is_refused(tmp_path, config, rope, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, config, rope)

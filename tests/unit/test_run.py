@@ -1,4 +1,4 @@
-"""What a run refuses before its processes start."""
+"""Mistakes that a run refuses before its processes start."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from megatron_aspo.weights.layout import ParallelSizes
     ("device", "slots", "needed"),
     [("cpu", 3, "4 training ranks and 2 engines need 6 CPUs"), ("cuda", 7, "4 training ranks and 2 engines need 8 GPUs")],
 )
-def test_more_processes_than_the_cluster_has_places_for_are_refused(device, slots, needed):
+def test_more_processes_than_the_cluster_has_devices_are_refused(device, slots, needed):
     config = Config(rollout=RolloutOptions(engines=2, tensor_parallel=2))
     with pytest.raises(UserError, match=f"{needed} of the Ray cluster, which has {slots}"):
         _check_resources(config, Cluster(ours=False, cores=2, device=device, slots=slots), ranks=4)
@@ -75,7 +75,7 @@ def test_a_ledger_that_lost_lines_since_the_checkpoint_is_refused_by_the_counts(
         (False, {"trainer": 2, "rollout": 2}, {"tensor_parallel": 2}, []),
     ],
 )
-def test_a_deterministic_run_says_what_keeps_it_from_being_the_undisturbed_one(tmp_path, capsys, deterministic, threads, layout, said):
+def test_a_deterministic_run_reports_why_it_is_not_the_undisturbed_one(tmp_path, capsys, deterministic, threads, layout, said):
     manifest = Manifest("LlamaForCausalLM", "float32", "local", ParallelSizes(), {}, {"threads": {"trainer": 1, "rollout": 2}})
     settings = RankSettings(tmp_path, TrainerOptions(**layout), OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 1, 1)
     progress = Progress(1)
@@ -86,6 +86,6 @@ def test_a_deterministic_run_says_what_keeps_it_from_being_the_undisturbed_one(t
 
 
 @pytest.mark.parametrize(("flags", "has"), [("avx2 avx512f", False), ("avx2 avx512_bf16 f16c", True), ("amx_bf16 amx_tile", True)])
-def test_a_processor_computes_in_bfloat16_when_its_flags_say_so(tmp_path, flags, has):
+def test_a_processor_computes_in_bfloat16_when_its_flags_list_it(tmp_path, flags, has):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
     assert computes_bfloat16(tmp_path / "cpuinfo") == has

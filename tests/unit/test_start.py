@@ -1,4 +1,4 @@
-"""Where a run begins: every state of the run directory that a user can leave behind."""
+"""Start of a run: every state of the run directory that a user can leave."""
 
 import json
 import multiprocessing
@@ -35,7 +35,7 @@ def make_run(config, *steps: int):
     return [make_checkpoint(config.directory, step) for step in steps]
 
 
-def test_a_new_run_starts_anew(config):
+def test_a_new_run_starts_at_step_0(config):
     for resume in ("never", "auto"):
         start = find_start(replace(config, resume=resume))
         assert not start.in_place and start.step == 0 and start.checkpoint is None
@@ -47,21 +47,21 @@ def test_without_resume_an_existing_run_is_not_touched(config):
         find_start(config)
 
 
-def test_auto_goes_on_from_the_newest_checkpoint(config):
+def test_auto_resumes_from_the_newest_checkpoint(config):
     make_run(config, 9, 10, 2)
     start = find_start(replace(config, resume="auto"))
     assert start.in_place and start.step == 10 and start.checkpoint.name == "step_10"
 
 
-def test_auto_starts_anew_in_a_run_that_was_killed_before_its_first_checkpoint(config):
+def test_auto_starts_over_in_a_run_that_was_killed_before_its_first_checkpoint(config):
     make_run(config)
     (config.directory / "checkpoints" / "step_1.unfinished-x").mkdir(parents=True)
     start = find_start(replace(config, resume="auto"))
     assert start.in_place and start.step == 0
 
 
-def test_auto_goes_on_from_where_a_branch_began_until_it_has_a_checkpoint_of_its_own(config, tmp_path):
-    """Also after a restart that found no checkpoint: each process notes where it began."""
+def test_auto_resumes_from_the_start_of_a_branch_until_it_has_its_own_checkpoint(config, tmp_path):
+    """Also after a restart that found no checkpoint: each process records where it began."""
     trunk = replace(config, run_dir=str(tmp_path / "trunk"))
     (began,) = make_run(trunk, 7)
     make_run(config)
@@ -75,7 +75,7 @@ def test_auto_goes_on_from_where_a_branch_began_until_it_has_a_checkpoint_of_its
     assert find_start(replace(config, resume="auto")).step == 8
 
 
-def test_auto_does_not_begin_anew_where_checkpoints_were_made_and_are_gone(config):
+def test_auto_does_not_start_over_where_checkpoints_are_lost(config):
     make_run(config)
     ledger = Ledger(config.directory / "ledger.jsonl")
     ledger.append("start", step=0, checkpoint="")
@@ -94,7 +94,7 @@ def test_auto_begins_in_a_directory_whose_maker_was_killed_at_once(config, left)
     assert start.in_place and start.checkpoint is None
 
 
-def test_a_checkpoint_that_was_set_aside_is_not_gone_on_from_in_its_own_run(config, tmp_path):
+def test_a_checkpoint_that_was_set_aside_is_not_resumed_in_its_own_run(config, tmp_path):
     (checkpoint,) = make_run(config, 3)
     aside = checkpoint.rename(checkpoint.with_name("step_3.superseded"))
     with pytest.raises(UserError, match=r"step_3\.superseded was set aside from its run; go on from it under another name"):
@@ -145,7 +145,7 @@ def test_a_path_may_be_a_checkpoint_or_a_run_of_this_name_or_of_another(config, 
         find_start(replace(config, resume=str(tmp_path / "nowhere")))
 
 
-def test_weights_alone_are_no_checkpoint_to_go_on_from(config):
+def test_a_run_does_not_resume_from_weights_alone(config):
     make_run(config)
     with pytest.raises(UserError, match="weights alone"):
         find_start(replace(config, resume=str(make_checkpoint(config.directory, 1, training=False))))
@@ -161,7 +161,7 @@ def _own(directory, pipe):
 
 
 def test_two_live_processes_never_own_one_run(tmp_path):
-    """The lock goes with the process, however it ends."""
+    """The lock ends with the process, however it ends."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     answers = []
@@ -179,7 +179,7 @@ def test_two_live_processes_never_own_one_run(tmp_path):
     assert Ownership(tmp_path).attempt == (tmp_path / "attempt").read_text()
 
 
-def test_metrics_of_steps_that_are_done_again_move_aside(tmp_path):
+def test_metrics_of_repeated_steps_are_set_aside(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "old": True}) + "\n" for step in range(4)]
     path.write_text("".join(lines) + '{"step": 4, "o')

@@ -22,14 +22,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_response(samples):
 
 @pytest.mark.parametrize(("samples", "right", "k"), [(200, 3, 100), (64, 1, 32), (16, 16, 4), (1000, 999, 1), (200, 0, 7)])
 def test_pass_at_k_is_the_published_product(samples, right, k):
-    """1 − Π (1 − k/i) over i from n − c + 1 to n, as the paper's own code has it, here in fractions."""
+    """1 − Π (1 − k/i) over i from n − c + 1 to n, as in the paper's own code, here in fractions."""
     product = 1 - prod((1 - Fraction(k, i) for i in range(samples - right + 1, samples + 1)), start=Fraction(1))
     expected = 1.0 if samples - right < k else float(product)
     assert pass_at_k(samples, right, k) == pytest.approx(expected, abs=1e-12)
 
 
 def majority_by_enumeration(votes, right, k):
-    """Every subset: all most frequent answers share the vote."""
+    """Enumerate every subset: all most frequent answers share the vote."""
     total = Fraction(0)
     for subset in itertools.combinations(votes, k):
         named = [vote for vote in subset if vote is not None]
@@ -47,14 +47,14 @@ def test_majority_at_k_is_the_mean_over_every_subset():
             assert majority_at_k(votes, right, k) == pytest.approx(majority_by_enumeration(votes, right, k), abs=1e-12), (votes, right, k)
 
 
-def test_majority_of_many_samples_is_that_of_random_draws():
+def test_majority_of_many_samples_agrees_with_random_draws():
     draw = random.Random(8)
     votes = ["a"] * 13 + ["b"] * 11 + ["c"] * 4 + [None] * 4
     draws = [majority_by_enumeration(draw.sample(votes, 9), {"a"}, 9) for _ in range(20_000)]
     assert majority_at_k(votes, {"a"}, 9) == pytest.approx(np.mean(draws), abs=4 * np.std(draws) / 20_000**0.5)
 
 
-def test_ties_are_shared_and_responses_without_an_answer_do_not_vote():
+def test_ties_share_the_vote_and_responses_without_an_answer_do_not_vote():
     assert majority_at_k(["a", "b"], {"a"}, 2) == 0.5
     assert majority_at_k(["a", "b", "c"], {"a", "b"}, 3) == pytest.approx(2 / 3, abs=1e-12)
     assert majority_at_k(["a", None, None], {"a"}, 3) == 1.0
@@ -74,9 +74,9 @@ def interval_by_hand(values, positions, confidence=0.95):
     means = sorted(float(sum(Fraction(values[position]) for position in row) / len(row)) for row in positions.tolist())
 
     def quantile(share):
-        place = share * (len(means) - 1)
-        below = int(place)
-        return means[below] + (place - below) * (means[min(below + 1, len(means) - 1)] - means[below])
+        rank = share * (len(means) - 1)
+        below = int(rank)
+        return means[below] + (rank - below) * (means[min(below + 1, len(means) - 1)] - means[below])
 
     return quantile((1 - confidence) / 2), quantile((1 + confidence) / 2)
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, how they are found, and what a killed process leaves."""
+"""Which checkpoints are kept, how they are found, and the files that a killed process leaves."""
 
 import json
 
@@ -28,19 +28,19 @@ def kept(accuracies: dict, **options) -> list[int]:
         ({"keep_last": 2, "keep_every": 4, "keep_best": 1}, [4, 5, 7, 8]),
     ],
 )
-def test_the_newest_the_best_and_every_nth_stay(options, expected):
+def test_the_newest_the_best_and_every_nth_are_kept(options, expected):
     accuracies = {1: 0.1, 2: 0.7, 3: None, 4: 0.2, 5: 0.9, 6: 0.3, 7: None, 8: 0.1}
     assert kept(accuracies, **options) == expected
 
 
-def test_of_equal_accuracies_the_newer_stays():
+def test_the_newer_of_two_equal_accuracies_is_kept():
     assert kept({1: 0.5, 2: 0.5, 3: 0.1}, keep_last=1, keep_best=1) == [2, 3]
 
 
 @given(
     st.dictionaries(st.integers(1, 50), st.none() | st.floats(0, 1), min_size=1), st.integers(1, 5), st.integers(0, 5), st.integers(0, 5)
 )
-def test_the_newest_always_stays(accuracies, last, every, best):
+def test_the_newest_is_always_kept(accuracies, last, every, best):
     assert max(accuracies) in kept(accuracies, keep_last=last, keep_every=every, keep_best=best)
 
 
@@ -62,7 +62,7 @@ def test_checkpoints_are_found_oldest_first_and_nothing_else_is(run):
     assert find_checkpoints(run / "nowhere") == {}
 
 
-def test_what_a_killed_process_left_is_swept_and_nothing_else(run):
+def test_only_the_files_of_a_killed_process_are_swept(run):
     before = names(run)
     (run / "checkpoints" / "step_4.unfinished-host-2-removed").mkdir()
     sweep_unfinished(run)
@@ -70,12 +70,12 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(run):
     sweep_unfinished(run / "nowhere")
 
 
-def test_later_checkpoints_and_exports_are_set_aside_and_stay(run):
+def test_later_checkpoints_and_exports_are_set_aside_and_kept(run):
     (run / "exports" / "step_9").mkdir(parents=True)
     (run / "exports" / "step_2").mkdir()
     (run / "checkpoints" / "step_9.superseded").mkdir()
     aside = set_aside(run, 2)
-    # One was set aside before: it stays, too.
+    # One was set aside before, and is kept too.
     expected = ["step_10.superseded", "step_12.superseded", "step_9.superseded", "step_9.superseded-2"]
     assert sorted(path.name for path in aside) == expected
     assert list(find_checkpoints(run)) == [2]
@@ -83,8 +83,8 @@ def test_later_checkpoints_and_exports_are_set_aside_and_stay(run):
     assert {path.name for path in (run / "exports").iterdir()} == {"step_2", "step_9.superseded"}
 
 
-def test_rollouts_and_evaluations_of_steps_that_are_done_again_are_set_aside(tmp_path):
-    """A checkpoint after step 2 stands beside the evaluation after it and the rollouts that made it: those of steps 0 and 1."""
+def test_rollouts_and_evaluations_of_repeated_steps_are_set_aside(tmp_path):
+    """A checkpoint after step 2 is kept with the evaluation after it and the rollouts that made it: those of steps 0 and 1."""
     for room, suffix in (("rollouts", ".parquet"), ("evaluations", ".json")):
         (tmp_path / room).mkdir()
         for step in range(4):

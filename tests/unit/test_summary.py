@@ -15,7 +15,7 @@ NONE = {"train/updates": 0, "train/skipped_updates": 0, "groups/dropped": 0}
 
 
 def summary(directory: Path, capsys, steps: list[dict]) -> tuple[dict, str]:
-    """The last line, and all that stands before it."""
+    """Return the last line, and the output before it."""
     metrics = MetricsFile(directory / "metrics.jsonl")
     for number, step in enumerate(steps):
         metrics.write({"step": number} | step)

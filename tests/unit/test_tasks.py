@@ -1,4 +1,4 @@
-"""Tasks that make their prompts: which are drawn, which are held out, how they are scored."""
+"""Procedural tasks: which prompts are drawn, which are held out, how they are scored."""
 
 import re
 
@@ -33,7 +33,7 @@ def test_an_epoch_draws_each_item_once_and_epochs_differ():
 
 
 @pytest.mark.parametrize("name", PROCEDURAL)
-def test_training_prompts_are_a_function_of_seed_and_index(name):
+def test_training_prompts_depend_only_on_seed_and_index(name):
     first, again, other = build(name), build(name), build(name, seed=1)
     expected = [first.prompt(i) for i in range(30)]
     assert [again.prompt(i) for i in reversed(range(30))] == expected[::-1]

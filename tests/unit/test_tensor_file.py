@@ -1,4 +1,4 @@
-"""The safetensors writer: what the safetensors library reads is what was given, and nothing else can be written."""
+"""The safetensors writer: the safetensors library reads the given tensors, and nothing else can be written."""
 
 import hashlib
 import io
@@ -38,7 +38,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     metadata=st.none() | st.dictionaries(names, st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=3),
     seed=st.integers(0, 2**32),
 )
-def test_the_safetensors_library_reads_what_was_given_and_the_hash_is_the_files(asked, metadata, seed):
+def test_the_safetensors_library_reads_the_given_tensors_and_the_hash_is_the_files(asked, metadata, seed):
     generator = torch.Generator().manual_seed(seed)
     ordered = sorted(asked.items(), key=lambda item: -item[1][0].itemsize)
     tensors = {name: random_bits(shape, dtype, generator) for name, (dtype, shape) in ordered}
@@ -76,7 +76,7 @@ def test_parts_that_are_not_the_tensor_announced_are_refused(tmp_path, parts):
         writer.write("a", *parts)
 
 
-def test_raw_bytes_of_a_contiguous_tensor_are_its_memory_and_not_a_copy():
+def test_raw_bytes_of_a_contiguous_tensor_are_a_view():
     tensor = torch.zeros(4, dtype=torch.bfloat16)
     view = raw_bytes(tensor)
     tensor[1] = 1.0
@@ -114,7 +114,7 @@ def test_closing_without_all_tensors_is_refused_by_the_first_that_is_missing(tmp
             writer.close()
 
 
-def test_a_file_that_is_there_is_not_overwritten(tmp_path):
+def test_an_existing_file_is_not_overwritten(tmp_path):
     (tmp_path / "t").write_bytes(b"kept")
     with pytest.raises(FileExistsError):
         TensorFileWriter(tmp_path / "t", METAS)
@@ -127,7 +127,7 @@ def test_an_order_that_would_misalign_a_wider_element_type_is_refused_before_a_f
     assert not (tmp_path / "t").exists()
 
 
-def test_a_file_that_takes_less_than_it_is_given_gets_the_rest(tmp_path, monkeypatch):
+def test_a_short_write_is_completed(tmp_path, monkeypatch):
     class Slow(io.FileIO):
         def write(self, data):
             return super().write(bytes(memoryview(data)[:5]))
@@ -147,7 +147,7 @@ def test_leaving_early_closes_the_file(tmp_path):
         writer.write("a", A)
 
 
-def test_the_header_is_json_whose_offsets_leave_no_gap(tmp_path):
+def test_the_header_is_json_with_offsets_that_leave_no_gap(tmp_path):
     write(tmp_path / "t", {"a": A, "b": B})
     content = (tmp_path / "t").read_bytes()
     length = int.from_bytes(content[:8], "little")

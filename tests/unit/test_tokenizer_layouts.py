@@ -1,6 +1,6 @@
-"""Tokenizer files as models come with them: what is loaded gives the tokens and the text of the files, or is refused.
+"""Tokenizer files as distributed with models: the loaded tokenizer gives the files' tokens and text, or is refused.
 
-The truth is read by other libraries: `tokenizers` reads tokenizer.json and vocab.json with merges.txt, SentencePiece reads tokenizer.model.
+The truth comes from other libraries: `tokenizers` reads tokenizer.json and vocab.json with merges.txt, SentencePiece reads tokenizer.model.
 """
 
 import json
@@ -38,7 +38,7 @@ DEEPSEEK_TEMPLATE = (
 
 
 def as_dictionary(content: str) -> dict:
-    """A special token as transformers 4 wrote it into tokenizer_config.json."""
+    """Return a special token in transformers 4's format of tokenizer_config.json."""
     return {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
 
@@ -48,7 +48,7 @@ def split(regex: str) -> pre_tokenizers.PreTokenizer:
 
 
 def byte_level(pre_tokenizer, normalizer=None, bos_first=False) -> Tokenizer:
-    """A byte-level BPE of 800 tokens."""
+    """Return a byte-level BPE of 800 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if normalizer:
@@ -62,7 +62,7 @@ def byte_level(pre_tokenizer, normalizer=None, bos_first=False) -> Tokenizer:
 
 
 def sentencepiece_json() -> Tokenizer:
-    """The SentencePiece model as a tokenizer.json, as Llama 2 and Mixtral come: written here from its pieces and scores."""
+    """Return the SentencePiece model as a tokenizer.json, like that of Llama 2 and Mixtral: written here from its pieces and scores."""
     library = SentencePieceProcessor(model_file=str(SENTENCEPIECE_MODEL))
     pieces = [library.id_to_piece(i) for i in range(library.get_piece_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -100,7 +100,7 @@ def made() -> dict[str, Tokenizer]:
 
 @pytest.fixture
 def write(tmp_path, made):
-    """Write a model's tokenizer files; returns the directory."""
+    """Write a model's tokenizer files; return the directory."""
 
     def write(kind: str, model_type: str, tokenizer_class: str | None, **config) -> Path:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -114,7 +114,7 @@ def write(tmp_path, made):
     return write
 
 
-# tokenizer.json's kind, model type, tokenizer_class. AutoTokenizer reads those marked ✗ otherwise.
+# tokenizer.json's kind, model type, tokenizer_class. AutoTokenizer misreads those marked ✗.
 LAYOUTS = [
     ("digits", "llama", "PreTrainedTokenizerFast"),
     ("digits", "llama", "LlamaTokenizerFast"),  # ✗ deepseek-math, deepseek-llm, xLAM
@@ -136,7 +136,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("kind", "model_type", "tokenizer_class"), LAYOUTS)
-def test_tokens_and_text_are_those_of_tokenizer_json(write, kind, model_type, tokenizer_class):
+def test_tokens_and_text_match_tokenizer_json(write, kind, model_type, tokenizer_class):
     directory = write(kind, model_type, tokenizer_class)
     file = Tokenizer.from_file(str(directory / "tokenizer.json"))
     file.no_truncation()
@@ -151,7 +151,7 @@ def test_tokens_and_text_are_those_of_tokenizer_json(write, kind, model_type, to
 
 
 def test_the_papers_base_model_loads_as_its_files_say(write, made):
-    """DeepSeek-R1-Distill-Qwen-1.5B: another class than its model type's, special tokens as dictionaries, a template that opens <think>."""
+    """DeepSeek-R1-Distill-Qwen-1.5B: a class other than its model type's, special tokens as dictionaries, a template that opens <think>."""
     directory = write(
         "deepseek",
         "qwen2",
@@ -185,7 +185,7 @@ def test_tokenizer_json_wins_over_a_sentencepiece_model_beside_it(write, made):
 
 
 def legacy(write, made, kind: str, model_type: str, tokenizer_class: str) -> Path:
-    """vocab.json, merges.txt and added_tokens.json in place of tokenizer.json."""
+    """Write vocab.json, merges.txt and added_tokens.json instead of tokenizer.json."""
     added = {str(i): {"content": token, "special": True} for i, token in enumerate(SPECIALS)}
     directory = write(kind, model_type, tokenizer_class, added_tokens_decoder=added)
     (directory / "tokenizer.json").unlink()
@@ -239,7 +239,7 @@ def test_special_tokens_that_transformers_cannot_read_are_refused_by_name(write)
 
 
 @pytest.mark.parametrize(("kind", "model_type", "tokenizer_class"), LAYOUTS)
-def test_who_loads_an_export_with_autotokenizer_gets_the_same_tokens_or_the_run_says_so(write, tmp_path, kind, model_type, tokenizer_class):
+def test_autotokenizer_reads_the_same_tokens_from_an_export_or_the_run_warns(write, tmp_path, kind, model_type, tokenizer_class):
     directory = write(kind, model_type, tokenizer_class)
     files, warning = tokenizer_files(directory, load_tokenizer(directory), "")
     export = tmp_path / "export"

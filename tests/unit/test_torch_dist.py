@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,15 @@ import pytest
 import torch
 
 from megatron_aspo.checkpoint.convert import convert, open_source
-from megatron_aspo.checkpoint.torch_dist import LATEST
 from megatron_aspo.checkpoint.torch_dist_table import read_table
+from megatron_aspo.checkpoint.verify import verify
 from megatron_aspo.cli import main
 from megatron_aspo.common.errors import UserError
+from megatron_aspo.hf.model_directory import LATEST
 from megatron_aspo.weights.families import NAMINGS
 from megatron_aspo.weights.layout import ParallelSizes
 from tests.in_process import run_main
-from tests.models import rope_scaling
+from tests.models import rope_scaling, save_tiny
 from tests.unit.hf_shards import ARCHITECTURES, Model, assert_same, read_tensors, write_model
 from tests.unit.test_convert import MEMORY
 from tests.unit.test_hf_model import change_config
@@ -157,6 +159,24 @@ def test_without_config_and_tokenizer_a_model_that_has_them_must_be_named(checkp
     assert_same(read_tensors(tmp_path / "back"), read_tensors(tmp_path / "hf"))
 
 
+def test_verify_computes_the_logits_of_both_models_in_both_directions(tmp_path):
+    """The second time by the config of another directory, as of a checkpoint that Megatron wrote."""
+    save_tiny("qwen2", tmp_path / "hf", tied=True)
+    for words in (["hf", "dist", "--to", "torch_dist"], ["dist", "back", "--config-from", "./hf"]):
+        done = run_main(main, "convert", *words, "--verify", cwd=tmp_path)
+        assert done.returncode == 0 and "same best token for 100.0 %" in done.stdout, done.stderr
+        shutil.rmtree(tmp_path / "dist" / "release" / "huggingface", ignore_errors=True)
+    assert_same(read_tensors(tmp_path / "back"), read_tensors(tmp_path / "hf"))
+
+
+def test_verify_refuses_another_model_s_checkpoint(tmp_path):
+    for seed, name in enumerate(("one", "other")):
+        save_tiny("qwen2", tmp_path / name, tied=True, seed=seed)
+    convert(open_source(tmp_path / "other"), tmp_path / "dist", to="torch_dist")
+    with pytest.raises(UserError, match="the logits of both models differ by"):
+        verify(tmp_path / "one", open_source(tmp_path / "dist"), torch.float32)
+
+
 def test_the_command_says_what_it_wrote_and_what_the_target_does_not_hold(tmp_path):
     write_model(tmp_path / "hf", Model("llama"))
     change_config(tmp_path / "hf", **rope_scaling("llama3"))
@@ -167,7 +187,7 @@ def test_the_command_says_what_it_wrote_and_what_the_target_does_not_hold(tmp_pa
     for words, said in (
         (["hf", "x", "--to", "torch_dist", "--tensor-parallel", "2"], "--tensor-parallel is about --to megatron"),
         (["hf", "x", "--config-from", "hf"], "--config-from is about a torch_dist source, but hf is none; leave it out"),
-        (["dist", "x", "--to", "torch_dist", "--verify"], "--verify compares a Hugging Face directory with"),
+        (["dist", "x", "--to", "torch_dist", "--verify"], "needs Hugging Face on one side"),
     ):
         ended = run_main(main, "convert", *words, cwd=tmp_path)
         assert ended.returncode == 2 and said in ended.stderr and not (tmp_path / "x").exists()

@@ -1,4 +1,4 @@
-"""Trackers get every metric under its step, and whatever one of them does, a run goes on. What they wrote is read back."""
+"""Trackers get every metric under its step, and a run goes on whatever one of them does. Their output is read back."""
 
 import threading
 import time
@@ -96,7 +96,7 @@ def test_mlflow_has_one_run_to_which_a_watcher_adds(run, monkeypatch, tmp_path):
 
 
 class Bad:
-    """Fails as `how` says, after it has noted what came."""
+    """Records what it gets, then fails in the way that `how` names."""
 
     how, seen = "", []
     released = threading.Event()
@@ -125,7 +125,7 @@ class Good(Bad):
     ("how", "seen", "reason"),
     [("init", [], "ConnectionError: no route"), ("log", [1], "SystemExit: 3"), ("close", [1, 3, 2], "OSError: disk full")],
 )
-def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(run, monkeypatch, how, seen, reason):
+def test_a_failing_tracker_is_reported_once_and_the_others_go_on(run, monkeypatch, how, seen, reason):
     monkeypatch.setitem(TRACKERS, "bad", type("Named", (Bad,), {"how": how, "seen": []}))
     monkeypatch.setitem(TRACKERS, "good", type("Named", (Good,), {"seen": []}))
     (line,) = log_all(run, "bad", "good")
@@ -133,7 +133,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(run, monkeypatch
     assert TRACKERS["bad"].seen == seen and TRACKERS["good"].seen == [1, 3, 2]
 
 
-def test_a_tracker_that_hangs_delays_no_step_and_the_end_by_its_limit_only(run, monkeypatch):
+def test_a_hanging_tracker_delays_no_step_and_the_end_only_by_its_limit(run, monkeypatch):
     monkeypatch.setattr(trackers, "_CLOSE_S", 0.2)
     monkeypatch.setitem(TRACKERS, "bad", type("Named", (Bad,), {"how": "hang", "seen": []}))
     lines, started = [], time.monotonic()
@@ -152,17 +152,17 @@ def test_the_first_charts_are_a_dozen_metrics_that_runs_write():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["observe.trackers=[wandbb]"], "observe.trackers has wandbb, which is not known; did you mean wandb?"),
         (["observe.trackers=[wandb,wandb]"], "observe.trackers has wandb twice"),
         (["observe.project=mine"], "observe.project=mine has no effect without wandb or mlflow"),
     ],
 )
-def test_mistakes_are_refused_at_the_start(overrides, said):
+def test_invalid_trackers_are_refused_at_the_start(overrides, message):
     with pytest.raises(UserError) as error:
         load_config(QUICKSTART, overrides)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):

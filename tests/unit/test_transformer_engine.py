@@ -1,4 +1,4 @@
-"""Which layers are taken where Transformer Engine is absent, whole, broken, or beside a library that it does not work with."""
+"""The choice of layers where Transformer Engine is absent, complete, broken, or beside an incompatible library."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ CPU, CUDA = Device(torch.device("cpu"), "gloo"), Device(torch.device("cuda"), "n
         ("transformer_engine", "float32", CUDA, True, UserError("in half precision only, not in trainer.dtype=float32; use auto or local")),
     ],
 )
-def test_layers_are_those_that_run_here_in_this_dtype(monkeypatch, wanted, dtype, device, installed, chosen):
+def test_the_chosen_layers_run_on_this_device_in_this_dtype(monkeypatch, wanted, dtype, device, installed, chosen):
     monkeypatch.setattr(transformer_engine, "is_installed", lambda: installed)
     options = TrainerOptions(layer_spec=wanted, dtype=dtype)
     if isinstance(chosen, str):
@@ -47,7 +47,7 @@ def test_layers_are_those_that_run_here_in_this_dtype(monkeypatch, wanted, dtype
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Makes a package transformer_engine whose torch part is this code."""
-    # Where there is no GPU it is kept from being imported.
+    # Where there is no GPU, importing it is prevented.
     monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
 
     def put(code: str, *distributions: str) -> None:
@@ -66,7 +66,7 @@ def install(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_an_engine_that_is_absent_or_whole_passes(install):
+def test_an_absent_or_complete_engine_is_accepted(install):
     transformer_engine.check_installation()
     install("")
     transformer_engine.check_installation()
@@ -121,5 +121,5 @@ def test_versions_of_transformer_engine_and_cublas_that_disagree(engine, cublas,
     assert bool(transformer_engine.cublas_conflict(engine, cublas, experts=experts)) == conflict
 
 
-def test_the_adam_that_is_printed_is_the_one_that_megatron_imported():
+def test_the_printed_adam_is_the_one_that_megatron_imported():
     assert fused_adam() == "torch fused AdamW"

@@ -1,4 +1,4 @@
-"""Watchers as processes: each checkpoint is evaluated once, whoever is killed. What they start here is quick, in tests/e2e it is real."""
+"""Watchers as processes: each checkpoint is evaluated once, whichever is killed. Their children are quick here and real in tests/e2e."""
 
 import argparse
 import csv
@@ -41,13 +41,13 @@ WATCHER = """
 import sys, time
 from pathlib import Path
 from megatron_aspo.commands.watch import Watcher
-place, seconds = Path(sys.argv[1]), sys.argv[2]
-command = lambda candidate, out: [sys.executable, place / "evaluation.py", candidate.name, out, place / "log", seconds]
+directory, seconds = Path(sys.argv[1]), sys.argv[2]
+command = lambda candidate, out: [sys.executable, directory / "evaluation.py", candidate.name, out, directory / "log", seconds]
 def on_result(step, result):
-    with open(place / "told", "a") as file:
+    with open(directory / "told", "a") as file:
         file.write(f"{step}\\n")
-watcher = Watcher(place / "run", place / "out", command, on_result)
-while len(list((place / "out").glob("step_*/result.json"))) < len(list((place / "run").iterdir())):
+watcher = Watcher(directory / "run", directory / "out", command, on_result)
+while len(list((directory / "out").glob("step_*/result.json"))) < len(list((directory / "run").iterdir())):
     watcher.look()
     time.sleep(0.02)
 watcher.look()
@@ -55,7 +55,7 @@ watcher.look()
 
 
 @pytest.fixture
-def place(tmp_path):
+def directory(tmp_path):
     (tmp_path / "evaluation.py").write_text(EVALUATION)
     for step in range(1, COUNT + 1):
         make_hugging_face(tmp_path / "run" / f"step_{step}")
@@ -68,13 +68,13 @@ def make_hugging_face(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"")
 
 
-def start(place, seconds):
+def start(directory, seconds):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", WATCHER, str(place), str(seconds)], env=environment, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", WATCHER, str(directory), str(seconds)], env=environment, start_new_session=True)
 
 
-def log(place, what):
-    path = place / "log"
+def log(directory, what):
+    path = directory / "log"
     lines = path.read_text().splitlines() if path.exists() else []
     return sorted(int(line.rpartition("_")[2]) for line in lines if line.startswith(what))
 
@@ -86,32 +86,32 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def finish(place, *watchers):
+def finish(directory, *watchers):
     for watcher in watchers:
         assert watcher.wait(120) == 0
     every = list(range(1, COUNT + 1))
-    assert log(place, "finished") == every
-    rows = list(csv.DictReader((place / "out" / "results.csv").open()))
+    assert log(directory, "finished") == every
+    rows = list(csv.DictReader((directory / "out" / "results.csv").open()))
     assert [int(row["step"]) for row in rows] == every and [float(row["avg@2"]) for row in rows] == [step / 100 for step in every]
     return every
 
 
-def test_two_watchers_evaluate_each_checkpoint_once(place):
-    every = finish(place, start(place, 0.1), start(place, 0.1))
-    assert log(place, "started") == every
-    assert sorted(map(int, (place / "told").read_text().split())) == every
+def test_two_watchers_evaluate_each_checkpoint_once(directory):
+    every = finish(directory, start(directory, 0.1), start(directory, 0.1))
+    assert log(directory, "started") == every
+    assert sorted(map(int, (directory / "told").read_text().split())) == every
 
 
-def test_a_watcher_that_is_killed_leaves_its_evaluation_to_end_and_the_rest_to_the_other(place):
-    first, second = start(place, 0.2), start(place, 0.2)
-    wait_for(lambda: len(log(place, "started")) >= 3)
+def test_the_evaluation_of_a_killed_watcher_finishes_and_the_other_takes_the_rest(directory):
+    first, second = start(directory, 0.2), start(directory, 0.2)
+    wait_for(lambda: len(log(directory, "started")) >= 3)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    every = finish(place, second)
-    assert log(place, "started") == every and set(map(int, (place / "told").read_text().split())) == set(every)
+    every = finish(directory, second)
+    assert log(directory, "started") == every and set(map(int, (directory / "told").read_text().split())) == set(every)
 
 
-def test_an_evaluation_whose_watcher_was_killed_is_not_begun_a_second_time(tmp_path):
+def test_an_evaluation_whose_watcher_was_killed_is_not_started_twice(tmp_path):
     (tmp_path / "evaluation.py").write_text(EVALUATION)
     make_hugging_face(tmp_path / "run" / "step_1")
     first = start(tmp_path, 1.5)
@@ -123,13 +123,13 @@ def test_an_evaluation_whose_watcher_was_killed_is_not_begun_a_second_time(tmp_p
     assert (tmp_path / "told").read_text() == "1\n"
 
 
-def test_an_evaluation_that_is_killed_with_its_watcher_is_done_again(place):
-    first, second = start(place, 0.2), start(place, 0.2)
-    wait_for(lambda: len(log(place, "started")) >= 3)
+def test_an_evaluation_that_is_killed_with_its_watcher_is_repeated(directory):
+    first, second = start(directory, 0.2), start(directory, 0.2)
+    wait_for(lambda: len(log(directory, "started")) >= 3)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    every = finish(place, second)
-    assert sorted(set(log(place, "started"))) == every and len(log(place, "started")) <= COUNT + 1
+    every = finish(directory, second)
+    assert sorted(set(log(directory, "started"))) == every and len(log(directory, "started")) <= COUNT + 1
 
 
 def test_a_checkpoint_that_fails_is_tried_three_times_and_named(tmp_path, capfd):
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_fails_is_tried_three_times_and_named(tmp_path, capfd)
     assert (tmp_path / "out" / "step_4.failures").read_text() == "exit status 7\n" * TRIES
 
 
-def test_an_evaluation_that_ends_well_without_a_result_has_failed(tmp_path):
+def test_an_evaluation_that_exits_0_without_a_result_has_failed(tmp_path):
     make_hugging_face(tmp_path / "run" / "step_4")
     Watcher(tmp_path / "run", tmp_path / "out", lambda candidate, out: ["true"], print).look()
     assert (tmp_path / "out" / "step_4.failures").read_text() == "exit status 0\n"
@@ -180,13 +180,13 @@ def test_one_watcher_generates_and_another_grades_without_the_checkpoints(tmp_pa
     assert [(tmp_path / "out" / f"step_{step}" / "log").read_text().split() for step in (3, 20)] == [["generate", "grade"]] * 2
 
 
-def test_only_whole_checkpoints_are_candidates_each_step_once(tmp_path):
+def test_only_complete_checkpoints_are_candidates_each_step_once(tmp_path):
     for name in ("checkpoints/step_2", "checkpoints/step_10"):
         (tmp_path / name / "huggingface").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_12.unfinished-host-1").mkdir()
     make_hugging_face(tmp_path / "exports" / "step_10")
     make_hugging_face(tmp_path / "global_step_30")
-    (tmp_path / "global_step_40").mkdir()  # nothing is in it yet
+    (tmp_path / "global_step_40").mkdir()  # still empty
     make_hugging_face(tmp_path / "step_50")
     (tmp_path / "step_50" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}')
     (tmp_path / "step_50" / "x-1.safetensors").write_bytes(b"")
@@ -201,7 +201,7 @@ def parsed(**values):
     return argparse.Namespace(**defaults | {"ray_address": "", "accept_count": False, "once": True, "model": ""} | values)
 
 
-def test_a_child_gets_the_watchers_words(tmp_path):
+def test_a_child_gets_the_watchers_arguments(tmp_path):
     make_hugging_face(tmp_path / "step_3")
     given = parsed(protocol="aime24", data=["a", "b"], overrides=["samples=4"], accept_count=True)
     words = child_command(given, candidates(tmp_path)[0], tmp_path / "out" / "step_3")

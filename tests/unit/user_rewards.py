@@ -72,12 +72,12 @@ def raising(prompt, response, ground_truth, extra):
 
 
 def returned(prompt, response, ground_truth, extra):
-    """Returns what the row says, in Python's notation."""
+    """Return the value of the row, an expression in Python."""
     return eval(ground_truth, VALUES)
 
 
 def raised(prompt, response, ground_truth, extra):
-    """Raises what the row says."""
+    """Raise the exception of the row."""
     raise eval(ground_truth, VALUES)
 
 
@@ -89,6 +89,6 @@ VALUES = {kind.__name__: kind for kind in (Decimal, Fraction, Hostile, Own, nest
 
 
 def does(prompt, response, ground_truth, extra):
-    """Does what the response says, in Python; the score is the length of the response."""
+    """Execute the response as Python; the score is the length of the response."""
     exec(response)
     return {"score": len(response), "pid": os.getpid(), "time": time.monotonic()}

@@ -1,9 +1,9 @@
-"""How long training stands still for a checkpoint that is written while it goes on, against one that it waits for.
+"""Measure how long an asynchronous checkpoint holds up training, against a synchronous one.
 
     .venv/bin/python tools/bench/bench_checkpoint.py [--model models/smollm2-135m-instruct] [--rounds 4]
 
-One training rank with the optimizer state of a model in float32; synchronous and asynchronous checkpoints alternate, each waited for to its
-end before the next one begins. The last line is one JSON object; the figure is a ratio of medians, as machines are noisy.
+One training rank with the optimizer state of a model in float32. Synchronous and asynchronous checkpoints alternate, each finished before
+the next one begins. The last line is one JSON object; the result is a ratio of medians, as machines are noisy.
 """
 
 import argparse
@@ -43,28 +43,28 @@ def main() -> None:
     trainer = TrainerRank(settings, 0, dist.HashStore())
     saver = RankSaver(trainer)
     saver.reserve()
-    with tempfile.TemporaryDirectory() as place:
-        (Path(place) / ATTEMPT).write_text("bench")
-        stalls: dict[bool, list[float]] = {False: [], True: []}
-        whole: list[float] = []
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / ATTEMPT).write_text("bench")
+        stall_s: dict[bool, list[float]] = {False: [], True: []}
+        total_s: list[float] = []
         for number in range(parsed.rounds):
             for asynchronous in (False, True):
-                target = Path(place) / "checkpoints" / f"step_{number}_{asynchronous}"
+                target = Path(directory) / "checkpoints" / f"step_{number}_{asynchronous}"
                 started = time.perf_counter()
-                stalls[asynchronous].append(saver.save(SaveRequest(target, "bench", {"step": number}, "", asynchronous)))
+                stall_s[asynchronous].append(saver.save(SaveRequest(target, "bench", {"step": number}, "", asynchronous)))
                 saver.finish()
-                whole.append(time.perf_counter() - started)
+                total_s.append(time.perf_counter() - started)
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     trainer.close()
-    synchronous, asynchronous = (statistics.median(stalls[kind]) for kind in (False, True))
-    print(f"{size / 1e9:.2f} GB; asynchronous ones are whole after {statistics.median(whole[1::2]):.2f} s")
+    synchronous, asynchronous = (statistics.median(stall_s[kind]) for kind in (False, True))
+    print(f"{size / 1e9:.2f} GB; an asynchronous one is complete after {statistics.median(total_s[1::2]):.2f} s")
     print(
         json.dumps(
             {
                 "stall_over_synchronous": round(asynchronous / synchronous, 4),
                 "synchronous_s": round(synchronous, 3),
                 "asynchronous_s": round(asynchronous, 3),
-                "first_asynchronous_s": round(stalls[True][0], 3),
+                "first_asynchronous_s": round(stall_s[True][0], 3),
                 "gigabytes": round(size / 1e9, 3),
             }
         )

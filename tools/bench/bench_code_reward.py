@@ -1,7 +1,7 @@
-"""Measures the code reward against the same tests run bare: .venv/bin/python tools/bench/bench_code_reward.py [--verdicts N]
+"""Measure the code reward against the same tests run bare: .venv/bin/python tools/bench/bench_code_reward.py [--verdicts N]
 
-Two workers grade N responses of 1 to 20 stdin tests each, as two reward workers of a run would. Bare is a process of the same interpreter
-with the same flags for each test, two at a time, with no limits and no comparison. Prints one JSON object:
+Two workers grade N responses of 1 to 20 stdin tests each, as two reward workers of a run would. The bare run starts one process of the same
+interpreter with the same flags for each test, two at a time, without limits and without comparing outputs. Prints one JSON object:
 
     {"code_over_subprocess": ratio of verdicts per second, "leaked_processes": …, "leaked_fds": …, "verdicts_per_s": …,
      "bare_verdicts_per_s": …, "grown_mib": memory that a worker gained, "tests_per_verdict": …, "verdicts": …}
@@ -38,7 +38,7 @@ Problem = tuple[str, list[Test]]
 
 
 def make_problems(count: int, seed: int) -> list[Problem]:
-    """(program, tests): all correct, except that every fourth fails its last test."""
+    """Return `count` problems, each (program, tests). All programs are correct, except that every fourth fails its last test."""
     chance, problems = random.Random(seed), []
     for number in range(count):
         tests: list[Test] = []
@@ -53,7 +53,7 @@ def make_problems(count: int, seed: int) -> list[Problem]:
 
 
 def grade_share(share: tuple[int, int]) -> dict[str, float]:
-    """Grade `count` problems made from `seed` in this process; what it took and what it left."""
+    """Grade `count` problems made from `seed` in this process; return the seconds, and the processes, descriptors and memory left over."""
     seed, count = share
     process = psutil.Process()
     problems = make_problems(200, seed)
@@ -72,7 +72,7 @@ def grade_share(share: tuple[int, int]) -> dict[str, float]:
 
 
 def time_bare(problems: list[Problem]) -> float:
-    """Seconds that the tests of the problems take as plain processes, two at a time."""
+    """Return the seconds that the tests of the problems take as plain processes, two at a time."""
     executable = find_interpreter([]).executable
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,20 +1,20 @@
-"""Speed and memory of conversion: .venv/bin/python tools/bench/bench_convert.py [--gb 1] [--place DIR] [--rounds 5]
+"""Measure speed and memory of conversion: .venv/bin/python tools/bench/bench_convert.py [--gb 1] [--place DIR] [--rounds 5]
 
 Model: Qwen2-0.5B's shape in bfloat16 (tied, vocabulary 151,936), random, with as many layers as make up the size.
 
-Speed. One round times `load_file` + `save_file` of safetensors on the whole model, then each conversion, in one process; the figure of each
-is the median of all rounds. A conversion is timed as a user sees it: the source is accounted for (every file of a checkpoint is hashed),
-the target written, fsynced, read back, compared with the source, and every tensor hashed. `save_file` does not fsync and proves nothing:
-`speed_over_safetensors` is against that, for the slowest conversion; `speed_over_safetensors_and_fsync` against load, save and fsync. What
-earlier runs left to be written goes to the disk before each timing, and the source is in the page cache for all. `seconds_hashes_alone`:
-what two threads need for SHA-256 of each byte twice, of files and of tensors, below which no conversion can come.
+Speed. One round times `load_file` + `save_file` of safetensors on the whole model, then each conversion, in one process; each result is the
+median over the rounds. A conversion is timed as a user sees it: the source is verified (every file of a checkpoint is hashed), the target
+is written, fsynced, read back and compared with the source, and every tensor is hashed. `save_file` neither fsyncs nor verifies:
+`speed_over_safetensors` compares the slowest conversion with it, `speed_over_safetensors_and_fsync` with load, save and fsync. Pending
+writes are flushed before each timing, and the source is in the page cache for all. `seconds_hashes_alone` is the time in which two threads
+compute SHA-256 of each byte twice, of files and of tensors: a lower bound for any conversion.
 
-Memory. Each conversion runs in a child, and its anonymous memory (RssAnon in /proc/PID/status, read every millisecond from outside) is
-taken at its highest, less what it was before, with everything imported and one tiny conversion done. Pages of mapped files are left out:
-the system takes them back whenever it needs them. 2 is twice the largest tensor of the Hugging Face model; the bar allows one shard on top.
+Memory. Each conversion runs in a child process. Its memory is the peak of its anonymous memory (RssAnon in /proc/PID/status, read every
+millisecond from outside), less the value after all imports and one tiny conversion. Pages of mapped files are left out: the kernel reclaims
+them when it needs them. 2 is twice the largest tensor of the Hugging Face model; the bar allows one shard on top.
 
-Both are of checkpoints of ours. `torch_dist_over_ours` is the time of a conversion to or from `torch_dist` over the time of the same one
-with a checkpoint of ours at TP1, the larger of the two. The last line is one JSON object.
+Both use checkpoints of this project. `torch_dist_over_ours` is the time of a conversion to or from `torch_dist` over the time of the same
+one with our checkpoint at TP1, the larger of the two ratios. The last line is one JSON object.
 """
 
 import argparse
@@ -50,7 +50,7 @@ CONVERSIONS = OURS | {"hf_to_dist": ("hf", "torch_dist", 1), "dist_to_hf": ("dis
 
 
 def write_model(directory: Path, layers: int, vocab: int = VOCAB) -> int:
-    """Write a random model in one file; returns the bytes of its largest tensor."""
+    """Write a random model in one file; return the bytes of its largest tensor."""
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -91,8 +91,8 @@ def layer_shapes() -> dict[str, tuple[int, ...]]:
     }
 
 
-def layers_of(gb: float) -> int:
-    """Layers that make up the size beside the embedding, at least one."""
+def layers_for(gb: float) -> int:
+    """Return the number of layers that make up the size beside the embedding, at least one."""
     layer = sum(2 * torch.Size(shape).numel() for shape in layer_shapes().values())
     return max(1, round((gb * 1e9 - 2 * VOCAB * HIDDEN) / layer))
 
@@ -117,7 +117,7 @@ def hash_twice(room: Path, target: Path) -> None:
 
 
 def timed(work: Callable[[Path], None], target: Path) -> float:
-    """Seconds of `work`, whose target is removed again."""
+    """Return the seconds that `work` takes; its target is removed afterwards."""
     os.sync()
     start = time.perf_counter()
     work(target)
@@ -127,7 +127,7 @@ def timed(work: Callable[[Path], None], target: Path) -> float:
 
 
 def measure_speed(room: Path, rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant."""
+    """Return the median seconds of each contestant."""
     contestants: dict[str, Callable[[Path], None]] = {
         "safetensors": lambda target: load_and_save(room, target, fsync=False),
         "safetensors_and_fsync": lambda target: load_and_save(room, target, fsync=True),
@@ -150,7 +150,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def measure_memory(name: str, room: Path) -> int:
-    """Bytes of anonymous memory that one conversion adds at its highest."""
+    """Return the peak of the anonymous memory, in bytes, that one conversion adds."""
     child = subprocess.Popen([sys.executable, __file__, "--child", name, "--place", room], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin and child.stdout
     child.stdout.readline()  # it is ready
@@ -166,7 +166,7 @@ def measure_memory(name: str, room: Path) -> int:
 
 
 def child(name: str, room: Path) -> None:
-    """One conversion, after the parent has seen what the process holds without it."""
+    """Run one conversion, after the parent has measured what the process holds without it."""
     with tempfile.TemporaryDirectory(dir=room) as small:
         write_model(Path(small, "hf"), 1, vocab=2)
         convert(open_source(Path(small, "hf")), Path(small, "tp1"), to="megatron", sizes=ParallelSizes())
@@ -180,15 +180,15 @@ def main() -> None:
     torch.set_num_threads(1)  # as the command does
     parser = argparse.ArgumentParser(description="Speed and memory of conversion, against safetensors alone.")
     parser.add_argument("--gb", type=float, default=1.0, help="size of the model (default 1)")
-    parser.add_argument("--place", type=Path, help="directory on the disk to be measured; default: the system's for temporary files")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default 5)")
+    parser.add_argument("--place", type=Path, help="directory on the disk to measure (default: the system's temporary directory)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of (default 5)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.child:
         return child(parsed.child, parsed.place)
     with tempfile.TemporaryDirectory(prefix="bench_convert_", dir=parsed.place) as name:
         room = Path(name)
-        largest = write_model(room / "hf", layers_of(parsed.gb))
+        largest = write_model(room / "hf", layers_for(parsed.gb))
         size = (room / "hf" / "model.safetensors").stat().st_size
         print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, in {room}", flush=True)
         for made in ("tp1", "tp2", "dist"):

@@ -2,13 +2,13 @@
 
     python tools/bench/bench_data.py [--gb 2] [--format parquet|jsonl|array]
 
-Writes two data sets of the layout that Archer's training script reads, with rows of 0.4 MB (Archer2.0's mean) of which almost all is tests:
-one of --gb and one of 2 MB. Trains one step of the quickstart on each in turns, --rounds times, with the code reward; the last line
-is one JSON object of medians:
+Writes two datasets in the layout that Archer's training script reads, with rows of 0.4 MB (Archer2.0's mean), almost all of it tests: one
+of --gb and one of 2 MB. Trains one step of the quickstart on each alternately, --rounds times, with the code reward; the last line is one
+JSON object of medians:
 
-- `extra_peak_mb`: peak memory of all processes with the large set less that with the small one (pages that processes share count once);
-- `extra_start_s`: the same of the seconds from the command to the first responses;
-- `large` and `small`: these figures of either.
+- `extra_peak_mb`: peak memory of all processes with the large set less that with the small one (shared pages count once);
+- `extra_start_s`: the same difference of the seconds from the command to the first responses;
+- `large` and `small`: both values for either set.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TESTS = 20
 
 
 def row(number: int) -> dict:
-    """A problem whose tests have long random inputs, which hardly compress."""
+    """Return a problem whose tests have long random inputs, which hardly compress."""
     draw = random.Random(number)
     inputs = [draw.randbytes(ROW_BYTES // TESTS // 2).hex() + "\n" for _ in range(TESTS)]
     outputs = [f"{text.count('a')}\n" for text in inputs]
@@ -50,7 +50,7 @@ def row(number: int) -> dict:
 
 def write(path: Path, rows: int, kind: str) -> None:
     if kind == "parquet":
-        # Large row groups, as data sets are published with.
+        # Large row groups, as in published datasets.
         schema = pa.Table.from_pylist([row(0)]).schema
         with parquet.ParquetWriter(path, schema) as writer:
             for first in range(0, rows, 500):

@@ -1,18 +1,18 @@
-"""Training to a held-out accuracy, here and with TRL's GRPOTrainer: .venv/bin/python tools/bench/bench_end_to_end.py [--seeds 0 1]
+"""Train to a held-out accuracy here and with TRL's GRPOTrainer: .venv/bin/python tools/bench/bench_end_to_end.py [--seeds 0 1]
 
 Both sides: SmolLM2-135M-Instruct, single-digit addition, the same prompts in the same order, 8 prompts × 8 responses of at most 12 tokens
-a step, clipped policy loss (GRPO, mean over tokens, no KL), as many optimizer steps a rollout, the same learning rate, 2 threads, and
-float32 main weights with arithmetic in --dtype. TRL (tools/maintain/setup_trl.sh, with the repair named there) runs in its own environment.
-Runs follow one another, seed by seed. Held-out questions are asked after every step, 20 questions × --draws draws at temperature 1; the
-clock of training starts at the first prompt and stands still meanwhile.
+per step, clipped policy loss (GRPO, mean over tokens, no KL), the same number of optimizer steps per rollout, the same learning rate, 2
+threads, and float32 main weights with arithmetic in --dtype. TRL (tools/maintain/setup_trl.sh, with the repair described there) has its own
+environment. Runs follow one another, seed by seed. After every step each side answers 20 held-out questions × --draws draws at temperature
+1; the training clock starts at the first prompt and is stopped during evaluation.
 
-A machine that others share is disturbed now and then, and nothing else makes a repetition slower. So each side runs again, in turns, until
-its two fastest runs with a seed agree to 10 % in seconds a step, --tries times at the most; the fastest counts, the others are thrown away.
+Other load on a shared machine is the only thing that slows a repetition down. So both sides run again, alternately, until the two fastest
+runs of a side with one seed agree to 10 % in seconds per step, at most --tries times; the fastest run counts, the others are discarded.
 
-The last line is one JSON object, of medians over seeds: `seconds_over_trl` (training seconds to --target, ours over TRL's; null unless both
-sides came there with every seed), `total_over_trl` (the same from the command on), `step_over_trl`, `startup_seconds` (ours, launch to the
-first prompt), `peak_over_trl` (all processes of a run, pages that they share counted once), and what was measured. Takes about half an
-hour on 2 cores.
+The last line is one JSON object of medians over seeds: `seconds_over_trl` (training seconds to --target, ours over TRL's; null unless both
+sides reached it with every seed), `total_over_trl` (the same from the command on), `step_over_trl`, `startup_seconds` (ours, launch to the
+first prompt), `peak_over_trl` (all processes of a run, shared pages counted once), and the measurements. Takes about half an hour on 2
+cores.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from megatron_aspo.evaluation.accuracy import Evaluation  # noqa: E402
 from megatron_aspo.observe.memory import PeakMemory  # noqa: E402
 
 AGREE = 1.1
-"""Two runs with one seed that were not disturbed differ by less."""
+"""Two undisturbed runs with one seed differ by less than this."""
 
 
 @dataclass
 class Figures:
-    """What one run showed."""
+    """The measurements of one run."""
 
     startup: float
     steps: list[float] = field(default_factory=list)
-    """Seconds of each."""
+    """Seconds of each step."""
     accuracy: list[float] = field(default_factory=list)
-    """Held out, after each step."""
+    """Held-out accuracy after each step."""
     tokens: int = 0
     peak_gb: float = 0.0
 
@@ -59,7 +59,7 @@ class Figures:
         return None
 
     def total_to(self, target: float) -> float | None:
-        """Seconds from the command on, evaluations left out."""
+        """Return the seconds from the command until the target is reached, evaluations left out; None if it never is."""
         seconds = self.seconds_to(target)
         return None if seconds is None else self.startup + seconds
 
@@ -67,9 +67,9 @@ class Figures:
 Run = Callable[[argparse.Namespace, int, Path], Figures]
 
 
-def ours(options: argparse.Namespace, seed: int, place: Path) -> Figures:
+def ours(options: argparse.Namespace, seed: int, directory: Path) -> Figures:
     words = [
-        f"run_dir={place / 'run'}",
+        f"run_dir={directory / 'run'}",
         f"steps={options.steps}",
         f"seed={seed}",
         "algorithm.policy_loss=ppo_clip",
@@ -86,18 +86,18 @@ def ours(options: argparse.Namespace, seed: int, place: Path) -> Figures:
     ]
     command = [sys.executable, "-m", "megatron_aspo", "train", "examples/recipes/quickstart.yaml", *words]
     figures, started = None, time.perf_counter()
-    for line in lines(command, place / "log"):
+    for line in lines(command, directory / "log"):
         if line.startswith("evaluation before training") and figures is None:
             figures = Figures(time.perf_counter() - started)
-    metrics = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
     figures.steps = [step["seconds/step"] for step in metrics]
     figures.tokens = sum(step["tokens/generated"] for step in metrics)
-    evaluations = [place / f"run/evaluations/step_{number + 1}.json" for number in range(options.steps)]
+    evaluations = [directory / f"run/evaluations/step_{number + 1}.json" for number in range(options.steps)]
     figures.accuracy = [Evaluation.read(path).accuracy.mean for path in evaluations]
     return figures
 
 
-def theirs(options: argparse.Namespace, seed: int, place: Path) -> Figures:
+def theirs(options: argparse.Namespace, seed: int, directory: Path) -> Figures:
     settings = {
         "model": str(ROOT / "models/smollm2-135m-instruct"),
         "task": "single_digit_addition",
@@ -114,23 +114,23 @@ def theirs(options: argparse.Namespace, seed: int, place: Path) -> Figures:
         "dtype": options.dtype,
         "threads": 2,
         "draws": options.draws,
-        "output": str(place / "trl"),
+        "output": str(directory / "trl"),
     }
     command = [str(ROOT / "build/trl/bin/python"), "tools/bench/trl_peer.py", json.dumps(settings)]
     figures, before, started = None, 0.0, time.perf_counter()
-    for line in lines(command, place / "log"):
-        said = json.loads(line) if line.startswith('{"') else {}
-        if said.get("event") == "begin":
+    for line in lines(command, directory / "log"):
+        event = json.loads(line) if line.startswith('{"') else {}
+        if event.get("event") == "begin":
             figures = Figures(time.perf_counter() - started)
-        elif "step" in said and said["step"] % options.updates == 0:
-            figures.steps.append(said["seconds"] - before)
-            figures.accuracy.append(said["accuracy"])
-            before, figures.tokens = said["seconds"], said["tokens"]
+        elif "step" in event and event["step"] % options.updates == 0:
+            figures.steps.append(event["seconds"] - before)
+            figures.accuracy.append(event["accuracy"])
+            before, figures.tokens = event["seconds"], event["tokens"]
     return figures
 
 
 def lines(command: list[str], log: Path) -> Iterator[str]:
-    """What the command prints, as it comes; ends the tool if it fails."""
+    """Yield the lines that the command prints, as they come. Raises SystemExit if it fails."""
     with log.open("w") as errors, subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         yield from process.stdout
     if process.returncode:
@@ -138,10 +138,10 @@ def lines(command: list[str], log: Path) -> Iterator[str]:
 
 
 def measured(run: Run, options: argparse.Namespace, seed: int) -> Figures:
-    """Of one run, said as it ends."""
-    with tempfile.TemporaryDirectory() as place:
+    """Run one side once and print its measurements as it ends."""
+    with tempfile.TemporaryDirectory() as directory:
         memory = PeakMemory(every_s=1.0)
-        figures = run(options, seed, Path(place))
+        figures = run(options, seed, Path(directory))
         memory.close()
     figures.peak_gb = memory.gb
     reached = figures.seconds_to(options.target)
@@ -156,7 +156,7 @@ def measured(run: Run, options: argparse.Namespace, seed: int) -> Figures:
 
 
 def undisturbed(options: argparse.Namespace, seed: int) -> dict[str, Figures]:
-    """The fastest run of each side, when another agrees with it."""
+    """Return the fastest run of each side, once a second one agrees with it."""
     runs: dict[Run, list[Figures]] = {ours: [], theirs: []}
     for _ in range(options.tries):
         for run, done in runs.items():
@@ -170,7 +170,7 @@ def undisturbed(options: argparse.Namespace, seed: int) -> dict[str, Figures]:
 
 
 def _agree(done: list[Figures]) -> bool:
-    """Of runs from the fastest to the slowest, the first two."""
+    """Whether the first two of the runs, sorted from the fastest to the slowest, agree."""
     return len(done) > 1 and done[1].step <= AGREE * done[0].step
 
 
@@ -178,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=1, help="optimizer steps a rollout")
+    parser.add_argument("--updates", type=int, default=1, help="optimizer steps per rollout")
     parser.add_argument("--lr", type=float, default=4e-5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--target", type=float, default=0.75)

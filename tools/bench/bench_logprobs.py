@@ -1,19 +1,20 @@
-"""Memory and time of the log-probabilities: .venv/bin/python tools/bench/bench_logprobs.py [--rounds 3] [--chunks 64 128 256 512 1024]
+"""Measure memory and time of the log-probabilities: .venv/bin/python tools/bench/bench_logprobs.py [--rounds 3] [--chunks 64 128 256]
 [--device cuda]
 
-One forward and backward of 4,096 tokens over a vocabulary of 151,936 with hidden size 1,536, in float32: log-probability of each target and
-entropy, gradients of the first to the hidden states and to the whole output matrix. The baseline is PyTorch's autograd over
-`(hidden @ weightᵀ).log_softmax(-1)`, its entropy detached; ours is `megatron_aspo.trainer.logprobs` at several sizes of `chunk_tokens`.
+One forward and backward of 4,096 tokens over a vocabulary of 151,936 with hidden size 1,536, in float32: the log-probability of
+each target, the entropy, and the gradients of the former for the hidden states and the whole output matrix. The baseline is PyTorch's
+autograd over `(hidden @ weightᵀ).log_softmax(-1)`, its entropy detached; ours is `megatron_aspo.trainer.logprobs` at several sizes of
+`chunk_tokens`.
 
-Every measurement is a process of its own with 2 threads, after a small case of the same has run in it. Contestants take turns, and each
-figure is the median over the rounds. A round in which the two threads had less than 1.8 processors, because other work ran beside, says so:
-its times, and the ratio of medians made of them, are lower bounds of nothing.
+Every measurement has its own process with 2 threads, warmed up with a small case. Contestants alternate, and each result is the median over
+the rounds. A round in which the two threads had less than 1.8 processors, because of other load, is marked: neither its times nor the ratio
+of medians made of them bounds anything.
 
-Memory is the highest resident size since before the forward pass (VmHWM, after the kernel was told to start it anew), less what was
-resident then, less the two gradients, which any contestant must give out. Cut in two: two processes over gloo on loopback, one thread and
-half of the vocabulary each; the larger of the two is compared with the whole vocabulary at the same chunk size.
+Memory is the peak resident size since before the forward pass (VmHWM, reset first), less what was resident then, less the two gradients,
+which every contestant must return. TP2: two processes over gloo on loopback, with one thread and half of the vocabulary each; the larger of
+the two is compared with the whole vocabulary at the same chunk size.
 
-On a GPU memory is torch's peak there, and nothing is cut in two.
+On a GPU, memory is torch's peak there, and TP2 is left out.
 
 The last line is one JSON object, for the chunk size that is the default of `trainer.logprob_chunk_tokens`.
 """
@@ -60,18 +61,18 @@ def inputs(tokens: int, rows: int, vocab: int, device: str) -> tuple[Tensor, Ten
 
 
 def step(contestant: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], case: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Forward and backward; the two gradients. The mean log-probability is the loss."""
+    """Run forward and backward, with the mean log-probability as the loss; return the two gradients."""
     logprob, _ = contestant(*case)
     return torch.autograd.grad(logprob.mean(), case[:2])
 
 
 def memory(key: str) -> int:
-    """Bytes of VmRSS or VmHWM of this process."""
+    """Return the bytes of VmRSS or VmHWM of this process."""
     return int(re.search(rf"^{key}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
 
 
 def measure(chunk: int, ranks: int, tokens: int, device: str) -> dict[str, float]:
-    """One forward and backward in this process. A chunk of 0 is the baseline."""
+    """Measure one forward and backward in this process. A chunk of 0 is the baseline."""
     group = dist.group.WORLD if ranks > 1 else None
     small, case = inputs(8, 64, 64 * ranks, device), inputs(tokens, VOCAB // ranks, VOCAB, device)
     step(ours(4, 64 * ranks, group) if chunk else baseline, small)
@@ -82,7 +83,7 @@ def measure(chunk: int, ranks: int, tokens: int, device: str) -> dict[str, float
 
 
 def measure_on_cpu(contestant: Callable[..., tuple[Tensor, Tensor]], case: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
     before, processor, start = memory("VmRSS"), time.process_time(), time.perf_counter()
     gradients = step(contestant, case)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
@@ -103,12 +104,12 @@ def measure_on_gpu(contestant: Callable[..., tuple[Tensor, Tensor]], case: tuple
 
 
 def run(chunk: int, ranks: int, tokens: int, device: str) -> dict[str, float]:
-    """Measure in `ranks` new processes; the largest figure of each kind over the ranks, of `busy` the smallest."""
-    with tempfile.TemporaryDirectory() as place:
+    """Measure in `ranks` new processes; return the largest value of each kind over the ranks, the smallest of `busy`."""
+    with tempfile.TemporaryDirectory() as meeting:
         command = [sys.executable, __file__, "--tokens", str(tokens), "--device", device, "--child", str(chunk), str(ranks)]
         environment = os.environ | {"OMP_NUM_THREADS": str(THREADS // ranks), "GLOO_SOCKET_IFNAME": "lo"}
         children = [
-            subprocess.Popen([*command, str(rank), f"{place}/meeting"], stdout=subprocess.PIPE, env=environment) for rank in range(ranks)
+            subprocess.Popen([*command, str(rank), f"{meeting}/meeting"], stdout=subprocess.PIPE, env=environment) for rank in range(ranks)
         ]
         answers = [child.communicate()[0] for child in children]
     if any(child.returncode for child in children):
@@ -132,8 +133,10 @@ def describe(chunk: int, ranks: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and time of log-probabilities and their gradients, against plain PyTorch.")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are taken (default 3)")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="sizes of chunk_tokens beside the default")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds to take the medians of (default 3)")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="sizes of chunk_tokens in addition to the default"
+    )
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"default {TOKENS}; the baseline needs 2.4 MB for each")
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="default: a GPU where there is one")

@@ -1,10 +1,10 @@
-"""Measures the math reward against math-verify in this process: .venv/bin/python tools/bench/bench_math_reward.py [--verdicts N]
+"""Measure the math reward against math-verify in this process: .venv/bin/python tools/bench/bench_math_reward.py [--verdicts N]
 
-One reward worker's process grades N responses; 1 in 100 has an answer that holds up other graders: towers of powers, a hundred kilobytes of
+One reward worker's process grades N responses; 1 in 100 has an answer that stalls other graders: towers of powers, a hundred kilobytes of
 braces, and, 1 in 10 of these, a sum on which math-verify is killed at `data.math.limit_s`. math-verify grades ordinary responses, with its
 own limits on. Every verdict of the reward is compared with the known one. Prints one JSON object:
 
-    {"math_over_inprocess": ratio of ordinary verdicts per second, "leaked_processes": …, "verdicts_per_s": all of them, the slow ones too,
+    {"math_over_inprocess": ratio of ordinary verdicts per second, "leaked_processes": …, "verdicts_per_s": over all, the slow ones too,
      "ordinary_per_s": …, "inprocess_per_s": …, "inprocess_wrong": its wrong verdicts, "inprocess_verdicts": …, "grown_mib": memory that
      the process gained over the last nine tenths, "killed": comparisons killed at their limit, "verdicts": …}
 """
@@ -42,11 +42,11 @@ HELD_UP = (
     "(x+1)^{100000}",
 )
 Row = tuple[str, str, bool]
-"""Answer, ground truth, whether they are equal."""
+"""(answer, ground truth, whether they are equal)"""
 
 
 def ordinary(choose: random.Random) -> Row:
-    """An answer as those of competition mathematics are, right or wrong."""
+    """Return an answer like those of competition mathematics, right or wrong."""
     a, b, c = choose.randrange(2, 200), choose.randrange(2, 60), choose.randrange(2, 12)
     rows: list[Row] = [
         (f"{a}", f"{a}", True),
@@ -74,7 +74,7 @@ def ordinary(choose: random.Random) -> Row:
 
 
 def grade(process: RewardProcess, rows: list[Row]) -> int:
-    """Grade the rows in batches, compare every verdict; returns how many comparisons were killed at their limit."""
+    """Grade the rows in batches and compare every verdict; return how many comparisons were killed at their limit."""
     killed = 0
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
@@ -87,7 +87,7 @@ def grade(process: RewardProcess, rows: list[Row]) -> int:
 
 
 def in_process(rows: list[Row]) -> tuple[float, int]:
-    """Seconds that math-verify takes for the rows in this process, and its wrong verdicts."""
+    """Return the seconds that math-verify takes for the rows in this process, and the number of its wrong verdicts."""
     from math_verify import parse, verify
 
     logging.disable(logging.CRITICAL)

@@ -1,19 +1,19 @@
-"""Fill, balance and time of packing: .venv/bin/python tools/bench/bench_packing.py [--draws 5] [--budget 8192]
+"""Measure fill, balance and time of packing: .venv/bin/python tools/bench/bench_packing.py [--draws 5] [--budget 8192]
 
-`pack` against plain greedy packing (longest first to the lightest rank; there, longest first to the lightest of as many micro-batches as
-first fit asks of the fullest rank, or as first fit has them where that keeps the budget and this does not).
+`pack` against plain greedy packing: longest first to the lightest rank; within a rank, longest first to the lightest of the number of
+micro-batches that first fit needs for the fullest rank, or first fit's own where that keeps the budget and this does not.
 
-Lengths. 8 to 512 samples over 2 to 64 ranks, at least two a rank, none longer than the budget: log-normal with a cap (median 1,500,
-σ = 0.8), bimodal (700 and 6,000), all equal, and few long ones (3 % at the cap, the rest about 400). Budgets: the cap, and twice that.
+Lengths. 8 to 512 samples over 2 to 64 ranks, at least two per rank, none longer than the budget: log-normal with a cap (median 1,500,
+σ = 0.8), bimodal (700 and 6,000), all equal, and few long ones (3 % at the cap, the rest about 400). Budgets: the cap, and twice the cap.
 
 Shared prompts. Groups of 16 log-normal responses to one prompt of 80 to 600 tokens, over as many ranks as groups or twice as many.
 
-Work. Log-normal lengths up to 32,768 (median 8,000), models of several hidden sizes: the fullest rank's tokens and attention, in
-floating-point operations, when tokens are balanced and when that is. A layer has 12 · hidden² parameters.
+Work. Log-normal lengths up to 32,768 (median 8,000), models of several hidden sizes: tokens and attention of the fullest rank, in
+floating-point operations, when tokens are balanced and when work is. A layer has 12 · hidden² parameters.
 
-Each figure is the mean over draws and budgets: micro-batches a rank; fill; imbalance; lockstep, the imbalance if ranks waited for each
-other at every micro-batch; over bound, the fullest rank's tokens over a bound that no packing goes below: the longest sample, or a rank's
-mean when every prompt is read once; and milliseconds of a call. The last line is one JSON object.
+Each value is the mean over draws and budgets: micro-batches per rank; fill; imbalance; lockstep, the imbalance if ranks waited for each
+other at every micro-batch; over bound, the fullest rank's tokens over a lower bound of every packing: the longest sample, or a rank's mean
+when every prompt is read once; and milliseconds per call. The last line is one JSON object.
 """
 
 import argparse
@@ -56,7 +56,7 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] 
 
 
 def batch_of(responses: np.ndarray, prompts: np.ndarray) -> TrainBatch:
-    """A batch of which only lengths matter: `responses` tokens after as many prompts, those of a group alike, in tokens [groups]."""
+    """Return a batch in which only lengths matter: `responses` after `prompts`, tokens [groups, samples]; a group shares its prompt."""
     groups = np.arange(len(prompts)).repeat(len(responses) // len(prompts))
     return TrainBatch(
         token_ids=np.zeros(0, np.int64),
@@ -71,12 +71,12 @@ def batch_of(responses: np.ndarray, prompts: np.ndarray) -> TrainBatch:
 
 
 def plain(lengths: np.ndarray) -> TrainBatch:
-    """Samples of these lengths in tokens that the model reads, each of its own group."""
+    """Return samples of these lengths in tokens read, each in its own group."""
     return batch_of(lengths, np.ones_like(lengths))
 
 
 def greedy(batch: TrainBatch, ranks: int, token_budget: int, shared_prompts: bool) -> Shares:
-    """Plain greedy packing of all samples, of as many as the budget takes of one group with shared prompts."""
+    """Pack all samples greedily; with shared prompts, the unit is as many samples of one group as the budget takes."""
     units: list[list[int]] = []
     lengths: list[int] = []
     prompts, reads = batch.prompt_lengths.tolist(), batch.lengths.tolist()
@@ -123,7 +123,7 @@ def first_fit(order: list[int], lengths: list[int], token_budget: int) -> list[l
 
 
 class Means:
-    """Means of the figures of some packings, by name."""
+    """Means of the metrics of several packings, by name."""
 
     NAMES = ("micro_batches", "fill", "imbalance", "lockstep", "over_bound", "ms")
 
@@ -139,7 +139,7 @@ class Means:
 
 
 def compare(batches: list[TrainBatch], ranks: int, budgets: list[int], shared: bool, all_of: dict[str, Means]) -> str:
-    """One line of the table; every packing is added to the means of all."""
+    """Return one line of the table; every packing is added to the totals in `all_of`."""
     here = {"greedy": Means(), "pack": Means()}
     for batch in batches:
         every = np.arange(batch.samples)
@@ -160,7 +160,7 @@ def line_of(figures: dict[str, float]) -> str:
 
 
 def measure_work(random: np.random.Generator, hidden: int, samples: int, ranks: int, draws: int) -> tuple[float, float]:
-    """Imbalance of work when tokens are balanced and when work is; mean over draws."""
+    """Return the imbalance of work when tokens are balanced and when work is; means over draws."""
     pair_cost = 1 / (6 * hidden)
     found = []
     for _ in range(draws):

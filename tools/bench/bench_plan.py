@@ -1,12 +1,12 @@
-"""How long planning takes at scale, and how much memory: .venv/bin/python tools/bench/bench_plan.py
+"""Measure time and memory of planning at scale: .venv/bin/python tools/bench/bench_plan.py
 
 examples/models/qwen3-moe-deepseek-v3-size (721 billion parameters, 49,927 tensors) from 1,024 training ranks, TP8 × PP16 × DP8 with EP8, to
-32 engines of TP8 and to 128 engines of TP8, nodes of 8 devices. One rank's view is every move it takes part in and the buckets, in a
-process of its own that has nothing but its rank; measured for the first, a middle and the last training rank and for the first and the
-last worker of the engines. The whole is what tools/plan_sync.py adds up.
+32 engines of TP8 and to 128 engines of TP8, nodes of 8 devices. One rank's view is every move it takes part in and the buckets, computed in
+its own process from nothing but its rank; measured for the first, a middle and the last training rank and for the first and the last engine
+worker. The whole plan is the one that tools/plan_sync.py sums up.
 
-The last line is one JSON object: `rank_seconds` and `rank_mb` (peak above the imports), of the slowest and the largest; `global_seconds`,
-of the slower target.
+The last line is one JSON object: `rank_seconds` and `rank_mb` (peak above the imports) of the slowest and the largest; `global_seconds` of
+the slower target.
 """
 
 import json
@@ -33,14 +33,14 @@ BYTES, BUCKET = 2, 512 * 10**6
 
 
 def peak_mb() -> float:
-    """Most memory that this process ever had."""
+    """Return the peak memory of this process in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def view(rank: int, count: int) -> dict:
-    """What one rank does to know its part."""
-    read_sizes(MODEL)  # imports what reads configs
+    """Compute one rank's view; return its size, seconds and memory."""
+    read_sizes(MODEL)  # imports the modules that read configs
     before, started = peak_mb(), time.perf_counter()
     architecture, dims = read_sizes(MODEL)
     source, target = TrainingHoldings(architecture, dims, TRAINING), EngineHoldings(architecture, dims, EngineSizes(8, engines=count))

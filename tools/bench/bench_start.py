@@ -1,12 +1,12 @@
-"""Seconds from the command to the first responses and to the first update, beside a floor: python tools/bench/bench_start.py [--rounds 3]
+"""Measure the seconds from the command to the first responses and the first update: python tools/bench/bench_start.py [--rounds 3]
 
-Ours is the quickstart's recipe for one step without evaluation: SmolLM2-135M, one training rank, two engines. `first_token_s` ends when
-the step's responses of at most 12 tokens are there, so it is an upper bound; `first_update_s` ends when the step's updates are done.
+Ours is the quickstart's recipe for one step without evaluation: SmolLM2-135M, one training rank, two engines. `first_token_s` ends when all
+responses of the step (at most 12 tokens) are there, so it is an upper bound; `first_update_s` ends when the step's updates are done.
 `stages` are the seconds that the run itself reports for each stage of its start.
 
-The floor is what the same libraries take by themselves: `ray.init`, then together two bare vLLM engines (AsyncLLM until it is up) and one
-process that imports Megatron-Core and reads the model's tensors. Ours and floor are taken in turns, in the element type that the processor
-computes fastest. The last line is one JSON object of medians; peak_gb counts the pages that processes share once.
+The floor is the time that the libraries need alone: `ray.init`, then together two bare vLLM engines (AsyncLLM until it is up) and one
+process that imports Megatron-Core and reads the model's tensors. Ours and floor alternate, in the element type that the processor computes
+fastest. The last line is one JSON object of medians; peak_gb counts shared pages once.
 """
 
 import argparse
@@ -56,7 +56,7 @@ sys.stdin.readline()
 
 
 def floor(dtype: str) -> float:
-    """Return the seconds that the libraries need by themselves."""
+    """Return the seconds that the libraries need alone."""
     spec = EngineSpec(0, str(MODEL), "cpu", dtype, 1, False, 140, 64, 0.5, 1, 0, ())
     ours = ("weight_transfer_config", "worker_extension_cls")
     arguments = {name: value for name, value in engine_arguments(spec).items() if name not in ours}

@@ -1,17 +1,17 @@
-"""Weight sync against what it could cost and what it used to: .venv/bin/python tools/bench/bench_sync.py [--rounds 5]
+"""Compare weight sync with its lower bounds and with the common way: .venv/bin/python tools/bench/bench_sync.py [--rounds 5]
 
-A model of two pipeline stages goes to two engines of this machine, by turns in two ways that install the weights alike:
-- as a run sends it: from every rank straight to the workers, through shared memory;
-- as is common: rank 0 gathers whole tensors, and sends them to every engine over a socket (gloo).
-Then without engines: two processes receive the same and throw it away, by turns with a copy of as many bytes in each.
+A model of two pipeline stages is sent to two engines of this machine, alternately in two ways that install the weights alike:
+- as in a run: from every rank straight to the workers, through shared memory;
+- the common way: rank 0 gathers whole tensors and sends them to every engine over a socket (gloo).
+Then without engines: two processes receive the same and discard it, alternating with a copy of as many bytes in each.
 
 The last line is one JSON object, medians of rounds:
-- `bytes_over_bound`: bytes that ranks sent over the fewest that any plan could;
+- `bytes_over_bound`: bytes that ranks sent over the minimum of any plan;
 - `transport_over_memcpy`: receiving without installing, over copying;
-- `total_over_gather`: both engines with new weights, over the common way;
-- `extra_over_bucket`: most memory that an engine took beyond what it had before, with its share of the senders' shared memory, over 2
+- `total_over_gather`: both engines updated, over the common way;
+- `extra_over_bucket`: peak memory that an engine took beyond what it had before, with its share of the senders' shared memory, over 2
   buckets and its largest layer;
-- the seconds they come from; `installation_seconds` is what of the total is not transport.
+- the seconds behind these ratios; `installation_seconds` is the part of the total that is not transport.
 """
 
 import argparse
@@ -52,7 +52,7 @@ STAGES = ParallelSizes(pipeline=2)
 
 @dataclass
 class Process:
-    """One of the benchmark's own, which answers commands."""
+    """A process of the benchmark that answers commands."""
 
     pipe: multiprocessing.connection.Connection
 
@@ -70,7 +70,7 @@ class Process:
 
 
 def answer(pipe, commands: dict[str, Callable]) -> None:
-    """What each of the processes does until the benchmark ends."""
+    """Answer commands until the benchmark ends."""
     with contextlib.suppress(EOFError):
         while True:
             command, *arguments = pipe.recv()
@@ -78,7 +78,7 @@ def answer(pipe, commands: dict[str, Callable]) -> None:
 
 
 def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe) -> None:
-    """A pipeline stage's weights, and both ways of sending them."""
+    """Hold a pipeline stage's weights, and send them in both ways."""
     import torch
     import torch.distributed as dist
 
@@ -110,17 +110,17 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
 
     def gather(version: int) -> int:
         single_order = TrainingHoldings(described.architecture, described.dims, ParallelSizes()).in_turns()
-        whole = Gather(layouts, rank, held).whole([TensorMeta(name, DTYPE, described.tensor_shapes[name]) for name in single_order])
+        full = Gather(layouts, rank, held).whole([TensorMeta(name, DTYPE, described.tensor_shapes[name]) for name in single_order])
         if rank:
-            list(whole)
+            list(full)
             return 0
-        there: dict[str, torch.Tensor] = {}
+        received: dict[str, torch.Tensor] = {}
 
         def read(tensor: str, box) -> torch.Tensor:
-            while tensor not in there:
-                name, values = next(whole)
-                there[name] = values
-            return view(there[tensor], box)
+            while tensor not in received:
+                name, values = next(full)
+                received[name] = values
+            return view(received[tensor], box)
 
         return senders["gather"].send(read, version, False)
 
@@ -128,7 +128,7 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
 
 
 def receiving_worker(worker: int, spec: TransferSpec, pipe) -> None:
-    """Receives and throws away; copies as much."""
+    """Receive and discard; copy as much."""
     import torch
 
     from megatron_aspo.sync.endpoints import WeightReceiver
@@ -167,7 +167,7 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
 
 
 def transport(spec: TransferSpec, ranks: list[Process], rounds: int) -> dict:
-    """Seconds without engines."""
+    """Return the seconds of receiving and of copying, without engines."""
     workers = [Process.start(receiving_worker, worker, spec) for worker in range(spec.engines.world)]
     port = free_port(HOST)
     for process, command in [*((rank, ("connect", "ours", port)) for rank in ranks), *((worker, ("connect", port)) for worker in workers)]:
@@ -224,7 +224,7 @@ class Engines:
         joining.result(TIMEOUT_S)
 
     def update(self, way: str) -> int:
-        """Returns the bytes that ranks sent to engines."""
+        """Return the bytes that ranks sent to engines."""
         self._version += 1
         receiving = self.pool.receive_weights(self._version, False)
         for rank in self._ranks:
@@ -234,13 +234,13 @@ class Engines:
         return sent
 
     def extra_bytes(self, work: Callable[[], object]) -> list[int]:
-        """Most memory that the process of each engine took for it beyond what it had; not counting what it shares with senders."""
+        """Return each engine process's peak memory during `work` beyond what it had, without what it shares with senders; bytes."""
         before = []
         for core in self._cores:
-            Path(f"/proc/{core}/clear_refs").write_text("5")  # the peak starts anew
+            Path(f"/proc/{core}/clear_refs").write_text("5")  # resets the peak
             before.append(_memory(core, "VmRSS") - _memory(core, "RssShmem"))
         work()
-        # What is shared stays mapped, and so is part of the peak.
+        # Shared memory stays mapped, and so is part of the peak.
         peaks = [_memory(core, "VmHWM") - _memory(core, "RssShmem") for core in self._cores]
         return [peak - had for peak, had in zip(peaks, before, strict=True)]
 
@@ -251,14 +251,14 @@ def _memory(pid: int, key: str) -> int:
 
 
 def shared_bytes() -> int:
-    """What the benchmark's own processes share with engines."""
+    """Return the bytes that the benchmark's own processes share with engines."""
     links = [link for child in psutil.Process().children() for link in Path(f"/proc/{child.pid}/fd").iterdir()]
     found = [link.stat() for link in links if "memfd:megatron_aspo" in os.readlink(link)]
     return sum({status.st_ino: status.st_size for status in found}.values())
 
 
 def largest_layer(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Elements of the largest of vLLM's layers: what is stacked is one."""
+    """Return the elements of vLLM's largest layer; stacked parameters are one layer."""
     import math
 
     layers: dict[str, int] = {}
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bucket-mib", type=int, default=32)
     parsed = parser.parse_args()
-    os.environ |= KEEP_FREED_MEMORY  # as engines have it
+    os.environ |= KEEP_FREED_MEMORY  # as in engines
     import torch
 
     from megatron_aspo.runtime.cluster import open_cluster
@@ -306,7 +306,7 @@ def main() -> None:
             for _ in range(parsed.rounds):
                 for way in seconds:
                     engines.connect(way)
-                    engines.update(way)  # the first one touches new memory
+                    engines.update(way)  # the first update touches new memory
                     seconds[way].append(timed(lambda way=way: engines.update(way))[0])
         finally:
             engines.pool.shutdown()

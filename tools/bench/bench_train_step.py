@@ -4,19 +4,19 @@
 [--device cuda]
 
 One step: zero gradients, forward, clipped policy loss, backward, clip the gradient norm, AdamW. Both sides take the same tokens in the same
-element type with as many threads, in one process, and compute logits of response tokens only. transformers attends with torch's
-scaled-dot-product attention, this project with its own layers', which take the same but for short segments in bfloat16. With bfloat16
-transformers keeps nothing in float32; this project keeps main weights, moments and gradients there. Steps alternate; a ratio is the median
-of the rounds'. Speeds are in real tokens per second: padding is work, not progress. On a GPU this project takes the layers that `auto`
-takes; those of Transformer Engine cannot share prompts, and `short` is left out.
+element type with the same number of threads, in one process, and compute logits of response tokens only. transformers uses torch's scaled
+dot-product attention; so do this project's layers, except for short segments in bfloat16. With bfloat16 transformers keeps nothing in
+float32; this project keeps main weights, moments and gradients there. Steps alternate; a ratio is the median of the rounds' ratios. Speeds
+are real tokens per second: padding is work, not progress. On a GPU this project uses the layers that `auto` selects; those of Transformer
+Engine cannot share prompts, so `short` is left out.
 
 - equal: samples of one length. `padded_over_transformers` is our speed over theirs; nothing is padded on either side.
-- mixed: lengths with a mean of a third of the longest. `packed_over_padded` is our speed, packed, over our own with the same samples padded
-  to the longest; `packed_over_transformers` over transformers' on the padded batch.
+- mixed: lengths with a mean of a third of the longest. `packed_over_padded` is our speed, packed, over our own with the samples padded to
+  the longest; `packed_over_transformers` is over transformers' on the padded batch.
 - short: 8 responses of 12 tokens to each prompt of 44. `shared_over_packed` is our speed with `shared_prompts` over our speed without it,
   `shared_over_transformers` over transformers'.
 
-The last line is one JSON object: the figures of the slower element type for each of the first three, and all of them by element type.
+The last line is one JSON object: the ratios of the slower element type for each of the first three, and all of them by element type.
 """
 
 import argparse
@@ -40,7 +40,7 @@ LR, EPS_CLIP, MAX_NORM = 1e-5, 0.2, 1.0
 
 
 def samples(lengths: list[tuple[int, int]], group: int, vocab: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) token ids; `group` samples that follow one another share a prompt."""
+    """Return samples of (prompt, response) token ids; each `group` consecutive samples share a prompt."""
     random = np.random.default_rng(0)
     made = []
     for number, (prompt, response) in enumerate(lengths):
@@ -51,17 +51,17 @@ def samples(lengths: list[tuple[int, int]], group: int, vocab: int) -> list[tupl
 
 
 def shapes(name: str) -> tuple[list[tuple[int, int]], int]:
-    """(prompt, response) lengths, and how many samples share a prompt."""
+    """Return the (prompt, response) lengths, and how many samples share a prompt."""
     if name == "equal":
         return [(64, 64)] * 8, 1
     if name == "short":
         return [(44, 12)] * 16, 8
-    # 384 tokens at the most, 128 in the mean.
+    # At most 384 tokens, 128 in the mean.
     return [(20, total - 20) for total in (384, 180, 140, 110, 80, 60, 40, 30)], 1
 
 
 def as_batch(made: list[tuple[list[int], list[int]]], group: int, pad_to: int = 0):
-    """Our batch. pad_to: samples are filled up to so many tokens, which are computed and do not count."""
+    """Return our batch. With `pad_to`, samples are padded to that many tokens, which are computed but do not count."""
     from megatron_aspo.data.batch import TrainBatch
 
     lengths = [len(prompt) + len(response) for prompt, response in made]
@@ -131,7 +131,7 @@ def their_step(model, optimizer, made: list[tuple[list[int], list[int]]]) -> Cal
 
 
 def measure(directory: Path, dtype: str, rounds: int, device: str) -> dict[str, float]:
-    """The ratios of one element type."""
+    """Return the ratios of one element type."""
     import torch
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
@@ -183,7 +183,7 @@ def measure(directory: Path, dtype: str, rounds: int, device: str) -> dict[str, 
 
 
 def with_settings(trainer, settings, step: Callable[[], None]) -> Callable[[], None]:
-    """The step under other settings of the same ranks."""
+    """Return the step under other settings of the same ranks."""
 
     def run() -> None:
         before, trainer.settings = trainer.settings, settings
@@ -194,7 +194,7 @@ def with_settings(trainer, settings, step: Callable[[], None]) -> Callable[[], N
 
 
 def alternate(steps: dict[str, Callable[[], None]], rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of each in every round, after one that is not counted. wait: until the device has done what it was given."""
+    """Return the seconds of each step in every round, after a warm-up. `wait` blocks until the device has finished its work."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -211,13 +211,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=0, help="of both sides (default: torch's)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="of both sides (default: a GPU where there is one)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of both sides (default: torch's)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="device of both sides (default: a GPU where there is one)")
     parsed = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if parsed.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
 
     import torch
 

@@ -1,4 +1,4 @@
-"""GRPO by TRL on one of this project's tasks: the other side of bench_end_to_end.py, which runs it in TRL's own environment.
+"""Train one of this project's tasks with TRL's GRPO: the other side of bench_end_to_end.py, which runs it in TRL's own environment.
 
     build/trl/bin/python tools/bench/trl_peer.py '{"model": …, "seed": 0, "steps": 10, …}'
 
@@ -23,12 +23,12 @@ from megatron_aspo.data.options import DataOptions
 from megatron_aspo.tasks.task import build_reward, build_task
 
 
-def say(**values) -> None:
+def report(**values) -> None:
     print(json.dumps(values), flush=True)
 
 
 class Clock(TrainerCallback):
-    """Says how training goes, and stands still while the held-out prompts are asked."""
+    """Reports how training goes, and pauses the clock while held-out prompts are answered."""
 
     def __init__(self, task, score, tokenizer, draws: int, temperature: float, max_tokens: int):
         self.task, self.score, self.tokenizer = task, score, tokenizer
@@ -44,7 +44,7 @@ class Clock(TrainerCallback):
         self.tokens = 0
 
     def on_train_begin(self, *args, **kwargs):
-        say(event="begin")
+        report(event="begin")
         self.begun = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -52,7 +52,7 @@ class Clock(TrainerCallback):
         started = time.perf_counter()
         accuracy = self.accuracy()
         self.evaluating += time.perf_counter() - started
-        say(step=state.global_step, seconds=seconds, accuracy=accuracy, tokens=self.tokens)
+        report(step=state.global_step, seconds=seconds, accuracy=accuracy, tokens=self.tokens)
 
     @torch.no_grad()
     def accuracy(self) -> float:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# To be sourced from the folder of a kit that tools/maintain/make_gpu_kit.sh made: puts its packages on PYTHONPATH. They are unpacked once, into
-# GPU_KIT_HOME (by default a folder in TMPDIR), whole or not at all. PYTHON names the interpreter with torch, by default python3.
-# Returns 1, with one line, where the kit does not fit or is damaged.
+# Source this from the folder of a kit that tools/maintain/make_gpu_kit.sh made: it puts the kit's packages on PYTHONPATH. They are unpacked
+# once and atomically into GPU_KIT_HOME (by default a folder in TMPDIR). PYTHON names the interpreter with torch, by default python3.
+# Returns 1 and prints one line where the kit does not fit or is damaged.
 _gpu_kit_value() {
     sed -n "s/^$1=//p" "$kit/manifest"
 }
@@ -19,7 +19,7 @@ _activate_gpu_kit() {
         [[ $(sha256sum <"$kit/packages.tar.xz" | cut -d ' ' -f 1) == "$packages" ]] ||
             { echo "gpu kit: error: $kit/packages.tar.xz is damaged; carry it again" >&2 && return 1; }
         part=$home.$$
-        # shellcheck disable=SC2015  # whichever of the two fails, it could not be unpacked
+        # shellcheck disable=SC2015  # if either fails, it could not be unpacked
         mkdir -p "$part" 2>/dev/null && "$python" -c 'if True:
             import sys, tarfile
             tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' "$kit/packages.tar.xz" "$part" ||

@@ -1,9 +1,9 @@
 """Remove the GPU code of all architectures but one from a shared library: python tools/maintain/keep_gpu_code.py LIBRARY sm_90
 
 CUDA's compiler puts the code of a source file for every architecture into one container of the section `.nv_fatbin`, and the driver picks
-an entry when it loads the container. Here the entries of the architecture move to the front of their container, which is then that short,
-and the rest of it becomes zeros: the file keeps its layout and compresses well. A container without such an entry is refused, since the
-driver would compile its code for another architecture. Prints MiB by kind and architecture before, and the MiB that are left.
+an entry when it loads the container. Here the entries of the architecture move to the front of their container, whose size in its header
+shrinks to them, and the rest of it becomes zeros: the file keeps its layout and compresses well. A container without such an entry is
+refused, since the driver would compile its code for another architecture. Prints MiB by kind and architecture before, and the MiB kept.
 """
 
 import argparse
@@ -62,30 +62,30 @@ def section(data, name: str) -> tuple[int, int]:
 
 
 def containers(data, start: int, nbytes: int) -> Iterator[Container]:
-    """Yield those of a section. Raises ValueError for bytes that are neither a container nor padding."""
-    at, end = start, start + nbytes
-    while at + _CONTAINER.size <= end:
-        magic, _, header, size = _CONTAINER.unpack_from(data, at)
+    """Yield the containers of a section. Raises ValueError for bytes that are neither a container nor padding."""
+    offset, end = start, start + nbytes
+    while offset + _CONTAINER.size <= end:
+        magic, _, header, size = _CONTAINER.unpack_from(data, offset)
         if magic == 0:
-            at += _ALIGNMENT
+            offset += _ALIGNMENT
             continue
-        if magic != _MAGIC or at + header + size > end:
-            raise ValueError(f"unknown GPU code at byte {at}")
-        yield Container(at, header, tuple(_entries(data, at + header, at + header + size)))
-        at += header + size
+        if magic != _MAGIC or offset + header + size > end:
+            raise ValueError(f"unknown GPU code at byte {offset}")
+        yield Container(offset, header, tuple(_entries(data, offset + header, offset + header + size)))
+        offset += header + size
 
 
-def _entries(data, at: int, end: int) -> Iterator[Entry]:
-    while at < end:
-        kind, _, header, code, architecture = _ENTRY.unpack_from(data, at)
-        if kind not in _KINDS or not header or at + header + code > end:
-            raise ValueError(f"unknown GPU code at byte {at}")
-        yield Entry(_KINDS[kind], architecture, at, header + code)
-        at += header + code
+def _entries(data, offset: int, end: int) -> Iterator[Entry]:
+    while offset < end:
+        kind, _, header, code, architecture = _ENTRY.unpack_from(data, offset)
+        if kind not in _KINDS or not header or offset + header + code > end:
+            raise ValueError(f"unknown GPU code at byte {offset}")
+        yield Entry(_KINDS[kind], architecture, offset, header + code)
+        offset += header + code
 
 
 def keep(data, container: Container, architecture: int) -> int:
-    """Leave only the cubins of the architecture in a container; returns their bytes. Raises ValueError if there are none."""
+    """Keep only the cubins of the architecture in a container; return their bytes. Raises ValueError if there are none."""
     kept = [entry for entry in container.entries if (entry.kind, entry.architecture) == ("cubin", architecture)]
     if not kept:
         raise ValueError(f"its GPU code at byte {container.start} has no part for sm_{architecture}")
@@ -99,9 +99,9 @@ def keep(data, container: Container, architecture: int) -> int:
 
 
 def trim(library: Path, architecture: int) -> tuple[Counter, int]:
-    """Trim a library, which is replaced at once or not at all; returns bytes by (kind, architecture) before, and bytes kept.
+    """Trim a library, atomically; return bytes by (kind, architecture) before, and bytes kept.
 
-    Raises ValueError for a file that is not understood, or GPU code of which no part is for the architecture.
+    Raises ValueError for a file of unknown layout, or a container with no code for the architecture.
     """
     part = library.with_name(library.name + ".part")
     shutil.copyfile(library, part)

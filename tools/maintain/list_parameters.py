@@ -1,15 +1,15 @@
-"""Write the names and shapes of the parameters that Megatron-Core builds, for tests/unit/test_listings.py to hold the weight map against.
+"""Write the names and shapes of the parameters that Megatron-Core builds; tests/unit/test_listings.py compares the weight map with them.
 
     python tools/maintain/list_parameters.py tests/listings                                  # local layers
     python tools/maintain/list_parameters.py tests/listings --transformer-engine DIRECTORY   # Transformer Engine's layers
 
-The models are built by the Megatron-Core that Python finds, so another version is listed by putting it first on PYTHONPATH. Every rank of a
-layout is built in this one process, over torch's fake process groups: nothing is computed and nothing is sent.
+The models are built by the Megatron-Core that Python imports, so another version is listed by putting it first on PYTHONPATH. Every rank of
+a layout is built in this one process, over torch's fake process groups: nothing is computed and nothing is sent.
 
 Transformer Engine needs CUDA to run, but declares its parameters in Python. DIRECTORY is an unpacked `transformer_engine` wheel: its own
-modules run their constructors, and only its compiled part, `transformer_engine_torch`, is replaced by a module that answers to everything.
-So are packages for kernels, export and debugging that are imported but play no part in which parameters there are (_ABSENT), where they
-are not installed.
+modules run their constructors, and only its compiled part, `transformer_engine_torch`, is replaced by a module in which every name exists.
+So are packages for kernels, export and debugging that are imported but do not affect which parameters there are (_ABSENT), where they are
+not installed.
 """
 
 import argparse
@@ -50,6 +50,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": {"qk_norm": True},
     "Qwen3MoeForCausalLM": {"qk_norm": True, "experts": 4, "moe_ffn": 48},
     "MixtralForCausalLM": {"experts": 4, "moe_ffn": 80},
+    "SeedOssForCausalLM": {"qkv_bias": True},
 }
 LAYOUTS = (
     ({}, [0]),
@@ -63,11 +64,12 @@ EXPERT_LAYOUTS = (
 )
 
 
-# --- what cannot be installed here --------------------------------------------------------------------------------------------------------
+# --- packages that cannot be installed here
+# ------------------------------------------------------------------------------------------------
 
 
 class _Anything(types.ModuleType):
-    """A module in which every name exists and answers to everything."""
+    """A module in which every name exists and is callable."""
 
     __version__ = "9.9"
 
@@ -79,7 +81,7 @@ class _Anything(types.ModuleType):
 
 
 class _AbsentModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the packages named in _ABSENT, after everyone else has looked."""
+    """Finds the packages named in _ABSENT, after every other finder."""
 
     def find_spec(self, name, path=None, target=None):
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in _ABSENT else None
@@ -94,7 +96,7 @@ class _AbsentModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _offer_absent_modules() -> None:
-    # torch looks for triton here, and must find the truth; and it must not compile what will never run.
+    # torch looks for triton here and must not find a stand-in; and it must not compile code that never runs.
     import torch._dynamo
     import torch.utils.flop_counter
 
@@ -103,8 +105,8 @@ def _offer_absent_modules() -> None:
 
 
 def _offer_transformer_engine(directory: Path) -> str:
-    """Make `import transformer_engine` find the sources in `directory`; returns their version."""
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its own switch for importing without the shared libraries
+    """Make `import transformer_engine` find the sources in `directory`; return their version."""
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its own switch for imports without the shared libraries
     compiled = _Anything("transformer_engine_torch")
     # The Python side mirrors these enumerations, and checks at import that it knows every member.
     members: dict[str, list[str]] = {}
@@ -140,7 +142,7 @@ def _offer_transformer_engine(directory: Path) -> str:
 
 
 def describe(architecture: str, sizes, rank: int, layer_spec: str) -> dict:
-    """What Megatron makes of one rank: its place, the numbers of its layers and experts in the whole model, its parameters' shapes."""
+    """Return what Megatron builds for one rank: its coordinates, the global numbers of its layers and experts, its parameters' shapes."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -197,7 +199,7 @@ def describe(architecture: str, sizes, rank: int, layer_spec: str) -> dict:
         )
         prefix = f"model{chunk}." if sizes.virtual > 1 else ""
         shapes |= {prefix + name: list(parameter.shape) for name, parameter in built.named_parameters()}
-        # Megatron counts layers from one.
+        # Megatron counts layers from 1.
         layer_numbers[prefix] = [layer.layer_number - 1 for layer in built.decoder.layers]
         experts = getattr(built.decoder.layers[0].mlp, "local_expert_indices", [])
     destroy()
@@ -211,7 +213,7 @@ def describe(architecture: str, sizes, rank: int, layer_spec: str) -> dict:
 
 
 def _one_chunk(config):
-    """The configuration as if each stage were one chunk: the layer specs are the same ones, only more."""
+    """Return the configuration with one chunk per stage: the layer specs are the same, only more of them."""
     whole = copy.copy(config)
     whole.virtual_pipeline_model_parallel_size = None
     return whole
@@ -247,7 +249,7 @@ def main() -> None:
 
 
 def _dump(content: dict) -> str:
-    """JSON with each parameter on a line of its own."""
+    """Return the JSON text with each parameter on its own line."""
     text = json.dumps(content, indent=1)
     return re.sub(r"\[\s+((?:\d+,?\s*)+?)\s+\]", lambda match: "[" + ", ".join(match[1].replace(",", " ").split()) + "]", text) + "\n"
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes build/gpu-kit: what a machine with a Hopper card and without network lacks for tools/prove/gpu_check.py, if it has Python 3.12, torch 2.11 for
-# CUDA 13.0 and transformers. From public packages alone, of the versions and hashes in tools/locks/gpu-kit*.txt. docs/gpu.md says how to
-# use it. The kit is whole or absent, and is not made again while nothing that it is made of has changed.
+# Makes build/gpu-kit: the packages that a machine with a Hopper card and no network lacks for tools/prove/gpu_check.py, if it has Python 3.12,
+# torch 2.11 for CUDA 13.0 and transformers. All come from public packages, with the versions and hashes in tools/locks/gpu-kit*.txt.
+# docs/gpu.md explains its use. The kit is complete or absent, and is made again only after one of its inputs has changed.
 #   bash tools/maintain/make_gpu_kit.sh [TARGET]
-# PYTHON=/path/to/python3.12 chooses the interpreter, which needs its headers. Downloads and what is compiled stay in TARGET.work.
+# PYTHON=/path/to/python3.12 chooses the interpreter, which needs its headers. Downloads and compiled files stay in TARGET.work.
 #
-# No CUDA compiler and no GPU take part. Transformer Engine's kernels come compiled, as a library for seven architectures, of which
-# tools/maintain/keep_gpu_code.py leaves one. Its torch extension comes as C++ source, which needs CUDA's headers; they are packages too.
+# It needs no CUDA compiler and no GPU. Transformer Engine's kernels come compiled, as a library for seven architectures, of which
+# tools/maintain/keep_gpu_code.py keeps one. Its torch extension comes as C++ source, which needs CUDA's headers; they are packages too.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 host_lock=$root/tools/locks/gpu-kit-host-py312.txt
@@ -39,7 +39,7 @@ check_machine() {
     ((free >= memory_gib << 20)) || fail "$memory_gib GiB of free memory are needed, $((free >> 20)) GiB are there"
 }
 
-# What the kit is made of.
+# The inputs of the kit.
 fingerprint() {
     cat "$host_lock" "$kit_lock" "$root"/tools/maintain/{make_gpu_kit.sh,gpu_kit_activate.sh,keep_gpu_code.py} | sha256sum | cut -d ' ' -f 1
 }
@@ -50,7 +50,7 @@ step() {
     shift
     if [[ -f $stamp && $(cat "$stamp") == "$made_of" ]]; then return; fi
     echo "make_gpu_kit.sh: $name"
-    # Not on the left of ||, where bash would go on after a command that fails.
+    # Not on the left of ||, where bash would continue after a command that fails.
     (set -e && "$@") >"$work/$name.log" 2>&1 &
     wait $! || { tail -n 15 "$work/$name.log" >&2; fail "$name failed; the whole output is in $work/$name.log"; }
     echo "$made_of" >"$stamp"
@@ -61,7 +61,7 @@ pip_install() {
         --only-binary :all: --progress-bar off "$@"
 }
 
-# An environment with what the other machine has: to compile against, and to try the kit in.
+# An environment with the other machine's packages, to compile against and to test the kit in.
 make_host() {
     rm -rf "$work/host"
     "$python" -m venv "$work/host"
@@ -83,7 +83,7 @@ fetch_source() {
     tar -xzf "$work"/source/*.tar.gz --strip-components 1 -C "$work/source"
 }
 
-# All sources as one: torch's headers, which take the compiler longer than the code, are read once.
+# All sources in one unit, so that torch's headers, which compile longer than the code, are read once.
 compile_extension() {
     local packages=$1 source=$work/source name options
     name=transformer_engine_torch$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
@@ -94,12 +94,12 @@ compile_extension() {
         -I"$cuda/include" -I"$packages/nvidia/cudnn/include" -I"$packages/nvidia/nccl/include" -I"$headers")
     g++ "${options[@]}" -shared -o "$work/site/$name" "$work/all.cpp" -L"$packages/torch/lib" -lc10 -ltorch -ltorch_cpu -ltorch_python
     strip --strip-unneeded "$work/site/$name"
-    # So that Transformer Engine compares its version with the other two packages'.
+    # So that Transformer Engine compares its version with those of the other two packages.
     mkdir -p "$work/site/transformer_engine_torch-2.11.0.dist-info"
     cp "$source/PKG-INFO" "$work/site/transformer_engine_torch-2.11.0.dist-info/METADATA"
 }
 
-# NVIDIA's own tool must find the code of one architecture, and no other, in what is left.
+# NVIDIA's own tool must find the code of this architecture, and no other, in the result.
 trim_library() {
     local library=$work/site/transformer_engine/wheel_lib/libtransformer_engine.so found
     "$work/host/bin/python" "$root/tools/maintain/keep_gpu_code.py" "$library" "$architecture"
@@ -129,7 +129,7 @@ check_size() {
     ((kit + repository <= limit_mib << 10)) || { echo "together they may have $limit_mib MiB" && return 1; }
 }
 
-# As on the other machine, but for the card: a fresh shell, the kit's own script, all imports, and the check with small sizes.
+# As on the other machine, except for the card: a fresh shell, the kit's own script, all imports, and the check with small sizes.
 try_kit() {
     rm -rf "$work/tried"
     cd "$root"
@@ -141,7 +141,7 @@ try_kit() {
     rm -rf "$work/tried"
 }
 
-# The finished kit takes its name at once.
+# The finished kit gets its name atomically.
 publish() {
     rm -rf "$target.old"
     if [[ -e $target ]]; then mv "$target" "$target.old"; fi

@@ -1,7 +1,7 @@
 """Write the two locks of tools/maintain/make_gpu_kit.sh: python3.12 tools/maintain/make_gpu_kit_lock.py
 
-tools/locks/gpu-kit-host-py312.txt: what the machine with the card has already, and the kit is compiled against and tried with here.
-tools/locks/gpu-kit-py312.txt: what the kit brings. Each package with the SHA-256 of the one file for Python 3.12 on Linux x86_64.
+tools/locks/gpu-kit-host-py312.txt: packages that the machine with the card has already; the kit is compiled and tested against them here.
+tools/locks/gpu-kit-py312.txt: packages that the kit adds. Each has the SHA-256 of the one file for Python 3.12 on Linux x86_64.
 Needs a package index; nothing is installed.
 """
 
@@ -24,11 +24,11 @@ HOST = {
     "einops": "",
     "onnx": "1.23.1",
     "onnxscript": "0.7.2",
-    # The check and the tests that it takes its cases from.
+    # The check, and the tests that it takes its cases from.
     "psutil": "",
     "pytest": "",
     "pyyaml": "",
-    # Headers, and the compiler's version, for which the build of Transformer Engine's torch extension asks.
+    # Headers, and the compiler's version, which the build of Transformer Engine's torch extension requires.
     "nvidia-cuda-cccl": "13.0.85",
     "nvidia-cuda-crt": "13.0.88",
     "nvidia-cuda-nvcc": "13.0.88",
@@ -38,19 +38,19 @@ KIT = {
     "megatron-core": "0.16.1",
     "transformer-engine": "2.11.0",
     "transformer-engine-cu13": "2.11.0",
-    # Whatever else needs these, a machine with the packages above was seen without them.
+    # Other packages that need these; a machine with the packages above did not have them.
     "pydantic": "",
     "pydantic-core": "",
     "annotated-types": "",
     "typing-inspection": "",
 }
 SOURCE = "transformer_engine_torch==2.11.0 --hash=sha256:b58d6322bdf885dfab0646da572aff9cf090b332ad470559aa58883c231e1816"
-"""The one package that comes as source; pip reports a hash of packages that need no build."""
-HEADER = "# {what}: Linux x86_64, Python 3.12, CUDA 13.0.\n# Written by tools/maintain/make_gpu_kit_lock.py.\n"
+"""The one package built from source; pip reports a hash only for packages that need no build."""
+HEADER = "# {title}: Linux x86_64, Python 3.12, CUDA 13.0.\n# Written by tools/maintain/make_gpu_kit_lock.py.\n"
 
 
 def resolve(requirements: dict[str, str]) -> dict[str, str]:
-    """Return name → line of a lock, for the requirements and all that they need. Raises CalledProcessError if they do not resolve."""
+    """Return name → line of a lock, for the requirements and all their dependencies. Raises CalledProcessError if they do not resolve."""
     asked = [f"{name}=={version}" if version else name for name, version in requirements.items()]
     with tempfile.TemporaryDirectory() as name:
         report = Path(name, "report.json")
@@ -73,8 +73,8 @@ def main() -> None:
         "gpu-kit-host-py312": ("What tools/maintain/make_gpu_kit.sh expects where the kit is used, and installs here to make it", host),
         "gpu-kit-py312": ("What the kit of tools/maintain/make_gpu_kit.sh brings", kit | {"transformer-engine-torch": SOURCE}),
     }
-    for name, (what, lines) in locks.items():
-        text = HEADER.format(what=what) + "".join(f"{lines[package]}\n" for package in sorted(lines))
+    for name, (title, lines) in locks.items():
+        text = HEADER.format(title=title) + "".join(f"{lines[package]}\n" for package in sorted(lines))
         Path(ROOT, "tools", "locks", f"{name}.txt").write_text(text, encoding="utf-8")
 
 

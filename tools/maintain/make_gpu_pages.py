@@ -1,7 +1,7 @@
-"""Write what has run on a GPU, and what has not, from docs/gpu_results.json: python tools/maintain/make_gpu_pages.py
+"""Write into the pages what has run on a GPU and what has not, from docs/gpu_results.json: python tools/maintain/make_gpu_pages.py
 
-The README's sentence and table, the list in docs/README.md, and the first line and the results of docs/gpu.md.
-tools/prove/gpu_check.py --write puts its cases into docs/gpu_results.json and calls this. A part has run when every case
+The pages are the README's sentence and table, the list in docs/README.md, and the first line and the results of docs/gpu.md.
+tools/prove/gpu_check.py --write puts its cases into docs/gpu_results.json and calls this. A part counts as run when every case
 named for it passed on a card, at full size.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("docs/gpu_results.json")
 MARK = "<!-- written by tools/maintain/make_gpu_pages.py -->"
-"""On a line of its own before and after each text of docs/."""
+"""Stands alone on a line before and after each text of docs/."""
 SENTENCE = re.compile(r"^\*\*(Nothing has|Parts have) run on .*?\*\*", re.MULTILINE)
-"""The README's sentence. A mark in its line would keep code hosts from showing it in bold."""
+"""The README's sentence. It has no mark because a mark in its line would keep code hosts from showing it in bold."""
 TABLE = "| part | tested on CPU | run on a GPU |"
-"""The head of the README's table, which ends at the next empty line."""
+"""The header of the README's table, which ends at the next empty line."""
 ABOUT = ("card", "commit", "date", "versions")
 """The commit, card and versions that all results of one run share."""
 NOT_FIGURES = ("section", "case", "passed", "seconds", "small", "profile", *ABOUT)
@@ -26,11 +26,11 @@ NOT_FIGURES = ("section", "case", "passed", "seconds", "small", "profile", *ABOU
 
 @dataclass(frozen=True)
 class Part:
-    """Something that runs on a GPU."""
+    """A feature that runs on a GPU."""
 
     words: str
     cases: tuple[str, ...] = ()
-    """`section/beginning of a case` of tools/prove/gpu_check.py. All must have passed; none: the check of one card cannot show it."""
+    """`section/beginning of a case` of tools/prove/gpu_check.py; all must have passed. Empty: a check on one card cannot show it."""
 
 
 ENGINE_LAYERS = Part("Transformer Engine layers and its fused optimizer", ("trainer/transformer_engine bfloat16",))
@@ -41,7 +41,11 @@ PARKING = Part("memory that leaves and comes back", ("parking/leave and come bac
 STEP = Part("one step of a small Qwen2", ("trainer/local bfloat16",))
 NCCL = Part("NCCL")
 STATUS: list[tuple[str, str, tuple[Part, ...]]] = [
-    ("Llama, Mistral, Qwen2 and 2.5, Qwen3, Qwen3-MoE, Mixtral; others are refused", "small random weights; SmolLM2-135M (Llama)", (STEP,)),
+    (
+        "Llama, Mistral, Qwen2 and 2.5, Qwen3, Qwen3-MoE, Mixtral, Seed-OSS; others are refused",
+        "small random weights; SmolLM2-135M (Llama)",
+        (STEP,),
+    ),
     ("tensor, sequence, pipeline, interleaved, context, data and expert parallelism, combined", "up to 8 ranks", ()),
     ("weight sync", "shared memory and gloo", (CUDA_IPC, NCCL)),
     ("checkpoints, bit-identical resume, conversion to and from Hugging Face and Megatron-Core's `torch_dist`", "yes", ()),
@@ -54,7 +58,7 @@ STATUS: list[tuple[str, str, tuple[Part, ...]]] = [
     ("Transformer Engine layers, FP8, fused optimizers", "no", (ENGINE_LAYERS, FP8)),
     ("several nodes", "two network namespaces of one machine", ()),
 ]
-"""Rows of the README's table: what it is, what was tested on CPU, and its parts on a GPU."""
+"""Rows of the README's table: the feature, what was tested on CPU, and its parts on a GPU."""
 UNPROVEN = [
     Part("NCCL process groups and transfers"),
     Part("the Transformer Engine layer spec with its parameter names, and its fused optimizer", ENGINE_LAYERS.cases),
@@ -83,7 +87,7 @@ def has_run(part: Part, entries: list[dict]) -> bool:
 
 
 def _cards(entries: list[dict]) -> str:
-    """Return the names of the cards that have run something."""
+    """Return the names of the cards that some case ran on."""
     return " and ".join(sorted({entry["card"] for entry in entries if _counts(entry)}))
 
 
@@ -105,7 +109,7 @@ def status_table(entries: list[dict]) -> str:
 
 
 def sentence(entries: list[dict]) -> str:
-    """Return what the README says of GPUs near its beginning."""
+    """Return the sentence on GPUs near the beginning of the README."""
     cards = _cards(entries)
     if not cards:
         return "**Nothing has run on a GPU yet: what is tested was tested on CPU, see [status](#status).**"
@@ -113,7 +117,7 @@ def sentence(entries: list[dict]) -> str:
 
 
 def unproven(entries: list[dict]) -> str:
-    """Return the list of what has not run on a GPU."""
+    """Return the list of parts that have not run on a GPU."""
     words = [part.words for part in UNPROVEN if not has_run(part, entries)]
     return "".join(f"- {line};\n" for line in words[:-1]) + f"- {words[-1]}.\n"
 
@@ -125,7 +129,7 @@ def introduction(entries: list[dict]) -> str:
 
 
 def results(entries: list[dict]) -> str:
-    """Return the results of docs/gpu.md: a table for all that one commit showed on one card with the same packages."""
+    """Return the results of docs/gpu.md: a table for each commit, card and set of versions."""
     if not entries:
         return "None yet.\n"
     runs: dict[str, list[dict]] = {}
@@ -135,9 +139,9 @@ def results(entries: list[dict]) -> str:
 
 
 def _run(found: list[dict]) -> str:
-    about = found[0]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [f"{about['card']}, commit {about['commit']}, {about['date']}; {versions}:", ""]
+    shared = found[0]
+    versions = ", ".join(f"{name} {version}" for name, version in shared["versions"].items())
+    lines = [f"{shared['card']}, commit {shared['commit']}, {shared['date']}; {versions}:", ""]
     lines += ["| section | case | result | figures |", "|---|---|---|---|"]
     for entry in found:
         result = {True: "passed", False: "FAILED", None: "skipped"}[entry["passed"]]
@@ -155,7 +159,7 @@ def _escaped(text: str) -> str:
 
 
 def pages(root: Path, entries: list[dict]) -> dict[Path, str]:
-    """Return path → text of the three pages as they should be, from those under `root`. Raises ValueError where the marks are not there."""
+    """Return path → new text of the three pages, from those under `root`. Raises ValueError where the marks are missing."""
     gpu, manual, readme = (root / name for name in ("docs/gpu.md", "docs/README.md", "README.md"))
     text, sentences = SENTENCE.subn(sentence(entries), readme.read_text(encoding="utf-8"))
     before, head, after = text.partition(TABLE)

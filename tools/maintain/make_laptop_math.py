@@ -36,7 +36,7 @@ EXAMPLES = {
 
 
 def make() -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each file; no question is in both, or twice."""
+    """Return the rows of each file; no question occurs twice, in one file or in both."""
     _import_package()
     from reasoning_gym.factory import create_dataset
 

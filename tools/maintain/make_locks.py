@@ -1,8 +1,8 @@
 """Write the locks of tools/locks from setup.py: python tools/maintain/make_locks.py [cpu] [gpu] [--check] [--upgrade]
 
-cpu-py311.txt is every package of `megatron_aspo[cpu,dev]` for Python 3.11, gpu-py312.txt every package of `megatron_aspo[gpu]` for CUDA 13
-and Python 3.12, both for Linux x86_64. uv resolves them; it needs a package index, and nothing is installed. A version stays as locked
-where it still resolves; --upgrade takes the newest. With --check nothing is written: the exit status is 1 if what resolves differs from the
+cpu-py311.txt has every package of `megatron_aspo[cpu,dev]` for Python 3.11, gpu-py312.txt every package of `megatron_aspo[gpu]` for CUDA 13
+and Python 3.12, both for Linux x86_64. uv resolves them; it needs a package index, and nothing is installed. A locked version is kept where
+it still resolves; --upgrade takes the newest. With --check nothing is written: the exit status is 1 if the resolution differs from the
 lock. Where PyTorch's own index cannot be reached, `--find-links DIR` names a folder with the CPU build of torch.
 """
 
@@ -23,9 +23,9 @@ class Lock:
     extras: tuple[str, ...]
     python: str
     platform: str
-    """A manylinux platform of uv's."""
+    """One of uv's manylinux platforms."""
     left_out: dict[str, str]
-    """Package → why neither it nor what it alone needs is in the lock."""
+    """Package → why neither it nor the dependencies of it alone are in the lock."""
     header: str
     torch: str = ""
     """A requirement that replaces the one on torch."""
@@ -88,18 +88,18 @@ LOCKS = {
 
 
 def resolve(lock: Lock, upgrade: bool, find_links: str) -> list[str]:
-    """Return `name==version` for each package, sorted; as locked where that resolves, unless upgrade. Raises SystemExit with uv's words."""
+    """Return `name==version` for each package, sorted; locked versions first, unless upgrade. Raises SystemExit with uv's message."""
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     if not Path(uv).is_file():
         raise SystemExit("make_locks: error: uv is not installed; pip install uv")
     with tempfile.TemporaryDirectory() as name:
-        # In a copy: building the metadata leaves files beside setup.py.
+        # In a copy, because building the metadata leaves files beside setup.py.
         for file in ("setup.py", "megatron_aspo/__init__.py"):
             target = Path(name, file)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(ROOT / file, target)
         if not upgrade:
-            Path(name, "lock.txt").write_text("\n".join(lock.pins()) + "\n", encoding="utf-8")  # uv prefers what its output file has
+            Path(name, "lock.txt").write_text("\n".join(lock.pins()) + "\n", encoding="utf-8")  # uv prefers the versions in its output file
         never = [f"{package}; python_version < '3'" for package in lock.left_out]
         Path(name, "overrides.txt").write_text("\n".join([*never, lock.torch]) + "\n", encoding="utf-8")
         options = ["--python-version", lock.python, "--python-platform", lock.platform, "--override", "overrides.txt"]

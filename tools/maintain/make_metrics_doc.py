@@ -3,8 +3,8 @@
 
     python tools/maintain/make_metrics_doc.py
 
-The names come from the code (metric_names.py), the words from the table below. A name without words stops the tool, and
-so do words for a name that the code does not produce. A test holds the page current.
+The names come from the code (metric_names.py), the descriptions from the table below. A name without a description stops the tool, and
+so does a description of a name that the code does not produce. A test checks that the page is current.
 """
 
 import sys
@@ -128,7 +128,7 @@ BY_SIGN = {
 
 
 def words(name: str) -> tuple[str, str]:
-    """Return unit and meaning of a name. Raises LookupError when nobody has described it."""
+    """Return unit and meaning of a name. Raises LookupError for a name without a description."""
     stem, _, sign = name.rpartition("/")
     if sign in SIGN and stem in BY_SIGN:
         unit, meaning = BY_SIGN[stem]

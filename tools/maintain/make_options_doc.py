@@ -3,8 +3,8 @@
 
     python tools/maintain/make_options_doc.py
 
-The bounds and the valid words of an option are what the configuration itself refuses: each option is set to a few values that may be wrong,
-and the rule is read off the error message. A test holds the page current.
+The bounds and the valid words of an option are those that the configuration itself enforces: each option is set to several values that may
+be wrong, and the rule is read off the error message. A test checks that the page is current.
 """
 
 import ast
@@ -77,7 +77,7 @@ def docstrings(kind: type) -> dict[str, str]:
 
 
 def refusal(section: str, name: str, value: Any) -> str:
-    """Return what the configuration says of this value alone, empty when it accepts it."""
+    """Return the configuration's error for this value alone, empty when it accepts it."""
     config = Config(model="model", task="dataset")
     try:
         check(with_value(config, [*filter(None, section.split(".")), name], value))
@@ -87,18 +87,18 @@ def refusal(section: str, name: str, value: Any) -> str:
 
 
 def bounds(section: str, field: Field) -> str:
-    """Return the rule that holds for an option by itself, in the words of its refusals; empty when there is none.
+    """Return the rule for an option alone, in the words of its refusals; empty when there is none.
 
     Valid words are listed as "one of …".
     """
     key, rules = f"{section}.{field.name}" if section else field.name, []
     for value in PROBES.get(field.type, ()):
-        said = refusal(section, field.name, value)
-        if not said.startswith(f"{key}={value} "):
+        message = refusal(section, field.name, value)
+        if not message.startswith(f"{key}={value} "):
             continue  # the rule of another option, or of several
-        if found := re.search(r" must (?:be )?(.+?)(?:: |; |, the |$)", said):
+        if found := re.search(r" must (?:be )?(.+?)(?:: |; |, the |$)", message):
             rules.append(found[1].replace("not be negative", "at least 0").replace("greater than", "above"))
-        elif found := re.search(r" is not known; (?:valid: (?P<words>[^;]+)|it is (?P<rule>[^;]+))", said):
+        elif found := re.search(r" is not known; (?:valid: (?P<words>[^;]+)|it is (?P<rule>[^;]+))", message):
             rules.append(found["rule"] or "one of " + re.sub(r"\w+", lambda word: f"`{word[0]}`", found["words"]))
     tightest = [rule for rule in dict.fromkeys(rules) if rule not in ("above 0", "at least 0")]
     return "; ".join(tightest if any("at least" in rule for rule in tightest) else dict.fromkeys(rules))

@@ -1,7 +1,7 @@
-"""The names that a run can write to `metrics.jsonl`, found by running the real loop over stand-ins for the processes.
+"""Finds the names that a run can write to `metrics.jsonl`, by running the real loop with stand-ins for the processes.
 
 The loop (train.py), the collector, the rollout metrics and the objective are the real ones; engines, reward workers and training ranks are
-stand-ins. What a training rank adds to its report by itself is read off the source of trainer/rank.py, since importing it needs Megatron.
+stand-ins. The names that a training rank adds to its report are read from the source of trainer/rank.py, since importing it needs Megatron.
 """
 
 import ast
@@ -37,7 +37,7 @@ RANK = ROOT / "megatron_aspo" / "trainer" / "rank.py"
 
 
 def rank_names() -> dict[str, list[str]]:
-    """Return what trainer/rank.py itself adds: names in the `tally`, of the `mismatch`, and phases of which it takes the `seconds`."""
+    """Return the names that trainer/rank.py itself adds: in the `tally`, in the `mismatch`, and phases whose `seconds` it measures."""
     found: dict[str, list[str]] = {"tally": [], "mismatch": [], "seconds": []}
     for node in ast.walk(ast.parse(RANK.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Subscript) and ast.unparse(target.value) == "tally":
@@ -71,7 +71,7 @@ def objective_tally() -> Tally:
 
 
 def full_report() -> UpdateReport:
-    """Return the report of a step in which everything that can be counted was."""
+    """Return the report of a step in which every metric is present."""
     own = rank_names()
     return UpdateReport(
         tally=objective_tally() | dict.fromkeys(own["tally"], (1.0, 1)),
@@ -84,7 +84,7 @@ def full_report() -> UpdateReport:
 
 
 def stand_in(config: Config, directory: Path) -> MagicMock:
-    """Return a `Run` whose collector is real and whose processes are not."""
+    """Return a `Run` with a real collector and stand-ins for its processes."""
     prompt = Prompt("p", (1, 2), "question", 1, "stand-in")
 
     def stream(requests, group_size):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs sshd and iproute2, of which the tests of clusters make hosts (tests/hosts.py), where they are missing: as root on Debian or Ubuntu.
+# Installs sshd and iproute2 where they are missing; the cluster tests build hosts with them (tests/hosts.py). Needs root on Debian or Ubuntu.
 # .ci/run calls it; nothing else needs it. No ssh server is started, and none will be until /etc/ssh/sshd_not_to_be_run is removed.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
@@ -9,7 +9,7 @@ if ((EUID != 0)) || [[ -z $(command -v apt-get) ]]; then
     exit 0 # without root there are no hosts, and these tests say so
 fi
 echo "setup_hosts.sh: installing openssh-server and iproute2"
-# Debian's and Ubuntu's services heed this file: the package must not open a port of this machine.
+# Debian's and Ubuntu's services obey this file: the package must not open a port on this machine.
 if [[ -z $(command -v sshd) ]]; then mkdir -p /etc/ssh && touch /etc/ssh/sshd_not_to_be_run; fi
 log=$(mktemp)
 install="apt-get install -y --no-install-recommends openssh-server openssh-client iproute2"

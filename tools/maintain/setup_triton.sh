@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts Triton beside the environment, in .venv/triton, for the tests of kernels in its interpreter. Returns at once when it is there.
-# Not in the lock: 0.7 GB and 70 MB more in every trainer and engine process, which on CPU have no use for it, and vLLM warns of it.
+# Installs Triton beside the environment, in .venv/triton, for the tests of kernels in its interpreter. No-op when it is there.
+# It is not in the lock: it would add 0.7 GB, and 70 MB to every trainer and engine process, which on CPU have no use for it; vLLM warns of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 version=3.7.1 # the one that torch 2.13's CUDA builds ask for

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Draws what a policy loss does to a token: its gradient weight −(∂L/∂logp)/A against the ratio r, for A > 0 and for A < 0.
+"""Draw the effect of a policy loss on a token: its gradient weight −(∂L/∂logp)/A against the ratio r, for A > 0 and for A < 0.
 
     python tools/plot/draw_losses.py                                # all of docs/figures/losses/
-    python tools/plot/draw_losses.py my_losses:mine --out pictures  # one of your own
+    python tools/plot/draw_losses.py my_losses:mine --out pictures  # a custom loss
 
-The curves are what autograd says of the losses themselves, with the options they have by default. The background is transparent and the
-colours can be read on a light page and on a dark one (colours.py).
+The curves come from autograd on the losses themselves, with their default options. The background is transparent and the colours can be
+read on a light page and on a dark one (colours.py).
 """
 
 import argparse
@@ -37,7 +37,7 @@ DRAWN = (*names.POLICY_LOSS_NAMES, "examples.losses.sapo:sapo")
 SIGNS = {1: ("A > 0", BLUE), -1: ("A < 0", RED)}
 PPO_CLIP = {"color": GREY, "alpha": 0.45, "linewidth": 4}
 STYLE = {
-    # The same bytes at every run: no random ids, no dates, glyphs as outlines, no points left out.
+    # The same bytes in every run: no random ids, no dates, glyphs as outlines, no points dropped.
     "svg.hashsalt": "megatron_aspo",
     "svg.fonttype": "path",
     "path.simplify": False,
@@ -54,18 +54,18 @@ STYLE = {
 
 
 def loss_options(name: str) -> AlgorithmOptions:
-    """What the loss runs with when a recipe says nothing but its name."""
+    """Return the options of a loss in a recipe that sets nothing but its name."""
     return AlgorithmOptions(policy_loss=name, **LOSS_DEFAULTS.get(name, {}).get("algorithm", {}))
 
 
 def marks(name: str, sign: int, low_entropy: bool) -> dict[str, float]:
-    """Label → ratio at which the loss treats tokens with this sign of A differently: the bounds 1 ± ε and the caps."""
+    """Return label → ratio at which the loss changes for tokens with this sign of A: the bounds 1 ± ε and the caps."""
     options = loss_options(name)
     classes = name in names.ENTROPY_CLASS_LOSSES and not low_entropy
     below = 1 - (options.high_entropy_clip_low if classes else options.clip_low)
     above = 1 + (options.high_entropy_clip_high if classes else options.clip_high)
     if name == "cispo":  # bounds the weight for both signs
-        return {label: at for label, at in (("1 − ε", below), ("1 + ε", above)) if at > 0}
+        return {label: ratio for label, ratio in (("1 − ε", below), ("1 + ε", above)) if ratio > 0}
     if name == "reinforce" or name not in names.POLICY_LOSS_NAMES:
         return {}
     result = {"1 + ε": above} if sign > 0 else {"1 − ε": below}
@@ -77,7 +77,7 @@ def marks(name: str, sign: int, low_entropy: bool) -> dict[str, float]:
 
 
 def curve(name: str, sign: int, low_entropy: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """(ratio, gradient weight), float64 [points]: r from 0.1 to 10, of gspo s from 0.999 to 1.001; a point close on each side of a mark."""
+    """Return (ratio, gradient weight), float64 [points]: r from 0.1 to 10 (gspo: s, 0.999 to 1.001); points close to marks too."""
     ratio = np.linspace(0.999, 1.001, 102) if name == "gspo" else np.geomspace(0.1, 10, 102)
     sides = [at * (1 + side) for at in marks(name, sign, low_entropy).values() for side in (-1e-9, 1e-9)]
     ratio = np.sort(np.concatenate([ratio, sides]))
@@ -91,15 +91,15 @@ def curve(name: str, sign: int, low_entropy: bool = True) -> tuple[np.ndarray, n
         entropy=torch.ones_like(old),
         low_entropy=torch.full((n,), low_entropy),
         mask=torch.ones(n, dtype=torch.bool),
-        offsets=list(range(n + 1)),  # every token a response of its own
+        offsets=list(range(n + 1)),  # one token per response
         options=loss_options(name),
     )
     (gradient,) = torch.autograd.grad(find_policy_loss(tokens.options)(tokens).loss.sum(), logprobs)
-    return ratio, (-gradient / sign).numpy() + 0.0  # no minus zeros
+    return ratio, (-gradient / sign).numpy() + 0.0  # no negative zeros
 
 
 def draw(name: str, path: Path) -> None:
-    """The picture of one loss, as SVG."""
+    """Draw one loss, as SVG."""
     classes = name in names.ENTROPY_CLASS_LOSSES
     lines = {"low-entropy tokens" if classes else name.rpartition(":")[2]: {"linewidth": 2}}
     if classes:
@@ -138,11 +138,11 @@ def _axes(panel: plt.Axes, name: str, sign: int) -> None:
     for label, x in sorted(both, key=lambda mark: mark[1]):
         value = f"{x - 1:+.0e}".replace("e-0", "e−").replace("-", "−") if name == "gspo" else f"{x:.2g}"
         panel.axvline(x, color=GREY, linewidth=1, linestyle=":", zorder=0)
-        # To the right of its line: the second of two bounds of a name, and the one left of which the curve stands.
+        # To the right of its line where it is the second of two bounds of a name, or the curve is to the left.
         right = label == "1/c" or any(other == label and x > smaller for other, smaller in both)
         text = f"{label[0]} {value[0]} {value[1:]}" if name == "gspo" else f"{label} = {value}"
-        place = {"rotation": 90, "va": "top", "ha": "left" if right else "right", "fontsize": 10}
-        panel.text(x, 1, f" {text} " if right else f"{text} ", transform=panel.get_xaxis_transform(), **place)
+        style = {"rotation": 90, "va": "top", "ha": "left" if right else "right", "fontsize": 10}
+        panel.text(x, 1, f" {text} " if right else f"{text} ", transform=panel.get_xaxis_transform(), **style)
 
 
 def main(arguments: list[str] | None = None) -> None:

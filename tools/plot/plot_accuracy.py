@@ -4,7 +4,7 @@
     python tools/plot/plot_accuracy.py runs/quickstart -o docs/figures/quickstart.svg
 
 The tool reads `evaluations/step_N.json` (accuracy with its standard error) and `metrics.jsonl` (mean reward) of a run directory. The
-background is transparent and the colours can be read on a light page and on a dark one (colours.py). The ending of the output file, .svg
+background is transparent and the colours can be read on a light page and on a dark one (colours.py). The suffix of the output file, .svg
 or .png, chooses the format. The numbers drawn are written beside the picture, as JSON of the same name, and printed as the last line.
 """
 
@@ -37,7 +37,7 @@ def read_accuracy(run: Path) -> list[tuple[int, float, float]]:
 
 
 def read_reward(run: Path) -> list[tuple[int, float]]:
-    """Return (steps done before it, mean reward) of every step: a step's responses come from the weights that it starts with."""
+    """Return (steps done before, mean reward) of every step: a step's responses come from the weights that it starts with."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [(metrics["step"], metrics["reward/mean"]) for metrics in map(json.loads, lines)]
 
@@ -50,10 +50,10 @@ def draw(accuracy: list[tuple[int, float, float]], reward: list[tuple[int, float
     steps, means, errors = zip(*accuracy, strict=True)
     axes.errorbar(steps, means, yerr=errors, color=ACCURACY, linewidth=2.4, marker="o", markersize=6, capsize=3, label="held-out accuracy")
     # Below the error bars, where no line is.
-    for place, offset in ((0, (6, -22)), (-1, (0, -22))):
+    for position, offset in ((0, (6, -22)), (-1, (0, -22))):
         axes.annotate(
-            f"{means[place]:.2f}",
-            (steps[place], means[place]),
+            f"{means[position]:.2f}",
+            (steps[position], means[position]),
             offset,
             textcoords="offset points",
             color=ACCURACY,

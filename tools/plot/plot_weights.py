@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The ASPO paper's diagnosis on runs of one's own: mean weight and mean ratio of tokens with A > 0 against A < 0, by step.
+"""Draw the ASPO paper's diagnosis for your runs: mean weight and mean ratio of tokens with A > 0 against A < 0, by step.
 
     python tools/plot/plot_weights.py runs/weights-aspo runs/weights-ppo_clip runs/weights-no_is --out docs/figures/weights_by_sign.svg
 
 Reads each run's `config.yaml` and `metrics.jsonl`. The background is transparent and the colours can be read on a light page and on a dark
-one (colours.py). Beside the picture it writes the numbers drawn, as JSON of the same name. The last
-line printed is one JSON object: for each policy loss the means over all steps.
+one (colours.py). Writes the numbers drawn beside the picture, as JSON of the same name. The last line printed is one JSON object: the means
+over all steps for each policy loss.
 """
 
 import argparse
@@ -28,11 +28,11 @@ SIGNS = ("positive", "negative")
 
 
 def read_run(directory: Path) -> tuple[str, dict[str, list[float]]]:
-    """The policy loss, and `figure/sign` → a value for each step that made an update; also the mean reward."""
+    """Return the policy loss, and `metric/sign` → a value for each step that made an update; also the mean reward."""
     loss = yaml.safe_load((directory / "config.yaml").read_text())["algorithm"]["policy_loss"]
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if all(f"train/{figure}/{sign}" in step for figure in FIGURES for sign in SIGNS)]
-    series = {f"{figure}/{sign}": [step[f"train/{figure}/{sign}"] for step in steps] for figure in FIGURES for sign in SIGNS}
+    steps = [step for step in steps if all(f"train/{metric}/{sign}" in step for metric in FIGURES for sign in SIGNS)]
+    series = {f"{metric}/{sign}": [step[f"train/{metric}/{sign}"] for step in steps] for metric in FIGURES for sign in SIGNS}
     return loss, {"step": [step["step"] + 1 for step in steps], **series, "reward": [step["reward/mean"] for step in steps]}
 
 

@@ -1,15 +1,15 @@
-"""Take one off-policy optimizer step on every layout of tests/parallel/layout_cases.py and hold it to one process of PyTorch in float64.
+"""Compare one off-policy optimizer step on every layout of tests/parallel/layout_cases.py with one process of PyTorch in float64.
 
     .venv/bin/python tools/prove/check_layouts.py [--list] [--only WORDS …]
 
 Real Megatron-Core processes over gloo, float32, up to eight at a time: tensor, sequence, pipeline, interleaved, context, data and expert
-parallelism, alone and in products; micro-batches of 64 tokens, so that there are several, or what a line says; shared prompts; recomputed
+parallelism, alone and combined; several micro-batches of 64 tokens, unless a case sets another number; shared prompts; recomputed
 activations. The reference is tests/reference/decoder.py, which shares no code with Megatron or this project.
 
-A line for each layout: largest |difference| / largest |value| of all gradients and all updated weights, tensor by tensor; the same of the
-gradient norm and the loss; log-probabilities in nats; seconds. `sharded`: the distributed optimizer leaves no rank a whole gradient, the
-weights and the norm are compared. Then, for each model, how far its layouts are from each other. The last line is one JSON object; exit
-status 1 if anything is above 1e-5 or fails. Takes about 6 minutes on 2 cores.
+A line for each layout: largest |difference| / largest |value| over all gradients and all updated weights, tensor by tensor; the same for
+the gradient norm and the loss; log-probabilities in nats; seconds. `sharded`: with the distributed optimizer no rank has a whole gradient,
+so weights and norm are compared. Then, for each model, the spread over its layouts. The last line is one JSON object; exit status 1 if
+anything is above 1e-5 or fails. Takes about 6 minutes on 2 cores.
 """
 
 import argparse
@@ -39,7 +39,7 @@ COLUMNS = ("gradients", "weights", "norm", "loss", "logprobs")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="WORDS", default=[], help="the layouts that have all words of one of these")
-    parser.add_argument("--list", action="store_true", help="print the layouts and end")
+    parser.add_argument("--list", action="store_true", help="print the layouts and exit")
     parsed = parser.parse_args()
     cases = choose(sorted(read_table(SUITE + BEYOND), key=lambda case: case.processes), parsed.only)
     width = max(len(case.name) for case in cases)
@@ -48,9 +48,9 @@ def main() -> int:
             print(f"{case.name:{width}} {case.processes:2}")
         return 0
     disable_progress_bar()
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes to come: Megatron's, many and the same on each
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # inherited by the processes: Megatron's are many and the same in each
     print(f"{'layout':{width}} processes {' '.join(f'{name:>9}' for name in COLUMNS)} {'s':>5}", flush=True)
-    with tempfile.TemporaryDirectory() as place, Steps(Path(place)) as steps:
+    with tempfile.TemporaryDirectory() as directory, Steps(Path(directory)) as steps:
         for case in cases:
             print(f"{case.name:{width}} {steps.take(case)}", flush=True)
         for line in steps.by_model():
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def choose(cases: list[LayoutCase], only: list[str]) -> list[LayoutCase]:
-    """Raises SystemExit where nothing has all words of one of `only`."""
+    """Return the cases that --only selects. Raises SystemExit where nothing has all words of one of `only`."""
     words = [set(name.split()) for name in only]
     for chosen in words:
         if not any(chosen <= set(case.name.split()) for case in cases):
@@ -68,21 +68,21 @@ def choose(cases: list[LayoutCase], only: list[str]) -> list[LayoutCase]:
     return [case for case in cases if not words or any(chosen <= set(case.name.split()) for chosen in words)]
 
 
-def read_modules(rank: int, meeting: str) -> None:
-    """What a process of the pool does once: minutes for many at a time beside other work, and no part of a step's seconds."""
+def import_modules(rank: int, meeting: str) -> None:
+    """Import once in each process of the pool: it takes minutes beside other work, and is no part of a step's seconds."""
     import megatron_aspo.trainer.rank  # noqa: F401
 
 
 class Steps:
-    """Takes the steps, one pool of processes at a time, and keeps what was found."""
+    """Takes the steps, one pool of processes at a time, and keeps the results."""
 
-    def __init__(self, place: Path):
-        self.place = place
+    def __init__(self, directory: Path):
+        self.directory = directory
         self.made: dict[str, Case] = {}
         self.found: dict[str, dict[str, float]] = {}
         self.failed: list[str] = []
         self.reports: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        """Of each model: (loss over the mean |loss| of a token, gradient norm) of each layout."""
+        """For each model: (loss over the mean |loss| of a token, gradient norm) of each layout."""
         self._pool: tuple[int, Pool] | None = None
 
     def __enter__(self) -> "Steps":
@@ -92,9 +92,9 @@ class Steps:
         self._close()
 
     def take(self, case: LayoutCase) -> str:
-        """Returns what to print of it."""
+        """Take one step; return the line to print."""
         if case.model not in self.made:
-            self.made[case.model] = case.make(self.place / case.model)
+            self.made[case.model] = case.make(self.directory / case.model)
         samples = self.made[case.model]
         true = truth(samples, "aspo")
         try:
@@ -103,7 +103,7 @@ class Steps:
             results = run(lambda world: pool, samples, "aspo", **case.options)
             found = differences(results, true)
         except Exception as error:
-            # Its processes may wait for each other for ever.
+            # Its processes may wait for each other forever.
             self._close()
             self.failed.append(case.name)
             print(error, file=sys.stderr, flush=True)
@@ -116,7 +116,7 @@ class Steps:
         return f"{case.processes:9} {' '.join(figures)} {time.perf_counter() - start:5.1f}{above}"
 
     def by_model(self) -> list[str]:
-        """How far the layouts of each model are from each other."""
+        """Return a line for each model with the spread over its layouts."""
         lines = []
         for model, reports in sorted(self.reports.items()):
             losses, norms = np.array(reports).T
@@ -141,11 +141,11 @@ class Steps:
         return not self.failed and all(max(found.values()) <= BAR for found in self.found.values())
 
     def _processes(self, world: int) -> Pool:
-        """So many; those of another number have ended by then, for want of memory."""
+        """Return the pool of `world` processes; a pool of another size ends first, for want of memory."""
         if self._pool is None or self._pool[0] != world:
             self._close()
             self._pool = world, Pool(world)
-            self._pool[1].run(read_modules, timeout_s=900)
+            self._pool[1].run(import_modules, timeout_s=900)
         return self._pool[1]
 
     def _close(self) -> None:
@@ -155,6 +155,6 @@ class Steps:
 
 
 if __name__ == "__main__":
-    # Processes that wait for each other outlive a parent that ends at once.
+    # Processes that wait for each other outlive a parent that exits at once.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

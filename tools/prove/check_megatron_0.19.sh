@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs tools/prove/check_layouts.py with megatron-core 0.19.2 instead of the locked 0.16.1. Arguments go to it:
 # bash tools/prove/check_megatron_0.19.sh --only CP2 "EP2 DP2"
-# Sets up .venv if needed. The other Megatron, and triton which it imports, go into build/megatron-core-0.19.2 (1 GB) and are put before
-# .venv's packages, which stay as they are: everything else is the lock's. Made once; remove the directory to make it anew.
+# Sets up .venv if needed. The other Megatron, and triton which it imports, are installed in build/megatron-core-0.19.2 (1 GB) and precede
+# .venv's packages, which stay unchanged: everything else is the lock's. Made once; remove the directory to make it again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 megatron=0.19.2
@@ -15,7 +15,7 @@ if [[ ! -d $packages ]]; then
     mkdir -p build
     unfinished=$(mktemp -d "$packages.unfinished-XXXX")
     trap 'rm -rf "$unfinished"' EXIT
-    # The release says that it needs Python 3.12; it has a wheel for 3.11, which runs.
+    # The release declares Python 3.12 as its minimum; it has a wheel for 3.11, which runs.
     PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet --no-input --no-deps --only-binary :all: \
         --ignore-requires-python --target "$unfinished" "megatron-core==$megatron" "triton==$triton"
     mv -T "$unfinished" "$packages"

@@ -1,10 +1,10 @@
-"""Compare the memory that `megatron-aspo plan` gives for ranks and engine workers with that of real runs:
+"""Compare the memory that `megatron-aspo plan` predicts for ranks and engine workers with that of real runs:
 
     python tools/prove/check_plan_memory.py
 
-Trains SmolLM2-135M for two steps in three shapes on this machine's CPU, and reads the memory of each training rank and engine worker from
-the kernel while it runs: private and shared memory, what several processes share divided among them, without mapped files. From the peak
-goes what a process holds that has only imported the same libraries, which a plan does not count.
+Trains SmolLM2-135M for two steps in three configurations on this machine's CPU, and reads the memory of each training rank and engine
+worker from the kernel while it runs: private and shared memory, the latter divided among the processes that share it, without mapped files.
+The memory of a process that has only imported the same libraries is subtracted from the peak, since a plan does not count it.
 
 The last line is one JSON object: `worst` is the largest |plan / measured - 1| over all, `shapes` has the figures of each in GB.
 """
@@ -52,29 +52,29 @@ IMPORTS = {
     "worker": "import megatron_aspo.rollout.engine, ray, vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker",
 }
 TITLES = {"rank": "ray::TrainerActor", "worker": "ray::Engine"}
-"""Beginnings of the names that Ray gives the processes. On a CPU an engine's core is a forked child of Ray's process."""
+"""Prefixes of the names that Ray gives the processes. On a CPU an engine's core is a forked child of Ray's process."""
 _FIELDS = re.compile(r"^(?:Pss_Anon|Pss_Shmem): +(\d+) kB$", re.MULTILINE)
 
 
-def held(pid: int) -> int:
-    """Bytes of a process's memory without mapped files, shared parts by their share; 0 once it has ended."""
+def resident_bytes(pid: int) -> int:
+    """Return the bytes of a process's memory without mapped files, shared parts divided by sharers; 0 once it has ended."""
     with contextlib.suppress(OSError):
         return 1024 * sum(map(int, _FIELDS.findall(Path(f"/proc/{pid}/smaps_rollup").read_text())))
     return 0
 
 
-def imported(statement: str) -> int:
-    """Bytes that a process holds which has only imported."""
+def import_bytes(statement: str) -> int:
+    """Return the bytes that a process holds after the imports alone."""
     command = [sys.executable, "-c", f"{statement}\nprint('ready', flush=True); input()"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
     if "ready\n" not in iter(process.stdout.readline, ""):
         raise SystemExit(f"check_plan_memory: error: {statement!r} fails")
-    size = held(process.pid)
+    size = resident_bytes(process.pid)
     process.communicate("\n")
     return size
 
 
-def measured(words: list[str]) -> dict[str, int]:
+def measured_bytes(words: list[str]) -> dict[str, int]:
     """Return the largest peak among the run's ranks, and among its engine workers, in bytes."""
     with tempfile.TemporaryDirectory() as name:
         command = [sys.executable, "-m", "megatron_aspo", "train", "examples/recipes/quickstart.yaml", *words, f"run_dir={name}/run"]
@@ -90,7 +90,7 @@ def measured(words: list[str]) -> dict[str, int]:
                                 continue  # the engine's front end
                             for kind, begins in TITLES.items():
                                 if title.startswith(begins):
-                                    peaks[kind] = max(peaks[kind], held(child.pid))
+                                    peaks[kind] = max(peaks[kind], resident_bytes(child.pid))
                 time.sleep(0.1)
             output.seek(0)
             if process.returncode or not all(peaks.values()):
@@ -98,7 +98,7 @@ def measured(words: list[str]) -> dict[str, int]:
     return peaks
 
 
-def planned(words: list[str]) -> dict[str, int]:
+def planned_bytes(words: list[str]) -> dict[str, int]:
     command = [sys.executable, "-m", "megatron_aspo", "plan", "examples/recipes/quickstart.yaml", *words, "--device", "cpu", "--json"]
     plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
     return {"rank": max(rank["total"] for rank in plan["ranks"]), "worker": plan["engine_worker"]["total"]}
@@ -110,11 +110,11 @@ def main() -> None:
     options = parser.parse_args()
     if not (MODEL / "config.json").is_file():
         parser.exit(2, f"check_plan_memory: error: {MODEL} is missing; make it with tools/make_smollm2.py\n")
-    bare = {kind: imported(statement) for kind, statement in IMPORTS.items()}
+    bare = {kind: import_bytes(statement) for kind, statement in IMPORTS.items()}
     shapes, worst = {}, 0.0
     for name in options.only:
         words = [*COMMON, *SHAPES[name]]
-        plan, real = planned(words), measured(words)
+        plan, real = planned_bytes(words), measured_bytes(words)
         shapes[name] = {}
         for kind, base in bare.items():
             above = real[kind] - base

@@ -1,12 +1,12 @@
-"""Prove the CUDA code on one card, in sections with a time budget: python tools/prove/gpu_check.py [SECTION …] [--small] [--write]
+"""Check the CUDA code on one card, in sections with a time budget: python tools/prove/gpu_check.py [SECTION …] [--small] [--write]
 
-Each section runs in a process of its own. Every case prints one JSON line: section, case, passed, seconds, figures; `passed` is null for a
-case that cannot run here, with the reason under `skipped`. A case that fails, crashes its process or outlasts the section's budget does not
-keep the others from running. The last line is one JSON object: how many cases passed, failed and were skipped. Exit status 1 if any failed.
+Each section runs in its own process. Every case prints one JSON line: section, case, passed, seconds, figures; `passed` is null for a case
+that cannot run here, with the reason under `skipped`. A case that fails, crashes its process or exceeds the section's budget does not stop
+the others. The last line is one JSON object: how many cases passed, failed and were skipped. Exit status 1 if any failed.
 
 --small runs every section with tiny sizes, on a CPU too: a rehearsal of everything but the kernels. --write, on a card
-and at full size, puts the cases into docs/gpu_results.json, with commit, card and versions, and into the pages that
-tools/maintain/make_gpu_pages.py writes. Where the code lies outside a git repository, --commit names it.
+at full size, puts the cases into docs/gpu_results.json, with commit, card and versions, and into the pages that
+tools/maintain/make_gpu_pages.py writes. Where the code is outside a git repository, --commit names it.
 """
 
 import argparse
@@ -37,29 +37,29 @@ PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transform
 
 
 def run_section(section: str, small: bool, first: int) -> None:
-    """Run the cases of a section from number `first` on, in this process; one JSON line before and after each.
+    """Run the cases of a section from number `first` on, in this process; print one JSON line before and after each.
 
-    A section with ONE_CASE_PER_PROCESS runs one of them and says where to go on.
+    A section with ONE_CASE_PER_PROCESS runs one of them and prints where to continue.
     """
     module = importlib.import_module(section if "." in section else f"gpu_sections.{section}")
     for number, (case, function) in enumerate(module.cases(small)):
         if number < first:
             continue
         if number > first and getattr(module, "ONE_CASE_PER_PROCESS", False):
-            say({"more": number})
+            print_json({"more": number})
             return
-        say({"starts": case, "number": number})
+        print_json({"starts": case, "number": number})
         began = time.perf_counter()
         try:
             figures = {"passed": True} | function()
         except Exception as error:
             traceback.print_exc()
             figures = {"passed": False, "error": f"{type(error).__name__}: {error}"[:400]}
-        say({"section": section, "case": case, "seconds": round(time.perf_counter() - began, 2)} | figures)
+        print_json({"section": section, "case": case, "seconds": round(time.perf_counter() - began, 2)} | figures)
 
 
 def watch_section(section: str, small: bool, budget_s: float) -> list[dict]:
-    """Run a section in processes of its own, a new one after each crash; return its cases."""
+    """Run a section in its own processes, a new one after each crash; return its cases."""
     deadline, first, found = time.monotonic() + budget_s, 0, []
     while first is not None:
         command = [sys.executable, __file__, "--child", section, str(first), *(["--small"] if small else [])]
@@ -78,7 +78,7 @@ def watch_section(section: str, small: bool, budget_s: float) -> list[dict]:
                 else:
                     running = None
                     found.append(entry)
-                    say(entry)
+                    print_json(entry)
         except queue.Empty:
             os.killpg(process.pid, signal.SIGKILL)  # engines and ranks that it started too
             process.wait()
@@ -101,7 +101,7 @@ def _forward(process: subprocess.Popen, lines: "queue.Queue[str | None]") -> Non
 
 def _unfinished(section: str, running: dict | None, error: str) -> dict:
     entry = {"section": section, "case": running["starts"] if running else "the next case", "passed": False, "error": error}
-    say(entry)
+    print_json(entry)
     return entry
 
 
@@ -120,13 +120,13 @@ def write_results(found: list[dict], small: bool, commit: str, root: Path = ROOT
 
 
 def commit_here() -> str:
-    """Return git's name of the code, with `-dirty` where files have changed; "" outside a repository."""
+    """Return git's name of the commit, with `-dirty` where files have changed; "" outside a repository."""
     found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True)
     return found.stdout.strip()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that matter, as far as they are installed."""
+    """Return the versions of those relevant packages that are installed."""
     found = {}
     for package in PACKAGES:
         try:
@@ -136,7 +136,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def say(entry: dict) -> None:
+def print_json(entry: dict) -> None:
     print(json.dumps(entry), flush=True)
 
 
@@ -145,7 +145,7 @@ def main() -> int:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(BUDGETS)}; default: all")
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument("--write", action="store_true", help="put the cases into docs/gpu_results.json")
-    parser.add_argument("--commit", default="", help="of the code, for --write; default: git's")
+    parser.add_argument("--commit", default="", help="commit of the code, for --write (default: git's)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.child:
@@ -169,7 +169,7 @@ def main() -> int:
     counts = {
         name: sum(entry["passed"] is value for entry in found) for name, value in (("passed", True), ("failed", False), ("skipped", None))
     }
-    say(counts)
+    print_json(counts)
     return 1 if counts["failed"] else 0
 
 

@@ -1,7 +1,7 @@
-"""What the mutants of a source file are: every way in which one operator changes one place of its syntax tree.
+"""Defines the mutants of a source file: every way in which one operator changes one node of its syntax tree.
 
-The operators are those of mutmut 3, on Python's own `ast`, without those for bytes and complex numbers; what is returned and the last four,
-about tensors and branches, are added. Unlike mutmut's they also apply at module level, in decorators and in decorated functions.
+The operators are those of mutmut 3, on Python's own `ast`, without those for bytes and complex numbers; those for returned values and the
+last four, for tensors and branches, are added. Unlike mutmut's they also apply at module level, in decorators and in decorated functions.
 
 comparison    < and <=, > and >=, == and !=, is and is not, in and not in: one for the other
 arithmetic    + and -, * and /, << and >>, & and |: one for the other; // and % become /, ** becomes *, ^ becomes &; also in `a += b`
@@ -18,7 +18,7 @@ branch        the branches of an `if`, the filter of a comprehension, `a if c el
 opposite      min and max, minimum and maximum, any and all, sum and mean, …: one for the other
 clamp         a clamp or clip deleted
 
-Left alone: docstrings and other strings that stand by themselves, annotations, imports, `__all__`, and what only a type checker runs.
+Left alone: docstrings and other bare strings, annotations, imports, `__all__`, and code that only a type checker runs.
 """
 
 import ast
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 Edit = tuple[ast.AST, ast.AST]
-"""A node of the tree, and what an operator puts in its place."""
+"""A node of the tree, and its replacement."""
 
 
 def _both_ways(*pairs: tuple) -> dict:
@@ -56,7 +56,7 @@ ARRAYS = ("torch", "np", "numpy")
 
 
 def _with(node: ast.AST, **fields) -> ast.AST:
-    """A copy of the node alone, its other children shared."""
+    """Return a shallow copy of the node with the given fields replaced."""
     new = copy.copy(node)
     for name, value in fields.items():
         setattr(new, name, value)
@@ -72,7 +72,7 @@ def _none_or_empty(value: ast.expr) -> ast.Constant:
 
 
 def _negated(test: ast.expr) -> ast.expr:
-    # Spelled as the comparison and unary operators do where they say the same, so that it is one mutant and not two.
+    # Spelled as the comparison and unary operators do where they mean the same, so that it is one mutant and not two.
     match test:
         case ast.UnaryOp(ast.Not(), operand):
             return operand
@@ -82,7 +82,7 @@ def _negated(test: ast.expr) -> ast.expr:
 
 
 def edits(node: ast.AST) -> Iterator[Edit]:
-    """What the operators make of one node, each of its mutants on its own."""
+    """Yield the edits of one node, each of them one mutant."""
     match node:
         case ast.Compare():
             for i, op in enumerate(node.ops):
@@ -159,14 +159,14 @@ def _call_edits(call: ast.Call) -> Iterator[Edit]:
 
 
 class Key(NamedTuple):
-    """What names a mutant in the list of the equivalent ones. No line numbers: changes elsewhere leave it as it is."""
+    """Identifies a mutant in the list of the equivalent ones. Without line numbers, so that changes elsewhere leave it valid."""
 
     file: str
     """Relative to losses/."""
     function: str
     """Qualified name of the function or class, or <module>."""
     line: str
-    """The source line that the changed expression begins on."""
+    """The source line on which the changed expression begins."""
     mutant: str
     """`before → after`; the second, third … of the same on such a line in the function ends in (2), (3) …"""
 
@@ -176,27 +176,27 @@ class Mutant:
     key: Key
     line_number: int
     tree: ast.Module
-    place: tuple[ast.AST, str, int | None]
-    """Node, field and, where the field is a list, index of what is replaced."""
+    target: tuple[ast.AST, str, int | None]
+    """Node, field and, where the field is a list, index of the replaced node."""
     new: ast.AST
 
     def __str__(self) -> str:
         return f"{self.key.file}:{self.line_number} {self.key.function}: {self.key.mutant}"
 
     def apply(self) -> ast.AST:
-        """Puts the fault into the tree. Returns what stood there."""
-        return _replace(self.place, self.new)
+        """Put the fault into the tree; return the original node."""
+        return _replace(self.target, self.new)
 
     def diff(self) -> str:
         before = ast.unparse(self.tree).splitlines()
         old = self.apply()
         after = ast.unparse(self.tree).splitlines()
-        _replace(self.place, old)
+        _replace(self.target, old)
         return "\n".join([line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")])
 
 
-def _replace(place: tuple[ast.AST, str, int | None], new: ast.AST) -> ast.AST:
-    node, field, index = place
+def _replace(target: tuple[ast.AST, str, int | None], new: ast.AST) -> ast.AST:
+    node, field, index = target
     if index is None:
         old = getattr(node, field)
         setattr(node, field, new)
@@ -221,16 +221,16 @@ def _left_alone(node: ast.AST, parent: ast.AST, field: str) -> bool:
 
 
 def mutants(tree: ast.Module, source: str, file: str) -> list[Mutant]:
-    """All mutants of one file, in the order of its tree; `tree` is what `source` parses to. One tree: no two can be applied at once."""
+    """Return all mutants of one file, in tree order; `tree` is parsed from `source`. They share the tree: apply one at a time."""
     lines = source.splitlines()
     pending: defaultdict[ast.AST, list[ast.AST]] = defaultdict(list)
     times: Counter[Key] = Counter()
     found: list[Mutant] = []
 
-    def visit(node: ast.AST, place: tuple, scope: tuple[str, ...], text: ast.AST | None) -> None:
+    def visit(node: ast.AST, target: tuple, scope: tuple[str, ...], text: ast.AST | None) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             scope = (*scope, node.name)
-        # Positions inside an f-string are not reliable before Python 3.12: what is in one stands where it begins.
+        # Positions inside an f-string are not reliable before Python 3.12: its parts get the position where it begins.
         text = text or (node if isinstance(node, ast.JoinedStr) else None)
         for old, new in edits(node):
             if not hasattr(new, "lineno"):
@@ -245,7 +245,7 @@ def mutants(tree: ast.Module, source: str, file: str) -> list[Mutant]:
             times[key] += 1
             if times[key] > 1:
                 key = key._replace(mutant=f"{key.mutant} ({times[key]})")
-            found.append(Mutant(key, number, tree, place, new))
+            found.append(Mutant(key, number, tree, target, new))
         for field, value in ast.iter_fields(node):
             for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(child, ast.AST) and not _left_alone(child, node, field):

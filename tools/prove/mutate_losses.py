@@ -1,14 +1,14 @@
 """Mutation test of megatron_aspo/losses/: do the unit tests notice a fault in one place of a loss? python tools/prove/mutate_losses.py
 
-Each mutant is the package with one fault in it; tools/prove/mutants.py says which. A mutant under which a test fails, or the tests take ten
-times as long, is killed. One that passes all tests has survived: either the tests have a hole, or no test could tell it from the original.
-tools/prove/mutants_equivalent.yaml lists those of the second kind, each with the reason; --print-survivors writes entries for it.
+Each mutant is the package with one fault in it; tools/prove/mutants.py defines them. A mutant is killed if a test fails under it, or if the
+tests take ten times as long. One that passes all tests has survived: either the tests have a hole, or it is equivalent to the original.
+tools/prove/mutants_equivalent.yaml lists the equivalent ones, each with the reason; --print-survivors writes entries for it.
 
-Status 0: every survivor is listed, at least 95 % of all mutants are killed, and the list names nothing else than survivors. The last two
-are asked of the whole set only, not of a part (--only, --function, --sample). Status 1: one of these fails. Status 2: nothing was tried.
+Status 0: every survivor is listed, at least 95 % of all mutants are killed, and the list names nothing but survivors. The last two are
+required only of the whole set, not of a part (--only, --function, --sample). Status 1: one of these fails. Status 2: nothing was tried.
 
-The files of losses/ are read once, at the start; the tests are read anew for every mutant and should not change meanwhile. Tests see a
-mutant in their own process and in forks of it, not in a Python that they start anew.
+The files of losses/ are read once, at the start; the tests are read again for every mutant and should not change meanwhile. Tests see a
+mutant in their own process and in its forks, but not in a new Python that they start.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def _refusal(message: str) -> SystemExit:
 
 
 class _TreeLoader(SourceFileLoader):
-    """A module of the given tree in place of its file's text, and never from a .pyc."""
+    """Loads a module from the given tree instead of its file's text, and never from a .pyc."""
 
     def __init__(self, name: str, path: str, tree: ast.Module):
         super().__init__(name, path)
@@ -61,7 +61,7 @@ class _TreeLoader(SourceFileLoader):
 
 
 class _Order:
-    """A pytest plugin: runs the tests by what they cost, and keeps what they took and which one failed."""
+    """Pytest plugin that runs the cheapest tests first, and records each test's seconds and which one failed."""
 
     def __init__(self, cost: Mapping[str, float]):
         self.cost = cost
@@ -77,16 +77,16 @@ class _Order:
 
 
 class Result(NamedTuple):
-    """How a process ended."""
+    """The outcome of one process."""
 
     status: int
-    """Pytest's, or -1 of a process that did not come to its end."""
+    """Pytest's exit status, or -1 for a process that did not finish."""
     failed: str | None = None
     """The test, if one failed."""
     seconds: Mapping[str, float] = {}
-    """What each test took."""
+    """Seconds of each test."""
     modules: Sequence[str] = ()
-    """What was imported."""
+    """Names of the imported modules."""
 
 
 class Suite:
@@ -102,7 +102,7 @@ class Suite:
         """By path relative to losses/."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        """Of sys.meta_path's protocol."""
+        """Find a module of losses/, by the protocol of sys.meta_path."""
         package, _, module = name.rpartition(LOSSES.replace("/", ".") + ".")
         for file in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py"):
             if module and not package and file in self.trees:
@@ -111,7 +111,7 @@ class Suite:
         return None
 
     def start(self, mutant: Mutant | None, cost: Mapping[str, float], *options: str, log: int | None = None):
-        """A process that runs the tests, the cheapest first, and the connection that its result comes through. `log`: where it prints."""
+        """Start a process that runs the tests, cheapest first; return it and the connection for its Result. `log`: output descriptor."""
         ours, theirs = FORK.Pipe(duplex=False)
         process = FORK.Process(target=self._run, args=(mutant, cost, options, log, theirs))
         process.start()
@@ -130,7 +130,7 @@ class Suite:
             if mutant:
                 mutant.apply()
             sys.meta_path.insert(0, self)
-            # The same examples every time, and no time for finding the smallest one that fails.
+            # The same examples every time, and no time spent on shrinking them.
             phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.target)
             settings = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
             hypothesis.settings.register_profile("mutants", phases=phases, **settings)
@@ -142,25 +142,25 @@ class Suite:
             os._exit(0)
 
     def run(self, *options: str, log: int | None = None) -> Result:
-        """The tests without a mutant."""
+        """Run the tests without a mutant."""
         process, connection = self.start(None, {}, *options, log=log)
         result = _receive(connection)
         process.join()
         return result
 
     def preload(self) -> None:
-        """Import here what the tests import of other packages. Nothing of the repository: every mutant needs it anew."""
+        """Import here what the tests import from other packages, and nothing of the repository: every mutant must import it again."""
         for name in self.run("--collect-only").modules:
             top = name.partition(".")[0]
             if not (self.root / top).exists() and not (self.root / f"{top}.py").exists():
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
-        gc.freeze()  # what is here by now is no garbage: forks need not search it
+        gc.freeze()  # forks need not search these objects for garbage
         if own := [name for name in sys.modules if name.startswith("megatron_aspo")]:
             raise _refusal(f"imported before the first mutant: {', '.join(own)}")
 
     def outcomes(self, chosen: Sequence[Mutant], seconds: Mapping[str, float], jobs: int, limit: float) -> Iterator[tuple[Mutant, str]]:
-        """Each mutant with `survived`, `killed` or `timeout`, in the order in which they end. `seconds`: what each test takes.
+        """Yield each mutant with `survived`, `killed` or `timeout`, in order of completion. `seconds`: the time of each test.
 
         Quick tests run first, and so do those that killed other mutants of the same function: most mutants meet few tests.
         """
@@ -206,11 +206,11 @@ def _receive(connection) -> Result:
 def _stop(process) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.kill()  # where it has no group of its own yet
+    process.kill()  # in case it has no group of its own yet
 
 
 def read_equivalent(path: Path) -> dict[Key, str]:
-    """The listed mutants and their reasons. SystemExit for an entry that is incomplete or there twice."""
+    """Return the listed mutants and their reasons. Raises SystemExit for an incomplete or duplicate entry."""
     entries = yaml.safe_load(path.read_text()) or [] if path.exists() else []
     listed = {}
     for entry in entries:
@@ -251,16 +251,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tests", nargs="+", default=TESTS, help=f"test files or patterns, relative to the root (default: {' '.join(TESTS)})"
     )
     parser.add_argument("--only", metavar="FILES", help="files of losses/, separated by commas")
-    parser.add_argument("--function", metavar="NAME", help="one function or class, with what is in it")
-    parser.add_argument("--sample", metavar="N", type=int, help="as many mutants, drawn at random")
+    parser.add_argument("--function", metavar="NAME", help="one function or class, with its contents")
+    parser.add_argument("--sample", metavar="N", type=int, help="try N mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of --sample")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--print-survivors", action="store_true", help=f"print unlisted survivors as entries for {EQUIVALENT}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time (default: one per CPU)")
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=float, help="of one mutant (default: ten times the tests' own time, at least 60)"
+        "--timeout", metavar="SECONDS", type=float, help="limit for one mutant (default: ten times the tests' own time, at least 60)"
     )
-    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout to test, such as one that nobody edits meanwhile")
+    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout to test, such as one that is not edited meanwhile")
     return parser.parse_args(argv)
 
 
@@ -282,7 +282,7 @@ def select(everything: Sequence[Mutant], options: argparse.Namespace) -> list[Mu
 
 
 def measure(suite: Suite, chosen: Sequence[Mutant], listed: dict[Key, str], jobs: int, timeout: float | None) -> dict[Key, str]:
-    """The outcome of each mutant. Shows unlisted survivors as they are found."""
+    """Return the outcome of each mutant. Prints unlisted survivors as they are found."""
     suite.preload()
     began = time.monotonic()
     unchanged = suite.run(log=sys.stderr.fileno())
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(root))
     sys.dont_write_bytecode = True
     with tempfile.TemporaryDirectory() as scratch:
-        # One thread a process, also in what the tests start; and nothing is written into the repository.
+        # One thread per process, also in those that tests start; and nothing is written into the repository.
         os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", HYPOTHESIS_STORAGE_DIRECTORY=scratch)
         ended = measure(Suite(root, tests, trees), chosen, listed, options.jobs, options.timeout)
 

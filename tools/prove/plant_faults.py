@@ -1,14 +1,14 @@
-"""Plant the faults of tools/prove/planted_faults.yaml one at a time and report which the tests near them catch:
+"""Plant the faults of tools/prove/planted_faults.yaml one at a time and report which of them the tests near them catch:
 
     python tools/prove/plant_faults.py
 
 Each fault is planted in a throw-away copy of the checkout; the checkout itself is never changed. One line per fault, beginning with
 
-caught   a test failed, the tests ran longer than --limit, or their process died of a signal; the line names which
+caught   a test failed, the tests ran longer than --limit, or their process died of a signal; the line says which
 missed   all tests passed
 broken   the old text is not found exactly once, the tests fail without the fault (--check-clean), or pytest could not run them
 
-and as last line one JSON object: {"faults": …, "caught": …, "missed": […], "broken": […], "seconds": …}.
+and one JSON object as the last line: {"faults": …, "caught": …, "missed": […], "broken": […], "seconds": …}.
 Status 0: every fault is caught. Status 1: one is missed or broken. Status 2: nothing was planted.
 """
 
@@ -46,7 +46,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault, and the tests that have to notice it."""
+    """One fault, and the tests that must notice it."""
 
     name: str
     file: str
@@ -59,7 +59,7 @@ class Fault:
     """pytest's ids of test files or tests, relative to the root."""
 
     def plant(self, root: Path) -> None:
-        """Change the file below `root`. Raises ValueError unless the old text is there exactly once."""
+        """Change the file below `root`. Raises ValueError unless the old text occurs exactly once."""
         path = root / self.file
         text = path.read_text(encoding="utf-8")
         if (found := text.count(self.old)) != 1:
@@ -68,7 +68,7 @@ class Fault:
 
 
 def read_faults(path: Path) -> list[Fault]:
-    """Return the faults listed in a YAML file. Raises ValueError for an entry with other fields or a name that is there twice."""
+    """Return the faults listed in a YAML file. Raises ValueError for an entry with other fields or a duplicate name."""
     faults = []
     for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
         if set(entry) != set(Fault.__dataclass_fields__):
@@ -82,12 +82,12 @@ def read_faults(path: Path) -> list[Fault]:
 
 @contextmanager
 def copy_of(root: Path) -> Iterator[Path]:
-    """A copy of the files of the checkout that git does not ignore, in a new directory that is removed afterwards."""
+    """Yield a copy of the checkout's files that git does not ignore, in a new directory that is removed afterwards."""
     listed = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, check=True
     )
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
-    # Where tests run as root, sandboxed programs run as nobody and have to find the package.
+    # Where tests run as root, sandboxed programs run as nobody and must find the package.
     scratch.chmod(0o755)
     try:
         copy = scratch / "checkout"
@@ -106,19 +106,19 @@ def copy_of(root: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The output of pytest."""
+    """The result of a pytest process."""
 
     status: int | None
-    """Its exit status, minus the signal's number if a signal killed it; None if it ran out of time."""
+    """Exit status, minus the signal's number if a signal killed it; None if it ran out of time."""
     failed: tuple[str, ...]
     """Ids of the tests that failed."""
     output: str
 
 
 def run_tests(copy: Path, tests: Sequence[str], limit_s: float, *options: str) -> Outcome:
-    """Run tests of a copy, with its package, and end every process that they leave behind."""
+    """Run tests of a copy, with its package, and end every process that they leave."""
     environment = os.environ | {
-        "PYTHONPATH": str(copy),  # whatever is installed, and for child processes and Ray's workers too
+        "PYTHONPATH": str(copy),  # takes precedence over an installed package, in child processes and Ray's workers too
         "PYTHONDONTWRITEBYTECODE": "1",
         "TMPDIR": str(copy.parent / "tmp"),
     }
@@ -139,8 +139,8 @@ def run_tests(copy: Path, tests: Sequence[str], limit_s: float, *options: str) -
 
 
 def end_descendants() -> None:
-    """Kill every process that this one started, directly or not, and unlink the shared memory that they have mapped."""
-    # Orphans have become children of this process (PR_SET_CHILD_SUBREAPER). One that is being started shows up in the next round.
+    """Kill every descendant of this process, and unlink the shared memory that they have mapped."""
+    # Orphans have become children of this process (PR_SET_CHILD_SUBREAPER). A process that is being started shows up in the next round.
     while family := psutil.Process().children(recursive=True):
         segments = mapped_segments(family)
         for process in family:
@@ -151,7 +151,7 @@ def end_descendants() -> None:
 
 
 def try_fault(fault: Fault, root: Path, limit_s: float) -> tuple[str, str]:
-    """Plant one fault and run its tests; returns `caught`, `missed` or `broken`, and why."""
+    """Plant one fault and run its tests; return `caught`, `missed` or `broken`, and the reason."""
     with copy_of(root) as copy:
         try:
             fault.plant(copy)
@@ -170,7 +170,7 @@ def try_fault(fault: Fault, root: Path, limit_s: float) -> tuple[str, str]:
 
 
 def failing_without_a_fault(faults: Sequence[Fault], root: Path, limit_s: float) -> dict[str, str]:
-    """Run the tests of all faults once on an unchanged copy; returns fault → the test that fails. Raises SystemExit if they cannot run."""
+    """Run the tests of all faults once on an unchanged copy; return fault → failing test. Raises SystemExit if they cannot run."""
     tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
     with copy_of(root) as copy:
         outcome = run_tests(copy, tests, limit_s * len(tests))
@@ -187,7 +187,7 @@ def _is_part_of(failed: str, test: str) -> bool:
     return failed == test or failed.startswith((f"{test}::", f"{test}["))
 
 
-def _is_meant(fault: Fault, word: str) -> bool:
+def _is_selected(fault: Fault, word: str) -> bool:
     return fault.name == word or any(test.startswith(word) for test in fault.tests)
 
 
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults; or those with tests below a path, such as tests/e2e")
     parser.add_argument("--check-clean", action="store_true", help="first run the tests once without a fault")
-    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="for the tests of one fault (default: 300)")
+    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="limit for the tests of one fault (default: 300)")
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout, with its own list")
     options = parser.parse_args(argv)
     root = options.root.resolve()
@@ -217,12 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         raise _refusal(str(error)) from error
     if options.only:
-        faults = [fault for fault in everything if any(_is_meant(fault, word) for word in options.only)]
-        if unknown := [word for word in options.only if not any(_is_meant(fault, word) for fault in everything)]:
+        faults = [fault for fault in everything if any(_is_selected(fault, word) for word in options.only)]
+        if unknown := [word for word in options.only if not any(_is_selected(fault, word) for fault in everything)]:
             raise _refusal(f"--only: no fault is named, and no test begins with, {unknown[0]}")
 
     signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it in the background ignores it
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     started = time.monotonic()
     failing = failing_without_a_fault(faults, root, options.limit) if options.check_clean else {}

@@ -1,12 +1,12 @@
-"""Kill a tiny run again and again, resume it each time, and compare it with a run that nobody touched.
+"""Kill a tiny run again and again, resume it each time, and compare it with an undisturbed run.
 
     .venv/bin/python tools/prove/torture.py [--rounds 10] [--seed 0] [key.path=value …]
 
-The run is deterministic: real Ray, vLLM and Megatron-Core, a checkpoint after every step, written while training goes on. Its driver gets
-SIGKILL at `rounds` random moments, a third of them while it starts, and once more, with every process below it, while a checkpoint is being
+The run is deterministic: real Ray, vLLM and Megatron-Core, with an asynchronous checkpoint after every step. Its driver gets
+SIGKILL at `rounds` random moments, a third of them while it starts, and once more, with all its descendants, while a checkpoint is being
 written. Each time it is started again with `--resume auto`. In the end weights, optimizer state, rollouts and metrics (without timings) are
-compared, the ledger is read for prompts that were lost or trained on twice, and every file of a checkpoint is truncated and has a bit
-flipped, each of which must be refused. Then a run on a full disk: it must stop with status 2 and leave its last checkpoint whole (needs the
+compared, the ledger is searched for prompts that were lost or trained on twice, and every file of a checkpoint is truncated and has a bit
+flipped, each of which must be refused. Then a run on a full disk must stop with status 2 and leave its last checkpoint complete (needs the
 right to mount a tmpfs: root, or `unshare -rm`).
 
 Takes about 15 minutes on 2 cores. The last line is one JSON object; exit status 1 if anything differed.
@@ -46,8 +46,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the tiny recipe")
     parsed = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        workplace = Path(place)
+    with tempfile.TemporaryDirectory() as directory:
+        workplace = Path(directory)
         make_workplace(workplace)
         words = [*SMALL, f"steps={STEPS}", "checkpoint.keep_last=3", *parsed.overrides]
         finish(workplace, "name=whole", *words)
@@ -69,7 +69,7 @@ def finish(workplace: Path, *words: str) -> None:
 
 
 def torture(workplace: Path, rounds: int, moments: random.Random, words: list[str]) -> dict[str, int]:
-    """Returns how many kills fell while the run started, trained and saved."""
+    """Kill and resume the run; return how many kills fell while it started, trained and saved."""
     run = workplace / "runs" / "torn"
     kills = {"starting": 0, "training": 0, "saving": 0}
     plan = ["starting"] * (rounds // 3) + ["training"] * (rounds - rounds // 3)
@@ -95,7 +95,7 @@ def torture(workplace: Path, rounds: int, moments: random.Random, words: list[st
         kills[what] += 1
         done = [path.name for path in sorted(run.glob("checkpoints/*"))]
         print(f"killed while {what}: {', '.join(done) or 'no checkpoint yet'}", flush=True)
-        # What Ray leaves behind ends by itself; the machine has not memory for several sets.
+        # The processes that Ray leaves end without help; the machine has no memory for several sets of them.
         _, alive = psutil.wait_procs(family[1:], timeout=60)
         for member in alive:
             member.kill()
@@ -143,20 +143,20 @@ def read(path: Path) -> bytes:
 
 
 def damage(run: Path) -> dict[str, int]:
-    """Every file of a checkpoint, truncated and with one bit flipped."""
+    """Truncate every file of a checkpoint and flip a bit in it; return how many damages were tried and accepted."""
     checkpoint = run / "checkpoints" / f"step_{STEPS}"
     tried = accepted = 0
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         data = file.read_bytes()
-        place = random.Random(str(file)).randrange(len(data))
-        flipped = data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+        position = random.Random(str(file)).randrange(len(data))
+        flipped = data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :]
         for broken in (data[:-1], data[: len(data) // 2], b"", flipped):
             file.write_bytes(broken)
             tried += 1
             try:
                 read_manifest(checkpoint)
             except UserError as error:
-                # A flipped name in the list is told as a file that is missing.
+                # A flipped name in the list is reported as a missing file.
                 if file.name != "SHA256SUMS" and str(file) not in str(error):
                     raise
             else:
@@ -168,7 +168,7 @@ def damage(run: Path) -> dict[str, int]:
 
 
 def full_disk(workplace: Path, words: list[str]) -> bool:
-    """A run that keeps every checkpoint, on a disk with room for a few."""
+    """Run with every checkpoint kept on a disk with room for only a few; return whether it stopped as it must."""
     disk = workplace / "disk"
     disk.mkdir()
     arguments = ["name=full", f"run_dir={disk}/run", *words, "checkpoint.keep_last=0"]

@@ -1,10 +1,10 @@
-"""Kill and freeze engines of a tiny run at random moments, and compare it with a run that nobody touched.
+"""Kill and freeze engines of a tiny run at random moments, and compare it with an undisturbed run.
 
     .venv/bin/python tools/prove/torture_engines.py [--rounds 30] [--seed 0] [key.path=value …]
 
-The run is deterministic: real Ray, vLLM and Megatron-Core, two engines. Each round waits until the run has recovered from the last one,
-then for a random while, picks an engine, and sends its engine core, or the Ray actor before it, SIGKILL or SIGSTOP: while it
-generates, takes weights, sleeps or wakes, as it happens. The run must replace it by itself. With `placement=colocated`
+The run is deterministic: real Ray, vLLM and Megatron-Core, two engines. Each round waits until the run has recovered from the last one and
+for a random time, picks an engine, and sends its engine core, or the Ray actor above it, SIGKILL or SIGSTOP, whether it generates, receives
+weights, sleeps or wakes. The run must replace the engine without help. With `placement=colocated`
 engines sleep while ranks train.
 
 The last line is one JSON object: rounds by signal, `restarts` counted in the run's output, `numbers_equal` (metrics without timings,
@@ -34,21 +34,21 @@ from tests.e2e.workplace import make_workplace, start, timeless  # noqa: E402
 
 ANSWER_S = 10
 RECOVERED_S = 120.0
-"""Time that a run may take to start an engine again, and to generate its share once more."""
+"""Seconds that a run may take to start an engine again and to generate its share once more."""
 TINY = ["evaluation.draws=0", f"rollout.answer_timeout_s={ANSWER_S}", f"trainer.timeout_s={ANSWER_S}", "rollout.max_response_tokens=64"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0, help="of moments, engines and signals")
-    parser.add_argument("--steps", type=int, default=0, help="of the run; default: enough for the rounds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments, engines and signals")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the run (default: enough for the rounds)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the tiny recipe")
     parsed = parser.parse_args()
     started = time.monotonic()
     steps = parsed.steps or 4 * parsed.rounds
-    with tempfile.TemporaryDirectory() as place:
-        workplace = Path(place)
+    with tempfile.TemporaryDirectory() as directory:
+        workplace = Path(directory)
         make_workplace(workplace)
         words = [*TINY, f"steps={steps}", *parsed.overrides]
         undisturbed = start(workplace, "name=whole", *words)
@@ -66,13 +66,13 @@ def main() -> int:
 
 
 def torture(workplace: Path, rounds: int, dice: random.Random, words: list[str]) -> dict:
-    """Disturb the run until it ends or the rounds are over, then let it end."""
+    """Disturb the run until it ends or the rounds are over, then let it finish; return the counts."""
     done: collections.Counter[str] = collections.Counter()
     command = [sys.executable, "-m", "megatron_aspo", "train", "recipe.yaml", *words]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    output = workplace / "said"
-    with output.open("w") as said:
-        process = subprocess.Popen(command, cwd=workplace, env=variables, stdout=said, stderr=said)
+    output = workplace / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(command, cwd=workplace, env=variables, stdout=file, stderr=file)
     family: dict[int, psutil.Process] = {}
 
     def restarts() -> int:
@@ -101,7 +101,7 @@ def torture(workplace: Path, rounds: int, dice: random.Random, words: list[str])
     except subprocess.TimeoutExpired:
         process.kill()
         status = "hung"
-    time.sleep(6)  # what the run's guard takes at most
+    time.sleep(6)  # upper bound of the time that the run's guard takes
     if status != 0:
         print(output.read_text()[-4000:], file=sys.stderr)
     left = [pid for pid, child in family.items() if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
@@ -116,9 +116,9 @@ def below(pid: int) -> list[psutil.Process]:
 
 
 def is_engine(process: psutil.Process) -> bool:
-    """Whether it is an engine core, or the actor that has one."""
+    """Whether it is an engine core, or the actor that owns one."""
     try:
-        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED):  # struck already
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED):  # hit already
             return False
         if process.name() == "EngineCore":
             return True

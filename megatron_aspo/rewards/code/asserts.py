@@ -1,7 +1,7 @@
-"""Run test code in a sandbox of its own, with the program in another, and carry calls and results between them.
+"""Runner of test code: the tests run in one sandbox, the program in another, and calls and results are relayed between them.
 
-The tests hold the expected values, so the program must never share a process with them; the messages are plain data, see
-`sandbox/inside/asserts.py`. Nothing that the program sends is read here.
+The tests hold the expected values, so the program must never share a process with them; the messages are plain data (see
+`sandbox/inside/asserts.py`). This module does not parse what the program sends.
 """
 
 import json
@@ -17,7 +17,7 @@ _KINDS = {"failed": kinds.WRONG_ANSWER, "error": kinds.RUNTIME_ERROR, "unsupport
 
 
 def run_asserts(test: AssertTest, program: Sandbox, pool: SandboxPool, wall_s: float) -> Failure | None:
-    """Return why the test code did not run to its end; None if it did. Only its own process can say that it did."""
+    """Return why the test code failed or did not run to its end; None if it passed. Only its own process can report that it passed."""
     testing = pool.take()
     try:
         testing.load({"tests": test.source, "prompt": test.prompt, "entry_point": test.entry_point})
@@ -33,7 +33,7 @@ def run_asserts(test: AssertTest, program: Sandbox, pool: SandboxPool, wall_s: f
 
 
 class Relay:
-    """Moves whole lines between the two processes. A verdict is the last line of the tests."""
+    """Relays whole lines between the two processes. A verdict is the last line of the tests."""
 
     def __init__(self, tests: Execution, called: Execution):
         self._tests, self._called = tests, called
@@ -42,7 +42,7 @@ class Relay:
         self._unanswered = 0
 
     def __call__(self) -> bool:
-        """Returns true when there is a verdict, or the program's process has ended."""
+        """Relay the available lines; return whether there is a verdict, or the program's process has ended."""
         for line in _take_lines(self._tests.output):
             if line.startswith(b'{"verdict"'):
                 self.verdict = line

@@ -1,14 +1,15 @@
-"""Is what a program gave what a test expects? Nothing here runs code of the program, and its data have builtin types only.
+"""Comparison of a program's results with expected ones. It runs no code of the program, whose data have only builtin types here.
 
-Standard output, as LiveCodeBench compares it: both texts stripped and split into lines, each line stripped; as many lines, and each line
-equal as text or else as numbers: the same count of decimal numbers, equal in value one by one, so that "6.0" is "6" and "1e3" is "1000".
-No tolerance: "0.30000000000000004" is not "0.3".
+Standard output is compared as in LiveCodeBench: both texts are stripped and split into lines, and each line is stripped; there must be
+equally many lines, each equal as text or as numbers: the same count of decimal numbers with equal values, so that "6.0" is "6" and "1e3"
+is "1000". There is no tolerance: "0.30000000000000004" is not "0.3".
 
-Results of calls, against a JSON value, stricter and laxer than LiveCodeBench, which uses Python's ==:
-- an array is a list or a tuple, at any depth; an object a dict with the same string keys;
-- true and false are bools only, never 1 and 0; null is None; a string is a str;
+Results of calls are compared with a JSON value, in some respects more strictly and in others less than in LiveCodeBench, which uses
+Python's ==:
+- an array is a list or a tuple, at any depth; an object is a dict with the same string keys;
+- true and false are only bools, never 1 and 0; null is None; a string is a str;
 - an integer is an int, or a float of exactly that value; a number written with a point or exponent is an int or a float within 1e-9,
-  absolute or relative. NaN and infinities, which JSON lacks, are never right.
+  absolute or relative. NaN and infinities, which JSON lacks, never match.
 """
 
 import math
@@ -18,11 +19,12 @@ from typing import Any
 
 TOLERANCE = 1e-9
 _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
-"""No two repetitions may share digits: a long line of them, which a program may print, would take quadratic time to refuse."""
+"""No two repetitions can match the same digits: otherwise a long line of digits, which a program may print, takes quadratic time to
+reject."""
 
 
 def outputs_match(output: str, expected: str) -> bool:
-    """Compare standard output; the rule is the module's first."""
+    """Return whether standard output matches, by the first rule of this module."""
     lines, expected_lines = output.strip().split("\n"), expected.strip().split("\n")
     return len(lines) == len(expected_lines) and all(map(_lines_match, lines, expected_lines))
 
@@ -40,7 +42,7 @@ def _numbers_match(number: str, expected: str) -> bool:
 
 
 def value_matches(value: Any, expected: Any) -> bool:
-    """Compare the result of a call, as `plain.to_json` writes it, with a JSON value; the rule is the module's second."""
+    """Return whether the result of a call, as `plain.to_json` writes it, matches a JSON value, by the second rule of this module."""
     if isinstance(value, dict):
         value = _untagged(value)
     if expected is None or isinstance(expected, bool | str):
@@ -59,14 +61,14 @@ def value_matches(value: Any, expected: Any) -> bool:
 
 
 class _Object:
-    """A dict's items, not yet in a dict: keys are not hashed before they are known to be strings, whose hashes nobody can foresee."""
+    """A dict's items, not yet in a dict: keys are hashed only once they are known to be strings, whose hashes are unpredictable."""
 
     def __init__(self, pairs: list):
         self.pairs = pairs
 
 
 def _untagged(value: dict) -> Any:
-    """A tuple's list, a large integer, or a dict's items; what no JSON value equals becomes the type `object`."""
+    """Return a tuple's list, a large integer, or a dict's items; values without a JSON counterpart become the type `object`."""
     tag, content = next(iter(value.items()), ("", None))
     if tag == "t" and isinstance(content, list):
         return content

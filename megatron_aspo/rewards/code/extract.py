@@ -1,18 +1,18 @@
-"""The program in a model's response."""
+"""Extraction of the program from a model's response."""
 
 import re
 
 _THINKING_END = "</think>"
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)(?!~)([^\n`]*)$", re.MULTILINE)
-"""Marks and info string. One class and the whole run of tildes, so that a hostile line is refused in linear time."""
+"""Fence marks and info string. The single class and the whole run of tildes let a hostile line be rejected in linear time."""
 _LANGUAGES = ("", "python", "python3", "py")
 _ARCHER_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def extract_code(response: str) -> str | None:
-    """Return the last complete fenced block that is Python's or names no language; None if there is none.
+    """Return the last complete fenced block in Python or without a language; None if there is none.
 
-    Thinking, up to the last `</think>`, is not looked at. A block that is not closed does not count: the response was truncated.
+    Thinking, up to the last `</think>`, is ignored. An unclosed block does not count: the response was truncated.
     """
     text = response.rpartition(_THINKING_END)[2]
     code, opened = None, None
@@ -28,14 +28,14 @@ def extract_code(response: str) -> str | None:
 
 
 def extract_archer(response: str) -> str | None:
-    """Return the last ```python block after the first `</think>`, or of the whole response if there is none, as Archer2.0's grader does."""
+    """Return the last ```python block after the first `</think>`, or of the whole response without one, as Archer2.0's grader does."""
     before, end, after = response.partition(_THINKING_END)
     blocks = _ARCHER_BLOCK.findall(after if end else before)
     return blocks[-1] if blocks else None
 
 
 def extract_livecodebench(response: str) -> str | None:
-    """Return what stands between the last two lines with ```, in any language, as LiveCodeBench does; None if there are fewer."""
+    """Return the text between the last two lines with ```, in any language, as LiveCodeBench does; None if there are fewer."""
     lines = response.split("\n")
     marks = [number for number, line in enumerate(lines) if "```" in line]
     return "\n".join(lines[marks[-2] + 1 : marks[-1]]) if len(marks) > 1 else None
@@ -46,6 +46,6 @@ BLOCKS = {"last": extract_code, "archer": extract_archer, "livecodebench": extra
 
 
 def _language(fence: re.Match) -> str:
-    """Return the first word of the info string, in lower case; empty if there is none."""
+    """Return the first word of the info string in lower case; empty if there is none."""
     words = fence[2].lower().split(None, 1)
     return words[0] if words else ""

@@ -1,4 +1,4 @@
-"""Grade programs: run each test of a problem in a sandbox and compare outside of it."""
+"""Grader of programs: it runs each test of a problem in a sandbox and compares the results outside."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from megatron_aspo.rewards.sandbox.pool import SandboxPool
 from megatron_aspo.rewards.sandbox.sandbox import Sandbox
 
 _RESULT_BYTES = 4 << 20
-"""A call's result is read only up to this size of its JSON: parsed, it takes up to 20 times as much memory here."""
+"""Larger results of calls, by the size of their JSON, are not parsed: parsing takes up to 20 times as much memory."""
 
 
 @dataclass
@@ -31,16 +31,16 @@ class _Run:
 
 
 class Grader:
-    """A pool of sandboxes and what runs in them. For one thread; `close` it, or use it as a context manager."""
+    """Grades programs in a pool of sandboxes. For one thread; `close` it, or use it as a context manager."""
 
     def __init__(self, options: CodeOptions):
-        """Raises UserError for options that cannot be, and for what this machine lacks."""
+        """Raises UserError for invalid options, and for what this machine lacks."""
         options.check()
         self._options = options
         self._pool = SandboxPool(options.sandbox, options.limits)
 
     def grade(self, program: str, tests: list[Test]) -> Verdict:
-        """Run the tests in order up to the first that fails, each in a process of its own. Raises SandboxError if no sandbox starts."""
+        """Run the tests in order up to the first failure, each in a separate process. Raises SandboxError if no sandbox starts."""
         started = time.monotonic()
         if len(program.encode("utf-8", "surrogatepass")) > self._options.max_program_kb << 10:
             return Verdict(kinds.RUNTIME_ERROR, f"a program of more than {self._options.max_program_kb} KiB", None, 0.0)
@@ -53,7 +53,7 @@ class Grader:
         return Verdict(kinds.PASSED, f"{run.tests_run} tests passed", None, seconds, run.tests_run)
 
     def _run_tests(self, program: str, tests: list[Test], deadline: float) -> "_Run":
-        """Run the chosen tests in one sandbox until one fails or the deadline, on the monotonic clock, is over."""
+        """Run the chosen tests in one sandbox until one fails or the deadline (monotonic clock) has passed."""
         run = _Run()
         sandbox = self._pool.take()
         try:
@@ -72,7 +72,7 @@ class Grader:
         return run
 
     def _run(self, test: Test, sandbox: Sandbox, wall_s: float) -> Failure | None:
-        """Run one test. Returns why it failed; None if it passed."""
+        """Run one test. Return why it failed, or None if it passed."""
         if isinstance(test, StdinTest):
             return _run_stdin(test, sandbox, wall_s)
         if isinstance(test, CallTest):

@@ -1,6 +1,6 @@
-"""The grader of a user's own LiveCodeBench checkout, run inside the sandbox, for comparison with published numbers.
+"""The grader of a user's LiveCodeBench checkout, run inside the sandbox, for comparison with published numbers.
 
-Program, expected outputs and verdict share one process there, as its authors made it: a program may print what it finds in its callers.
+There program, expected outputs and verdict share one process, by its authors' design: a program may print what it finds in its callers.
 """
 
 import json
@@ -18,10 +18,10 @@ from megatron_aspo.rewards.code.verdict import Verdict
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
 
 PACKAGES = ("lcb_runner", "livecodebench")
-"""Names that the package has: in the authors' repository, and on PyPI (nvidia-livecodebench)."""
+"""Names of the package: in the authors' repository, and on PyPI (nvidia-livecodebench)."""
 _DRIVER = """
 import importlib.util, json, os, sys
-# By its path: the packages around it import what a sandbox does not have.
+# Loaded by its path, because the packages around it import modules that a sandbox does not have.
 spec = importlib.util.spec_from_file_location("testing_util", {path!r})
 sys.modules["testing_util"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -34,7 +34,7 @@ os._exit(0)
 
 
 class ReferenceGrader:
-    """Grades like `Grader`, with the verdicts of the checkout."""
+    """Grades like `Grader`, by the verdicts of the checkout."""
 
     def __init__(self, options: CodeOptions):
         """Raises UserError if there is no grader at `options.lcb_reference`, and as `Grader` does."""
@@ -55,7 +55,7 @@ class ReferenceGrader:
         self._pool = SandboxPool(sandbox, replace(options.limits, cpu_s=options.total_s, wall_s=options.total_s))
 
     def grade(self, program: str, tests: list[Test]) -> Verdict:
-        """Raises SandboxError if no sandbox starts."""
+        """Return the checkout's verdict. Raises SandboxError if no sandbox starts."""
         sample = _sample(tests)
         if sample is None:
             return Verdict(kinds.UNSUPPORTED, "LiveCodeBench's grader has no tests with assertions", None, 0.0)
@@ -90,7 +90,7 @@ class ReferenceGrader:
 
 
 def _sample(tests: list[Test]) -> dict[str, Any] | None:
-    """The tests in the checkout's own form; None if they are of another kind."""
+    """Return the tests in the checkout's format; None if they are of another kind."""
     if all(isinstance(test, StdinTest) for test in tests):
         return {"inputs": [test.input for test in tests], "outputs": [test.output for test in tests]}
     if all(isinstance(test, CallTest) and test.function == tests[0].function for test in tests):

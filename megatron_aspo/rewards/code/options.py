@@ -13,22 +13,22 @@ class CodeOptions:
 
     sandbox: SandboxOptions = field(default_factory=SandboxOptions)
     limits: Limits = field(default_factory=Limits)
-    """Limits that hold for each test by itself."""
+    """Limits of each single test."""
     total_s: float = 45.0
-    """Time on the clock for all tests of one response together, in seconds. Below `data.reward_timeout_s`."""
+    """Wall-clock time for all tests of one response together, in seconds. Must be below `data.reward_timeout_s`."""
     max_tests: int = 0
-    """Run at most this many tests of a problem, spread evenly over their order, always the same; 0: all."""
+    """Run at most this many tests of a problem, spread evenly over their order, always the same ones; 0: all."""
     max_program_kb: int = 256
-    """A longer program, in KiB, fails unrun."""
+    """A longer program, in KiB, fails without being run."""
     lcb_reference: str = ""
     """Directory of a LiveCodeBench checkout whose own grader gives the verdicts, for comparison with published numbers. Not for training:
-    it calls many correct programs wrong, and cheats pass."""
+    it rejects many correct programs, and lets cheats pass."""
     block: str = "last"
     """The block of a response that is its program. `last`: the last complete Python block after the last `</think>`. `archer`: the last
-    ```python block after the first `</think>`. `livecodebench`: what is between the last two lines with ```."""
+    ```python block after the first `</think>`. `livecodebench`: the text between the last two lines with ```."""
 
     def check(self, prefix: str = "code.") -> None:
-        """Raises UserError naming the first option that is out of its bounds."""
+        """Raise UserError naming the first option that is out of bounds."""
         if self.block not in BLOCKS:
             raise UserError(f"{prefix}block={self.block} is not known; {nearest(self.block, BLOCKS)}")
         values = {f"limits.{name}": value for name, value in vars(self.limits).items()}

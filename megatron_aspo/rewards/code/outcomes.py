@@ -1,4 +1,4 @@
-"""Why an execution in a sandbox counts as failed."""
+"""Reasons for which an execution in a sandbox counts as failed."""
 
 import signal
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Failure:
     """One of the kinds of a `Verdict`."""
     reason: str
     lost: bool = False
-    """Its sandbox ended: by an act of the program, or of the machine, which a second try tells apart."""
+    """Whether its sandbox ended, through the program or the machine, which a second try distinguishes."""
 
 
 _LIMITS = {
@@ -26,7 +26,7 @@ _LIMITS = {
 
 
 def failure_of(outcome: Outcome) -> Failure | None:
-    """The failure that an outcome is; None if the program ended by itself with status 0."""
+    """Return the failure that an outcome means; None if the program ended by itself with status 0."""
     if outcome.ended in _LIMITS:
         return _LIMITS[outcome.ended]
     if outcome.status == 0:

@@ -16,9 +16,9 @@ from megatron_aspo.rewards.sandbox.sandbox import SandboxError
 
 
 class CodeReward:
-    """A `Reward` that owns a grader: make one per process, and call it for one response at a time.
+    """A `Reward` that owns a grader: create one per process, and call it for one response at a time.
 
-    `close` it; else its waiting sandboxes end with it, or with the process.
+    `close` it; otherwise its waiting sandboxes end when it is garbage-collected, or with the process.
     """
 
     def __init__(self, options: CodeOptions, wrong_score: float = 0.0):
@@ -29,7 +29,7 @@ class CodeReward:
         self._finalizer = weakref.finalize(self, self._grader.close)
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
-        """Raises UserError, naming the prompt, for a ground truth without tests that can run here, and if no sandbox starts."""
+        """Score a response. Raises UserError, naming the prompt, for a ground truth without runnable tests, and if no sandbox starts."""
         what = f"data.reward=code on prompt {prompt.id}"
         try:
             tests = read_tests(prompt.ground_truth, prompt.text)
@@ -40,7 +40,7 @@ class CodeReward:
             raise UserError(
                 f"{what}: no code sandbox starts ({error}); free memory or processes, or lower data.reward_workers or data.code.limits"
             ) from error
-        if verdict.kind == kinds.UNSUPPORTED:  # not the response's fault: it must not be punished
+        if verdict.kind == kinds.UNSUPPORTED:  # not the response's fault, which must not be punished
             raise UserError(f"{what}: test {verdict.test or 0} cannot run here: {verdict.reason}; remove the row, or correct its test")
         details = {"verdict": verdict.kind, "test": verdict.test, "tests_run": verdict.tests_run, "seconds": round(verdict.seconds, 4)}
         return RewardResult(1.0 if verdict.passed else self._wrong_score, verdict.reason, details)

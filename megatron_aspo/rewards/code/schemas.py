@@ -1,14 +1,14 @@
-"""Problems: the tests of a program, read from the ground truth of a row.
+"""The tests of a program, read from the ground truth of a row.
 
 | ground truth | tests |
 |---|---|
-| list of `{input, output, testtype, metadata: {func_name}}` (LiveCodeBench) | stdin/stdout, or calls with one JSON value a line |
+| list of `{input, output, testtype, metadata: {func_name}}` (LiveCodeBench) | stdin/stdout, or calls with one JSON value per line |
 | `{"inputs": […], "outputs": […]}` (Archer), with `fn_name` for calls (TACO, APPS) | stdin/stdout, or calls with lists of arguments |
 | `{"functional": "…"}` (Archer) | test code with assertions |
 | `{"test": "…", "entry_point": "…", "prompt": "…"}` (HumanEval) | test code that defines check(candidate), beside the prompt |
 | `{"public_test_cases": …, "private_test_cases": …, "metadata": …}` (fields of LiveCodeBench's rows) | both lists, in this order |
 
-Each may be JSON text, and LiveCodeBench's lists also their packed form: base64 of zlib of a pickled string of JSON.
+Each may be JSON text, and LiveCodeBench's lists also in its packed form: base64 of zlib of a pickled string of JSON.
 """
 
 import base64
@@ -22,14 +22,14 @@ from typing import Any
 from megatron_aspo.common.errors import UserError
 
 MAX_UNPACKED_BYTES = 1 << 30
-"""The largest packed tests that are unpacked. LiveCodeBench's largest problem has about 0.3 GB."""
+"""Upper bound on the size of unpacked tests. LiveCodeBench's largest problem has about 0.3 GB."""
 _LARGE_PACKED = 1 << 20
-"""Characters of packed tests, a multiple of 4, beyond which the check at the start does not unpack them."""
+"""Characters of packed tests, a multiple of 4, above which the check at the start does not unpack them."""
 _PICKLE_HEAD = 64
-"""Bytes within which a pickled JSON list begins."""
+"""Number of bytes within which a pickled JSON list begins."""
 _JSON_STARTS = tuple('[{" \t\r\n')
 _STRING_OPCODES = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
-"""All that a pickled string consists of."""
+"""The opcodes of a pickled string."""
 _NOT_READABLE = "ground_truth is a string that is neither JSON nor LiveCodeBench's packed tests; correct the row"
 
 
@@ -52,32 +52,32 @@ class AssertTest:
     prompt: str = ""
     """Code whose definitions the tests may use; empty if there is none."""
     entry_point: str = ""
-    """The function that is the program's even where the prompt defines it."""
+    """The function that belongs to the program even if the prompt defines it."""
 
 
 Test = StdinTest | CallTest | AssertTest
 
 
 def read_tests(ground_truth: Any, prompt: str = "") -> list[Test]:
-    """The tests of a row's ground truth, in order. `prompt`: the row's, whose code assertion tests may use.
+    """Return the tests of a row's ground truth, in order. `prompt`: that of the row, whose code assertion tests may use.
 
-    Raises UserError naming what is wrong; it has no file and line, which the caller knows.
+    Raises UserError naming the fault; the caller adds file and line.
     """
     truth = _parse(ground_truth) if isinstance(ground_truth, str) else ground_truth
     if isinstance(truth, dict) and "private_test_cases" in truth:
         truth = _livecodebench_row(truth)
     if isinstance(truth, list):
-        tests = [_livecodebench(test, number) for number, test in enumerate(truth)]
+        tests = [_livecodebench_test(test, number) for number, test in enumerate(truth)]
     elif isinstance(truth, dict) and "functional" in truth:
         entry_point = _text(truth, "entry_point") if "entry_point" in truth else ""
-        # Without a name to test, what the prompt defines may be the very stub that the program completes.
+        # Without a name to test, a definition in the prompt may be the very stub that the program completes.
         tests = [AssertTest(_text(truth, "functional"), prompt if entry_point else "", entry_point)]
     elif isinstance(truth, dict) and "test" in truth:
         entry_point = _text(truth, "entry_point")
         prompt = _text(truth, "prompt") if "prompt" in truth else prompt
         tests = [AssertTest(f"{_text(truth, 'test')}\ncheck({entry_point})\n", prompt, entry_point)]
     elif isinstance(truth, dict) and "inputs" in truth:
-        tests = _archer(truth)
+        tests = _archer_tests(truth)
     else:
         raise UserError(
             "ground_truth is no known form of tests; expected a list of {input, output, testtype}, or an object with inputs and outputs, "
@@ -89,7 +89,7 @@ def read_tests(ground_truth: Any, prompt: str = "") -> list[Test]:
 
 
 def check_ground_truth(ground_truth: Any, prompt: str = "") -> None:
-    """Raise UserError as `read_tests` does. Only the beginning of large packed tests is read: to unpack LiveCodeBench takes minutes."""
+    """Raise UserError as `read_tests` does. Reads only the beginning of large packed tests: unpacking LiveCodeBench takes minutes."""
     if isinstance(ground_truth, str) and ground_truth[:1] in _JSON_STARTS:
         ground_truth = _parse(ground_truth)
     if _is_large(ground_truth):
@@ -117,7 +117,7 @@ def _check_beginning(packed: str) -> None:
 
 
 def choose_tests(count: int, limit: int) -> list[int]:
-    """Positions of the tests to run: all, or `limit` of them from the first to the last, evenly spread. The same at every call."""
+    """Return the positions of the tests to run: all, or `limit` of them, evenly spread from the first to the last. Deterministic."""
     if not 0 < limit < count:
         return list(range(count))
     return [0] if limit == 1 else [number * (count - 1) // (limit - 1) for number in range(limit)]
@@ -139,7 +139,7 @@ def _parse(text: str) -> Any:
 
 
 class _NotAStringError(Exception):
-    """A pickle with more in it than one string; the text says what."""
+    """A pickle contains more than one string; the text names the excess."""
 
 
 def _unpack(text: str) -> str:
@@ -153,7 +153,7 @@ def _unpack(text: str) -> str:
 
 
 def _pickled_string(data: bytes) -> str:
-    """Return the string that was pickled. The pickle is read as a list of instructions and never executed."""
+    """Return the pickled string. The pickle is read as a list of instructions and never executed."""
     strings = []
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in _STRING_OPCODES:
@@ -172,7 +172,7 @@ def _text(row: dict, name: str) -> str:
 
 
 def _livecodebench_row(row: dict) -> list[Any]:
-    """Both lists of tests, with the metadata of the row, which names the function, at each."""
+    """Return both lists of tests, each test with the row's metadata, which names the function."""
     tests = []
     for name in ("public_test_cases", "private_test_cases"):
         value = row.get(name, [])
@@ -183,7 +183,7 @@ def _livecodebench_row(row: dict) -> list[Any]:
     return [test | {"metadata": row.get("metadata", {})} if isinstance(test, dict) else test for test in tests]
 
 
-def _livecodebench(test: Any, number: int) -> Test:
+def _livecodebench_test(test: Any, number: int) -> Test:
     if not isinstance(test, dict) or not isinstance(test.get("input"), str) or not isinstance(test.get("output"), str):
         raise UserError(f"test {number} of ground_truth has no texts input and output; add them")
     kind = test.get("testtype", "stdin")
@@ -205,7 +205,7 @@ def _livecodebench(test: Any, number: int) -> Test:
         raise UserError(f"test {number} of ground_truth: input is not one JSON value a line, or output is not JSON ({error})") from error
 
 
-def _archer(truth: dict) -> list[Test]:
+def _archer_tests(truth: dict) -> list[Test]:
     inputs, outputs = truth.get("inputs"), truth.get("outputs")
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
         raise UserError("ground_truth needs lists inputs and outputs of the same length; correct the row")
@@ -213,7 +213,7 @@ def _archer(truth: dict) -> list[Test]:
     if function is not None and not isinstance(function, str):
         raise UserError(f"ground_truth has fn_name={function!r}; expected the name of a function")
     if function is None:
-        return [StdinTest(_joined(given), _joined(expected)) for given, expected in zip(inputs, outputs, strict=True)]
+        return [StdinTest(_join_lines(given), _join_lines(expected)) for given, expected in zip(inputs, outputs, strict=True)]
     tests: list[Test] = []
     for given, expected in zip(inputs, outputs, strict=True):
         if not isinstance(given, list):
@@ -222,8 +222,8 @@ def _archer(truth: dict) -> list[Test]:
     return tests
 
 
-def _joined(text: Any) -> str:
-    """Return the text of an input or output; some rows have its lines as a list, or a number."""
+def _join_lines(text: Any) -> str:
+    """Return the text of an input or output; in some rows it is a list of lines, or a number."""
     if text is None or isinstance(text, dict):
         raise UserError(f"ground_truth has {'null' if text is None else 'an object'} among inputs or outputs; expected texts")
     return "\n".join(map(str, text)) if isinstance(text, list) else str(text)

@@ -17,11 +17,11 @@ class Verdict:
     kind: str
     """One of the constants above. All but `passed` and `unsupported test` are the program's failure; the latter is the test's."""
     reason: str
-    """A few words more, for a reader: they may quote the program's output or error, never an expected value."""
+    """A short explanation for a reader: it may quote the program's output or error, never an expected value."""
     test: int | None
-    """Position in the problem's list, from 0, of the test that decided; None if none ran, or all passed."""
+    """Position in the problem's list, from 0, of the test that decided; None if none ran or all passed."""
     seconds: float
-    """Time on the clock."""
+    """Wall-clock time."""
     tests_run: int = 0
 
     @property

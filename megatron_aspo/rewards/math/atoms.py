@@ -1,4 +1,4 @@
-"""The atoms of a formula: numbers, letters, functions with their arguments, and commands."""
+"""Parsing of atoms: numbers, letters, functions with their arguments, and commands."""
 
 from fractions import Fraction
 
@@ -13,7 +13,7 @@ _MAX_EXPONENT = 100_000
 
 
 class Atoms(Brackets):
-    """Reads one atom."""
+    """Parser of one atom."""
 
     def atom(self) -> Node:
         token = self.next()
@@ -97,7 +97,7 @@ class Atoms(Brackets):
         raise self.unreadable(token)
 
     def decorated(self, name: str) -> Node:
-        """A variable named by what is below an arrow, a bar or a hat, or behind an angle's or triangle's sign."""
+        """Read a variable named by the text below an arrow, bar or hat, or after the sign of an angle or triangle."""
         if self.at("{"):
             return Node("symbol", value=f"{name} {self.subscript()}")
         letters = []
@@ -118,7 +118,7 @@ class Atoms(Brackets):
         return Node("root", (self.atom(), degree))
 
     def call(self, name: str) -> Node:
-        """A function with its argument, which without brackets is the product up to the next sign or function."""
+        """Read a function's argument; without brackets it is the product up to the next sign or function."""
         if name in BRACKETED:
             if name == "sqrt" and not self.at("(", "{"):
                 return Node("root", (self.atom(), number(2)))
@@ -154,13 +154,13 @@ class Atoms(Brackets):
         return node
 
     def bracketed_argument(self) -> Node:
-        """A bracketed argument: a power behind it is one of the function's value."""
+        """Read a bracketed argument. A power that follows it applies to the function's value."""
         closing = CLOSING[self.next().text]
         return self.until(closing)
 
 
 def read_number(text: str) -> Node:
-    """Return the number or decimal that `text` is. Raises Unreadable if its exponent is too large."""
+    """Return `text` as a number or decimal. Raises Unreadable if its exponent is too large."""
     mantissa, _, exponent = text.lower().partition("e")
     if exponent and abs(int(exponent)) > _MAX_EXPONENT:
         raise Unreadable("an exponent of ten that is too large")

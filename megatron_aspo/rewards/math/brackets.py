@@ -1,4 +1,4 @@
-"""What stands between brackets of every kind: groups, tuples, intervals, sets and matrices."""
+"""Parsing of brackets of every kind: groups, tuples, intervals, sets and matrices."""
 
 from megatron_aspo.rewards.math.cursor import CLOSING, Cursor
 from megatron_aspo.rewards.math.tokens import Token
@@ -6,23 +6,23 @@ from megatron_aspo.rewards.math.tree import Node, Unreadable, number
 
 
 class Brackets(Cursor):
-    """Reads what begins with a bracket."""
+    """Parser of everything that begins with a bracket."""
 
     def until(self, closing: str) -> Node:
-        """Read a formula and the bracket that closes it."""
+        """Read a formula and its closing bracket."""
         node = self.until_comma()
         self.require(closing)
         return node
 
     def until_comma(self) -> Node:
-        """Read a formula up to whatever cannot belong to it."""
+        """Read a formula up to the first token that cannot belong to it."""
         bars, self.bars = self.bars, False
         node = self.sum()
         self.bars = bars
         return node
 
     def inner_list(self) -> tuple[Node, ...]:
-        """Read elements with commas or semicolons between them."""
+        """Read elements separated by commas or semicolons."""
         bars, self.bars = self.bars, False
         elements = [self.element()]
         while self.take(",", ";"):
@@ -31,11 +31,11 @@ class Brackets(Cursor):
         return tuple(elements)
 
     def bracketed(self, token: Token) -> Node:
-        """Read what the sign `token` opened."""
+        """Read what the opening sign `token` encloses."""
         if token.text in "([":
             return self.collection(token.text)
         if token.text == "{":
-            # A comma within makes it a set, as plain text writes one.
+            # A comma inside makes it a set, written in plain text.
             node = self.inner_list()
             self.require("}")
             return Node("set", node) if len(node) > 1 else node[0]
@@ -50,7 +50,7 @@ class Brackets(Cursor):
         raise self.unreadable(token)
 
     def collection(self, opening: str) -> Node:
-        """What is in ( or [: a group, a tuple, or an interval."""
+        """Read the content of ( or [: a group, a tuple, or an interval."""
         elements = self.inner_list()
         closing = self.next()
         if closing.kind != "sign" or closing.text not in (")", "]"):
@@ -102,7 +102,7 @@ class Brackets(Cursor):
         return Node("matrix", tuple(cell for row in rows for cell in row), (len(rows), len(rows[0])))
 
     def group(self) -> Node:
-        """The argument of a command: a group, or one digit, letter or command."""
+        """Read the argument of a command: a group, or one digit, letter or command."""
         if self.take("{"):
             return self.until("}")
         token = self.token

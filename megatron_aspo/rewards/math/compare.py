@@ -1,10 +1,10 @@
-"""Are two answers equal? Collections element by element, everything else as functions (`identity.py`). Symmetric in its arguments.
+"""Equality of two answers: collections element by element, everything else as functions (`identity.py`). Symmetric in its arguments.
 
 - A list without brackets has no order, but a tuple and a list with an ellipsis do; a set has neither order nor repetitions.
-- A list equals a set with the same elements, and a tuple with the same elements in its order. (1, 2) is a pair and an open interval.
-- An inequality or `x ∈ …` equals its interval, whatever the variable's name where one side has none.
-- `x = 5` equals 5, and `x = 1, y = 2` the pair (1, 2); x = 5 and y = 5 differ, and x + y = 1 is not 1. Equations are equal if their
-  sides' differences are proportional, inequalities with a positive factor. Names count: x + C and x + K differ.
+- A list equals a set with the same elements, and a tuple with the same elements in its order. (1, 2) is both a pair and an open interval.
+- An inequality or `x ∈ …` equals its interval, whatever the variable's name if one side has none.
+- `x = 5` equals 5, and `x = 1, y = 2` equals the pair (1, 2); x = 5 and y = 5 differ, and x + y = 1 is not 1. Equations are equal if the
+  differences of their sides are proportional, inequalities if they are so with a positive factor. Names matter: x + C and x + K differ.
 - A ratio equals one with proportional terms, and a number if it has two terms.
 - ± stands for both values. A column equals the tuple of its elements.
 """
@@ -12,7 +12,7 @@
 from collections.abc import Sequence
 
 from megatron_aspo.rewards.math.evaluate import Evaluator, TooLarge, Undefined
-from megatron_aspo.rewards.math.identity import proportional, same_function
+from megatron_aspo.rewards.math.identity import is_proportional, is_same_function
 from megatron_aspo.rewards.math.real_sets import Part, as_real_set
 from megatron_aspo.rewards.math.tree import Node, negative
 
@@ -22,13 +22,13 @@ _ORDERS = {"<", "<=", ">", ">="}
 
 class Comparison:
     def __init__(self, rounded_digits: int):
-        """rounded_digits: as `MathOptions.rounded_digits`."""
+        """rounded_digits: that of `MathOptions`."""
         self._rounded_digits = rounded_digits
 
     def equal(self, a: Node, b: Node) -> bool:
         if a == b:
             return True
-        a, b = _spread(a), _spread(b)
+        a, b = _expand_plus_minus(a), _expand_plus_minus(b)
         a, b = self._value_of_equation(a, b), self._value_of_equation(b, a)
         kinds = {a.op, b.op}
         if kinds & {"relation", "member", "interval", "union", "minus", "named_set"} and (verdict := self._as_real_sets(a, b)) is not None:
@@ -41,10 +41,10 @@ class Comparison:
             return self._collections(a, b)
         if "dots" in kinds or kinds & {"relation", "member", "interval", "union", "minus", "named_set"}:
             return False
-        return self._rounded(a, b) or self._rounded(b, a) or same_function(a, b)
+        return self._rounded(a, b) or self._rounded(b, a) or is_same_function(a, b)
 
     def _value_of_equation(self, a: Node, other: Node) -> Node:
-        """The value of what an answer names, `x = 5`, `f(x) = 2x` or `AB = 5`, where the other answer is no equation."""
+        """Return the value that an answer names, as in `x = 5`, `f(x) = 2x` or `AB = 5`, if the other answer is no equation."""
         if other.op in ("relation", "member", "union"):
             return a
         if a.op == "relation" and set(a.value) == {"="} and (_is_name(a.args[0]) or not a.args[0].symbols()) and self._is_consistent(a):
@@ -60,12 +60,12 @@ class Comparison:
         return a
 
     def _is_consistent(self, equation: Node) -> bool:
-        """Whether no two sides are different numbers: of x = 5 = 6 there is no value."""
+        """Return whether all numeric sides are equal: x = 5 = 6 has no value."""
         sides = [side for side in equation.args if not side.symbols()]
         return all(self.equal(side, equation.args[-1]) for side in sides if side is not equation.args[-1])
 
     def _as_real_sets(self, a: Node, b: Node) -> bool | None:
-        """Compare as sets of real numbers; None if one of them is none."""
+        """Compare as sets of real numbers; None if either is not one."""
         try:
             x, y = as_real_set(a), as_real_set(b)
         except (Undefined, TooLarge):
@@ -90,14 +90,14 @@ class Comparison:
         (sign,), (other,) = a.value, b.value
         left, right = _difference(a), _difference(b)
         if sign in _ORDERS and other == _flipped(sign):
-            return proportional(left, _difference(Node("relation", b.args[::-1], b.value)), positive=True)
-        return sign == other and proportional(left, right, positive=sign in _ORDERS)
+            return is_proportional(left, _difference(Node("relation", b.args[::-1], b.value)), positive=True)
+        return sign == other and is_proportional(left, right, positive=sign in _ORDERS)
 
     def _ratios(self, a: Node, b: Node) -> bool:
-        """3:4 is 6:8, and 3/4."""
+        """Compare ratios: 3:4 equals 6:8, and 3/4."""
         if a.op == b.op:
             crosswise = ((Node("mul", (x, b.args[0])), Node("mul", (y, a.args[0]))) for x, y in zip(a.args[1:], b.args[1:], strict=False))
-            return len(a.args) == len(b.args) and all(same_function(*pair) for pair in crosswise)
+            return len(a.args) == len(b.args) and all(is_same_function(*pair) for pair in crosswise)
         ratio, other = (a, b) if a.op == "ratio" else (b, a)
         return len(ratio.args) == 2 and other.op not in ("list", "set", "tuple", "matrix") and self.equal(Node("div", ratio.args), other)
 
@@ -110,7 +110,7 @@ class Comparison:
         if {a.op, b.op} == {"tuple", "interval"}:
             return False
         if a.op not in ("list", "set", "tuple") or b.op not in ("list", "set", "tuple"):
-            # One element: {5} and 5 are not distinguished.
+            # A set of one element: {5} and 5 are not distinguished.
             single, other = (a, b) if a.op in ("list", "set", "tuple") else (b, a)
             return single.op == "set" and len(single.args) == 1 and self.equal(single.args[0], other)
         ordered = any(node.op == "dots" for node in (*a.args, *b.args))
@@ -129,7 +129,7 @@ class Comparison:
         return max(len(a), len(b)) <= _MAX_ELEMENTS and all(any(self.equal(x, y) for y in b) for x in a)
 
     def _matched(self, a: Sequence[Node], b: Sequence[Node]) -> bool:
-        """Whether the elements are the same, each as often."""
+        """Return whether both have the same elements, each equally often."""
         if len(a) != len(b) or len(a) > _MAX_ELEMENTS:
             return False
         rest = list(b)
@@ -141,7 +141,7 @@ class Comparison:
         return True
 
     def _rounded(self, decimal: Node, other: Node) -> bool:
-        """Whether a decimal with enough digits is the rounded or truncated value of the other number, which is not a decimal itself."""
+        """Return whether a decimal with enough digits is the rounded or truncated value of the other number, if that is no decimal."""
         sign = 1
         if decimal.op == "neg":
             decimal, sign = decimal.args[0], -1
@@ -165,14 +165,14 @@ class Comparison:
         return bool(abs(missing) <= step / 2 * (1 + context.mpf(10) ** -30) or 0 <= missing < step)
 
 
-def _spread(node: Node) -> Node:
-    """A list of both values where the answer has ±; an equation of them is spread too."""
+def _expand_plus_minus(node: Node) -> Node:
+    """Return a list of both values if the answer has ±; elements of a list or set are expanded too."""
     if node.op in ("list", "set") and any(one.op != "list" and _has_sign(one) for one in node.args):
-        return Node(node.op, tuple(part for one in node.args for part in (_both(one) if _has_sign(one) else (one,))))
-    return Node("list", _both(node)) if _has_sign(node) and node.op not in ("list", "set", "tuple", "matrix") else node
+        return Node(node.op, tuple(part for one in node.args for part in (_both_signs(one) if _has_sign(one) else (one,))))
+    return Node("list", _both_signs(node)) if _has_sign(node) and node.op not in ("list", "set", "tuple", "matrix") else node
 
 
-def _both(node: Node) -> tuple[Node, Node]:
+def _both_signs(node: Node) -> tuple[Node, Node]:
     return _with_sign(node, 1), _with_sign(node, -1)
 
 
@@ -188,7 +188,7 @@ def _with_sign(node: Node, sign: int) -> Node:
 
 
 def _is_name(node: Node) -> bool:
-    """Whether this names a quantity: x, f(x), AB, P(A), |AB|, (x, y). Any other side makes an equation: x + y = 1 is not 1."""
+    """Return whether this names a quantity: x, f(x), AB, P(A), |AB|, (x, y). Any other side makes an equation: x + y = 1 is not 1."""
     if node.op == "mul":
         return all(part.op == "mul" or (part.op == "symbol" and part.value[0].isupper()) for part in node.nodes())
     if node.op == "tuple" or (node.op == "call" and node.value == "abs"):

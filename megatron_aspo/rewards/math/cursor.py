@@ -1,4 +1,4 @@
-"""The place in a formula's tokens: the ground floor of the parser, whose floors above are brackets, atoms and arithmetic (`parser.py`)."""
+"""The position in a formula's tokens: the base of the parser, on which brackets, atoms and arithmetic (`parser.py`) build."""
 
 from megatron_aspo.rewards.math.tokens import Token, tokenize
 from megatron_aspo.rewards.math.tree import Node, Unreadable
@@ -13,39 +13,39 @@ ELSEWHERE = """
     prime forall exists neg not cap subset subseteq overbrace underbrace stackrel overset underset oplus otimes circ rightarrow Rightarrow
     implies iff perp parallel cong sim propto notin
 """.split()  # noqa: SIM905
-"""Commands that are mathematics, and not read here."""
+"""Commands that are mathematics but are not read here."""
 DECORATIONS = ("vec", "hat", "bar", "tilde", "overline", "overrightarrow", "widehat", "angle", "triangle")
-"""Commands that make a name of the letters behind them."""
+"""Commands that form a name with the letters after them."""
 
 
 class Cursor:
-    """Tokens, and how far they are read. The methods at its end are those of the floors above."""
+    """Tokens and the current position. Subclasses implement the methods at the end."""
 
     def __init__(self, text: str):
         """Raises Unreadable for a text that is too long."""
         self.tokens, self.position, self.depth = tokenize(text), 0, 0
         self.bars = False
-        """Whether a | that comes next closes an absolute value."""
+        """Whether the next | closes an absolute value."""
 
     @property
     def token(self) -> Token:
-        """The next one."""
+        """The next token."""
         return self.tokens[self.position]
 
     def at(self, *texts: str) -> bool:
-        """Whether one of these signs or commands is next."""
+        """Return whether the next token is one of these signs or commands."""
         token = self.token
         return token.kind in ("sign", "command") and token.text in texts
 
     def take(self, *texts: str) -> bool:
-        """Whether one of these signs or commands was next, which is read then."""
+        """Consume the next token if it is one of these signs or commands; return whether it was."""
         if self.at(*texts):
             self.position += 1
             return True
         return False
 
     def next(self) -> Token:
-        """Read any token; the end stays the end."""
+        """Consume and return any token, except that the end is not consumed."""
         token = self.token
         self.position += token.kind != "end"
         return token
@@ -59,7 +59,7 @@ class Cursor:
             raise self.unreadable(self.token)
 
     def unreadable(self, token: Token) -> Unreadable:
-        """The error for a token that has no place here."""
+        """Return the error for a token that is not allowed here."""
         known = token.kind == "command" and token.text in ELSEWHERE
         return Unreadable(f"{token.text!r} is not read here" if token.text else "it ends too early", known_elsewhere=known)
 
@@ -77,7 +77,7 @@ class Cursor:
         return "".join(parts)
 
     def environment(self) -> str:
-        """Read the name of an environment and the closing brace behind it; return the name."""
+        """Read the name of an environment and its closing brace; return the name."""
         parts = []
         while not self.take("}"):
             token = self.next()

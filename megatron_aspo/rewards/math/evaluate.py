@@ -1,7 +1,7 @@
-"""The value of a formula at a point, by exact rational arithmetic where possible, else to a given number of digits; never much work.
+"""The value of a formula at a point: by exact rational arithmetic where possible, else to a given number of digits, with bounded work.
 
-Exact numbers have at most MAX_BITS bits, others a binary exponent of at most MAX_EXPONENT: the size of a power, a factorial or a
-binomial is estimated before it is computed. What is larger raises TooLarge.
+Exact numbers have at most MAX_BITS bits, others a binary exponent of at most MAX_EXPONENT: the size of a power, a factorial or a binomial
+is estimated before it is computed. Larger ones raise TooLarge.
 """
 
 import functools
@@ -17,22 +17,22 @@ from megatron_aspo.rewards.math.tree import Node
 MAX_BITS = 1 << 18
 MAX_EXPONENT = 1 << 24
 _WORK_BITS = 1 << 23
-"""Upper bound on the bits of all exact intermediate values together."""
+"""Upper bound on the total bits of all exact intermediate values."""
 Value = Any
 """A Fraction, or mpmath's mpf or mpc."""
 
 
 class TooLarge(Exception):
-    """A number beyond the bounds."""
+    """A number exceeds the bounds."""
 
 
 class Undefined(Exception):
-    """No value: a division by zero, the logarithm of zero, or an operation that is not computed here."""
+    """There is no value: a division by zero, the logarithm of zero, or an operation that is not computed here."""
 
 
 @functools.cache
 def context_of(digits: int) -> Any:
-    """Return mpmath's arithmetic with so many digits. Not to be changed: it is shared."""
+    """Return mpmath's arithmetic with this number of digits. It is shared and must not be changed."""
     context = mpmath.MPContext()
     context.dps = digits
     return context
@@ -42,14 +42,14 @@ class Evaluator:
     """Evaluates formulas at a point, in one precision."""
 
     def __init__(self, point: Mapping[str, Fraction], digits: int):
-        """point: the value of each variable; digits: of values that are not rational."""
+        """point: the value of each variable; digits: precision of values that are not rational."""
         self._point, self._bits_left = point, _WORK_BITS
         self.context = context_of(digits)
         self.scale: Any = self.context.mpf(0)
         """Largest absolute value of a summand so far."""
 
     def __call__(self, node: Node) -> Value:
-        """Raises TooLarge and Undefined."""
+        """Return the value of a formula. Raises TooLarge and Undefined."""
         try:
             return self._bounded(self._value(node))
         except (ZeroDivisionError, ValueError, TypeError, mpmath.libmp.NoConvergence) as error:
@@ -88,7 +88,7 @@ class Evaluator:
             case "call":
                 return self._call(node.value, [self(argument) for argument in node.args])
             case "function":
-                # Any smooth function of the argument will do, another one for each name.
+                # Any smooth function of the argument serves, a different one for each name.
                 return self.context.cos(self.inexact(self(node.args[0])) * sum(node.value.encode()) / 100 + 1)
         raise Undefined(f"{node.op} is no number")
 
@@ -105,11 +105,11 @@ class Evaluator:
         return value
 
     def inexact(self, value: Value) -> Any:
-        """Return the value as mpmath's number."""
+        """Return the value as an mpmath number."""
         return self.context.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
     def _exponent(self, value: Value) -> float:
-        """About the binary logarithm of the absolute value; 0 for zero."""
+        """Return approximately the binary logarithm of the absolute value; 0 for zero."""
         if value == 0:
             return 0
         if isinstance(value, Fraction):
@@ -131,7 +131,7 @@ class Evaluator:
         return total
 
     def product(self, a: Value, b: Value) -> Value:
-        """Return a·b, exact where both are."""
+        """Return a·b, exact if both are."""
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return a * b
         return self.inexact(a) * self.inexact(b)
@@ -235,7 +235,7 @@ class Evaluator:
                 raise Undefined(f"{name} of an inexact number")
             near = self.context.nint(value)
             if abs(value - near) < self.context.mpf(10) ** (-self.context.dps // 2):
-                return Fraction(int(near))  # an integer, but for rounding
+                return Fraction(int(near))  # an integer up to rounding
             value = getattr(self.context, name)(value)
             return Fraction(int(value))
         return Fraction(math.floor(value) if name == "floor" else math.ceil(value))
@@ -257,7 +257,7 @@ class Evaluator:
 
 
 def _exact_root(value: int, degree: int) -> int | None:
-    """Return the integer whose power `value` is, or None."""
+    """Return the integer root of `value`, or None if it is not a perfect power."""
     if value < 2 or degree == 1:
         return value
     if degree == 2:

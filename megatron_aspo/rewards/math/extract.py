@@ -1,4 +1,4 @@
-"""The answer in a model's response. Every rule takes time linear in the length of the response."""
+"""Extraction of the answer from a model's response. Every rule takes time linear in the response's length."""
 
 import re
 
@@ -9,10 +9,10 @@ _NUMBER = re.compile(r"(?<![\w.,/])[-−+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?
 
 
 def extract_answer(response: str, rule: str = "boxed") -> str | None:
-    """Return the answer as it is written, or None if there is none. rule: as `MathOptions.extract`.
+    """Return the answer as written, or None if there is none. rule: that of `MathOptions.extract`.
 
-    Only the text after the last `</think>` counts; thinking that is begun and not ended holds no answer. A box that is never closed is
-    passed over: the last complete one counts.
+    Only the text after the last `</think>` counts; unfinished thinking holds no answer. An unclosed box is skipped: the last complete one
+    counts.
     """
     text = response.rpartition(_THINKING_END)[2]
     if _THINKING in text:
@@ -24,7 +24,7 @@ def extract_answer(response: str, rule: str = "boxed") -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """Return what is between the braces of the last `\\boxed{…}` that closes and is in no other box; None if there is none."""
+    """Return the content of the last `\\boxed{…}` that closes and is in no other box; None if there is none."""
     answer = None
     open_braces: list[int | None] = []
     for mark in _BRACE.finditer(text):

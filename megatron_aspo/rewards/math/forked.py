@@ -1,11 +1,11 @@
 """math-verify in a forked process, for notations that the exact comparison cannot read: sums, integrals, limits and the like.
 
-The process is killed at its limit, whatever holds it up: math-verify's own limits work only in a main thread, and do not stop one long
+The process is killed at its limit, whatever blocks it: math-verify's own limits work only in a main thread, and cannot stop one long
 operation on integers.
 
-Nothing of a text is evaluated as code. A text is read by math-verify's ANTLR grammar alone; its other reader passes it to SymPy's
-`parse_expr`, which evaluates it, and is not used. The grammar passes numbers there too (`sympy.Number("10")`), so in this process
-`parse_expr` is replaced by a reader of numbers. If anything compiles a text all the same, the process ends without a verdict.
+No part of a text is evaluated as code. math-verify's ANTLR grammar alone reads a text; its other reader passes it to SymPy's `parse_expr`,
+which evaluates it, and is not used. The grammar passes numbers there too (`sympy.Number("10")`), so in this process `parse_expr` is
+replaced by a reader of numbers. If anything still compiles a text, the process ends without a verdict.
 """
 
 import importlib
@@ -23,12 +23,12 @@ from types import ModuleType
 _YES, _NO, _EVALUATED = b"y", b"n", 3
 _NUMBER = re.compile(r"\s*[-+]?(\d+|\d+\.\d*|\.\d+)\s*", re.ASCII)
 _MEMORY_BYTES = 2 << 30
-"""Address space that a comparison may take beyond what the process has."""
+"""Address space that a comparison may use beyond that of the process."""
 
 
 @cache
 def _library() -> tuple[ModuleType, ModuleType]:
-    """Import the modules, and those of SymPy that it would import on demand: some of these compile code of their own as they load."""
+    """Import the modules, and those that SymPy would import on demand: some of these compile code of their own when they load."""
     import latex2sympy2_extended
     import math_verify.grader
     import sympy.parsing.sympy_parser
@@ -37,12 +37,12 @@ def _library() -> tuple[ModuleType, ModuleType]:
         for module in pkgutil.walk_packages([f"{sympy.__path__[0]}/{part}"], f"sympy.{part}."):
             if not {"tests", "benchmarks"} & set(module.name.split(".")):
                 importlib.import_module(module.name)
-    math_verify.grader.TIMEOUT_WARNING_SHOWN = True  # it would say at each start that its own limit is off
+    math_verify.grader.TIMEOUT_WARNING_SHOWN = True  # else it would warn at each start that its own limit is off
     return latex2sympy2_extended, math_verify.grader
 
 
-def math_verify_says(answer: str, gold: str, limit_s: float) -> tuple[bool, str]:
-    """Return whether math-verify calls two LaTeX formulas equal, either way round, and a reason. Takes little more than limit_s seconds."""
+def math_verify_equal(answer: str, gold: str, limit_s: float) -> tuple[bool, str]:
+    """Return whether math-verify finds two LaTeX formulas equal, in either order, and a reason. Takes little more than limit_s seconds."""
     _library()  # before the fork: importing it takes a second
     reading, writing = os.pipe()
     child = os.fork()
@@ -51,14 +51,14 @@ def math_verify_says(answer: str, gold: str, limit_s: float) -> tuple[bool, str]
     os.close(writing)
     try:
         ready = select.select([reading], [], [], limit_s)[0]
-        said = os.read(reading, 1) if ready else b""
+        byte = os.read(reading, 1) if ready else b""
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-    if said == _YES:
+    if byte == _YES:
         return True, "equal by math-verify"
-    if said == _NO:
+    if byte == _NO:
         return False, "different by math-verify"
     if not ready:
         return False, f"math-verify took more than {limit_s:g} s"
@@ -68,7 +68,7 @@ def math_verify_says(answer: str, gold: str, limit_s: float) -> tuple[bool, str]
 
 
 def _compare_and_exit(answer: str, gold: str, pipe: int, limit_s: float) -> None:
-    """In the forked process: write the verdict and end, with nothing of the parent's clean-up."""
+    """Write the verdict and exit, in the forked process, without the parent's clean-up."""
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s) + 1, int(limit_s) + 2))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -76,7 +76,7 @@ def _compare_and_exit(answer: str, gold: str, pipe: int, limit_s: float) -> None
         sys.modules["sympy.parsing.sympy_parser"].parse_expr = _read_number
         sys.addaudithook(_refuse_to_compile)
         parsed = [_parse(text) for text in (answer, gold)]
-        equal = any(_grader_says(*pair) for pair in (parsed, parsed[::-1]))
+        equal = any(_verify(*pair) for pair in (parsed, parsed[::-1]))
         os.write(pipe, _YES if equal else _NO)
         os._exit(0)
     except BaseException:
@@ -84,13 +84,13 @@ def _compare_and_exit(answer: str, gold: str, pipe: int, limit_s: float) -> None
 
 
 def _refuse_to_compile(event: str, arguments: tuple) -> None:
-    """An audit hook. Modules that are imported have a file's name; a text that is evaluated has one in angle brackets."""
+    """Audit hook that ends the process. Imported modules have a file's name; evaluated texts have a name in angle brackets."""
     if event == "compile" and arguments[0] is not None and str(arguments[1]).startswith("<"):
         os._exit(_EVALUATED)
 
 
 def _read_number(text: str, *_: object, **__: object) -> object:
-    """In place of SymPy's `parse_expr`."""
+    """Replace SymPy's `parse_expr`, for numbers only."""
     import sympy
 
     if not _NUMBER.fullmatch(text):
@@ -103,7 +103,7 @@ def _parse(text: str) -> object:
     return latex.latex2sympy(text, is_real=not grader.should_treat_as_complex(text), convert_degrees=False, normalization_config=None)
 
 
-def _grader_says(gold: object, answer: object) -> bool:
+def _verify(gold: object, answer: object) -> bool:
     try:
         return bool(_library()[1].verify(gold, answer, timeout_seconds=None))
     except Exception:

@@ -1,11 +1,11 @@
-"""Are two formulas equal as functions of their variables? Decided by their values at points.
+"""Equality of two formulas as functions of their variables, decided by their values at points.
 
-Where only rational operations occur the values are exact, so that two different rational functions agree at all points only by an
-accident that the points, fixed here, make negligible (Schwartz–Zippel). Otherwise both are computed with 50 and with 120 digits: a
-difference that is only rounding shrinks with the precision, any other does not.
+With only rational operations the values are exact, so two different rational functions agree at all points only by an accident that the
+fixed points make negligible (Schwartz–Zippel). Otherwise both are computed with 50 and with 120 digits: a difference that is only rounding
+shrinks with the precision, any other does not.
 
-Variables are real. At a point where just one of the two has a real value they are not compared, nor where neither has one and they differ
-(another branch of a logarithm or root). They are equal if they agree somewhere and differ nowhere.
+Variables are real. Points are skipped at which only one of the two has a real value, or neither has one and they differ (another branch of
+a logarithm or root). The formulas are equal if they agree at some point and differ at none.
 """
 
 import zlib
@@ -18,15 +18,15 @@ from megatron_aspo.rewards.math.tree import Node
 
 _DIGITS = (50, 120)
 _ROUNDING = 20
-"""Digits that rounding may cost."""
+"""Digits that may be lost to rounding."""
 _POINTS = 7
 Point = Mapping[str, Fraction]
 Values = tuple[Value, Value, Any, Any]
-"""Two values, and the largest summand in each: rounding is a part of that."""
+"""Two values, and the largest summand in each, to which rounding is relative."""
 
 
 def points(names: set[str]) -> Iterator[Point]:
-    """Yield 3 points with positive coordinates, 2 with both signs, 2 with small positive integers; without names one point, empty."""
+    """Yield 3 points with positive coordinates, 2 with both signs, 2 with small positive integers; without names one empty point."""
     if not names:
         yield {}
         return
@@ -43,8 +43,8 @@ def points(names: set[str]) -> Iterator[Point]:
         yield point
 
 
-def proportional(a: Node, b: Node, positive: bool) -> bool:
-    """Whether a = c·b with one number c for all points, which is not 0, and is positive if that is required."""
+def is_proportional(a: Node, b: Node, positive: bool) -> bool:
+    """Return whether a = c·b at all points for one number c ≠ 0, which must be positive if that is required."""
     names = a.symbols() | b.symbols()
     anchor = next((point for point in points(names) if _ratio(a, b, point) is not None), None)
     if anchor is None or (positive and not _ratio(a, b, anchor) > 0):
@@ -60,7 +60,7 @@ def proportional(a: Node, b: Node, positive: bool) -> bool:
 
 
 def _ratio(a: Node, b: Node, point: Point) -> Any:
-    """a / b at a point; None where that has no value, is 0, or is not real."""
+    """Return a / b at a point; None if either has no value or is 0 or not real."""
     value = Evaluator(point, _DIGITS[0])
     try:
         x, y = value(a), value(b)
@@ -71,8 +71,8 @@ def _ratio(a: Node, b: Node, point: Point) -> Any:
     return value.context.re(value.inexact(x) / value.inexact(y))
 
 
-def same_function(a: Node, b: Node) -> bool:
-    """Whether a = b wherever both have a real value. Equal trees are the same function, however large its values are."""
+def is_same_function(a: Node, b: Node) -> bool:
+    """Return whether a = b wherever both have a real value. Equal trees are the same function, however large its values are."""
     if a == b:
         return True
 
@@ -99,23 +99,23 @@ def _agree(both: Callable[[Point, int], Values], names: set[str]) -> bool:
 
 
 def _agree_at(both: Callable[[Point, int], Values], point: Point) -> bool | None:
-    """Whether two values are equal; None if the point says nothing. Raises Undefined and TooLarge."""
+    """Return whether two values are equal; None if the point is inconclusive. Raises Undefined and TooLarge."""
     a, b, *_ = both(point, _DIGITS[0])
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    seen = []
+    measured = []
     for digits in _DIGITS:
         a, b, *scales = both(point, digits)
         context = context_of(digits)
         a, b = (context.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in (a, b))
         if not (context.isfinite(a) and context.isfinite(b)):
             return bool(a == b)
-        seen.append((abs(a), abs(b), abs(a - b)))
+        measured.append((abs(a), abs(b), abs(a - b)))
     unit, shrunk = context.mpf(10) ** (_ROUNDING - _DIGITS[1]), context.mpf(10) ** (_ROUNDING + _DIGITS[0] - _DIGITS[1])
-    is_zero = [seen[1][n] <= max(scales[n] * unit, seen[0][n] * shrunk) for n in (0, 1)]
+    is_zero = [measured[1][n] <= max(scales[n] * unit, measured[0][n] * shrunk) for n in (0, 1)]
     rounding = max(*scales, abs(a), abs(b)) * unit
-    # 1/2006! is not zero, and what is zero but for rounding is not 1/2006!.
-    if is_zero[0] == is_zero[1] and seen[1][2] <= max(rounding, seen[0][2] * shrunk):
+    # 1/2006! is not zero, and a value that is zero up to rounding is not 1/2006!.
+    if is_zero[0] == is_zero[1] and measured[1][2] <= max(rounding, measured[0][2] * shrunk):
         return True
     real = [abs(context.im(v)) <= abs(v) * unit for v in (a, b)]
     if point and (real[0] != real[1] or not any(real)):

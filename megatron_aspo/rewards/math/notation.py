@@ -1,4 +1,4 @@
-"""One notation from many: LaTeX, plain text and Unicode signs become the few that the parser reads."""
+"""Normalisation of notation: LaTeX, plain text and Unicode signs are mapped to the few forms that the parser reads."""
 
 import re
 import unicodedata
@@ -7,7 +7,7 @@ FUNCTIONS = (
     "arcsinh", "arccosh", "arctanh", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "coth", "sin", "cos", "tan", "cot", "sec", "csc",
     "exp", "ln", "lg", "log",
 )  # fmt: skip
-"""Functions of one argument that may be written without brackets; log is the natural logarithm, lg that to base 10."""
+"""Functions of one argument that may be written without brackets; log is the natural logarithm, lg is that to base 10."""
 BRACKETED = ("sqrt", "cbrt", "abs", "floor", "ceil", "gcd", "lcm", "max", "min")
 """Functions whose arguments are in brackets."""
 _SIGNS = {
@@ -18,7 +18,7 @@ _SIGNS = {
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "，": ",", "；": ";", "∖": r"\setminus ",
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_SAME = {
+_SYNONYMS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le", "geq": "ge", "leqslant": "le",
     "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "varnothing": "emptyset",
     "ast": "times", "div": "/", "degree": "^\\circ", "lvert": "|", "rvert": "|", "vert": "|", "lbrace": "\\{", "rbrace": "\\}",
@@ -40,7 +40,7 @@ _REWRITTEN = [
     (re.compile(r"(?<=\.\d)(\d*)\s*(?:\\[lc]?dots|\.\.\.+|…)$"), r"\1"),
     (re.compile(r"^\s*(?:\\approx|\\sim|≈|~)\s*"), ""),
 ]
-"""Other ways to write what the parser knows: ℝ without braces, ≠, primes, ordinals, an ellipsis behind a decimal, "about"."""
+"""Alternative forms of known notation: ℝ without braces, ≠, primes, ordinals, an ellipsis after a decimal, "about"."""
 _MULTIPLES = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}"}
 _MULTIPLE = re.compile(rf"(?<=\d)\s*(?:\\(?:text|mathrm|textrm)\s*\{{\s*)?({'|'.join(_MULTIPLES)})s?\b(?:\s*\}})?")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
@@ -49,8 +49,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 
 
 def clean(text: str) -> str:
-    """Return the formula in plain signs: without delimiters, a box, sizes of brackets, spacing commands and a full stop at its end."""
-    text = _unwrapped(unicodedata.normalize("NFC", text).strip())
+    """Return the formula in plain signs: without delimiters, box, bracket sizes, spacing commands and final full stop."""
+    text = _unwrap(unicodedata.normalize("NFC", text).strip())
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
     text = "".join(_SIGNS.get(sign, sign) for sign in text)
     for pattern, new in _REWRITTEN:
@@ -58,17 +58,17 @@ def clean(text: str) -> str:
     text = _MULTIPLE.sub(
         lambda found: r"\cdot " + _MULTIPLES[found[1]] + ("" if found[0].endswith("}") or "{" not in found[0] else r"\text{"), text
     )
-    text = _REPEATING.sub(_repeating, _GROUPED.sub("", text))
+    text = _REPEATING.sub(_repeating_decimal, _GROUPED.sub("", text))
     text = _DROPPED.sub("", text)
-    text = _COMMAND.sub(_same, text)
+    text = _COMMAND.sub(_canonical_command, text)
     text = _SPACES.sub(lambda found: found["row"] or " ", text)
     text = text.replace("**", "^").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&")
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ").replace("==", "=").replace("...", r"\ldots ")
-    return re.sub(r" +", " ", _unwrapped(text)).strip()
+    return re.sub(r" +", " ", _unwrap(text)).strip()
 
 
-def _unwrapped(text: str) -> str:
-    """Without what only surrounds the formula."""
+def _unwrap(text: str) -> str:
+    """Remove whatever only surrounds the formula."""
     for _ in range(4):
         before = text
         text = text.strip().rstrip("。") if text.endswith("。") else text.strip()
@@ -86,7 +86,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _closes_at_end(inner: str) -> bool:
-    """Whether no brace in `inner` closes one outside of it."""
+    """Return whether no brace in `inner` closes one outside of it."""
     depth = 0
     for sign in re.findall(r"\\.|[{}]", inner):
         depth += {"{": 1, "}": -1}.get(sign, 0)
@@ -95,8 +95,8 @@ def _closes_at_end(inner: str) -> bool:
     return depth == 0
 
 
-def _repeating(found: re.Match) -> str:
-    """A decimal with repeating digits as a fraction."""
+def _repeating_decimal(found: re.Match) -> str:
+    """Return a decimal with repeating digits as a fraction."""
     whole, once, again = found[1], found[2], found[3]
     if len(whole + once + again) > 100:
         return found[0]
@@ -104,9 +104,9 @@ def _repeating(found: re.Match) -> str:
     return f"\\frac{{{above}}}{{{'9' * len(again)}{'0' * len(once)}}}"
 
 
-def _same(found: re.Match) -> str:
+def _canonical_command(found: re.Match) -> str:
     name = found[1]
-    other = _SAME.get(name)
+    other = _SYNONYMS.get(name)
     if other is None:
         return found[0]
     return "\\" + other if other.isalpha() else other

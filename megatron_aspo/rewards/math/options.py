@@ -15,14 +15,14 @@ class MathOptions:
     """Where the answer is: `boxed`, in the last complete `\\boxed{}`; `boxed_or_number`, there or else the last number of the response;
     `number`, the last number. Only the text after the last `</think>` is read."""
     limit_s: float = 5.0
-    """Longest time for one comparison by math-verify, in seconds, which is asked only where the exact comparison cannot read a notation. It
-    runs in a process that is killed then; the answer counts as wrong."""
+    """Longest time for one comparison by math-verify, in seconds. It is used only for notations that the exact comparison cannot read, in a
+    process that is killed at the limit; the answer then counts as wrong."""
     rounded_digits: int = 6
-    """A decimal with at least so many significant digits also equals the number of which it is the rounded or truncated value: 0.333333
+    """A decimal with at least this many significant digits also equals the number of which it is the rounded or truncated value: 0.333333
     equals 1/3. 0: a decimal equals only its exact value."""
 
     def check(self, prefix: str = "math.") -> None:
-        """Raises UserError naming the first option that is out of its bounds."""
+        """Raise UserError naming the first option that is out of bounds."""
         if self.extract not in EXTRACTS:
             raise UserError(f"{prefix}extract={self.extract} is not known; {nearest(self.extract, EXTRACTS)}")
         if self.limit_s <= 0:

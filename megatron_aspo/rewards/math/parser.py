@@ -1,7 +1,7 @@
-"""A recursive-descent parser of formulas, LaTeX or plain. It builds trees and computes nothing.
+"""A recursive-descent parser of formulas in LaTeX or plain text. It builds trees and computes nothing.
 
-From loose to tight: lists (`,` `;` and, or), unions, relations, sums, products (a missing sign is one too, and `/` binds as `·` does, from
-left to right), signs, powers and `!`. An integer before a fraction of integers below 1 is a mixed number.
+By increasing precedence: lists (`,` `;` and, or), unions, relations, sums, products (also without a sign; `/` has the precedence of `·`,
+from left to right), signs, powers and `!`. An integer before a fraction of integers below 1 is a mixed number.
 """
 
 from megatron_aspo.rewards.math.atoms import Atoms
@@ -43,22 +43,22 @@ def parse(text: str) -> Node:
 
 class _Parser(Atoms):
     def listed(self) -> Node:
-        """Elements separated at the outermost level; one alone is itself."""
-        elements, joints = [self.element()], set()
-        while joint := self._joint():
-            joints.add(joint)
+        """Read elements separated at the outermost level; a single one is returned itself."""
+        elements, separators = [self.element()], set()
+        while separator := self._separator():
+            separators.add(separator)
             elements.append(self.element())
         if len(elements) == 1:
             return elements[0]
-        if joints == {"or"} and all(element.op in ("relation", "member") and element.value != ("=",) for element in elements):
+        if separators == {"or"} and all(element.op in ("relation", "member") and element.value != ("=",) for element in elements):
             return Node("union", tuple(elements))
         return Node("list", tuple(elements))
 
-    def _joint(self) -> str:
-        """Take a separator; returns what it says, empty if there is none."""
-        joint = ""
+    def _separator(self) -> str:
+        """Consume a separator and return its meaning; empty if there is none."""
+        separator = ""
         if self.take(",", ";"):
-            joint = ","
+            separator = ","
         token = self.token
         if token.kind == "text" and token.text in ("and", "or", ", and", ", or"):
             self.position += 1
@@ -68,10 +68,10 @@ class _Parser(Atoms):
             if "".join(letter.text for letter in letters) == word and letters[0].spaced and not any(one.spaced for one in letters[1:]):
                 self.position += len(word)
                 return word
-        return joint
+        return separator
 
     def element(self) -> Node:
-        """A set of sets, or a relation."""
+        """Read a set built of sets, or a relation."""
         node = self._relation()
         while True:
             if self.take("cup"):
@@ -136,7 +136,7 @@ class _Parser(Atoms):
             elif self.take("/"):
                 node = Node("div", (node, self._factor_after_sign()))
             elif self.starts_factor():
-                node = self._joined(node)
+                node = self._implicit_product(node)
             else:
                 return node
 
@@ -153,21 +153,21 @@ class _Parser(Atoms):
                 return not self.bars
             return token.text in _STARTS or (token.kind == "command" and (token.text in GREEK or token.text in (*FUNCTIONS, *BRACKETED)))
         if token.kind in ("letter", "name"):
-            return not self._starts_joint()
+            return not self._starts_separator()
         return token.kind == "number"
 
-    def _starts_joint(self) -> bool:
+    def _starts_separator(self) -> bool:
         before = self.position
-        found = self.token.spaced and bool(self._joint())
+        found = self.token.spaced and bool(self._separator())
         self.position = before
         return found
 
-    def _joined(self, node: Node) -> Node:
-        """A product without a sign, or a mixed number."""
-        is_number, begun = self.token.kind == "number", self.position
+    def _implicit_product(self, node: Node) -> Node:
+        """Read a product without a sign, or a mixed number."""
+        is_number, start = self.token.kind == "number", self.position
         factor = self.power()
         whole = node.args[0] if node.op == "neg" else node
-        if whole.op == "number" and whole.value.denominator == 1 and self.tokens[begun - 1].kind == "number":
+        if whole.op == "number" and whole.value.denominator == 1 and self.tokens[start - 1].kind == "number":
             if factor.op == "div" and all(part.op == "number" for part in factor.args):
                 if 0 < factor.args[0].value < factor.args[1].value:
                     return Node("add", (node, factor))
@@ -177,7 +177,7 @@ class _Parser(Atoms):
                 if below.op == "number" and factor.value < below.value:
                     return Node("add", (node, Node("div", (factor, below))))
                 raise Unreadable("two numbers side by side")
-        if is_number and self.tokens[begun - 1].kind == "number":
+        if is_number and self.tokens[start - 1].kind == "number":
             raise Unreadable("two numbers side by side")
         return Node("mul", (node, factor))
 
@@ -195,7 +195,7 @@ class _Parser(Atoms):
                 return node
 
     def take_group(self, command: str) -> bool:
-        """Take `{\\command}` if that stands here."""
+        """Consume `{\\command}` if it is next."""
         tokens = self.tokens[self.position : self.position + 3]
         if [token.text for token in tokens] == ["{", command, "}"]:
             self.position += 3

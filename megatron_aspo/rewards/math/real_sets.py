@@ -1,4 +1,4 @@
-"""Sets of real numbers as unions of intervals, from the many ways in which answers write them."""
+"""Sets of real numbers as unions of intervals, from the many notations of answers."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ _MINUS_INFINITY = negative(INFINITY)
 
 @dataclass(frozen=True)
 class Part:
-    """An interval; a point where both ends are closed and the same."""
+    """An interval; a point if both ends are closed and equal."""
 
     low: Node
     high: Node
@@ -19,16 +19,16 @@ class Part:
 
 @dataclass(frozen=True)
 class RealSet:
-    """Intervals by their lower ends, and the variable whose values they are, empty where none is named."""
+    """Intervals ordered by their lower ends, and the variable whose values they are, empty if none is named."""
 
     parts: tuple[Part, ...]
     variable: str = ""
 
 
 def as_real_set(node: Node) -> RealSet | None:
-    """Return the set that a node is: an interval, a union, R, a set minus points, an inequality in one variable, or `x ∈ …`.
+    """Return the set that a node describes: an interval, a union, R, a set minus points, an inequality in one variable, or `x ∈ …`.
 
-    None if it is none of these; raises Undefined and TooLarge as an `Evaluator` for ends that have no value.
+    None if it describes none; raises Undefined and TooLarge, as an `Evaluator` does, for ends without a value.
     """
     found = _read(node)
     if found is None:
@@ -55,17 +55,17 @@ def _read(node: Node) -> RealSet | None:
         case "minus":
             return _without(node)
         case "relation":
-            return _of_inequality(node)
+            return _from_inequality(node)
     return None
 
 
 def _part(low: Node, high: Node, closed: tuple[bool, bool]) -> Part:
-    """An end at infinity is open, however it is written."""
+    """Return the interval. An end at infinity is open, however it is written."""
     return Part(low, high, (closed[0] and low != _MINUS_INFINITY, closed[1] and high != INFINITY))
 
 
 def _without(node: Node) -> RealSet | None:
-    """R without the points of a set."""
+    """Return R without the points of a set."""
     whole, removed = node.args
     if whole.op != "named_set" or whole.value != "R" or removed.op != "set":
         return None
@@ -77,8 +77,8 @@ def _between(points: list[Node]) -> tuple[Part, ...]:
     return tuple(Part(low, high, (False, False)) for low, high in zip(ends[:-1], ends[1:], strict=True))
 
 
-def _of_inequality(node: Node) -> RealSet | None:
-    """x < a, a < x, a < x ≤ b, x ≠ a."""
+def _from_inequality(node: Node) -> RealSet | None:
+    """Return the set of x < a, a < x, a < x ≤ b or x ≠ a."""
     args, signs = node.args, node.value
     position = next((n for n, one in enumerate(args) if one.op == "symbol"), None)
     if position is None or any(one.symbols() for n, one in enumerate(args) if n != position):

@@ -1,4 +1,4 @@
-"""The reward of mathematics with an answer at its end: right or wrong."""
+"""The reward of mathematics problems with a final answer: right or wrong."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from typing import Any
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.math.extract import extract_answer, last_boxed
-from megatron_aspo.rewards.math.forked import math_verify_says
+from megatron_aspo.rewards.math.forked import math_verify_equal
 from megatron_aspo.rewards.math.notation import clean
 from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.math.tree import Unreadable
@@ -15,9 +15,9 @@ from megatron_aspo.rewards.math.verdict import is_words, readings_of, verdict
 from megatron_aspo.rewards.result import RewardResult
 
 _SHOWN = 200
-"""Characters of an answer that go into the rollout dump."""
+"""Characters of an answer in the rollout dump."""
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mbox)\s*\{[^{}]*[A-Za-z][^{}]*\}")
-"""A ground truth with words in it may be compared as text alone."""
+"""A ground truth with words in it may be compared only as text."""
 _CURE = "correct the row, or leave it out"
 
 
@@ -30,7 +30,7 @@ class MathReward:
         self._options, self._wrong_score = options, wrong_score
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
-        """Raises UserError, naming the prompt, for a ground truth that is no answer."""
+        """Score a response. Raises UserError, naming the prompt, for a ground truth that is not an answer."""
         try:
             golds = read_golds(prompt.ground_truth)
         except UserError as error:
@@ -47,7 +47,7 @@ class MathReward:
 
 
 def read_golds(ground_truth: Any) -> list[str]:
-    """Return the right answers of a row, any of which will do. Raises UserError for anything but texts, numbers and lists of them."""
+    """Return the right answers of a row, any of which suffices. Raises UserError for anything but texts, numbers and lists of them."""
     values = ground_truth if isinstance(ground_truth, list) else [ground_truth]
     golds = []
     for value in values:
@@ -61,7 +61,7 @@ def read_golds(ground_truth: Any) -> list[str]:
 
 
 def check_ground_truth(ground_truth: Any, prompt: str = "") -> None:
-    """Raises UserError for a row whose ground truth is empty, or a formula that cannot be read: an answer could only equal it as text."""
+    """Raise UserError if the ground truth is empty, or an unreadable formula, which an answer could only equal as text."""
     for gold in read_golds(ground_truth):
         text = clean(gold)
         shown = gold if len(gold) <= _SHOWN else f"{gold[:_SHOWN]}…"
@@ -72,7 +72,7 @@ def check_ground_truth(ground_truth: Any, prompt: str = "") -> None:
         try:
             readings_of(text)
         except Unreadable as error:
-            if not error.known_elsewhere or not math_verify_says(text, text, MathOptions().limit_s)[0]:
+            if not error.known_elsewhere or not math_verify_equal(text, text, MathOptions().limit_s)[0]:
                 raise UserError(f"ground_truth {shown!r} is no answer that can be read ({error}); {_CURE}") from error
 
 

@@ -1,4 +1,4 @@
-"""The words of a formula, before it is parsed."""
+"""Tokens of a formula, and the tokenizer."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from megatron_aspo.rewards.math.notation import BRACKETED, FUNCTIONS
 from megatron_aspo.rewards.math.tree import Unreadable
 
 MAX_CHARACTERS = 4000
-"""A longer answer is compared as text alone."""
+"""Maximum number of characters; a longer answer is compared only as text."""
 _MAX_TOKENS = 1500
 _NAMES = sorted((*FUNCTIONS, *BRACKETED, "pi", "infinity", "infty", "inf", "oo"), key=len, reverse=True)
 _TEXT = r"\\(?:text|textrm|textbf|textit|mbox|mathrm|operatorname\*?|textnormal|mathsf|mathbb|mathcal)\s*\{(?P<inner>[^{}]*)\}"
@@ -21,15 +21,15 @@ _TOKEN = re.compile(
 @dataclass(frozen=True)
 class Token:
     kind: str
-    r"""number, text (what is in `\text{}`), command (`\frac` is frac, `\{` itself), name (of a function or constant), letter, sign, end."""
+    r"""number, text (content of `\text{}`), command (`\frac` is frac, `\{` itself), name (of a function or constant), letter, sign, end."""
     text: str
     start: int
     spaced: bool = False
-    """Whether blanks stand before it."""
+    """Whether it follows a blank."""
 
 
 def tokenize(text: str) -> list[Token]:
-    """Return the tokens of a cleaned text, an end behind them. Raises Unreadable if it is too long."""
+    """Return the tokens of a cleaned text, followed by an end token. Raises Unreadable if it is too long."""
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"longer than {MAX_CHARACTERS} characters")
     tokens: list[Token] = []
@@ -61,7 +61,7 @@ def _named(found: re.Match, spaced: bool) -> Token:
 
 
 def _split_word(word: str, start: int, spaced: bool) -> list[Token]:
-    """Names of functions and constants, and single letters between them."""
+    """Split a word into names of functions and constants, and single letters between them."""
     tokens, position = [], 0
     while position < len(word):
         name = next((name for name in _NAMES if word.startswith(name, position)), None)

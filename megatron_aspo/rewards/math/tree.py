@@ -1,4 +1,4 @@
-"""The tree that a formula is read as. It is data: nothing in it is ever called or evaluated as code."""
+"""The tree of a parsed formula. It is data: nothing in it is ever called or evaluated as code."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class Unreadable(Exception):
-    """A text that is no formula, or one in a notation that this package does not read."""
+    """A text is no formula, or one in a notation that this package does not read."""
 
     def __init__(self, reason: str, known_elsewhere: bool = False):
-        """known_elsewhere: it may be mathematics in a notation that math-verify reads."""
+        """known_elsewhere: whether it may be mathematics in a notation that math-verify reads."""
         super().__init__(reason)
         self.known_elsewhere = known_elsewhere
 
@@ -21,7 +21,7 @@ class Node:
     Numbers: `number` (value: a Fraction), `decimal` (value: (Fraction, significant digits)), `based` (value: (digits, base)).
     Names: `symbol` (value: its name), `constant` (value: pi, e, i or inf), `dots`, `named_set` (value: one of R, N, Z, Q, C).
     Operations: add, mul, div, pow, neg, root (radicand, degree), factorial, degree, `call` (value: the function), `function` (value: the
-    name of an unknown one), `pm` (value: 1 for ±, -1 for ∓).
+    name of an unknown function), `pm` (value: 1 for ±, -1 for ∓).
     Collections: list, set, tuple, `interval` (value: which ends are closed), `matrix` (value: rows, columns), union, minus, `member`
     (element, set), `ratio`, `relation` (value: the signs between the arguments).
     """
@@ -31,7 +31,7 @@ class Node:
     value: Any = None
 
     def nodes(self) -> list["Node"]:
-        """Return this node and all below it."""
+        """Return this node and all its descendants."""
         found = [self]
         for node in found:
             found.extend(node.args)

@@ -29,23 +29,23 @@ _MODULUS = re.compile(r" *\(?\\?p?mod *\{? *(\d{1,40}) *\}?\)?$")
 _MONEY = re.compile(r"^(-?)\s*(?:\\\$|\$|€|USD )\s*(?=[\d.\\])")
 _NEVER = {"and", "or", "if", "mod", "is", "to", "for", "when", "where", "pi", "times", "inf", "infinity", "choose", *FUNCTIONS, *BRACKETED}
 _LONGEST = 60
-"""Characters from the end in which a unit is looked for."""
+"""Number of last characters that are searched for a unit."""
 
 
 @dataclass(frozen=True)
 class Unit:
     kind: str
-    """What it measures; of a noun, the noun itself."""
+    """The quantity it measures; for a noun, the noun itself."""
     factor: Fraction
-    """How many of the first unit of its kind it is."""
+    """Its size in the first unit of its kind."""
     known: bool = True
     """Whether it is in the table."""
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    """Return a cleaned text without its unit, and the unit. A word is one only behind a number or a closed bracket.
+    """Return a cleaned text without its unit, and the unit. A word is a unit only after a number or a closing bracket.
 
-    Single letters are variables unless they are in `\\text{}`; a word glued to its number is none unless it is a symbol such as `cm`.
+    Single letters are variables unless they are in `\\text{}`; a word glued to its number is a unit only if it is a symbol such as `cm`.
     """
     if money := _MONEY.match(text):
         return money[1] + text[money.end() :], Unit("money" if "€" not in money[0] else "euro", Fraction(1))
@@ -62,7 +62,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 
 
 def _unit(words: str, power: str | None) -> Unit | None:
-    """The unit that words name: of the table, one by another, or a noun."""
+    """Return the unit that words name: one of the table, a quotient of two, or a noun."""
     parts = [part for part in re.split(r"\s*/\s*|\s+per\s+", words.strip()) if part]
     if not parts or any(word.lower() in _NEVER for word in words.split()):
         return None

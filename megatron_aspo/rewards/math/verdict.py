@@ -1,10 +1,11 @@
-"""Is an answer right? The verdict on two texts, with its reason.
+"""The verdict on an answer: comparison of two texts, with a reason.
 
-First both are compared as text. Then as formulas that the parser here reads, exactly (`compare.py`); that decides. Only for a notation that
-it cannot read, such as an integral, math-verify decides, in a process that is killed at its limit (`forked.py`).
+The two are compared first as text, then exactly, as formulas that this package's parser reads (`compare.py`); that result is final. Only
+for a notation that the parser cannot read, such as an integral, math-verify decides, in a process that is killed at its limit
+(`forked.py`).
 
-Units: ignored where only one side has one, converted where both have one of a kind, else the answers differ. `50%` is 0.5, and 50 where the
-other side has no percent sign; `30°` is 30, and π/6. A number with the base as subscript is also its digits without one.
+Units are ignored if only one side has one, and converted if both have one of a kind; else the answers differ. `50%` is 0.5, and 50 if the
+other side has no percent sign; `30°` is 30, and π/6. A number with its base as a subscript also equals its digits without the base.
 """
 
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_aspo.rewards.math.compare import Comparison
-from megatron_aspo.rewards.math.forked import math_verify_says
+from megatron_aspo.rewards.math.forked import math_verify_equal
 from megatron_aspo.rewards.math.notation import BRACKETED, FUNCTIONS, clean
 from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.math.parser import parse
@@ -21,17 +22,17 @@ from megatron_aspo.rewards.math.tree import Node, Unreadable, number
 from megatron_aspo.rewards.math.units import Unit, split_unit
 
 _MAX_TEXT = 1 << 20
-"""Characters beyond which nothing is compared."""
+"""Number of characters above which nothing is compared."""
 _WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox|textnormal|operatorname|mathbf|mathsf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(?([A-Za-z])[).:]?")
 _WORDS = re.compile(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ' ,.()-]*")
 _LABELLED = re.compile(r"(?:\\text(?:bf|rm)? ?\{ ?)?\(([A-J])\) ?\}? ?(\S.*)")
 """A choice with its letter: `(B) 5`, `\\textbf{(B)} 5`, `\\text{(B) }5`."""
 _FORMULA = re.compile(rf"[A-Za-z]?(?:(?:{'|'.join((*FUNCTIONS, *BRACKETED, 'infinity', 'infty', 'pi'))})[A-Za-z]{{0,2}})+")
-"""A word of names of functions with a letter or two behind each: sinx, xlnx, and not single."""
+"""A word made of function names, each followed by up to two letters, such as sinx and xlnx, but not single."""
 _SET_BUILDER = re.compile(r"\\\{ ?([A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?[|:] ?(.*)\\\}")
 _BLANKS = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
-"""Not between two digits: 1 1/2 is not 11/2."""
+"""Blanks that are not between two digits: 1 1/2 is not 11/2."""
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 _SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}( \d{3})+(\.\d+)?")
 
@@ -40,12 +41,12 @@ _SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}( \d{3})+(\.\d+)?")
 class Verdict:
     correct: bool
     reason: str
-    """A few words for a reader; never the gold answer."""
+    """A short explanation for a reader; never contains the gold answer."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to understand an answer."""
+    """One interpretation of an answer."""
 
     node: Node
     unit: Unit | None = None
@@ -53,10 +54,10 @@ class Reading:
 
 
 def verdict(answer: str, gold: str, options: MathOptions | None = None, ask_math_verify: bool = True) -> Verdict:
-    """Compare an answer, as `extract_answer` returns it, with the right one, or with another answer. Symmetric in the two.
+    """Compare an answer, as returned by `extract_answer`, with the gold answer or another answer. Symmetric in the two.
 
-    Takes at most a second, and `options.limit_s` where math-verify is asked, which forks this process: only processes without other threads
-    should do that. ask_math_verify=False compares notations that are not read here as text.
+    Takes at most a second, plus `options.limit_s` if math-verify is used, which forks this process: only processes without other threads
+    should do that. With ask_math_verify=False, notations that are not read here are compared as text.
     """
     options = options or MathOptions()
     if max(len(answer), len(gold)) > _MAX_TEXT:
@@ -68,11 +69,11 @@ def verdict(answer: str, gold: str, options: MathOptions | None = None, ask_math
     texts = clean(answer), clean(gold)
     if not all(texts):
         return Verdict(False, "empty")
-    if same_words(*texts):
+    if is_same_text(*texts):
         return Verdict(True, "the same text")
     labels = [_LABELLED.fullmatch(text) for text in texts]
     if any(labels):
-        return _of_labelled(texts, labels, options, ask_math_verify)
+        return _compare_labelled(texts, labels, options, ask_math_verify)
     if any(is_words(text) for text in texts):
         return Verdict(False, "another text")
     try:
@@ -82,7 +83,7 @@ def verdict(answer: str, gold: str, options: MathOptions | None = None, ask_math
             return Verdict(False, f"not readable: {error}")
         if not ask_math_verify:
             return Verdict(False, "another text, in a notation that is not read here")
-        return Verdict(*math_verify_says(*texts, options.limit_s))
+        return Verdict(*math_verify_equal(*texts, options.limit_s))
     except RecursionError:
         return Verdict(False, "not readable: nested too deeply")
     comparison = Comparison(options.rounded_digits)
@@ -93,21 +94,21 @@ def verdict(answer: str, gold: str, options: MathOptions | None = None, ask_math
     return Verdict(equal, "equal" if equal else "different")
 
 
-def _of_labelled(texts: tuple[str, str], labels: list[re.Match | None], options: MathOptions, ask: bool) -> Verdict:
-    """Compare where one or both are a choice with its letter: by the letters if both have one, else by the rest of it."""
-    letters = [label[1] if label else _letter_of(text) for text, label in zip(texts, labels, strict=True)]
+def _compare_labelled(texts: tuple[str, str], labels: list[re.Match | None], options: MathOptions, ask: bool) -> Verdict:
+    """Compare choices with letters: by the letters if both sides have one, else by the text after them."""
+    letters = [label[1] if label else _choice_letter(text) for text, label in zip(texts, labels, strict=True)]
     if all(letters):
         return Verdict(letters[0] == letters[1], "the letters of the choices")
     return verdict(*(label[2] if label else text for text, label in zip(texts, labels, strict=True)), options, ask)
 
 
-def _letter_of(text: str) -> str:
+def _choice_letter(text: str) -> str:
     choice = _CHOICE.fullmatch(_WRAPPED.sub(r"\1", text).strip())
     return choice[1].upper() if choice else ""
 
 
-def same_words(a: str, b: str) -> bool:
-    """Whether two cleaned texts are the same but for blanks that say nothing; words and the letter of a choice in any case."""
+def is_same_text(a: str, b: str) -> bool:
+    """Return whether two cleaned texts agree up to insignificant blanks; words and the letter of a choice in either case."""
     plain = [_WRAPPED.sub(r"\1", text).strip() for text in (a, b)]
     if _BLANKS.sub("", plain[0]) == _BLANKS.sub("", plain[1]):
         return True
@@ -115,15 +116,15 @@ def same_words(a: str, b: str) -> bool:
     if all(choices):
         marked = any("(" in text or ")" in text for text in plain) or is_words(a) or is_words(b)
         return marked and choices[0][1].upper() == choices[1][1].upper()
-    return all(_WORDS.fullmatch(text) for text in plain) and _folded(plain[0]) == _folded(plain[1])
+    return all(_WORDS.fullmatch(text) for text in plain) and _fold_case(plain[0]) == _fold_case(plain[1])
 
 
-def _folded(text: str) -> str:
+def _fold_case(text: str) -> str:
     return re.sub(r"[\s().,]+", " ", text).strip().casefold()
 
 
 def is_words(text: str) -> bool:
-    """Whether a cleaned text is words, not a formula: it has a word of four letters, or one of three in `\\text{}`, and no signs."""
+    """Return whether a cleaned text is words, not a formula: without signs, with a word of four letters, or of two in `\\text{}`."""
     plain = _WRAPPED.sub(r"\1", text).strip()
     if not _WORDS.fullmatch(plain):
         return False
@@ -132,7 +133,7 @@ def is_words(text: str) -> bool:
 
 
 def readings_of(text: str) -> list[Reading]:
-    """Return the ways in which a cleaned text can be understood. Raises Unreadable if there is none."""
+    """Return the interpretations of a cleaned text. Raises Unreadable if there is none."""
     if builder := _SET_BUILDER.fullmatch(text):
         text = builder[2]
     bare, unit = split_unit(text)
@@ -166,7 +167,7 @@ def _readings(text: str, unit: Unit | None) -> list[Reading]:
 
 
 def _exact_and_rounded(node: Node) -> tuple[Node, Node]:
-    """Of x = 1/3 ≈ 0.33: x = 1/3, and x = 0.33."""
+    """Split x = 1/3 ≈ 0.33 into x = 1/3 and x = 0.33."""
     first = node.value.index("~")
     exact = Node("relation", node.args[: first + 1], node.value[:first]) if first else node.args[0]
     return exact, Node("relation", (node.args[0], node.args[-1]), ("=",)) if node.args[0].symbols() else node.args[-1]
@@ -180,7 +181,7 @@ def _equal(a: Reading, b: Reading, comparison: Comparison) -> bool:
         if a.unit.factor != b.unit.factor:
             x, y = _scaled(x, a.unit.factor), _scaled(y, b.unit.factor)
     if "based" in (x.op, y.op) and x != y:
-        return False  # its value in another base is another answer
+        return False  # its value in another base is a different answer
     if a.percent != b.percent and comparison.equal(*(Node("div", (r.node, number(100))) if r.percent else r.node for r in (a, b))):
         return True
     return comparison.equal(x, y)

@@ -1,4 +1,4 @@
-"""Limits on all processes of a sandbox together, where this process may make control groups; version 1 and 2."""
+"""Limits on all processes of a sandbox together, if this process may create control groups; versions 1 and 2."""
 
 import contextlib
 import itertools
@@ -9,12 +9,12 @@ from pathlib import Path
 
 _NAME = "megatron_aspo-"
 _REMOVE_S = 2.0
-"""How long the kernel may take to empty a group whose processes were killed."""
+"""Seconds for the kernel to empty a group whose processes were killed."""
 _numbers = itertools.count()
 
 
 class Cgroup:
-    """A new control group in each of `parents`. Raises OSError if it cannot be made."""
+    """A new control group in each of `parents`. Raises OSError if it cannot be created."""
 
     def __init__(self, parents: list[Path], memory_bytes: int, processes: int):
         name = f"{_own_prefix()}{os.getpid()}-{next(_numbers)}"
@@ -24,7 +24,7 @@ class Cgroup:
                 (parent / name).mkdir()
                 self.paths.append(parent / name)
             self._set({"memory.limit_in_bytes": memory_bytes, "memory.max": memory_bytes, "pids.max": processes})
-            # Version 1 counts swap apart, where it does at all.
+            # Version 1 counts swap separately, if at all.
             with contextlib.suppress(OSError):
                 self._set({"memory.memsw.limit_in_bytes": memory_bytes, "memory.swap.max": 0})
         except BaseException:
@@ -38,12 +38,12 @@ class Cgroup:
                     (path / name).write_text(str(value))
 
     def prefix(self) -> list[str]:
-        """The beginning of a command line that then runs in the group."""
+        """Return the prefix of a command line that makes it run in the group."""
         files = [str(path / "cgroup.procs") for path in self.paths]
         return ["sh", "-ec", f'for i in {" ".join(files)}; do echo $$ > $i; done; exec "$@"', "sh"]
 
     def out_of_memory(self) -> bool:
-        """Whether the kernel killed a process of the group for want of memory."""
+        """Return whether the kernel killed a process of the group because its memory ran out."""
         for path in self.paths:
             for name in ("memory.oom_control", "memory.events"):
                 with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ class Cgroup:
 
 
 def _own_prefix() -> str:
-    """The beginning of the names of groups made in this PID namespace; a process id in a name means nothing in another one."""
+    """Return the name prefix of groups created in this PID namespace; process ids in names mean nothing in other namespaces."""
     return f"{_NAME}{os.stat('/proc/self/ns/pid').st_ino}-"
 
 
@@ -76,7 +76,8 @@ def _remove(path: Path) -> None:
 
 
 def find_parents() -> list[Path]:
-    """Directories in which this process can make groups that limit memory and processes; empty if there are none. Tried, not guessed."""
+    """Return directories in which this process can create groups that limit memory and processes, found by trial; empty if there are
+    none."""
     for parents in _candidates():
         try:
             group = Cgroup(parents, 64 << 20, 64)
@@ -98,16 +99,16 @@ def _candidates(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
         found.append([root / name / version1[name].lstrip("/") for name in ("memory", "pids")])
     for _, controllers, path in lines:
         if not controllers:
-            # Version 2 lets no group have both processes and limited children: our own group's, or, in a delegated tree, its parent's.
+            # In version 2 no group has both processes and limited children: try our own group, or, in a delegated tree, its parent.
             group = root / path.lstrip("/")
             found += [[group], [group.parent]] if path != "/" else [[group]]
     return found
 
 
 def _remove_stale(parents: list[Path]) -> None:
-    """Remove the groups of killed workers, and kill what is left in them: a sandbox whose worker is killed while it starts may stay.
+    """Remove the groups of dead workers, and kill the processes in them: a sandbox may survive if its worker is killed during the start.
 
-    Only groups of this PID namespace: a container and its host may share a parent, and neither sees the other's workers.
+    Considers only groups of this PID namespace: a container and its host may share a parent, and neither sees the other's workers.
     """
     prefix = _own_prefix()
     for parent in parents:
@@ -116,6 +117,6 @@ def _remove_stale(parents: list[Path]) -> None:
             if owner.isdigit() and not Path("/proc", owner).exists():
                 with contextlib.suppress(OSError):
                     for process in map(int, (path / "cgroup.procs").read_text().split()):
-                        if process > 0:  # 0 is a process that is not visible here, and to os.kill our own process group
+                        if process > 0:  # 0 is a process that is not visible here; os.kill would take it for our own process group
                             os.kill(process, signal.SIGKILL)
                 _remove(path)

@@ -1,4 +1,4 @@
-"""One execution in a sandbox: a process, its three pipes, and the limits that are kept from outside."""
+"""One execution in a sandbox: a process, its three pipes, and the limits that are enforced from outside."""
 
 import os
 import select
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from megatron_aspo.rewards.sandbox.sandbox import Sandbox
 
 _WATCH_S = 0.1
-"""How often memory is counted where no control group counts it."""
+"""Seconds between measurements of memory if no control group limits it."""
 _ERROR_BYTES = 4096
 _WRITE_BYTES = 1 << 16
-"""A pipe takes no more at once."""
+"""Upper bound on the bytes of one write to a pipe."""
 
 
 @dataclass
 class Outcome:
-    """How an execution ended."""
+    """The way in which an execution ended."""
 
     ended: str
     """`exit`; `cpu`, `wall`, `memory` or `output` for the limit that ended it; `lost` if the program ended the sandbox."""
     status: int | None
-    """Exit status, minus the signal's number if a signal killed it; None if it had to be stopped with its sandbox."""
+    """Exit status, or minus the signal's number if a signal killed it; None if it was stopped together with its sandbox."""
     output: bytes
     error: str
     """The end of its standard error, at most 4 KiB."""
@@ -33,7 +33,7 @@ class Outcome:
 
 
 class Execution:
-    """One running process of a sandbox, with its three pipes, read and written without blocking."""
+    """One running process of a sandbox, with its three pipes, which are read and written without blocking."""
 
     def __init__(self, sandbox: "Sandbox", mode: str):
         self.sandbox = sandbox
@@ -47,7 +47,7 @@ class Execution:
         self._input, self._output, self._error = pipes[0][1], pipes[1][0], pipes[2][0]
         theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
         if sandbox.user is not None:
-            for descriptor in theirs:  # so that the program may open /dev/stdin, which is this pipe
+            for descriptor in theirs:  # lets the program open /dev/stdin, which is this pipe
                 os.fchown(descriptor, sandbox.user, -1)
         try:
             sandbox.send_command(mode, theirs)
@@ -63,15 +63,15 @@ class Execution:
         return self.lost or (self.report is not None and self._output < 0)
 
     def send(self, data: bytes) -> None:
-        """Add to what is to be written to the process."""
+        """Queue data for the process's input."""
         self._pending += data
 
     def end_input(self) -> None:
-        """Close its input once everything is written."""
+        """Close the process's input once all queued data is written."""
         self._ends_input = True
 
     def interests(self) -> dict[int, int]:
-        """Descriptors to poll, and for what."""
+        """Return the descriptors to poll, with their events."""
         wanted = {descriptor: select.POLLIN for descriptor in (self._output, self._error) if descriptor >= 0}
         if self.report is None and not self.lost:
             wanted[self.sandbox.fileno()] = select.POLLIN
@@ -80,7 +80,7 @@ class Execution:
         return wanted
 
     def advance(self, ready: set[int]) -> None:
-        """Read and write what can be without waiting."""
+        """Read and write whatever is possible without blocking."""
         if self._input >= 0 and (self._input in ready or not self._pending):
             self._write()
         if self._output in ready:
@@ -95,7 +95,7 @@ class Execution:
                 self.lost = True
 
     def outcome(self, ended: str = "exit") -> Outcome:
-        """How it ended; of an `exit`, say which limit was exceeded where the kernel kept it."""
+        """Return the outcome; for `exit`, determine which limit the kernel enforced, if any."""
         report = self.report or {"status": None, "cpu_s": 0.0}
         if self._error in self.interests():
             self._error = self._read(self._error, self.error)
@@ -121,7 +121,7 @@ class Execution:
                 del self._pending[: os.write(self._input, self._pending[:_WRITE_BYTES])]
         except BlockingIOError:
             return
-        except BrokenPipeError:  # the program does not read its input: its own affair
+        except BrokenPipeError:  # the program does not read its input, which it may do
             self._pending.clear()
         if self._ends_input:
             os.close(self._input)
@@ -129,7 +129,7 @@ class Execution:
 
     @staticmethod
     def _read(descriptor: int, buffer: bytearray) -> int:
-        """Read once; returns the descriptor, or −1 once it is at its end and closed."""
+        """Read once; return the descriptor, or −1 after closing it at its end."""
         try:
             data = os.read(descriptor, 1 << 16)
         except BlockingIOError:
@@ -142,9 +142,9 @@ class Execution:
 
 
 def run_all(executions: list[Execution], last: Execution, wall_s: float, react: Callable[[], bool] = lambda: False) -> Outcome:
-    """Run executions side by side until `last` has ended, one exceeds a limit, or `react` returns true. Returns the outcome of `last`.
+    """Run executions concurrently until `last` has ended, one exceeds a limit, or `react` returns true. Return the outcome of `last`.
 
-    `react` is called after each piece of input or output; it may move data from one to another.
+    `react` is called after each piece of input or output; it may move data between executions.
     """
     deadline = time.monotonic() + wall_s
     watch_at = time.monotonic() + _WATCH_S

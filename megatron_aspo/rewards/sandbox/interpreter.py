@@ -14,7 +14,7 @@ AGENT = Path(__file__).parent / "inside"
 AGENT_INSIDE = "/agent"
 MODULES_INSIDE = "/modules"
 _UNUSED_EXTENSIONS = ("_tkinter", "readline", "_curses", "_curses_panel", "nis", "_dbm", "_gdbm", "_crypt", "spwd", "ossaudiodev")
-"""Extension modules whose libraries are left out, 28 on Debian: each file costs a mount in every sandbox."""
+"""Extension modules whose libraries (28 on Debian) are left out, because each file costs a mount in every sandbox."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Interpreter:
     """The interpreter of a sandbox and the files that it may read."""
 
     executable: str
-    """Its path, inside as outside."""
+    """Its path, the same inside and outside."""
     files: tuple[tuple[str, str], ...]
     """(path outside, path inside) of files and directories, all bound read-only."""
 
 
 def find_interpreter(modules: list[str], paths: list[str] | None = None) -> Interpreter:
-    """The interpreter below this one's virtual environment, with packages and further paths that programs may read.
+    """Return the interpreter below this one's virtual environment, with packages and further paths that programs may read.
 
     Raises UserError for a module that is not installed here, and a path that does not exist or is not absolute.
     """
@@ -51,7 +51,7 @@ def find_interpreter(modules: list[str], paths: list[str] | None = None) -> Inte
 
 
 def _package_paths(module: str) -> list[Path]:
-    """The module's file or package directory, and the libraries that its wheel brought along."""
+    """Return the module's file or package directory, and the libraries bundled with its wheel."""
     try:
         spec = importlib.util.find_spec(module) if module.isidentifier() else None
     except (ImportError, ValueError):
@@ -64,7 +64,7 @@ def _package_paths(module: str) -> list[Path]:
 
 
 def _shared_libraries(binaries: list[Path]) -> list[str]:
-    """Paths of the libraries that the binaries load, the dynamic loader among them, without those in directories that are bound anyway."""
+    """Return the libraries that the binaries load, including the dynamic loader, except those in directories that are bound anyway."""
     try:
         result = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The command that starts a sandbox, and the check that this machine can."""
+"""The command that starts a sandbox, and the check that this machine supports it."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ from megatron_aspo.rewards.sandbox.staging import NOBODY, Staging
 
 INSTALL_BUBBLEWRAP = "install bubblewrap 0.8 or newer (Debian, Ubuntu: apt install bubblewrap; Fedora, RHEL: dnf install bubblewrap)"
 AGENT_MEMORY_BYTES = 64 << 20
-"""Memory of a sandbox beside its program's: the waiting interpreter, and bubblewrap."""
+"""Memory of a sandbox beyond its program's: the waiting interpreter, and bubblewrap."""
 OWN_PROCESSES = 4
-"""Processes of a sandbox beside its program's: bubblewrap twice, the agent, and the shell that enters the control group."""
+"""Processes of a sandbox beyond its program's: bubblewrap twice, the agent, and the shell that enters the control group."""
 PYTHON_FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")
 _PROGRAM = ("-c", "__import__('agent').main()")
 _ENVIRONMENT = {
@@ -35,7 +35,7 @@ _ENVIRONMENT = {
 
 
 class Launcher:
-    """Starts sandboxes, all with the same options and limits. Raises UserError, when made, for what this machine lacks."""
+    """Starts sandboxes with the same options and limits. The constructor raises UserError for what this machine lacks."""
 
     def __init__(self, options: SandboxOptions, limits: Limits):
         if options.kind not in ("bubblewrap", "none"):
@@ -68,29 +68,29 @@ class Launcher:
 
     @property
     def user(self) -> int | None:
-        """The user id of a sandbox's processes on this machine; None for our own."""
+        """The user id of a sandbox's processes on this machine; None if it is this process's."""
         return NOBODY if self._staging else None
 
     @property
     def counts_processes(self) -> bool:
-        """Whether RLIMIT_NPROC counts the processes of a sandbox alone, and not all of its user's on this machine."""
+        """Whether RLIMIT_NPROC counts only the sandbox's processes, instead of all those of its user on this machine."""
         return self.contained and kernel_version(os.uname().release) >= (5, 14)
 
     def make_cgroup(self) -> cgroup.Cgroup | None:
-        """A control group for one sandbox; None where there are none."""
+        """Return a control group for one sandbox, or None if none can be created."""
         if not self._cgroup_parents:
             return None
         limits = self._limits
         return cgroup.Cgroup(self._cgroup_parents, (limits.memory_mb << 20) + AGENT_MEMORY_BYTES, limits.processes + OWN_PROCESSES)
 
     def start(self, control: int, info: int, group: cgroup.Cgroup | None, directory: str) -> subprocess.Popen:
-        """Start a sandbox whose agent has the socket `control` as its standard input; bubblewrap writes to the pipe `info`.
+        """Start a sandbox whose agent has the socket `control` as standard input; bubblewrap writes to the pipe `info`.
 
-        directory: the working directory where there is no sandbox.
+        directory: the working directory if there is no sandbox.
         """
         if not self.contained:
             return self._start_uncontained(control, directory)
-        # A descriptor with an offset of its own: bubblewrap reads the filter to its end.
+        # Opened again for an independent offset, because bubblewrap reads the filter to its end.
         seccomp = os.open(f"/proc/self/fd/{self._filter}", os.O_RDONLY)
         command = [*(group.prefix() if group else ()), *(self._staging.prefix() if self._staging else ()), self._bubblewrap]
         command += [*self._arguments(), "--seccomp", str(seccomp), "--info-fd", str(info), "--"]
@@ -102,7 +102,8 @@ class Launcher:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=[info, seccomp],
-                # Not the worker's, which may hold keys: the sandbox's first process is bubblewrap, whose environment can be read inside.
+                # Not the worker's environment, which may hold keys: the sandbox's first process is bubblewrap, whose environment is
+                # readable inside.
                 env={"PATH": os.defpath},
             )
         finally:
@@ -116,7 +117,7 @@ class Launcher:
             arguments += ["--setenv", name, value]
         size = str(self._limits.file_mb << 20)
         arguments += ["--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp"]
-        # After /tmp: a path that programs may read may lie there.
+        # After /tmp, because a path that programs may read can be below it.
         for outside, inside in self._interpreter.files:
             arguments += ["--ro-bind", self._staging.staged[outside] if self._staging else outside, inside]
         for path in ("/proc", "/dev", "/"):
@@ -138,7 +139,7 @@ class Launcher:
         )
 
     def close(self) -> None:
-        """No sandbox can be started any more. Idempotent."""
+        """Release the filter and the staged files; no sandbox can be started afterwards. Idempotent."""
         if self._filter >= 0:
             os.close(self._filter)
         if self._staging:
@@ -147,20 +148,20 @@ class Launcher:
 
 
 def kernel_version(release: str) -> tuple[int, int]:
-    """Return the first two numbers of what `uname -r` prints, such as `5.14.0-362.el9.x86_64`; zeros if there are none."""
+    """Return the first two numbers of a kernel release as printed by `uname -r`, such as `5.14.0-362.el9.x86_64`; zeros if none."""
     found = re.match(r"(\d+)\.(\d+)", release)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _compile_agent() -> None:
-    """Compile the agent's modules once, where their directory can be written; else each sandbox does, in 10 ms."""
+    """Compile the agent's modules once, if their directory is writable; else each sandbox compiles them, in 10 ms."""
     for path in AGENT.glob("*.py"):
         with contextlib.suppress(OSError):
             py_compile.compile(str(path), doraise=True)
 
 
 def find_bubblewrap() -> str:
-    """Path of a bubblewrap that can do what is needed here. Raises UserError with what to install or to allow."""
+    """Return the path of a suitable bubblewrap. Raises UserError naming what to install."""
     path = shutil.which("bwrap")
     if path is None:
         raise UserError(f"the code sandbox needs bubblewrap, and there is no bwrap on PATH; {INSTALL_BUBBLEWRAP}")

@@ -1,4 +1,4 @@
-"""Options of the sandbox and limits of what runs in it."""
+"""Options of the sandbox and limits of the programs in it."""
 
 from dataclasses import dataclass, field
 
@@ -8,29 +8,29 @@ class SandboxOptions:
     kind: str = "bubblewrap"
     """`bubblewrap`, or `none`: programs run as plain processes of the reward worker's user, who must then accept the risk below."""
     accept_risk: bool = False
-    """Needed by `kind: none`: programs that a model wrote may then read, change and send away whatever the worker's user may."""
+    """Required by `kind: none`: programs written by a model may then read, change and send away whatever the worker's user may."""
     modules: list[str] = field(default_factory=list)
-    """Packages that programs may import beside Python's own, such as `numpy`; each must be installed where the reward runs."""
+    """Packages that programs may import beside Python's own, such as `numpy`; each must be installed on the reward's machine."""
     paths: list[str] = field(default_factory=list)
     """Files and directories of this machine that programs may read, at the same paths."""
     pool: int = 2
-    """Clean sandboxes that wait, started before they are needed."""
+    """Number of clean sandboxes that wait, started ahead of time."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one execution. Each process of a program has the limits on CPU time, memory and file size for itself; where cgroups can be
-    made, memory and processes are also limited for all of them together.
+    """Limits of one execution. CPU time, memory and file size are limited for each process of a program; if cgroups can be created, memory
+    and processes are also limited for all of them together.
     """
 
     cpu_s: float = 6.0
-    """CPU time, in seconds, of the program with the child processes that it waited for."""
+    """CPU time, in seconds, of the program and the child processes that it waited for."""
     wall_s: float = 15.0
-    """Time on the clock, in seconds; larger than `cpu_s`, since machines are shared."""
+    """Wall-clock time, in seconds; larger than `cpu_s`, because machines are shared."""
     memory_mb: int = 1024
     """Address space of a process, and all memory of the sandbox with its files, in MiB."""
     processes: int = 64
-    """Processes and threads at the same time."""
+    """Concurrent processes and threads."""
     file_mb: int = 16
     """The largest file, and each of the directories /tmp and /dev/shm, in MiB."""
     output_mb: int = 16

@@ -1,4 +1,4 @@
-"""Clean sandboxes that wait, so that a program need not wait for an interpreter to start."""
+"""A pool of clean waiting sandboxes, so that a program does not wait for an interpreter to start."""
 
 import threading
 from collections import deque
@@ -12,12 +12,12 @@ _TRIES = 3
 
 
 class SandboxPool:
-    """`options.pool` sandboxes that wait. `take` one for each program, and `kill` it afterwards. Threads may share the pool, but the kernel
-    kills a sandbox when the thread that started it ends.
+    """`options.pool` waiting sandboxes. `take` one for each program and `kill` it afterwards. The pool is thread-safe, but the kernel kills
+    a sandbox when the thread that started it ends.
     """
 
     def __init__(self, options: SandboxOptions, limits: Limits):
-        """Starts the sandboxes, and runs one to its end. Raises UserError, with the cure, for what this machine lacks."""
+        """Start the sandboxes, and run one to its end. Raises UserError, with the cure, for what this machine lacks."""
         self._limits = limits
         self._size = max(1, options.pool)
         self._launcher = Launcher(options, limits)
@@ -33,7 +33,7 @@ class SandboxPool:
             raise
 
     def take(self) -> Sandbox:
-        """Return a clean sandbox, and start another in its place. Raises SandboxError if none starts in three tries."""
+        """Return a clean sandbox, and start a replacement. Raises SandboxError if none starts in three tries."""
         for tries in range(1, _TRIES + 1):
             sandbox = None
             try:
@@ -58,7 +58,7 @@ class SandboxPool:
             raise SandboxError(f"no process or control group can be made: {error}") from error
 
     def close(self) -> None:
-        """Kill the sandboxes that wait. Idempotent."""
+        """Kill the waiting sandboxes. Idempotent."""
         with self._lock:
             while self._waiting:
                 self._waiting.popleft().kill()
@@ -66,7 +66,7 @@ class SandboxPool:
 
 
 def _cure(error: SandboxError) -> str:
-    """Return the permissions that the machine or container must grant, and the alternative where that is forbidden."""
+    """Return the permissions that the machine or container must grant, and the alternative if they are forbidden."""
     if not str(error).startswith("bwrap:"):
         return ""
     if "mount proc" in str(error):
@@ -84,7 +84,7 @@ def _cure(error: SandboxError) -> str:
 
 
 def check_modules(sandbox: Sandbox, modules: list[str]) -> None:
-    """Import the promised modules in the sandbox, and throw it away. Raises UserError naming one that cannot be imported there."""
+    """Import the promised modules in the sandbox, then kill it. Raises UserError naming one that cannot be imported there."""
     try:
         for module in modules or ["sys"]:
             sandbox.load({"program": f"import {module}"})

@@ -1,4 +1,4 @@
-"""One sandbox: start it, run a program's executions in it one after another, throw it away."""
+"""One sandbox: start it, run a program's executions one after another, kill it."""
 
 import array
 import contextlib
@@ -20,32 +20,32 @@ from megatron_aspo.rewards.sandbox.launcher import OWN_PROCESSES, Launcher
 from megatron_aspo.rewards.sandbox.options import Limits
 
 _START_S = 60.0
-"""How long a sandbox may take to start: 0.03 s on an idle machine."""
+"""Seconds for a sandbox to start, which takes 0.03 s on an idle machine."""
 _END_S = 10.0
-"""How long a sandbox's first process may take to begin, and to end after it was killed: milliseconds on an idle machine."""
+"""Seconds for a sandbox's first process to begin, and to end once killed: milliseconds on an idle machine."""
 _KILL_ROUNDS = 10
-"""How often the descendants of a program without a sandbox are looked for: it may start more while they are killed."""
+"""Number of searches for the descendants of a program without a sandbox, which may start more while they are being killed."""
 _REPORT_BYTES = 4096
 _MAX_FILES = 100_000
-"""Files in /tmp where no control group counts the kernel's memory for them, about 1 KiB each."""
+"""Maximum files in /tmp if no control group counts the kernel's memory for them, about 1 KiB each."""
 _MAIN_STACK_BYTES = 100 << 20
-"""Room for deep recursion through C code; the kernel keeps at least 128 MiB free below a main thread's stack."""
+"""Stack for deep recursion through C code; the kernel keeps at least 128 MiB free below a main thread's stack."""
 
 
 class SandboxError(Exception):
-    """A sandbox that did not start or was lost through no act of a program: worth a second try."""
+    """A sandbox did not start, or was lost through no fault of a program; a retry may succeed."""
 
 
 class Sandbox:
-    """A started sandbox, for one program. It is of no more use after an execution that ended otherwise than by `exit`."""
+    """A started sandbox, for one program. It cannot be used after an execution that ended in any other way than `exit`."""
 
     def __init__(self, launcher: Launcher, limits: Limits):
-        """Return at once; `wait_until_ready` waits. Raises OSError if no process can be started."""
+        """Start the processes without waiting; `wait_until_ready` waits. Raises OSError if no process can be started."""
         self._limits = limits
         self._contained = launcher.contained
         self._counts_processes = launcher.counts_processes
         self.user = launcher.user
-        """The user id that its processes have on this machine; None for our own."""
+        """User id of its processes on this machine; None if it is this process's."""
         self._group = launcher.make_cgroup()
         self._control, theirs = socket.socketpair()
         self._info, info = os.pipe()
@@ -66,7 +66,7 @@ class Sandbox:
             os.close(info)
 
     def wait_until_ready(self) -> None:
-        """Raises SandboxError, with what bubblewrap or the interpreter says, if the sandbox does not start."""
+        """Wait until the agent is ready. Raises SandboxError, with the error of bubblewrap or the interpreter, if it does not start."""
         self._control.settimeout(_START_S)
         try:
             data = self._control.recv(64)
@@ -75,7 +75,7 @@ class Sandbox:
         self._control.settimeout(None)
         if data != b'{"ready": true}\n':
             self._end_processes()
-            # Not to its end: a process that was not ended may hold the pipe for ever.
+            # Without blocking, because a surviving process may hold the pipe open forever.
             os.set_blocking(self._process.stderr.fileno(), False)
             error = (self._process.stderr.read() or b"").decode(errors="replace").strip().splitlines()
             raise SandboxError(error[-1] if error else f"no answer within {_START_S:g} s")
@@ -84,7 +84,7 @@ class Sandbox:
         self._find_first_process()
 
     def _find_first_process(self) -> None:
-        """Wait until bubblewrap says which process is the first of the sandbox, or has failed."""
+        """Wait until bubblewrap reports the sandbox's first process, or has failed."""
         if not self._contained or self._first_process >= 0:
             return
         poll = select.poll()
@@ -92,12 +92,12 @@ class Sandbox:
         if poll.poll(_END_S * 1000) and (found := re.search(rb'"child-pid": (\d+)', os.read(self._info, 4096))):
             number = int(found[1])
             with contextlib.suppress(ProcessLookupError):
-                # A handle, not a number that another process may have by the time it is used.
+                # A handle, because another process may have the number by the time it is used.
                 self._first_process = os.pidfd_open(number)
                 self._root = f"/proc/{number}/root"
 
     def load(self, sources: dict[str, str]) -> None:
-        """Hand over the texts that its executions need: `program`, or `prompt`, `tests` and `entry_point`."""
+        """Send the sources that its executions need: `program`, or `prompt`, `tests` and `entry_point`."""
         limits = self._limits
         values = {
             "RLIMIT_AS": limits.memory_mb << 20,
@@ -108,7 +108,7 @@ class Sandbox:
         }
         if self._counts_processes:
             values["RLIMIT_NPROC"] = limits.processes + OWN_PROCESSES
-        with contextlib.suppress(OSError):  # it has died: the execution will say so
+        with contextlib.suppress(OSError):  # it has died: the execution will report that
             self._control.sendall(json.dumps({"sources": sources, "limits": values}).encode() + b"\n")
 
     def begin(self, mode: str) -> Execution:
@@ -127,7 +127,7 @@ class Sandbox:
         self._control.sendmsg([command], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
 
     def read_report(self) -> dict | None:
-        """Return what the agent says of the execution that has ended; None if there is nothing whole yet.
+        """Return the agent's report on the execution that has ended; None if it is incomplete so far.
 
         Raises EOFError if the agent is dead or taken over: it sends one short line, and nothing else.
         """
@@ -155,7 +155,7 @@ class Sandbox:
         return self._group is not None and self._group.out_of_memory()
 
     def exceeds_memory(self) -> bool:
-        """Whether the processes have more memory than they may; never where a control group keeps the limit."""
+        """Return whether the processes exceed their memory; always False if a control group enforces the limit."""
         if self._group is not None:
             return False
         files = 0
@@ -165,7 +165,7 @@ class Sandbox:
         return files > _MAX_FILES or resident_bytes(self._process.pid) > self._limits.memory_mb << 20
 
     def kill(self) -> None:
-        """End every process of the sandbox and wait until the kernel has done so. Idempotent."""
+        """Kill every process of the sandbox and wait until the kernel has ended them. Idempotent."""
         if self._info < 0:
             return
         self._end_processes()
@@ -180,15 +180,16 @@ class Sandbox:
         if self._ended:
             return
         self._ended = True
-        # Not bubblewrap's outer process first: killed while it starts, it would leave the inner one waiting for ever.
+        # Not bubblewrap's outer process first: if it is killed during the start, the inner one waits forever.
         self._find_first_process()
         if self._first_process >= 0:
-            # The first process of a PID namespace takes all others with it, and is gone only after them.
+            # Killing the first process of a PID namespace kills all others, and it ends only after them.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._first_process, signal.SIGKILL)
             os.close(self._first_process)
             self._first_process = -1
-            # The outer one reaps the inner and ends. Killed before, it would leave a zombie to a process 1 that may not care.
+            # The outer process reaps the inner one and ends. If it were killed first, a zombie would be left to a process 1 that may not
+            # reap it.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
         elif not self._contained:
@@ -206,7 +207,7 @@ class Sandbox:
 
 
 def parse_report(line: bytes) -> dict:
-    """Return `{"status": …, "cpu_s": …}`. Raises EOFError for anything else: a program may have taken the agent over."""
+    """Return `{"status": …, "cpu_s": …}`. Raises EOFError for anything else, because a program may have taken over the agent."""
     try:
         report = json.loads(line)
         status, cpu_s = report["status"], report["cpu_s"]
@@ -218,7 +219,7 @@ def parse_report(line: bytes) -> dict:
 
 
 def kill_descendants(root: int) -> None:
-    """Kill the descendants of the process `root`, which is this one's unreaped child; those in sessions of their own too."""
+    """Kill the descendants of the process `root`, an unreaped child of this process, including those in other sessions."""
     for _ in range(_KILL_ROUNDS):
         try:
             family = [process for process in psutil.Process(root).children(recursive=True) if process.status() != psutil.STATUS_ZOMBIE]
@@ -232,7 +233,7 @@ def kill_descendants(root: int) -> None:
 
 
 def resident_bytes(root: int) -> int:
-    """Resident memory of the process `root` and its descendants, in bytes; pages that they share count once for each."""
+    """Return the resident memory of the process `root` and its descendants, in bytes; shared pages count once for each process."""
     total, todo = 0, [root]
     while todo:
         process = todo.pop()

@@ -1,6 +1,6 @@
-"""Sandboxes of a worker that is root: they start as `nobody`, and see the interpreter even where that user may not read root's home.
+"""Sandboxes of a worker that runs as root: they start as `nobody`, and see the interpreter even if that user cannot read root's home.
 
-With root's user id, even without any privilege, a program would own all files of root that it sees, and have no limit on processes.
+With root's user id, even without any privilege, a program would own all of root's files that it sees, and have no limit on processes.
 """
 
 import os
@@ -16,15 +16,15 @@ _PROGRAMS = ("unshare", "nsenter", "mount")
 
 
 class Staging:
-    """A mount namespace of our own, not seen by the machine, in which the files lie where `nobody` can reach them.
+    """A private mount namespace, invisible to the rest of the machine, in which the files are at paths that `nobody` can reach.
 
-    The kernel drops it with its last user: nothing has to be undone.
+    The kernel drops it with its last user, so that nothing has to be undone.
     """
 
     def __init__(self, paths: list[str], program: str):
-        """Raises UserError if this root may not mount, as in most containers, and for programs of the system that are missing.
+        """Raises UserError if this root may not mount, as in most containers, and for missing system programs.
 
-        program: the one that is started in the namespace; it stays visible there.
+        program: the program that is started in the namespace, where it must stay visible.
         """
         if missing := [name for name in _PROGRAMS if shutil.which(name) is None]:
             raise UserError(
@@ -33,7 +33,7 @@ class Staging:
             )
         point = next(point for point in _MOUNT_POINTS if os.path.isdir(point) and not os.path.realpath(program).startswith(f"{point}/"))
         self.staged = {path: f"{point}/{number}" for number, path in enumerate(paths)}
-        # Filled on a fresh directory, which hides no file, and only then moved to where it may: a worker that is killed leaves nothing.
+        # Filled in a fresh directory, which hides no file, then moved to the mount point: a worker that is killed leaves nothing behind.
         with tempfile.TemporaryDirectory(prefix="megatron_aspo-") as directory:
             self._namespace = self._stage(directory, point)
 
@@ -55,8 +55,8 @@ class Staging:
             return namespace
 
     def prefix(self) -> list[str]:
-        """The beginning of a command line that then runs as `nobody` where the files are."""
-        # Our own descriptor by its path: one that is passed on would be open in the sandbox.
+        """Return the prefix of a command line that makes it run as `nobody` in the namespace."""
+        # The descriptor is named by its path in this process: an inherited one would be open in the sandbox.
         return ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{self._namespace}", f"--setuid={NOBODY}", f"--setgid={NOBODY}", "--"]
 
     def close(self) -> None:

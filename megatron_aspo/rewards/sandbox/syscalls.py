@@ -1,6 +1,6 @@
-"""The seccomp filter of the sandbox: system calls that no program under test needs and that attacks on kernels begin with.
+"""The seccomp filter of the sandbox: it denies system calls that no program under test needs and with which attacks on kernels begin.
 
-Namespaces and user ids hold without it; it takes away the kernel code that has most often been the way out of them.
+Namespaces and user ids protect without it; it removes the kernel code that has most often been the way around them.
 """
 
 import errno
@@ -11,21 +11,21 @@ import socket
 from megatron_aspo.common.errors import UserError
 
 DENIED = (
-    # other processes' memory
+    # memory of other processes
     *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp", "pidfd_getfd"),
     # namespaces, mounts, roots
     *("unshare", "setns", "mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsconfig", "fsmount", "fspick"),
     *("mount_setattr", "open_by_handle_at", "name_to_handle_at", "quotactl", "quotactl_fd", "swapon", "swapoff", "acct"),
-    # large, young or privileged parts of the kernel
+    # large, recent or privileged parts of the kernel
     *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register", "fanotify_init", "inotify_init"),
     *("inotify_init1", "add_key", "request_key", "keyctl", "init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load"),
     *("reboot", "iopl", "ioperm", "modify_ldt", "personality", "syslog", "lookup_dcookie", "vmsplice", "move_pages", "migrate_pages"),
     *("mbind", "set_mempolicy", "settimeofday", "clock_settime", "clock_adjtime", "adjtimex", "sethostname", "setdomainname", "vhangup"),
-    # memory that no process's limits count, and lives on after it
+    # memory that counts towards no process's limits and outlives the process
     *("memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "semget", "semop", "semtimedop", "semctl", "msgget", "msgsnd", "msgrcv"),
     *("msgctl", "mq_open", "mq_unlink", "mlock", "mlock2", "mlockall"),
 )
-"""Answered with EPERM; a name that this machine's libseccomp does not know is skipped."""
+"""Denied with EPERM; a name that this machine's libseccomp does not know is skipped."""
 NAMESPACE_FLAGS = (0x10000000, 0x20000, 0x4000000, 0x8000000, 0x20000000, 0x40000000, 0x2000000)
 """CLONE_NEWUSER, NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET, NEWCGROUP."""
 TERMINAL_INPUT = (0x5412, 0x541C)
@@ -34,7 +34,7 @@ TERMINAL_INPUT = (0x5412, 0x541C)
 
 @functools.cache
 def load_pyseccomp():
-    """The binding of libseccomp. Raises UserError if it, or the library, is missing."""
+    """Return the binding of libseccomp. Raises UserError if the binding or the library is missing."""
     try:
         import pyseccomp
     except ImportError as error:
@@ -52,11 +52,11 @@ def make_filter() -> int:
     for name in DENIED:
         try:
             rules.add_rule(seccomp.ERRNO(errno.EPERM), name)
-        except OSError:  # younger than the library, or of another architecture
+        except OSError:  # newer than the library, or of another architecture
             continue
     for flag in NAMESPACE_FLAGS:
         rules.add_rule(seccomp.ERRNO(errno.EPERM), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, flag, flag))
-    # Its flags lie in memory, where a filter cannot look; the C library then takes clone.
+    # Its flags are in memory, which a filter cannot read; the C library then falls back to clone.
     rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
     rules.add_rule(seccomp.ERRNO(errno.EAFNOSUPPORT), "socket", seccomp.Arg(0, seccomp.NE, socket.AF_UNIX))
     for request in TERMINAL_INPUT:

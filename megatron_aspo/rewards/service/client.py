@@ -1,6 +1,6 @@
-"""The reward that asks a grading server: ours, or one that speaks SandboxFusion's `/run_code`. A lost request is sent again.
+"""The reward that calls a grading server: ours, or one with SandboxFusion's `/run_code`. A lost request is sent again.
 
-Grading depends on the request alone, so that asking twice changes nothing.
+Retries are safe, because a grade depends only on the request.
 """
 
 import random
@@ -20,36 +20,36 @@ from megatron_aspo.rewards.service.options import ServiceOptions
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 _AGAIN = {429, 500, 502, 503, 504}
-"""Statuses after which the request is sent again."""
+"""Status codes after which the request is sent again."""
 
 
 class Server:
     """One connection to a server."""
 
     def __init__(self, options: ServiceOptions):
-        """Raises UserError for options out of their bounds, and a token that cannot be read."""
+        """Raises UserError for options out of their bounds, and for an unreadable token."""
         options.check("data.service.")
         self._options = options
         self._session = requests.Session()
-        self._session.trust_env = False  # no proxy, and no password of another service
+        self._session.trust_env = False  # no proxy, and no credentials of other services
         if options.token_file:
             token, _ = find_token(options.token_file, "", {}, make=False)
             self._session.headers["Authorization"] = f"Bearer {token}"
 
-    def read(self, path: str) -> dict[str, Any]:
-        """Return the server's JSON object for a GET. Raises as `ask`."""
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the server's JSON object for a GET. Raises as `post`."""
         return self._request("GET", path, None)
 
-    def ask(self, path: str, question: dict[str, Any]) -> dict[str, Any]:
-        """Return the server's JSON object. Raises UserError when it refuses, and when it gave no answer for `give_up_s`."""
-        return self._request("POST", path, question)
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the server's JSON object. Raises UserError if it refuses, or gives no answer for `give_up_s`."""
+        return self._request("POST", path, body)
 
-    def _request(self, method: str, path: str, question: dict[str, Any] | None) -> dict[str, Any]:
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         url = self._options.url.rstrip("/") + path
         deadline, pause = time.monotonic() + self._options.give_up_s, _FIRST_PAUSE_S
         while True:
             try:
-                reply = self._session.request(method, url, json=question, timeout=self._options.attempt_s, allow_redirects=False)
+                reply = self._session.request(method, url, json=body, timeout=self._options.attempt_s, allow_redirects=False)
                 if reply.status_code == 200:
                     return reply.json()
                 reason = f"status {reply.status_code}: {reply.text[:300].strip()}"
@@ -67,30 +67,30 @@ class Server:
 
 
 class RemoteReward:
-    """A `Reward`: the score that a grading server gives."""
+    """A `Reward`: the score from a grading server."""
 
     def __init__(self, options: ServiceOptions, wrong_score: float):
-        """wrong_score: of a program that fails a test, with SandboxFusion's protocol; a server of ours has its own. Raises UserError."""
+        """wrong_score: score of a program that fails a test, with SandboxFusion's protocol; our server has its own. Raises UserError."""
         self._server = Server(options)
         self._wrong_score = wrong_score
         self._runs_code = options.protocol == "sandbox_fusion"
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:
-        """Raises UserError, naming the prompt, as `Server.ask` does, and for tests that `/run_code` cannot hold."""
+        """Score a response. Raises UserError, naming the prompt, as `Server.post` does, and for tests that `/run_code` cannot express."""
         try:
             return self._run_tests(prompt, response) if self._runs_code else self._grade(prompt, response)
         except UserError as error:
             raise UserError(f"data.reward=remote on prompt {prompt.id}: {error}") from error
 
     def _grade(self, prompt: Prompt, response: str) -> RewardResult:
-        question = {
+        body = {
             "prompt": prompt.text,
             "response": response,
             "ground_truth": prompt.ground_truth,
             "data_source": prompt.data_source,
             "extra": prompt.extra,
         }
-        reply = self._server.ask("/grade", question)
+        reply = self._server.post("/grade", body)
         try:
             return RewardResult(float(reply["score"]), str(reply["reason"]), dict(reply["details"]), str(reply["failure"]))
         except (LookupError, TypeError, ValueError) as error:
@@ -104,7 +104,7 @@ class RemoteReward:
         if program is None:
             return RewardResult(self._wrong_score, "no complete code block", {"verdict": "no code"})
         for position, test in enumerate(tests):
-            reply = self._server.ask("/run_code", {"code": program, "language": "python", "stdin": test.input})
+            reply = self._server.post("/run_code", {"code": program, "language": "python", "stdin": test.input})
             if reply.get("status") == "SandboxError":
                 raise UserError(f"the server has no sandbox: {str(reply.get('message'))[:300]}; mend it")
             run = reply.get("run_result") or {}

@@ -1,4 +1,4 @@
-"""Options of the reward that asks a grading server."""
+"""Options of the reward that calls a grading server."""
 
 from dataclasses import dataclass
 
@@ -21,11 +21,11 @@ class ServiceOptions:
     attempt_s: float = 30.0
     """Longest time for one request, in seconds."""
     give_up_s: float = 50.0
-    """A server that cannot be reached, is overloaded or does not answer is asked again, with pauses that grow to 5 s, until so many seconds
-    have gone by; then the run ends."""
+    """A server that is unreachable, overloaded or silent is retried, with pauses that grow to 5 s, for this many seconds; then the run
+    ends."""
 
     def check(self, prefix: str = "service.") -> None:
-        """Raises UserError naming the first option that is out of its bounds."""
+        """Raise UserError naming the first option that is out of bounds."""
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"{prefix}url={self.url or 'empty'} is no address; set it to the server's, such as http://10.0.0.5:8300")
         if self.protocol not in PROTOCOLS:

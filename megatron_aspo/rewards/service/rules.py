@@ -37,7 +37,7 @@ def require_rules(data: DataOptions, wanted: dict[str, Any], cure: str) -> None:
             f"fixed; set data.service.protocol=grade, and start the server with {cure}"
         )
     impatient = replace(data.service, attempt_s=min(data.service.attempt_s, _ANSWER_S), give_up_s=min(data.service.give_up_s, _GIVE_UP_S))
-    found = Server(impatient).read(PATH)
+    found = Server(impatient).get(PATH)
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(f"{data.service.url} grades with {key}={found.get(key)}, not {value}; start it with {cure}")

@@ -1,4 +1,4 @@
-"""SandboxFusion's `/run_code`: one Python program, run once in a sandbox. Its own documentation describes the fields."""
+"""SandboxFusion's `/run_code`: one Python program, run once in a sandbox. SandboxFusion's documentation describes the fields."""
 
 import time
 from typing import Any
@@ -21,9 +21,9 @@ _TYPES = {
 
 
 def run_code(request: dict[str, Any], sandboxes: SandboxPool, limits: Limits) -> dict[str, Any]:
-    """Run a program; returns the response's fields. `run_timeout` may shorten `limits.wall_s`, never lengthen it.
+    """Run a program and return the response's fields. `run_timeout` may shorten `limits.wall_s`, never lengthen it.
 
-    Raises UserError for a request with unknown fields or wrong types, another language than Python, and files.
+    Raises UserError for a request with unknown fields, wrong types, a language other than Python, or files.
     """
     _check(request, limits)
     if len(request["code"].encode("utf-8", "surrogatepass")) > 1 << 20:

@@ -1,14 +1,14 @@
-"""The HTTP side of a grading server: who may ask, what is read of a request, which status an answer has.
+"""The HTTP side of a grading server: authentication, parsing of requests, and status codes.
 
 | request | answer |
 |---|---|
-| `POST /grade`, a row as `megatron-aspo grade` reads it | `{score, reason, details, failure}` |
-| `POST /run_code`, as SandboxFusion has it | its response |
+| `POST /grade`, a row in the format of `megatron-aspo grade` | `{score, reason, details, failure}` |
+| `POST /run_code`, in SandboxFusion's format | SandboxFusion's response |
 | `GET /rules` | the rules of `rules.py` by which it grades: key path → value |
 | `GET /health` (no token) | `{"status": "ok", …}` |
 | `GET /metrics` | counts and seconds in Prometheus' text format |
 
-Status 400: no JSON, or a row or field that is wrong; 401: no token, or a wrong one; 404, 405; 411 and 413: a body of unknown length, or too
+Status 400: invalid JSON, row or field; 401: missing or wrong token; 404, 405; 411 and 413: a body of unknown length, or one that is too
 large, which is not read; 422: the reward raised, or cannot grade the row; 503: too many requests wait.
 
 The token is in `Authorization`: `Bearer TOKEN`, or as the password of HTTP's basic scheme (`http://any:TOKEN@HOST:PORT`), the only one that
@@ -34,15 +34,15 @@ from megatron_aspo.rewards.service.rules import PATH
 from megatron_aspo.rewards.service.workers import Busy, Workers
 
 SILENCE_S = 30.0
-"""A connection on which nothing arrives for so long is closed."""
+"""A connection that is silent for this long is closed."""
 _MAX_CONNECTIONS = 1024
-"""Connections, each with a thread, beyond which new ones are closed at once."""
+"""Maximum number of connections, each with a thread; further ones are closed at once."""
 _DRAINED_BYTES = 1 << 20
-"""Of a refused request's body so much is read, so that the client sees the answer and not a broken connection."""
+"""Upper bound on the bytes read of a refused request's body, so that the client sees the answer and not a broken connection."""
 
 
 class GradingServer(ThreadingHTTPServer):
-    """Listens; a thread for each connection waits for `workers`."""
+    """The listening server; each connection's thread waits for `workers`."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -50,7 +50,8 @@ class GradingServer(ThreadingHTTPServer):
     def __init__(
         self, address: tuple[str, int], token: str, workers: Workers, max_body_bytes: int, name: str, rules: Mapping[str, Any]
     ):
-        """address: numeric. name: of the reward in /health. rules: the answer of /rules. Raises OSError if the address cannot be had."""
+        """address: numeric. name: the reward's name in /health. rules: the answer of /rules. Raises OSError if the
+        address is not available."""
         self.token, self.workers, self.max_body_bytes, self.name, self.rules = token, workers, max_body_bytes, name, rules
         self.statistics = Statistics()
         self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
@@ -71,11 +72,11 @@ class GradingServer(ThreadingHTTPServer):
             self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a client that goes away is no fault of the server, and everything else has an answer."""
+        """Ignore the error: a client that disconnects is no fault of the server, and every other error has an answer."""
 
 
 class Statistics:
-    """Counts of a server; threads share it."""
+    """Counts of a server's answers; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -88,7 +89,7 @@ class Statistics:
             self._seconds[path] += seconds
 
     def text(self, unfinished: int) -> str:
-        """All figures in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         with self._lock:
             lines = ["# TYPE megatron_aspo_grade_answers_total counter"]
             for (path, status), count in sorted(self._answers.items()):
@@ -106,7 +107,7 @@ class _Refused(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """The handler of one connection."""
 
     server: GradingServer
     protocol_version = "HTTP/1.1"
@@ -170,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         return hmac.compare_digest(given.strip().encode(), self.server.token.encode())
 
     def _length(self) -> int | None:
-        """Bytes of the body; None where the request does not say."""
+        """Return the body's length in bytes; None if the request does not state it."""
         text = self.headers.get("Content-Length", "" if "Transfer-Encoding" in self.headers or self.command == "POST" else "0")
         return int(text) if text.isdigit() and len(text) < 16 else None
 
@@ -211,4 +212,4 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: /metrics counts, and a line for each verdict would fill a disk."""
+        """Log nothing: /metrics counts, and a line for each verdict would fill a disk."""

@@ -1,6 +1,6 @@
-"""The threads of a grading server, each with a reward's process and, when first needed, sandboxes of its own.
+"""The threads of a grading server, each with its own reward process and, created lazily, its own sandboxes.
 
-Threads live as long as the server: the kernel ends a reward's process, and a sandbox, with the thread that started it.
+Threads live as long as the server: the kernel ends a reward's process, and a sandbox, when the thread that started it ends.
 """
 
 import os
@@ -19,7 +19,7 @@ from megatron_aspo.rewards.sandbox.pool import SandboxPool
 from megatron_aspo.rewards.service.run_code import run_code
 
 MAX_WAITING = 4096
-"""Requests that may wait for a thread."""
+"""Maximum number of requests that wait for a thread."""
 
 
 class Busy(Exception):
@@ -27,7 +27,7 @@ class Busy(Exception):
 
 
 class _Worker:
-    """What one thread has."""
+    """The resources of one thread: a reward's process and sandboxes."""
 
     def __init__(self, task: str, options: DataOptions):
         self._task, self._options = task, options
@@ -40,7 +40,7 @@ class _Worker:
         self._process.start()
 
     def score(self, prompt: Prompt, response: str) -> RewardResult:
-        """Raises UserError as a reward does; the next response then finds a new process."""
+        """Score a response. Raises UserError as a reward does; the next response then gets a new process."""
         if self._process is None:
             self.start()
         try:
@@ -52,25 +52,25 @@ class _Worker:
             raise
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer one request of SandboxFusion's `/run_code`. Raises UserError for what this machine or the request lacks."""
+        """Answer one request of SandboxFusion's `/run_code`. Raises UserError for an invalid request or a machine without a sandbox."""
         if self._sandboxes is None:
             self._sandboxes = SandboxPool(self._options.code.sandbox, self._options.code.limits)
         return run_code(request, self._sandboxes, self._options.code.limits)
 
     def kill(self) -> None:
-        """End the reward's process, from another thread: what is being graded ends with an error."""
+        """End the reward's process from another thread; a response that is being graded ends with an error."""
         if process := self._process:
             process.close()
 
     def close(self) -> None:
-        """End the reward's process and the sandboxes; for the worker's own thread."""
+        """End the reward's process and the sandboxes; to be called by the worker's own thread."""
         for part in (self._process, self._sandboxes):
             if part:
                 part.close()
 
 
 class Workers:
-    """`count` threads that grade. A context manager: entering returns when each has loaded the reward."""
+    """`count` grading threads. A context manager: entering waits until each has loaded the reward."""
 
     def __init__(self, task: str, options: DataOptions, count: int):
         self._jobs: queue.Queue[tuple[Future, Callable[[_Worker], Any]] | None] = queue.Queue()
@@ -78,17 +78,17 @@ class Workers:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self.unfinished = 0
-        """Requests that wait or are being graded."""
+        """Number of requests that wait or are being graded."""
 
     def score(self, prompt: Prompt, response: str) -> RewardResult:
         """Score a response on the next free thread. Raises UserError as the reward does, and Busy."""
-        return self._do(lambda worker: worker.score(prompt, response))
+        return self._submit(lambda worker: worker.score(prompt, response))
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run a program on the next free thread. Raises UserError and Busy."""
-        return self._do(lambda worker: worker.run(request))
+        return self._submit(lambda worker: worker.run(request))
 
-    def _do(self, job: Callable[[_Worker], Any]) -> Any:
+    def _submit(self, job: Callable[[_Worker], Any]) -> Any:
         with self._lock:
             if self.unfinished >= MAX_WAITING:
                 raise Busy
@@ -117,7 +117,7 @@ class Workers:
             worker.close()
 
     def __enter__(self) -> "Workers":
-        """Raises UserError if the reward cannot be loaded."""
+        """Start the threads. Raises UserError if the reward cannot be loaded."""
         loaded = [Future() for _ in self._workers]
         self._threads = [threading.Thread(target=self._serve, args=pair, daemon=True) for pair in zip(self._workers, loaded, strict=True)]
         try:
@@ -131,7 +131,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """End the threads with their processes; what is being graded is not waited for."""
+        """End the threads and their processes, without waiting for responses that are being graded."""
         for _ in self._threads:
             self._jobs.put(None)
         for worker in self._workers:

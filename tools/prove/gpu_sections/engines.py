@@ -15,7 +15,7 @@ import torch
 from gpu_sections.workload import DEVICE, new_directory
 
 ONE_CASE_PER_PROCESS = True
-"""An engine forks its core on a CPU, which a process that has computed with several threads must not do."""
+"""On a CPU an engine forks its core, which a process that has computed with several threads must not do."""
 PROMPT = tuple(range(3, 60))
 TOKENS = 24
 
@@ -29,7 +29,7 @@ def cases(small: bool) -> Iterator[tuple[str, Callable[[], dict]]]:
 
 
 def engine(dtype: str, bound: float) -> dict:
-    """One engine through all that a run asks of it; errors are the largest distances of a sampled token's log-probability."""
+    """Run one engine through all calls of a run; errors are the largest differences of a sampled token's log-probability."""
     _stand_in_for_ray()
     from megatron_aspo.rollout.engine_settings import EngineSpec, environment
     from tests.models import save_tiny
@@ -38,10 +38,10 @@ def engine(dtype: str, bound: float) -> dict:
     models = [save_tiny("qwen2", path, tied=True, vocab_size=512, seed=seed).eval() for seed, path in enumerate((first, second))]
     spec = EngineSpec(0, str(first), DEVICE, dtype, 1, False, 256, 8, 0.25, 1, 0, ())
     os.environ.update(environment(spec))
-    return asyncio.run(_through(spec, second, models, dtype, bound))
+    return asyncio.run(_generate_sleep_wake_update(spec, second, models, dtype, bound))
 
 
-async def _through(spec, other, models, dtype: str, bound: float) -> dict:
+async def _generate_sleep_wake_update(spec, other, models, dtype: str, bound: float) -> dict:
     from megatron_aspo.rollout.engine import Engine, Request
 
     running = Engine(spec)
@@ -68,7 +68,7 @@ async def _through(spec, other, models, dtype: str, bound: float) -> dict:
 
 
 async def _receive(running, directory, dtype: str) -> None:
-    """Bring the engine to the weights in `directory`, from a training rank in another process."""
+    """Update the engine to the weights in `directory`, from a training rank in another process."""
     from megatron_aspo.common.network import free_port
     from megatron_aspo.hf.model import read_sizes
     from megatron_aspo.losses.options import AlgorithmOptions
@@ -95,7 +95,7 @@ async def _receive(running, directory, dtype: str) -> None:
 
 
 def _stand_in_for_ray() -> None:
-    """Where Ray is not installed, answer the two questions that an engine asks it; where it is, answer them without a cluster."""
+    """Answer the two questions that an engine asks Ray: from a stand-in where Ray is not installed, else without a cluster."""
     context = SimpleNamespace(get_node_id=lambda: "this node")
     stand_in = ModuleType("ray")
     stand_in.is_initialized = lambda: False

@@ -1,4 +1,4 @@
-"""The machine: its card, and the packages that must agree."""
+"""The machine: its card, and the packages that must match."""
 
 from collections.abc import Callable, Iterator
 
@@ -21,7 +21,7 @@ def card(small: bool) -> dict:
 
 
 def transformer_engine() -> dict:
-    """Import it with its torch extension, and compute with the library of its kernels."""
+    """Import it with its torch extension, and compute with its kernel library."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Log-probabilities over a vocabulary of 151,936: error, milliseconds and peak memory, beside autograd over whole logits."""
+"""Log-probabilities over a vocabulary of 151,936: error, milliseconds and peak memory, beside autograd over the full logits."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from megatron_aspo.trainer.logprobs import logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKED = 64
-"""Tokens that are compared with float64."""
+"""Number of tokens compared with float64."""
 
 
 def cases(small: bool) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -42,7 +42,7 @@ def measure(dtype: torch.dtype, small: bool) -> dict:
 
 
 def timed(way: Callable[[], tuple], inputs: tuple, repeats: int) -> dict[str, float]:
-    """Return the fastest forward and backward in milliseconds, and its peak memory in GB beside what was there before."""
+    """Return the fastest forward and backward in milliseconds, and the peak memory in GB beyond what was allocated before."""
     times, peak = [], 0
     for _ in range(repeats):
         if DEVICE == "cuda":

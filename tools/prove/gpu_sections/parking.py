@@ -1,4 +1,4 @@
-"""A training rank that leaves its device for engines: seconds, bandwidth, bytes that the card gets back; and weights by CUDA IPC."""
+"""A training rank that offloads its memory for engines: seconds, bandwidth, bytes freed on the card; and weights by CUDA IPC."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def leave_and_come_back(small: bool) -> dict:
         rank.update(batch, 0)
         synchronize()
         full = taken()
-        for number in (1, 2):  # pinning takes the first time longer
+        for number in (1, 2):  # pinning takes longer the first time
             start = time.perf_counter()
             rank.leave("optimizer")
             rank.leave("weights")
@@ -45,12 +45,12 @@ def leave_and_come_back(small: bool) -> dict:
             }
         found |= {"moved_gb": round(moved / 1e9, 3), "freed_gb": round((full - left) / 1e9, 2), "left_gb": round((left - empty) / 1e9, 2)}
         rank.update(batch, 1)
-    # The card, not torch in this process alone, must get back what was moved.
+    # The card as a whole, not torch in this process alone, must have the moved bytes free.
     return {"passed": DEVICE == "cpu" or full - left >= 0.95 * moved} | found
 
 
 def cuda_ipc() -> dict:
-    """A worker in this process opens the memory of a training rank in another; every tensor equals the file's, cast."""
+    """Open the memory of a training rank in another process from a worker here; every tensor must equal the file's, cast."""
     if DEVICE == "cpu":
         return {"passed": None, "skipped": "no GPU: CUDA IPC needs one"}
     from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""Tokens a second, share of the card's arithmetic and peak memory of a training step, beside transformers on the same samples."""
+"""Tokens per second, model FLOPs utilisation and peak memory of a training step, beside transformers on the same samples."""
 
 import os
 import time
@@ -12,12 +12,12 @@ import torch
 from gpu_sections.workload import DEVICE, new_directory, random_qwen, samples, synchronize, training_rank
 
 PEAK_FLOPS = 989e12
-"""bfloat16 arithmetic of an H100 or H200, by its data sheet."""
+"""bfloat16 FLOP/s of an H100 or H200, by its data sheet."""
 STEPS = 3
 
 
 def cases(small: bool) -> Iterator[tuple[str, Callable[[], dict]]]:
-    # The reference first: a section that runs out of time has something to compare with.
+    # The reference first, so that a section that runs out of time has something to compare with.
     yield "transformers, padded by 8, no float32 main weights", partial(transformers_step, small)
     if DEVICE == "cuda":
         for options in ({}, {"fp8": "hybrid"}, {"recompute": "full"}):
@@ -37,7 +37,7 @@ def model_and_samples(small: bool):
 def figures(seconds: float, small: bool) -> dict:
     *_, (batch, _, _), parameters, (layers, hidden) = model_and_samples(small)
     tokens = int(batch.lengths.sum())
-    # Forward and backward: 6 for each parameter and token, and half of 12 for each pair of tokens, causal.
+    # Forward and backward: 6 FLOPs for each parameter and token, and half of 12 for each pair of tokens, causal.
     flops = 6 * parameters * tokens + 6 * layers * hidden * int((batch.lengths.astype(np.int64) ** 2).sum())
     peak = torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0
     mfu = round(flops / seconds / PEAK_FLOPS, 3) if DEVICE == "cuda" else None
@@ -50,7 +50,7 @@ def figures(seconds: float, small: bool) -> dict:
 
 
 def our_step(small: bool, **options) -> dict:
-    """Gradients of all samples and the optimizer's step; old log-probabilities are given."""
+    """Measure gradients of all samples and the optimizer's step; old log-probabilities are given."""
     from megatron_aspo.trainer.rank import Scores, set_learning_rate  # rank.py before what imports Megatron-Core
 
     directory, model, (batch, *_), *_ = model_and_samples(small)
@@ -77,7 +77,7 @@ def our_step(small: bool, **options) -> dict:
 
 
 def profile(rank, batch, scores) -> list[str]:
-    """Return the kernels that take most of a step, with milliseconds; the whole table goes to $OUT/profile_SPEC.txt if OUT is set."""
+    """Return the kernels that take most of a step, in milliseconds; write the whole table to $OUT/profile_SPEC.txt if OUT is set."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         rank.accumulate_gradients(batch, np.arange(batch.samples), scores)
         synchronize()
@@ -90,7 +90,7 @@ def profile(rank, batch, scores) -> list[str]:
 
 
 def transformers_step(small: bool) -> dict:
-    """Padded batches of 8 samples of like length, in bfloat16 altogether; logits of two samples at a time, since all would not fit."""
+    """Measure padded batches of 8 samples of similar length, all in bfloat16; logits of two samples at a time, since all would not fit."""
     _, model, (batch, token_ids, prompt), *_ = model_and_samples(small)
     model.to(DEVICE).train()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=DEVICE == "cuda")

@@ -11,7 +11,7 @@ import torch
 from gpu_sections.workload import nothing_left_behind
 
 BOUNDS = {"float32": (1e-3, 1e-3, 1e-2), "bfloat16": (0.15, 0.05, 0.2), "fp8": (1.0, 0.3, 1.0)}
-"""Largest error of a log-probability in nats; of the gradient norm, relative; of any gradient over the tensor's largest."""
+"""Largest error of a log-probability in nats; of the gradient norm, relative; of any gradient, relative to the tensor's largest."""
 PLAIN = [{"dtype": "float32"}, {}]
 LEVERS = [{"recompute": "full"}, {"recompute": "selective"}, {"offload_optimizer": True, "offload_reference": True}]
 LOCAL = [*PLAIN, *LEVERS, {"gradient_dtype": "bfloat16"}, {"shared_prompts": True}]

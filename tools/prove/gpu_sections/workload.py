@@ -78,7 +78,7 @@ def training_rank(directory: Path, small: bool, **trainer):
 
 @contextmanager
 def nothing_left_behind():
-    """Destroy the process groups of a rank that failed inside, and free its memory: the next case makes its own."""
+    """Destroy the process groups of a rank that failed inside, and free its memory, so that the next case can make its own."""
     from megatron_aspo.trainer import parallel
 
     try:
@@ -97,7 +97,7 @@ def synchronize() -> None:
 
 
 def taken() -> int:
-    """Return the bytes of the whole card that are taken, whoever took them; 0 on a CPU."""
+    """Return the bytes of the whole card in use by any process; 0 on a CPU."""
     if DEVICE == "cpu":
         return 0
     free, total = torch.cuda.mem_get_info()

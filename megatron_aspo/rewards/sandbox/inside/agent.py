@@ -1,16 +1,17 @@
-"""The process that waits in a sandbox and forks one child for each execution. Standard library only; the host's side is `sandbox.py`.
+"""The agent: the process that waits in a sandbox and forks a child for each execution. Standard library only; the host's side is
+`sandbox.py`.
 
 The host sends lines of JSON over a socket, which is standard input at the start: first `{"sources": {…}, "limits": {…}}`, then for each
-execution `{"mode": …, "cpu_s": …}` with three pipes attached, the child's standard streams. When the child has ended, everything that it
-left running is killed and `{"status": …, "cpu_s": …}` is sent back. A program can take this process over and gains little by it: the limits
-of memory, processes and time on the clock hold here too, and no verdict is read from what is sent. Modes:
+execution `{"mode": …, "cpu_s": …}` with three pipes attached, the child's standard streams. When the child has ended, the agent kills
+everything it left running and replies `{"status": …, "cpu_s": …}`. A program can take over the agent but gains little: the limits of
+memory, processes and wall-clock time still hold, and no verdict is read from the reply. Modes:
 
-- `stdin`: the program runs as `__main__` on its streams, in all respects a plain Python process.
-- `calls`: the program is a module whose functions the host calls, see `calls.py`.
-- `asserts`: test code runs, and the functions it tests are proxies of those in another sandbox, see `asserts.py`.
+- `stdin`: the program runs as `__main__` on its streams, like a plain Python process in every respect.
+- `calls`: the program is a module whose functions the host calls; see `calls.py`.
+- `asserts`: test code runs, and the functions under test are proxies of those in another sandbox; see `asserts.py`.
 """
 
-import _socket  # without the 6 ms that socket takes to import
+import _socket  # socket itself takes 6 ms to import
 import atexit
 import builtins
 import contextlib
@@ -30,12 +31,12 @@ IMPORTED_AHEAD = (
     *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq", "io", "itertools"),
     *("json", "math", "numpy", "operator", "os", "queue", "random", "re", "statistics", "string", "threading", "time", "typing"),
 )
-"""Modules that a program's tests share if it names them: they do nothing when imported that a program could see."""
+"""Modules imported once for all tests of a program that names them: their import has no effect visible to a program."""
 
 
 def main() -> None:
     """Answer the host until it closes the socket. In a child of mode `stdin`, run the program."""
-    os.closerange(3, 3 + 64)  # what bubblewrap or a worker may have left open
+    os.closerange(3, 3 + 64)  # descriptors that bubblewrap or a worker may have left open
     code = _wait_for_program()
     try:
         exec(code, sys.modules["__main__"].__dict__)
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def _wait_for_program():
-    """Returns in a child alone: the code to execute as `__main__`."""
+    """Return the code to execute as `__main__`, only in a child."""
     _prepare_interpreter()
     control = _socket.socket(fileno=os.dup(0))
     control.sendall(b'{"ready": true}\n')
@@ -75,15 +76,15 @@ def _wait_for_program():
 
 
 def _prepare_interpreter() -> None:
-    if os.environ.pop("SANDBOX_ADOPTS_ORPHANS", ""):  # without a PID namespace: so that the host finds all that programs leave behind
+    if os.environ.pop("SANDBOX_ADOPTS_ORPHANS", ""):  # without a PID namespace, adopting orphans lets the host find them
         import ctypes  # takes 10 ms
 
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    import _sitebuiltins  # what the module site, left out for its cost, would add
+    import _sitebuiltins  # adds what the module site would, which is left out because it is slow
 
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")
-    # Imported here, so that each child has them and no file of ours is needed any more.
+    # Imported here, so that each child has them and needs none of these files any more.
     import asserts  # noqa: F401
     import calls  # noqa: F401
     import prelude  # noqa: F401
@@ -99,12 +100,12 @@ def _import_ahead(sources: dict) -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            continue  # the program will see it
+            continue  # the program will get the same error
     if "program" in sources:
         with open(PROGRAM, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(sources["program"])
     gc.collect()
-    gc.freeze()  # a child's collections pass over what is there already
+    gc.freeze()  # a child's collections skip everything that exists already
 
 
 def _set_limits(limits: dict[str, int]) -> None:
@@ -117,10 +118,10 @@ def _set_limits(limits: dict[str, int]) -> None:
 
 def _wait(child: int) -> dict:
     _, status, usage = os.wait4(child, 0)
-    # In a PID namespace of its own this process is number 2, which elsewhere is the kernel's.
+    # In its own PID namespace this process is number 2, which elsewhere is the kernel's.
     if os.getpid() == 2 and os.getppid() == 1:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)  # all that is left in the namespace: the first process is exempt, and so is this one
+            os.kill(-1, signal.SIGKILL)  # everything left in the namespace, except the first process and this one
     else:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
@@ -128,12 +129,12 @@ def _wait(child: int) -> dict:
 
 
 def _begin(command: dict, sources: dict, descriptors: list[int]):
-    """Turn this child into the process of the program. Returns the code to execute as `__main__`, for mode `stdin` alone."""
+    """Turn this child into the program's process. Return the code to execute as `__main__`, only for mode `stdin`."""
     os.setsid()
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
     os.closerange(3, 3 + 64)
-    # First SIGXCPU, which says what happened; a second later SIGKILL, for a program that ignores it.
+    # SIGXCPU comes first, and identifies the limit; SIGKILL follows a second later, for a program that ignores it.
     resource.setrlimit(resource.RLIMIT_CPU, (command["cpu_s"], command["cpu_s"] + 1))
     mode = command["mode"]
     if mode != "stdin":
@@ -157,15 +158,15 @@ def _begin(command: dict, sources: dict, descriptors: list[int]):
 
 
 def _end() -> None:
-    """End the process of a program that came to its end, in the order of the interpreter's own shutdown, but without tearing down all
-    modules: that takes 3 ms, more than many programs. An exception, SystemExit among them, goes the long way.
+    """End the process of a program that has finished, in the order of the interpreter's own shutdown, but without tearing down all modules:
+    that takes 3 ms, more than many programs. An exception, including SystemExit, takes the interpreter's full path.
     """
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # waits for threads
     atexit._run_exitfuncs()
     status = _flush(sys.stdout, sys.stderr)
     namespace = sys.modules["__main__"].__dict__
-    for hidden in (True, False):  # drops the program's objects, whose destructors may print
+    for hidden in (True, False):  # drop the program's objects, whose destructors may print
         for name in [name for name in namespace if name.startswith("_") is hidden and name != "__builtins__"]:
             namespace[name] = None
     gc.collect()
@@ -173,7 +174,7 @@ def _end() -> None:
 
 
 def _flush(*streams) -> int:
-    """The exit status that flushing them leads to."""
+    """Flush the streams; return the resulting exit status."""
     status = 0
     for stream in streams:
         try:
@@ -185,7 +186,7 @@ def _flush(*streams) -> int:
 
 
 def _open_streams() -> None:
-    """The standard streams again, on what the descriptors are now."""
+    """Reopen the standard streams on the current descriptors."""
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115

@@ -14,9 +14,9 @@ from prelude import add_missing_names, collect_names
 
 
 def run(sources: dict[str, str], replies: Iterator[bytes], requests: int) -> None:
-    """Run `sources["tests"]`, and write the verdict after the requests, `{"verdict": …, "text": …}`: passed, failed, error or unsupported.
+    """Run `sources["tests"]` and write the verdict after the requests, `{"verdict": …, "text": …}`: passed, failed, error or unsupported.
 
-    The names that the prompt defines are there too; the function `entry_point`, and names that nobody defines, are the program's.
+    Tests can use the names that the prompt defines; the function `entry_point` and undefined names are the program's.
     """
     peer = Peer(replies, requests)
     try:
@@ -26,7 +26,7 @@ def run(sources: dict[str, str], replies: Iterator[bytes], requests: int) -> Non
         verdict, text = "unsupported", f"{error}; tests may pass only plain data to the program"
     except NothingTestedError as error:
         verdict, text = "unsupported", str(error)
-    except SystemExit as end:  # of the tests themselves, as unittest.main does
+    except SystemExit as end:  # raised by the tests themselves, as unittest.main does
         verdict, text = ("passed", "") if not end.code else ("failed", f"the tests exited with status {end.code}")
     except BaseException as error:
         verdict, text = "failed" if isinstance(error, AssertionError) else "error", _describe(error)
@@ -38,7 +38,7 @@ def _run(sources: dict[str, str], peer: "Peer") -> None:
     peer.namespace = namespace
     try:
         prompt = compile(sources["prompt"], "<prompt>", "exec", dont_inherit=True)
-    except SyntaxError:  # words, or the beginning of a function without a body: no helpers
+    except SyntaxError:  # prose, or the beginning of a function without a body: it defines no helpers
         prompt = None
     if prompt:
         add_missing_names(namespace, prompt)
@@ -68,11 +68,11 @@ def _describe(error: BaseException) -> str:
 
 
 class NothingTestedError(Exception):
-    """The tests would pass, or fail, whatever the program is."""
+    """The tests would pass, or fail, for every program."""
 
 
 class Peer:
-    """The program's side of the pipes."""
+    """The program's end of the pipes."""
 
     def __init__(self, replies: Iterable[bytes], requests: int):
         self._replies = iter(replies)
@@ -85,13 +85,13 @@ class Peer:
             data = data[os.write(self._requests, data) :]
 
     def ask(self, target: str | int, attribute: str, call: bool, args: tuple = (), kwargs: dict | None = None) -> object:
-        """Return what the program's side answers: plain data or a Proxy. Raises what it raised, as a class known here."""
+        """Return the answer of the program's side: plain data or a Proxy. Raises what it raised, as a class known here."""
         kwargs = {name: to_json(value, _reference) for name, value in (kwargs or {}).items()}
         request = {"target": target, "attribute": attribute, "call": call, "kwargs": kwargs}
         self.write(request | {"args": [to_json(value, _reference) for value in args]})
         reply = json.loads(next(self._replies, b"null"))
         if reply is None:
-            os._exit(1)  # the host closed the pipes: the program has ended, and it has its verdict
+            os._exit(1)  # the host closed the pipes: the program has ended and has its verdict
         if "raised" in reply:
             raise self._exception(reply["raised"], str(reply["text"]), attribute)
         for position, value in reply.get("changed", ()):
@@ -99,7 +99,7 @@ class Peer:
         return self._received(reply["value"])
 
     def _received(self, value: object) -> object:
-        """Return a reply's value. Raises ValueError if it is malformed: a program must not feign the tests' own fault, `unsupported`."""
+        """Return a reply's value. Raises ValueError if it is malformed: a program must not fake the tests' own fault, `unsupported`."""
         try:
             return from_json(value, self._proxy)
         except NotPlainError as error:
@@ -110,7 +110,8 @@ class Peer:
 
     @staticmethod
     def _change(old: object, new: object) -> None:
-        """Give `old` the content of `new`. Only for functions that return None: others could make the tests' data fit what they return."""
+        """Replace the content of `old` by that of `new`. Only for functions that return None: others could fit the tests' data to their
+        result."""
         if type(old) is not type(new):
             return
         if isinstance(old, list | bytearray):
@@ -124,12 +125,12 @@ class Peer:
             kind = self.namespace.get(name, getattr(builtins, str(name), None))
             if not isinstance(kind, type) or not issubclass(kind, Exception):
                 continue
-            # Inside a test's own loop it would end the loop as if all were done.
+            # Inside a loop of the tests it would end the loop as if it were complete.
             if issubclass(kind, StopIteration | StopAsyncIteration) and attribute != "__next__":
                 break
             try:
                 return kind(text)
-            except Exception:  # a class whose constructor wants something else
+            except Exception:  # a class whose constructor takes other arguments
                 continue
         return RuntimeError(f"the program raised {names[0]}: {text}")
 
@@ -148,7 +149,7 @@ def _ask(proxy: "Proxy", attribute: str, call: bool, args: tuple = (), kwargs: d
 
 
 class Proxy:
-    """A function, class or object of the program. It is equal to nothing, not even to itself, and has no truth value."""
+    """A function, class or object of the program. It equals nothing, not even itself, and has no truth value."""
 
     __slots__ = ("_peer", "_target")
 
@@ -174,7 +175,7 @@ class Proxy:
     def __len__(self) -> int:
         try:
             return _ask(self, "__len__", True)
-        except AttributeError:  # list() asks for a length first, and goes on after a TypeError alone
+        except AttributeError:  # list() first requests a length, and continues only after a TypeError
             raise TypeError("an object of the program has no len()") from None
 
     def __getitem__(self, key: object) -> object:
@@ -206,4 +207,4 @@ class Proxy:
 
 
 class NotComparableError(TypeError):
-    """A comparison that the program would decide."""
+    """The program would decide this comparison."""

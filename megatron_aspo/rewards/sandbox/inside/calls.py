@@ -1,7 +1,7 @@
-"""A program as a module whose functions are called from outside: one request a line on one pipe, one reply a line on another.
+"""A program as a module whose functions are called from outside: one request per line on one pipe, one reply per line on another.
 
 A request is `{"target": …, "attribute": …, "call": …, "args": […], "kwargs": {…}}`: the target is a global name, a reference number, or
-null for the function to test, which is a method of a new `Solution()` if there is one, else global. A reply is `{"value": …}`, with
+null for the function under test, which is a method of a new `Solution()` if there is one, else global. A reply is `{"value": …}`, with
 `"changed": [[position, value], …]` if a call that returned None changed its arguments, or `{"raised": [names of the exception's classes],
 "text": …}`.
 """
@@ -17,7 +17,7 @@ from prelude import add_missing_names
 
 
 def serve(source: str, requests: Iterable[bytes], results: int) -> None:
-    """Load the program, then answer until `requests` ends. Whatever ends the program while it loads, or exits, ends the process."""
+    """Load the program, then answer until `requests` ends. An exception during loading, or an exit, ends the process."""
     answer = Answers(*_load(source))
     for line in requests:
         reply = json.dumps(answer(json.loads(line))).encode() + b"\n"
@@ -36,9 +36,9 @@ def _load(source: str) -> tuple[ModuleType, dict[str, object]]:
 
 
 class Answers:
-    """Does what requests ask for, and keeps the objects that it gave out references to.
+    """Executes requests and keeps the objects to which it has given out references.
 
-    supplied: names that the program did not define. They are not its answer: `print(add(1, 2))` is no function `add`.
+    supplied: names that the program did not define. They are not part of its answer: `print(add(1, 2))` defines no function `add`.
     """
 
     def __init__(self, module: ModuleType, supplied: dict[str, object]):

@@ -1,7 +1,7 @@
 """Plain data as JSON, the only thing that crosses a sandbox's border. Standard library only: the sandbox's interpreter imports it too.
 
 Plain: None, bool, int, float, complex, str, bytes, bytearray, and lists, tuples, sets, frozensets and dicts of plain data. None, bool, str,
-small int, finite float and list are what they are in JSON; the others are objects with one key:
+small int, finite float and list are the same in JSON; the others are objects with one key:
 
     {"i": "0x…"} int   {"f": "nan"} float   {"c": [re, im]} complex   {"b": hex} bytes   {"y": hex} bytearray
     {"t": […]} tuple   {"s": […]} set   {"z": […]} frozenset   {"d": [[key, value], …]} dict   {"r": n} reference number n
@@ -14,7 +14,7 @@ SMALL_INT = 1 << 63
 
 
 class NotPlainError(TypeError):
-    """A value that is not plain data."""
+    """A value is not plain data."""
 
 
 def refuse(value: object) -> object:
@@ -23,9 +23,9 @@ def refuse(value: object) -> object:
 
 
 def to_json(value: object, refer: Callable[[object], object] = refuse) -> object:
-    """Return the JSON value of `value`. `refer` gets what is not plain and returns its JSON value, or raises.
+    """Return the JSON value of `value`. `refer` gets values that are not plain and returns their JSON value, or raises.
 
-    Subclasses of plain types, such as Counter and IntEnum, are sent as their base; arrays and scalars of numpy as lists and numbers.
+    Subclasses of plain types, such as Counter and IntEnum, are sent as their base type; numpy's arrays and scalars as lists and numbers.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -55,7 +55,7 @@ def to_json(value: object, refer: Callable[[object], object] = refuse) -> object
 
 
 def from_json(value: object, resolve: Callable[[int], object] = refuse) -> object:
-    """Return what `to_json` was given; `resolve` returns the object of a reference number. Raises ValueError or TypeError if malformed."""
+    """Invert `to_json`; `resolve` returns the object of a reference number. Raises ValueError or TypeError for malformed values."""
     if isinstance(value, list):
         return [from_json(element, resolve) for element in value]
     if not isinstance(value, dict):

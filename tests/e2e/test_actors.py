@@ -4,7 +4,7 @@ import time
 
 import ray
 
-from megatron_aspo.common.pending import Pending
+from megatron_aspo.common.actors import Pending
 
 LATE_S = 8.0
 

@@ -1,4 +1,4 @@
-"""Calls under way on several actors at once, and who of them failed."""
+"""Concurrent calls of Ray actors: their answers and failures, and the check that a cluster is open."""
 
 import time
 from collections.abc import Callable
@@ -8,16 +8,24 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from megatron_aspo.common.errors import UserError
+
 Explain = Callable[[Exception], Exception]
-"""What Ray raised → what to raise of it, with the actor's name and its own words."""
+"""Ray's exception → the exception to raise, with the actor's name and message."""
+
+
+def require_cluster() -> None:
+    """Raise UserError if no cluster is open: Ray would start one at the first call, which listens on every interface."""
+    if not ray.is_initialized():
+        raise UserError("no Ray cluster is open; open one first, by megatron_aspo.runtime.cluster.open_cluster('', logical_cpus)")
 
 
 @dataclass(frozen=True)
 class Pending:
-    """One call each on some actors, so that the driver can do something else meanwhile."""
+    """One pending call on each of several actors, whose answers the driver can collect later."""
 
     names: tuple[str, ...]
-    """Of the actors; every one another."""
+    """Names of the actors, all different."""
     refs: tuple[ray.ObjectRef, ...]
     explains: tuple[Explain, ...]
 
@@ -25,9 +33,9 @@ class Pending:
         return Pending(self.names + other.names, self.refs + other.refs, self.explains + other.explains)
 
     def result(self, timeout_s: float | None = None) -> list[Any]:
-        """Each actor's answer, in their order, as soon as all have answered.
+        """Return the actors' answers, in order, once all have answered.
 
-        Raises the first failure at once, without waiting for the others, and TimeoutError naming those that did not answer in time.
+        Raises the first failure at once, without waiting for the others, or TimeoutError naming the actors that did not answer in time.
         """
         answers, failures = self.outcomes(timeout_s, 0.0)
         late = [name for name, failure in failures.items() if isinstance(failure, TimeoutError)]
@@ -38,14 +46,14 @@ class Pending:
         return [answers[name] for name in self.names]
 
     def outcomes(self, timeout_s: float | None, grace_s: float) -> tuple[dict[str, Any], dict[str, Exception]]:
-        """(name → answer, name → failure), the failures in the order in which they came.
+        """Return (name → answer, name → failure), the failures in order of arrival.
 
-        Waits until all have answered; after the first failure `grace_s` more, and never longer than `timeout_s`. Who has not answered by
-        then has failed with a TimeoutError.
+        Waits until all have answered, at most `grace_s` after the first failure and `timeout_s` in total. An actor without an answer
+        by then has failed with a TimeoutError.
         """
         started = time.monotonic()
         deadline = None if timeout_s is None else started + timeout_s
-        place = {ref: number for number, ref in enumerate(self.refs)}
+        position_of = {ref: position for position, ref in enumerate(self.refs)}
         answers: dict[str, Any] = {}
         failures: dict[str, Exception] = {}
         waiting = list(self.refs)
@@ -53,18 +61,17 @@ class Pending:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not done:
                 waited = time.monotonic() - started
-                failures |= {
-                    self.names[place[ref]]: TimeoutError(f"{self.names[place[ref]]} did not answer in {waited:.1f} s") for ref in waiting
-                }
+                silent = [self.names[position_of[ref]] for ref in waiting]
+                failures |= {name: TimeoutError(f"{name} did not answer in {waited:.1f} s") for name in silent}
                 break
-            number = place[done[0]]
+            position = position_of[done[0]]
             try:
-                answers[self.names[number]] = ray.get(done[0])
+                answers[self.names[position]] = ray.get(done[0])
             except (RayActorError, RayTaskError) as error:
                 if not failures:
                     within = time.monotonic() + grace_s
                     deadline = within if deadline is None else min(deadline, within)
-                failure = self.explains[number](error)
+                failure = self.explains[position](error)
                 failure.__cause__ = error
-                failures[self.names[number]] = failure
+                failures[self.names[position]] = failure
         return answers, failures
