@@ -30,6 +30,7 @@ setup(
         "protobuf",
         "psutil",
         "pyarrow",
+        "pydantic>=2.12,<3",
         "pyseccomp",
         "pyyaml",
         "ray>=2.60,<3",

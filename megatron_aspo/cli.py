@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 a check failed, 2 a mistake the user can cure, 130 interrupted, 143 terminated; else 1."""
+    """Run one command and exit: 0 done, 1 a check failed, 2 an error that the user can correct, 130 interrupted, 143 terminated; else 1."""
     parser = command_parser()
     parsed, rest = parser.parse_known_args(arguments)
-    # Overrides may also stand behind an option.
+    # Overrides may also follow an option.
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     known = {
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         "eval": _eval,
         "grade-server": _grade_server,
         "convert": _convert,
+        "config": _config,
     }
     command = known[parsed.command]
     if rest:
@@ -51,19 +52,19 @@ def command_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
     train.add_argument("--resume", default="", metavar="auto|PATH", help="go on from the newest checkpoint, or from the one named")
     train.add_argument("--ray-address", default="", help="Ray cluster to join; without it one is started on this machine")
-    train.add_argument("--dry-run", action="store_true", help="print what the run would be (megatron-aspo plan), and start nothing")
+    train.add_argument("--dry-run", action="store_true", help="print the plan of the run (megatron-aspo plan) and start nothing")
     plan = commands.add_parser(
         "plan",
-        help="what a recipe would do",
+        help="show what a recipe would do",
         description="Check a recipe against its model, and print ranks, memory and traffic of the run; nothing is started.",
     )
     plan.add_argument("recipe", type=Path, help="YAML recipe, see examples/recipes")
     plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
-    plan.add_argument("--device", choices=("cpu", "cuda"), default="", help="what the run computes on; default: what this machine has")
+    plan.add_argument("--device", choices=("cpu", "cuda"), default="", help="device of the run; default: this machine's")
     plan.add_argument("--nodes", type=_count, default=1, metavar="N", help="show which ranks and engines each of N equal nodes carries")
-    plan.add_argument("--json", action="store_true", help="print the figures alone, as one JSON object, in bytes")
-    check = commands.add_parser("check-loss", help="try a policy loss of your own", description="Try a policy loss before a run does.")
-    check.add_argument("loss", help="package.module:function, or the name of one of ours")
+    plan.add_argument("--json", action="store_true", help="print only the numbers, as one JSON object, in bytes")
+    check = commands.add_parser("check-loss", help="check a policy loss", description="Check a policy loss before it is used in a run.")
+    check.add_argument("loss", help="package.module:function, or the name of a built-in loss")
     check.add_argument("options", nargs="*", metavar="option=value", help="its options (algorithm.policy_loss_options in a recipe)")
     _add_data(commands)
     _add_doctor(commands)
@@ -71,6 +72,9 @@ def command_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_grade_server(commands)
     _add_convert(commands)
+    config = commands.add_parser("config", help="print the JSON Schema of a recipe", description="Describe recipes to other programs.")
+    schema = "print the JSON Schema of a recipe, by which editors complete and check one"
+    config.add_argument("--schema", action="store_true", required=True, help=schema)
     return parser
 
 
@@ -78,16 +82,16 @@ def _add_data(commands) -> None:
     data = commands.add_parser(
         "data",
         help="show how data files are understood",
-        description="Read and check data as a run would, and print what was understood: prompts by data_source with the reward that each "
-        "gets, lengths in tokens, what occurs twice, and prompts as the model gets them, special tokens included.",
+        description="Read and check data as a run would, and print how it is understood: prompts by data_source with the reward that each "
+        "gets, lengths in tokens, repetitions, and prompts as the model gets them, special tokens included.",
     )
     data.add_argument("locations", nargs="*", metavar="FILE", help="file, directory or hub:NAME, as in data.path; default: the recipe's")
-    data.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help="the same of held-out prompts (data.eval_path)")
-    _add_recipe(data, "YAML recipe whose model, data and data options are taken")
+    data.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help="the same for held-out prompts (data.eval_path)")
+    _add_recipe(data, "YAML recipe whose model, data and data options are used")
     data.add_argument("--model", default="", help="model directory or hub name, whose tokenizer and chat template are used")
     data.add_argument("--reward", default="", metavar="NAME", help="code, math, by_source, or package.module:function (data.reward)")
     data.add_argument("--prompts", type=int, default=3, metavar="N", help="how many prompts are shown (default 3)")
-    data.add_argument("--json", action="store_true", help="print the figures alone, as one JSON object")
+    data.add_argument("--json", action="store_true", help="print only the numbers, as one JSON object")
 
 
 def _add_doctor(commands) -> None:
@@ -100,7 +104,7 @@ def _add_doctor(commands) -> None:
     doctor.add_argument("--ray-address", default="", metavar="HOST:PORT", help="Ray cluster to check; default: this machine alone")
     _add_recipe(doctor, "YAML recipe whose model, data and placement are checked too")
     doctor.add_argument(
-        "--bandwidth", type=float, metavar="SECONDS", help="measure each pair of nodes so long (default 1); 0: connect only"
+        "--bandwidth", type=float, metavar="SECONDS", help="time to measure each pair of nodes (default 1); 0: connect only"
     )
     doctor.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="time limit of each check (default 30)")
     doctor.add_argument("--json", action="store_true", help="print one JSON object without secrets and user names, for issue reports")
@@ -148,7 +152,7 @@ def _add_eval(commands) -> None:
         "eval",
         help="evaluate a model by a protocol",
         description="Sample responses to the problems of a protocol, grade them, and print the metrics with 95 %% intervals over problems; "
-        "the last line is a JSON object. Run again with the same words, it goes on where it stopped. Exit status: 0 done, 1 parts "
+        "the last line is a JSON object. The same command continues an interrupted evaluation. Exit status: 0 done, 1 parts "
         "that are to be graded are not generated yet, 2 misuse.",
     )
     evaluate.add_argument(
@@ -158,33 +162,33 @@ def _add_eval(commands) -> None:
     )
     names = "archer_lcb_v5, archer_lcb_v6, lcb_official, aime24, aime25 or humaneval"
     evaluate.add_argument("--protocol", default="", metavar="NAME", help=names)
-    evaluate.add_argument("--recipe", type=Path, help="YAML recipe whose held-out prompts are asked; default: that of the run")
+    evaluate.add_argument("--recipe", type=Path, help="YAML recipe whose held-out prompts are used; default: that of the run")
     evaluate.add_argument("--data", nargs="+", default=[], metavar="FILE", help="files with the problems, as in data.path")
     replaced = "values that replace the protocol's, such as samples=4"
     evaluate.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="key=value", help=replaced)
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="directory to write or to go on with")
-    evaluate.add_argument("--stage", choices=("all", "generate", "grade"), default="all", help="what is done here (default all)")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="directory to write, or to continue")
+    evaluate.add_argument("--stage", choices=("all", "generate", "grade"), default="all", help="the part of the work to do (default all)")
     evaluate.add_argument("--against", type=Path, metavar="DIR", help="evaluation of the same problems to compare with, problem by problem")
     evaluate.add_argument("--model", default="", metavar="NAME", help="the server's name of the model, where it has several")
     evaluate.add_argument("--accept-count", action="store_true", help="accept another number of problems than the protocol's")
     evaluate.add_argument("--ray-address", default="", metavar="HOST:PORT", help="Ray cluster to join; default: one is started here")
     evaluate.add_argument("--watch", action="store_true", help="evaluate each checkpoint below the directory TARGET once, as they appear")
-    evaluate.add_argument("--once", action="store_true", help="with --watch: evaluate what is there, and end")
+    evaluate.add_argument("--once", action="store_true", help="with --watch: evaluate the existing checkpoints, and end")
 
 
 def _add_convert(commands) -> None:
     convert = commands.add_parser(
         "convert",
         help="convert between Hugging Face and Megatron",
-        description="Convert a Hugging Face model to a Megatron checkpoint at any layout, or a checkpoint back; all of it, or nothing.",
+        description="Convert a Hugging Face model to a Megatron checkpoint at any layout, or a checkpoint back, completely or not at all.",
     )
     convert.add_argument(
         "source", help="Hugging Face directory or hub name, a checkpoint such as runs/NAME/checkpoints/step_10, or a torch_dist checkpoint"
     )
-    convert.add_argument("target", type=Path, help="directory to make; must not exist")
+    convert.add_argument("target", type=Path, help="directory to create; must not exist")
     convert.add_argument("--to", choices=("megatron", "torch_dist", "huggingface"), help="default: huggingface, or from there megatron")
     convert.add_argument(
-        "--config-from", metavar="MODEL", help="directory or hub name with config and tokenizer of a torch_dist source that Megatron wrote"
+        "--config-from", metavar="MODEL", help="directory or hub name with config and tokenizer, for a torch_dist source that has none"
     )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="element type of all tensors; default: the source's")
     convert.add_argument("--verify", action="store_true", help="compare the logits of both models on random tokens")
@@ -244,6 +248,12 @@ def _convert(parsed: argparse.Namespace) -> None:
     run_convert(parsed)
 
 
+def _config(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.commands.config import print_schema
+
+    print_schema()
+
+
 def _train(parsed: argparse.Namespace) -> None:
     from megatron_aspo.config import load_config
 
@@ -269,10 +279,10 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _print_plan(config: "Config", device: str, nodes: int, as_json: bool) -> None:
-    from megatron_aspo.runtime.plan import figures, make_plan, told
+    from megatron_aspo.runtime.plan import format_plan, make_plan, plan_as_json
 
     plan = make_plan(config, device, nodes)
-    print(json.dumps(figures(plan)) if as_json else "\n".join(told(plan)))
+    print(json.dumps(plan_as_json(plan)) if as_json else "\n".join(format_plan(plan)))
 
 
 def _check_loss(parsed: argparse.Namespace) -> int:
@@ -293,7 +303,7 @@ def _guarded(command, parsed: argparse.Namespace) -> int:
     try:
         return command(parsed) or 0
     except BaseException as error:
-        # Ray turns an interrupt in the middle of a call into other exceptions: whatever ends the run after a signal, the signal did.
+        # Ray turns an interrupt during a call into other exceptions: after a signal, any exception counts as the signal.
         if received or isinstance(error, KeyboardInterrupt):  # a user's code may raise it without a signal
             number = received[0] if received else signal.SIGINT
             print(f"megatron-aspo: {'interrupted' if number == signal.SIGINT else 'terminated'}", file=sys.stderr)
@@ -302,7 +312,7 @@ def _guarded(command, parsed: argparse.Namespace) -> int:
             print(f"megatron-aspo: error: {error}", file=sys.stderr)
             return 2
         if isinstance(error, BrokenPipeError):
-            # The reader of our output is gone; what cannot be printed must not be tried again at exit.
+            # The reader of our output is gone; the exit handler must not try to flush it again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         raise

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.config import build
+from megatron_aspo.common.options import build
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.problems import rows_of
@@ -40,7 +40,7 @@ def export(directory: Path, target: Path, model: str) -> dict[str, Any]:
     if not (directory / RESULT).is_file():
         raise UserError(f"{directory} has no {RESULT}: complete the evaluation first, with megatron-aspo eval")
     result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
-    settings = build(EvalSettings, result["settings"], ())
+    settings = build(EvalSettings, result["settings"])
     store = PartStore(directory / PARTS, result["data"]["problems"], settings.part_problems)
     rows, right, scored = [], 0, 0
     for row, group in zip(evaluated_rows(settings, result), group_by_problem(store.responses()), strict=True):

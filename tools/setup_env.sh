@@ -10,7 +10,7 @@ stamp=$venv/setup.stamp         # what the finished environment was made from; w
 unfinished=$venv/setup.unfinished
 log=$venv/setup.log
 bubblewrap_log=$venv/bubblewrap.log
-bubblewrap_failed=$venv/bubblewrap.failed   # its installation was tried in vain: not tried again until this file is removed
+bubblewrap_failed=$venv/bubblewrap.failed   # its installation failed, and is not tried again until this file is removed
 torch_index=https://download.pytorch.org/whl/cpu
 
 fail() {

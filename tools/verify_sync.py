@@ -30,8 +30,8 @@ from megatron_aspo.rollout.engine import Request
 from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.runtime.checks import CheckedRecipe, check_recipe, check_run, expected_device
 from megatron_aspo.runtime.cluster import Cluster, open_cluster
+from megatron_aspo.runtime.processes import transfer_spec
 from megatron_aspo.runtime.publisher import Publisher
-from megatron_aspo.runtime.run import transfer_spec
 from megatron_aspo.runtime.trainers import Trainers
 from megatron_aspo.sync.messages import digest, view, written
 

@@ -1,8 +1,8 @@
-"""Conversion between Hugging Face directories, checkpoints of ours at any layout, and Megatron-Core's `torch_dist`: all of the model,
-proved, or nothing.
+"""Converts between Hugging Face directories, our Megatron checkpoints at any layout, and Megatron-Core's `torch_dist`: the whole model,
+verified, or nothing.
 
-Every element is accounted for before the first byte is written; what was written is read back and each Hugging Face tensor's SHA-256
-compared with the source's before the directory gets its name. Memory holds one tensor of each side at a time.
+Every element is accounted for before the first byte is written. The written files are read back, and each Hugging Face tensor's SHA-256 is
+compared with the source's, before the directory gets its name. Memory holds one tensor of each side at a time.
 """
 
 import json
@@ -32,12 +32,12 @@ from megatron_aspo.weights.families import replica_layouts
 from megatron_aspo.weights.layout import ParallelSizes, check_divisible
 
 FORMATS = ("huggingface", "megatron", "torch_dist")
-"""The formats that can be converted into each other: a Hugging Face directory, our checkpoint, Megatron-Core's distributed checkpoint."""
+"""Formats that can be converted into each other: a Hugging Face directory, our checkpoint, Megatron-Core's distributed checkpoint."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to convert, accounted for."""
+    """A checked model to convert."""
 
     directory: Path
     format: str
@@ -47,20 +47,21 @@ class Source:
     dtype: str
     """Element type of its tensors."""
     hashes: dict[str, str]
-    """Tensor → SHA-256, where the source states them."""
+    """Tensor → SHA-256, if the source states them."""
     check_files: Callable[[], None] = lambda: None
-    """Waits until the source's files, which are read beside, are known to be whole; raises UserError naming the one that is not."""
+    """Waits for the concurrent check of the source's files; raises UserError naming a damaged one."""
 
 
 Verify = Callable[[Path, Source, torch.dtype], None]
-"""(a Hugging Face directory, a checkpoint of either other format, the element type of both) → raises UserError when their logits differ."""
+"""Takes a Hugging Face directory, a source of another format and the dtype of both; raises UserError when their logits differ."""
 
 
 def open_source(path: str | Path, dtype: str | None = None, config_from: str | Path | None = None) -> Source:
-    """Check a model directory, hub name or checkpoint as a whole; dtype: what the tensors are to become, None to keep theirs.
+    """Check and open a model directory, hub name or checkpoint. dtype: element type of the target; None keeps the source's.
 
     config_from: model directory or hub name whose config and tokenizer describe a `torch_dist` checkpoint; None: those beside its tensors.
-    Raises UserError naming what is missing, unknown, damaged, of another shape or element type, and what the family does not support.
+    Raises UserError naming a tensor or file that is missing, unknown, damaged, of another shape or element type, or a setting that the
+    family does not support.
     """
     asked, path = path, Path(path).expanduser()
     if (torch_dist := find_torch_dist(path)) is not None:
@@ -110,14 +111,14 @@ def convert(
 ) -> None:
     """Write `source` to the new directory `target`, in the format `to`.
 
-    sizes: of a checkpoint of ours; naming: of that or torch_dist; shard_bytes: of a Hugging Face target.
+    sizes: for `megatron`; naming: for `megatron` and `torch_dist`; shard_bytes: for `huggingface`.
     """
     chosen, dtype = dtype, dtype or source.dtype
     if dtype not in DTYPES.values():
         raise UserError(f"--dtype {dtype} is not known; expected one of {', '.join(DTYPES.values())}")
     if to == "megatron":
         check_divisible(source.model.dims, sizes)
-    # torch_dist keeps them beside its tensors
+    # torch_dist keeps the small files beside its tensors
     small = {"huggingface": ".", "megatron": "huggingface", "torch_dist": "release/huggingface"}[to]
     with new_directory(target) as directory, _damage_first(source.check_files):
         if to == "torch_dist":
@@ -135,7 +136,7 @@ def convert(
 
 @contextmanager
 def _damage_first(check_files: Callable[[], None]) -> Iterator[None]:
-    """Damaged files explain whatever else goes wrong, and are what the user is told."""
+    """Report damaged files instead of the errors that they cause."""
     try:
         yield
     except Exception:
@@ -146,9 +147,9 @@ def _damage_first(check_files: Callable[[], None]) -> Iterator[None]:
 def _write_hugging_face(source: Source, directory: Path, dtype: str, shard_bytes: int) -> None:
     metas = [TensorMeta(name, dtype, shape) for name, shape in source.model.tensor_shapes.items()]
     write_weights(directory, metas, lambda shard: in_bands(source.reader, shard), shard_bytes)
-    with ThreadPoolExecutor(1) as beside:  # the disk works while the processor proves
+    with ThreadPoolExecutor(1) as beside:  # the disk syncs while the processor verifies
         synced = beside.submit(sync_files, directory)
-        _prove(source, TensorReader(read_model(directory)), metas)
+        _verify_written(source, TensorReader(read_model(directory)), metas)
         synced.result()
 
 
@@ -167,7 +168,7 @@ def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, namin
     manifest = Manifest(model.architecture, dtype, naming, sizes, {})
     with ThreadPoolExecutor(1) as beside:
         synced = beside.submit(sync_files, directory)
-        hashes = _prove(source, MegatronReader(directory, manifest, model), metas)
+        hashes = _verify_written(source, MegatronReader(directory, manifest, model), metas)
         synced.result()
     write_manifest(directory, replace(manifest, tensors=hashes), files)
 
@@ -178,13 +179,13 @@ def _write_torch_dist(source: Source, directory: Path, naming: str, dtype: str) 
     written = write_torch_dist(directory, model, source.reader, dtype, naming)
     with ThreadPoolExecutor(1) as beside:
         synced = beside.submit(sync_files, directory)
-        hashes = _prove(source, TorchDistReader(written, model), metas)
+        hashes = _verify_written(source, TorchDistReader(written, model), metas)
         synced.result()
     (written / HASHES).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
 
 
-def _prove(source: Source, written: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
-    """What was written is the source, byte by byte, and the source is what its hashes say; returns tensor → SHA-256."""
+def _verify_written(source: Source, written: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
+    """Check that the written tensors equal the source's byte by byte, and the source's its hashes; return tensor → SHA-256."""
     hashes = compare(source.reader, written, metas)
     if source.hashes.keys() - hashes.keys() or (source.hashes and hashes.keys() - source.hashes.keys()):
         raise UserError(f"{source.directory}: the manifest lists other tensors than a {source.model.architecture} has; it was changed")

@@ -1,4 +1,4 @@
-"""The live weights of the training ranks as a Hugging Face directory."""
+"""Exports the live weights of the training ranks as a Hugging Face directory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def write_export(
     target: Path, trainer: "TrainerRank", dtype: str, files: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, str]:
-    """Collective over all ranks: rank 0 writes `target`, all or nothing. Returns tensor → SHA-256 on rank 0.
+    """Write the current weights to `target` on rank 0, atomically; return tensor → SHA-256 there. Collective over all ranks.
 
-    Config, tokenizer and all other small files are those of the model that training started from, but for `files` (name → text); the
-    weights are the current ones. In a `README.md` among the files `{hashes}` is replaced by a list of the tensors' hashes.
+    Config, tokenizer and all other small files are those of the initial model, except `files` (name → text). In a `README.md` among
+    `files`, `{hashes}` is replaced by a list of the tensors' hashes.
     """
     metas = trainer.tensor_metas(dtype)
 

@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint directory says of itself, and the proof that it is still what was written.
+"""The manifest of a Megatron checkpoint directory, and the check that its files are those that were written.
 
 step_12/
   SHA256SUMS                  of every other file, readable by `sha256sum --check`
@@ -43,12 +43,12 @@ class Manifest:
     tensors: dict[str, str]
     """Hugging Face tensor → SHA-256 of its bytes, row-major and little-endian, in `dtype`."""
     training: dict[str, Any] = field(default_factory=dict)
-    """What a run resumes from beside tensors; empty in a checkpoint that was converted."""
+    """The state, beside tensors, from which a run resumes; empty in a converted checkpoint."""
     format: int = FORMAT
 
 
 def write_manifest(directory: Path, manifest: Manifest, known: dict[str, str]) -> None:
-    """Write `manifest.json` and `SHA256SUMS`. known: relative path → SHA-256 of files whose hash was taken while writing them."""
+    """Write `manifest.json` and `SHA256SUMS`. known: relative path → SHA-256 of files that were hashed while they were written."""
     (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
     if odd := next((name for name in _files(directory) if "\n" in name), None):
         raise UserError(f"{odd!r} has a line break in its name, which {SUMS} cannot list; rename the file in the model's directory")
@@ -59,14 +59,14 @@ def write_manifest(directory: Path, manifest: Manifest, known: dict[str, str]) -
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether this is, or was, a checkpoint of ours, rather than a Hugging Face directory."""
+    """Return whether this is a Megatron checkpoint, possibly damaged, rather than a Hugging Face directory."""
     return (directory / MANIFEST).exists() or (directory / "huggingface").is_dir()
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint that is whole: the files that were written and no other, none of them changed.
+    """Return the manifest of a complete checkpoint, after checking that no file is missing, added or changed.
 
-    Raises UserError naming the first file that is missing, added or damaged.
+    Raises UserError naming the first such file.
     """
     manifest, whole = open_manifest(directory)
     whole()
@@ -74,7 +74,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def open_manifest(directory: Path) -> tuple[Manifest, Callable[[], None]]:
-    """The same, at once, while the tensors' files are still read beside: the second value waits for them and raises what is wrong."""
+    """Return the manifest at once, and a function that waits for the concurrent check of the tensor files and raises its error."""
     if not is_checkpoint(directory):
         raise UserError(f"{directory} is no checkpoint of ours: it has no {MANIFEST}; name a directory such as checkpoints/step_10")
     try:
@@ -104,7 +104,7 @@ def _check_sums(directory: Path, expected: dict[str, str]) -> None:
 
 
 def load_manifest(directory: Path) -> Manifest:
-    """The manifest alone, of a checkpoint that is known to be whole."""
+    """Return the manifest without checking the other files."""
     values = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     if values.get("format") != FORMAT:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Proof that tensors are what they should be: hashes of whole tensors, and comparison of two places byte by byte, without copies.
+"""Verifies tensors by hashes of whole tensors and by byte-wise comparison of two readers, without copies.
 
-Each tensor is read in bands of whole rows, as it is stored, so that its bytes come in order straight from the mapped file.
+Each tensor is read in bands of whole rows, as it is stored, so that its bytes are read in order from the mapped file.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ from megatron_aspo.hf.tensor_meta import TensorMeta
 from megatron_aspo.weights.layout import Box, overlap, stacked
 
 _AT_ONCE = 2
-"""Tensors in work, each by a thread of its own: memory holds no more."""
+"""Tensors processed concurrently, each by one thread; an upper bound on those in memory."""
 
 
 def in_bands(reader: Reader, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Each tensor, in the meta's dtype, as bands from top to bottom."""
+    """Yield each tensor, in the meta's dtype, as bands from top to bottom."""
     for meta in metas:
         yield meta.name, [_read(reader, meta, box) for box in _bands(reader, meta)]
 
 
 def hash_tensors(reader: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
-    """Hugging Face tensor → SHA-256 of its bytes in the meta's dtype."""
+    """Return Hugging Face tensor → SHA-256 of its bytes in the meta's dtype."""
 
     def digest(meta: TensorMeta) -> str:
         return sha256_of_parts(_read(reader, meta, box) for box in _bands(reader, meta))
@@ -36,7 +36,7 @@ def hash_tensors(reader: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
 
 
 def compare(source: Reader, written: Reader, metas: Sequence[TensorMeta]) -> dict[str, str]:
-    """Hugging Face tensor → SHA-256 as above, of `source`. Raises UserError when `written` holds other bytes."""
+    """Return Hugging Face tensor → SHA-256 of `source`, as `hash_tensors` does. Raises UserError when `written` holds other bytes."""
 
     def digest(meta: TensorMeta) -> str:
         digest, homes = hashlib.sha256(), written.homes(meta.name)
@@ -63,7 +63,7 @@ def _read(reader: Reader, meta: TensorMeta, box: Box) -> torch.Tensor:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the bytes are; eight at a time where they are aligned, since torch compares element by element."""
+    """Return whether the bytes are equal, comparing eight at a time where aligned, since torch compares element by element."""
     a, b = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
     wide = torch.uint8 if any(t.storage_offset() % 8 or len(t) % 8 for t in (a, b)) else torch.int64
     return torch.equal(a.view(wide), b.view(wide))

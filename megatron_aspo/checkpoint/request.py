@@ -1,22 +1,22 @@
-"""What the driver asks of every training rank for a checkpoint; plain values that travel between processes."""
+"""The driver's request for a checkpoint to every training rank; plain values that are sent between processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ATTEMPT = "attempt"
-"""File in the run directory with the name of the process that owns it now."""
+"""File in the run directory with the name of its current owner process."""
 
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What the driver asks of every rank."""
+    """A request to every rank to write its part of a checkpoint."""
 
     target: Path
     attempt: str
-    """Of the process that asks: what a killed one left behind must not take the place of what its successor writes."""
+    """Name of the requesting process: files of a killed process must not replace those of its successor."""
     training: dict[str, Any]
-    """`Manifest.training`, but for what the ranks know."""
+    """`Manifest.training`, without the entries that the ranks add."""
     config: str
     """The resolved recipe."""
     asynchronous: bool

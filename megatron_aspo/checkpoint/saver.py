@@ -1,7 +1,7 @@
-"""One training rank's part of a checkpoint: a copy of its state, written while training goes on; and the way back.
+"""Saves one training rank's part of a checkpoint, from a copy of its state while training goes on, and restores it.
 
-Every rank writes its own files into a directory beside the checkpoint's, and reports; rank 0 waits for all reports, takes the hash of every
-Hugging Face tensor from what stands on the disk, writes the manifest and renames. All ranks need the same file system.
+Every rank writes its files into a directory beside the checkpoint's, and a report. Rank 0 waits for all reports, hashes every Hugging Face
+tensor as it is on the disk, writes the manifest and renames the directory. All ranks need the same file system.
 """
 
 import json
@@ -39,27 +39,27 @@ class RankSaver:
     def __init__(self, trainer: "TrainerRank"):
         self._trainer = trainer
         self._copies: dict[tuple[str, str], torch.Tensor] = {}
-        """Host memory of the copy that an asynchronous checkpoint is written from."""
+        """Host memory of the copy from which an asynchronous checkpoint is written."""
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def reserve(self) -> None:
-        """Take the memory for the copy before training begins: touching new memory takes several times longer than copying."""
-        self._copy(self._rooms())
+        """Allocate the memory of the copy before training begins: touching new memory takes several times longer than copying."""
+        self._copy(self._state())
 
     def save(self, request: SaveRequest) -> float:
-        """Start a checkpoint, after the one under way is done; returns the seconds until training can go on."""
+        """Start a checkpoint, after the one in progress is done; return the seconds until training can go on."""
         started = time.perf_counter()
         self.finish()
         self._check_file_system(request)
-        rooms = self._rooms()
+        state = self._state()
         if request.asynchronous:
-            rooms = self._copy(rooms)
+            state = self._copy(state)
         training = request.training | {
             "updates": updates(self._trainer.optimizer),
-            "master": any("master/" in k for k in rooms["optimizer"]),
+            "master": any("master/" in k for k in state["optimizer"]),
         }
-        self._writer = threading.Thread(target=self._run, args=(replace(request, training=training), rooms), daemon=True)
+        self._writer = threading.Thread(target=self._run, args=(replace(request, training=training), state), daemon=True)
         self._writer.start()
         if not request.asynchronous:
             self.finish()
@@ -78,13 +78,13 @@ class RankSaver:
             )
 
     def finished(self) -> bool:
-        """Whether nothing is being written. Raises what ended the writer, if something did."""
+        """Return whether nothing is being written. Raises the writer's error, if any."""
         if self._writer is None or self._writer.is_alive():
             return self._writer is None
         return self.finish()
 
     def finish(self) -> bool:
-        """Wait for what is being written; raises what ended the writer, if something did."""
+        """Wait for the writer and return True. Raises the writer's error, if any."""
         if self._writer is not None:
             self._writer.join()
         self._writer, error, self._error = None, self._error, None
@@ -92,8 +92,8 @@ class RankSaver:
             raise error
         return True
 
-    def _rooms(self) -> dict[str, Tensors]:
-        """Room → the tensors of this rank's file there; live."""
+    def _state(self) -> dict[str, Tensors]:
+        """Return section (model, optimizer, rng) → the live tensors of this rank's file."""
         trainer, rank = self._trainer, self._trainer.parallel.rank
         held = trainer.stored_layouts[rank].parameter_shapes if rank in trainer.stored_layouts else {}
         parameters = dict(trainer.model.named_parameters())
@@ -112,21 +112,21 @@ class RankSaver:
         }
 
     @torch.no_grad()
-    def _copy(self, rooms: dict[str, Tensors]) -> dict[str, Tensors]:
+    def _copy(self, state: dict[str, Tensors]) -> dict[str, Tensors]:
         copied: dict[str, Tensors] = {}
-        for room, tensors in rooms.items():
-            copied[room] = {}
+        for section, tensors in state.items():
+            copied[section] = {}
             for key, tensor in tensors.items():
-                if (room, key) not in self._copies:
-                    self._copies[room, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                copied[room][key] = self._copies[room, key].copy_(tensor)
+                if (section, key) not in self._copies:
+                    self._copies[section, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copied[section][key] = self._copies[section, key].copy_(tensor)
         return copied
 
-    def _run(self, request: SaveRequest, rooms: dict[str, Tensors]) -> None:
+    def _run(self, request: SaveRequest, state: dict[str, Tensors]) -> None:
         rank = self._trainer.parallel.rank
         try:
             with disk_errors(request.target, "nothing of it was left"):
-                report = {"files": _write_rank(request.unfinished, rank, rooms)}
+                report = {"files": _write_rank(request.unfinished, rank, state)}
         except BaseException as error:
             self._error = error
             report = {"error": str(error) if isinstance(error, UserError) else repr(error), "user": isinstance(error, UserError)}
@@ -154,9 +154,9 @@ class RankSaver:
 
 
 def restore(trainer: "TrainerRank", directory: Path, manifest: Manifest) -> None:
-    """Fill weights, optimizer and, at the layout and on the kind of device of the checkpoint, random generators.
+    """Restore weights, optimizer and, with the layout and kind of device of the checkpoint, random generators.
 
-    Each rank reads only its own share. At another layout the generators begin anew from the seed: a rank's state has no meaning there.
+    Each rank reads only its shard. At another layout the generators start again from the seed: a rank's state has no meaning there.
     """
     model = read_model(directory / "huggingface")
     kind = "master" if manifest.training["master"] else "model"
@@ -170,7 +170,7 @@ def restore(trainer: "TrainerRank", directory: Path, manifest: Manifest) -> None
         for name, values in assemble(layout, reader, wanted):
             targets[name].copy_(values if whole else values.reshape(-1)[slabs[name].start : slabs[name].stop])
 
-    # Weights at once in this run's element type: float32 main weights round to the same as where they were written.
+    # Weights are read in this run's element type: float32 main weights round to the same values as when they were written.
     fill(kind, parameters, whole=True)
     fill(kind, {name: slab.master for name, slab in slabs.items() if slab.master is not None})
     fill("exp_avg", {name: slab.exp_avg for name, slab in slabs.items()})
@@ -182,20 +182,20 @@ def restore(trainer: "TrainerRank", directory: Path, manifest: Manifest) -> None
             restore_rng(states)
 
 
-def _write_rank(directory: Path, rank: int, rooms: dict[str, Tensors]) -> dict[str, str]:
-    """Returns relative path → SHA-256 of this rank's files."""
+def _write_rank(directory: Path, rank: int, state: dict[str, Tensors]) -> dict[str, str]:
+    """Write this rank's files and return relative path → SHA-256."""
     hashes = {}
-    for room, tensors in rooms.items():
+    for section, tensors in state.items():
         if not tensors:
             continue
-        file = rank_file(directory, room, rank)
+        file = rank_file(directory, section, rank)
         file.parent.mkdir(parents=True, exist_ok=True)
         metas: list[TensorMeta] = [meta_of(key, tensor) for key, tensor in tensors.items()]
         with TensorFileWriter(file, metas) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor.cpu())
             hashes[str(file.relative_to(directory))] = writer.close().sha256
-        sync(file)  # by the node that wrote it
+        sync(file)  # on the node that wrote it
     return hashes
 
 
@@ -206,16 +206,16 @@ def _report(directory: Path, rank: int, report: dict) -> None:
 
 
 def _wait_for_reports(directory: Path, world: int, timeout_s: float) -> dict[str, str]:
-    """Relative path → SHA-256 of the files of all ranks, once all are written. Raises when a rank could not, or says nothing any more."""
+    """Wait for all ranks and return relative path → SHA-256 of their files. Raises when a rank failed or does not report in time."""
     files: dict[str, str] = {}
     for rank in range(world):
-        place = directory / "reports" / f"{rank}.json"
+        path = directory / "reports" / f"{rank}.json"
         deadline = time.monotonic() + timeout_s
-        while not place.exists():
+        while not path.exists():
             if time.monotonic() > deadline:
                 raise UserError(f"training rank {rank} did not write its part of {directory.name} within trainer.timeout_s={timeout_s:g} s")
             time.sleep(0.02)
-        report = json.loads(place.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
         if "error" in report:
             raise (UserError if report["user"] else RuntimeError)(f"training rank {rank}: {report['error']}")
         files |= report["files"]

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face directory and a checkpoint of Megatron's layers are the same model: logits of both on random tokens."""
+"""Verifies that a Hugging Face directory and a checkpoint of Megatron's layers are the same model, by their logits on random tokens."""
 
 import os
 import warnings
@@ -12,15 +12,15 @@ from megatron_aspo.common.errors import UserError
 
 SEQUENCES, TOKENS = 2, 48
 TOLERANCE = 1e-4
-"""Of the largest logit, in float32: rounding of two implementations stays below it by far, a misplaced tensor is above it."""
+"""Tolerated difference relative to the largest logit, in float32: rounding stays far below it, a misplaced tensor exceeds it."""
 
 
 def verify(hugging_face: Path, megatron: Source, dtype: torch.dtype) -> None:
-    """Compute the logits of both models in float32, by transformers and by Megatron-Core, weights cast to `dtype`.
+    """Compare the float32 logits of transformers and of Megatron-Core for the two models, weights cast to `dtype`.
 
-    Raises UserError with the difference when it is more than rounding. Needs memory for one float32 model at a time.
+    Raises UserError with the difference if it exceeds rounding. Needs memory for one float32 model at a time.
     """
-    with warnings.catch_warnings(action="ignore"):  # at import Megatron warns of each optional package that is absent
+    with warnings.catch_warnings(action="ignore"):  # on import Megatron warns of each missing optional package
         expected, tokens = _transformers_logits(hugging_face, dtype)
         found = _megatron_logits(megatron, tokens, dtype)
     scale = float(expected.abs().max())

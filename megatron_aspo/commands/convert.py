@@ -1,8 +1,7 @@
-"""`megatron-aspo convert`: from the words of the command line to a conversion."""
+"""`megatron-aspo convert`: checks the command line and runs the conversion."""
 
 import argparse
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +13,14 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.tokenizer_export import auto_tokenizer_note
 from megatron_aspo.hf.model_directory import find_torch_dist
 from megatron_aspo.hf.writer import SHARD_BYTES
-from megatron_aspo.weights.layout import ModelDims, ParallelSizes, check_divisible
+from megatron_aspo.weights.layout import LayoutError, ModelDims, ParallelSizes, check_divisible
 
 _LAYOUT = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "expert_parallel", "expert_tensor_parallel", "naming")
 
 
 def run_convert(parsed: argparse.Namespace) -> None:
-    """Raises UserError for anything that the user can cure; then no target is left."""
-    # Copying and comparing wait for memory: threads of torch's would only spin beside the ones that hash.
+    """Convert `parsed.source`. Raises UserError for anything that the user can cure; then no target is left."""
+    # Copying and comparing are limited by memory bandwidth: torch's threads would only compete with those that hash.
     torch.set_num_threads(1)
     path = Path(parsed.source).expanduser()
     from_hugging_face = find_torch_dist(path) is None and not is_checkpoint(path)
@@ -53,7 +52,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
 
 
 def _notes(source: Source, to: str, target: Path) -> Iterator[str]:
-    """Yield remarks on data that the target format cannot hold, and on fields that other programs interpret differently."""
+    """Yield notes on data that the target format cannot hold and on fields that other programs interpret differently."""
     if to == "huggingface" and (note := auto_tokenizer_note(target)):
         yield note
     if to == "torch_dist":
@@ -64,7 +63,7 @@ def _notes(source: Source, to: str, target: Path) -> Iterator[str]:
 
 
 def _check(parsed: argparse.Namespace, from_hugging_face: bool, to: str, target: Path) -> None:
-    """What can be refused before the source is read, which takes long."""
+    """Raise UserError for mistakes that show before the source is read, which takes long."""
     given = [f"--{name.replace('_', '-')}" for name in _LAYOUT if getattr(parsed, name) is not None]
     if to == "huggingface" and given:
         raise UserError(f"{given[0]} is about a Megatron target, but {parsed.target} is to be a Hugging Face directory; leave it out")
@@ -84,7 +83,7 @@ def _sizes(parsed: argparse.Namespace) -> ParallelSizes:
     return ParallelSizes(
         tensor=tensor,
         pipeline=parsed.pipeline_parallel or 1,
-        # Experts are spread over the ranks of a stage: as many data-parallel replicas as they need.
+        # Experts are sharded over the ranks of a stage: add as many data-parallel replicas as they need.
         data=math.lcm(tensor, expert * expert_tensor) // tensor,
         virtual=parsed.virtual_pipeline or 1,
         expert=expert,
@@ -93,9 +92,8 @@ def _sizes(parsed: argparse.Namespace) -> ParallelSizes:
 
 
 def _check_layout(dims: ModelDims, sizes: ParallelSizes) -> None:
-    """As a run does, but in the words of this command."""
+    """Raise UserError, in the words of this command, when the model cannot be cut this way."""
     try:
         check_divisible(dims, sizes)
-    except UserError as error:
-        said = re.sub(r"trainer\.(\w+)=", lambda match: f"--{match[1].replace('_', '-')} ", str(error))
-        raise UserError(said) from error
+    except LayoutError as error:
+        raise error.worded(lambda name, value: f"--{name.replace('_', '-')} {value}") from None

@@ -1,4 +1,4 @@
-"""megatron-aspo data: what a recipe's data, or a file, is understood as."""
+"""`megatron-aspo data`: reports how a recipe's data, or a file, is understood."""
 
 import argparse
 import json
@@ -11,13 +11,13 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
 from megatron_aspo.config import load_optional
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.store import PromptStore, with_answer
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.hf.model_directory import resolve_model
 from megatron_aspo.rewards.by_source import reward_of_source
 from megatron_aspo.rewards.choice import RewardChoice
 from megatron_aspo.tasks.dataset import EVAL, TRAIN, Loader, Part, find_repetitions
+from megatron_aspo.tasks.options import DataOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ _QUANTILES = (("shortest", 0.0), ("median", 0.5), ("95 %", 0.95), ("longest", 1.
 
 
 def run_data(parsed: argparse.Namespace) -> None:
-    """Print the report on `parsed.locations`, or on the recipe's. Raises UserError for the first row that is wrong."""
+    """Print the report on `parsed.locations`, or on the recipe's data. Raises UserError for the first faulty row."""
     model, options = parsed.model, DataOptions(drop_long_prompts=True)
     if config := load_optional(parsed.recipe, parsed.overrides):
         model, options = model or config.model, config.data
@@ -46,25 +46,25 @@ def run_data(parsed: argparse.Namespace) -> None:
     loader = Loader(store, options, encoder)
     splits = {TRAIN: loader.load(TRAIN, options.path), EVAL: loader.load(EVAL, options.eval_path)}
     if parsed.json:
-        print(json.dumps(_figures(store, splits, options)))
+        print(json.dumps(_report_as_json(store, splits, options)))
     else:
-        print("\n".join(_report(store, splits, options, tokenizer, parsed.prompts)))
+        print("\n".join(_format_report(store, splits, options, tokenizer, parsed.prompts)))
 
 
 def _vocab(directory: Path) -> int:
-    """Rows of the model's embedding, beyond which a run refuses tokens."""
+    """Return the rows of the model's embedding; a run refuses larger token ids."""
     try:
         return int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory}/config.json has no readable vocab_size ({one_line(error)}); name the directory of a model") from error
 
 
-def _report(
+def _format_report(
     store: PromptStore, splits: dict[str, list[Part]], options: DataOptions, tokenizer: "PreTrainedTokenizerBase", shown: int
 ) -> list[str]:
-    figures = _figures(store, splits, options)
+    report = _report_as_json(store, splits, options)
     lines = []
-    for split, parts in figures["splits"].items():
+    for split, parts in report["splits"].items():
         lines.append(f"{'training' if split == TRAIN else 'held-out'} prompts: {sum(part['prompts'] for part in parts)}")
         for part in parts:
             left_out = (
@@ -78,18 +78,20 @@ def _report(
                 lines.append(
                     f"    data_source {source['name']}: {source['prompts']}; reward: {source['reward'] or 'none, set data.reward'}"
                 )
-    lines += figures["repetitions"] or ["no prompt occurs twice, and none is both trained on and held out"]
+    lines += report["repetitions"] or ["no prompt occurs twice, and none is both trained on and held out"]
     for number in range(min(shown, len(store))):
-        lines += _shown(store, number * len(store) // shown, tokenizer)
+        lines += _format_prompt(store, number * len(store) // shown, tokenizer)
     return lines
 
 
-def _figures(store: PromptStore, splits: dict[str, list[Part]], options: DataOptions) -> dict[str, Any]:
-    """The report as JSON values."""
+def _report_as_json(store: PromptStore, splits: dict[str, list[Part]], options: DataOptions) -> dict[str, Any]:
+    """Return the report as JSON values."""
     weights = [weight / sum(options.weights) for weight in options.weights]
     return {
         "splits": {
-            split: [_part(store, part, options, weights[n] if weights and split == TRAIN else None) for n, part in enumerate(parts)]
+            split: [
+                _describe_part(store, part, options, weights[n] if weights and split == TRAIN else None) for n, part in enumerate(parts)
+            ]
             for split, parts in splits.items()
             if parts
         },
@@ -97,7 +99,7 @@ def _figures(store: PromptStore, splits: dict[str, list[Part]], options: DataOpt
     }
 
 
-def _part(store: PromptStore, part: Part, options: DataOptions, weight: float | None) -> dict[str, Any]:
+def _describe_part(store: PromptStore, part: Part, options: DataOptions, weight: float | None) -> dict[str, Any]:
     inside = "WHERE position >= ? AND position < ?"
     lengths = [n // 4 for (n,) in store.query(f"SELECT length(tokens) AS n FROM prompts {inside} ORDER BY n", part.start, part.stop)]
     sources = store.query(
@@ -111,7 +113,7 @@ def _part(store: PromptStore, part: Part, options: DataOptions, weight: float | 
         "too_long": part.too_long,
         "weight": weight,
         "tokens": {name: _quantile(lengths, share) for name, share in _QUANTILES},
-        "sources": [{"name": name, "prompts": count, "reward": _reward(options, name)} for name, count in sources],
+        "sources": [{"name": name, "prompts": count, "reward": _describe_reward(options, name)} for name, count in sources],
     }
 
 
@@ -119,20 +121,20 @@ def _quantile(ordered: Sequence[int], share: float) -> int:
     return ordered[round(share * (len(ordered) - 1))]
 
 
-def _shown(store: PromptStore, position: int, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def _format_prompt(store: PromptStore, position: int, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     prompt = with_answer(store.read(position))
-    ((place,),) = store.query("SELECT place FROM prompts WHERE position = ?", position)
+    ((source,),) = store.query("SELECT location FROM prompts WHERE position = ?", position)
     text = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
     truth = json.dumps(prompt.ground_truth, ensure_ascii=False, default=repr)
-    return [f"--- prompt {prompt.id}, {place}, {len(prompt.token_ids)} tokens", _cut(text), f"--- ground truth: {_cut(truth)}"]
+    return [f"--- prompt {prompt.id}, {source}, {len(prompt.token_ids)} tokens", _shorten(text), f"--- ground truth: {_shorten(truth)}"]
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} … ({len(text)} characters)"
 
 
-def _reward(options: DataOptions, data_source: str) -> str:
-    """The reward of a data source in words; empty if it has none."""
+def _describe_reward(options: DataOptions, data_source: str) -> str:
+    """Return the reward of a data source in words; empty if it has none."""
     choice = RewardChoice(options)
     if not choice:
         return reward_of_source(data_source)

@@ -1,4 +1,4 @@
-"""`megatron-aspo eval`: generate, grade and report, together or in processes of their own."""
+"""`megatron-aspo eval`: generates, grades and reports, together or in separate processes."""
 
 import argparse
 import contextlib
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_aspo import __version__
+from megatron_aspo.commands.eval_recipe import recipe_of, recipe_settings
 from megatron_aspo.common.atomic import disk_errors
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
-from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan, recipe_of
+from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan
 from megatron_aspo.evaluation.problems import Problems, load_problems
 from megatron_aspo.evaluation.report import GENERATED, PARTS, report
 from megatron_aspo.evaluation.resources import with_cache
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
     from megatron_aspo.runtime.cluster import Cluster
 
 _LOOSE = ("settings.engine", "settings.data.eval_path", "settings.data.reward_workers", "settings.data.reward_resource", "versions")
-"""Key paths of the record in which a process that goes on may differ."""
+"""Key paths of the record in which a continuing process may differ."""
 
 
 def run_eval(parsed: argparse.Namespace) -> int:
-    """Evaluate `parsed.target`. Returns 1 if there are parts that could not be graded yet. Raises UserError for what the user can cure."""
+    """Evaluate `parsed.target`. Returns 1 if some parts cannot be graded yet. Raises UserError for mistakes that the user can correct."""
     if parsed.watch:
         from megatron_aspo.commands.watch import run_watch
 
@@ -48,10 +49,11 @@ def run_eval(parsed: argparse.Namespace) -> int:
     if not parsed.out:
         raise UserError("an evaluation needs a directory to write; name it with --out")
     out = parsed.out.expanduser().absolute()
-    # Who grades needs no model: it may be on other machines alone.
+    # Grading needs no model, which may be on other machines only.
     elsewhere = parsed.stage == "grade" and not Path(parsed.target).expanduser().exists()
     target = Target() if elsewhere else find_target(parsed.target)
-    plan = make_plan(parsed.protocol, None if parsed.protocol else recipe_of(target, parsed.recipe), parsed.data, parsed.overrides)
+    recipe = None if parsed.protocol else recipe_of(target, parsed.recipe)
+    plan = make_plan(parsed.protocol, recipe_settings(recipe) if recipe else None, parsed.data, parsed.overrides)
     if plan.server_rules and parsed.stage != "generate":
         require_rules(plan.settings.data, plan.server_rules, f"megatron-aspo grade-server --protocol {plan.protocol}{_limits(plan)}")
     with _owned(out, parsed.stage):
@@ -74,7 +76,7 @@ def _limits(plan: EvalPlan) -> str:
 
 
 class Evaluation:
-    """One evaluation in its directory; `run` does what is left of it."""
+    """One evaluation in its directory; `run` completes it."""
 
     def __init__(self, target: Target, plan: EvalPlan, out: Path, parsed: argparse.Namespace):
         self._target, self._plan, self._settings, self._out = target, plan, plan.settings, out
@@ -82,7 +84,7 @@ class Evaluation:
         self._generates, self._grades = parsed.stage != "grade", parsed.stage != "generate"
 
     def run(self) -> int:
-        """Do what is left of the stage. Returns the number of parts that are not generated."""
+        """Complete the stage and return the number of parts that are not generated."""
         settings = self._settings
         if not self._generates:
             problems = load_problems(settings, None, self._accept_count)
@@ -110,7 +112,7 @@ class Evaluation:
         return PromptEncoder(self._tokenizer, vocabulary(directory), self._settings.data)
 
     def _agree(self, directory: Path | None, problems: Problems) -> None:
-        """Write down what is evaluated, or check that it is what the directory has."""
+        """Record the model and problems, or check that they match the directory's record."""
         if directory:
             model = {"sha256": model_sha256(directory)}
             prompts = "".join(f"{list(prompt.token_ids)}\n" for prompt in problems.prompts)
@@ -129,7 +131,7 @@ class Evaluation:
         EvalRecord(self._out).agree(values, loose)
 
     def _check_data(self, problems: Problems) -> None:
-        """Check that the responses in the directory are to these problems, and that the result's record will be true."""
+        """Check that the directory's responses belong to these problems, so that the result's record is true."""
         record = EvalRecord(self._out)
         if not record.read():
             raise UserError(f"{self._out} has no responses to grade; generate them first with --stage generate")
@@ -141,7 +143,7 @@ class Evaluation:
         return Sampling(s.samples, s.temperature, s.top_p, s.max_response_tokens, s.seed, tuple(s.stop))
 
     def _generate(self, directory: Path | None, problems: Problems, store: PartStore) -> None:
-        """Generate the missing parts, and grade all that are not graded unless that is another process's."""
+        """Generate the missing parts and, unless another process grades, grade all ungraded parts."""
         settings = self._settings
         with ExitStack() as stack:
             if directory or self._grades:
@@ -167,19 +169,16 @@ class Evaluation:
         from megatron_aspo.rollout.pool import EnginePool
 
         s, eos = self._settings, self._tokenizer.eos_token_id
-        given = s.rollout(engine_dtype(directory))
-        options = with_cache(read_model(directory), given, s.max_model_len, device, here=not self._ray_address)
+        given, model = s.rollout(engine_dtype(directory)), read_model(directory)
+        options = with_cache(model, given, s.engine.kv_cache_gib > 0, s.max_model_len, device, here=not self._ray_address)
         stop_ids = () if eos is None else (eos,)
         engines = EnginePool(str(directory), options, s.max_model_len, device, s.seed, s.deterministic, stop_ids)
         try:
             started = time.monotonic()
             (info, *_) = engines.start()
             seconds = time.monotonic() - started
-            cache = f"key-value cache {options.kv_cache_gib:.3g} GiB"
-            print(
-                f"engines: {options.engines} × vLLM {info.vllm_version} on {info.device}, {options.dtype}, {cache}; {seconds:.0f} s",
-                flush=True,
-            )
+            what = f"{options.engines} × vLLM {info.vllm_version} on {info.device}, {options.dtype}"
+            print(f"engines: {what}, key-value cache {options.kv_cache_gib:.3g} GiB; {seconds:.0f} s", flush=True)
             yield EngineResponder(engines, self._tokenizer)
         finally:
             engines.shutdown()
@@ -194,7 +193,7 @@ class Evaluation:
 
 
 class _Recorder:
-    """Writes parts, and prints how far the evaluation is."""
+    """Writes parts and prints the progress."""
 
     def __init__(self, store: PartStore, parts: int, grades: bool):
         self._store, self._parts, self._grades, self._generated = store, parts, grades, 0
@@ -209,7 +208,7 @@ class _Recorder:
 
 @contextmanager
 def _owned(out: Path, stage: str) -> Iterator[None]:
-    """Let no second process generate, or grade, in the directory. Raises UserError while another does."""
+    """Hold the directory's lock for generating, or grading. Raises UserError while another process holds it."""
     with disk_errors(out), ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("generate", "grade") if stage == "all" else (stage,):
@@ -233,7 +232,7 @@ def _cluster(address: str, settings: EvalSettings, engines: bool) -> Iterator["C
 
 
 def _check_devices(settings: EvalSettings, cluster: "Cluster") -> None:
-    """Refuse engines that Ray could never place: it would wait for them."""
+    """Raise UserError for engines that Ray could never place: it would wait for ever."""
     engine = settings.engine
     needed = engine.engines * (engine.tensor_parallel if cluster.device == "cuda" else 1)
     if needed > cluster.slots:

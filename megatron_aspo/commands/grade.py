@@ -1,4 +1,4 @@
-"""megatron-aspo grade: the reward that a recipe would give, tried alone on responses from a file."""
+"""`megatron-aspo grade`: tries a recipe's reward on responses from a file."""
 
 import argparse
 import json
@@ -12,18 +12,18 @@ from typing import Any
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_optional
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.sources import read_rows
 from megatron_aspo.rewards.by_source import reward_of_source
 from megatron_aspo.rewards.choice import NAMES
 from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.response_row import ResponseRow
 from megatron_aspo.rewards.result import RewardResult
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.tasks.task import TASKS
 
 
 def run_grade(parsed: argparse.Namespace) -> None:
-    """Grade `parsed.file` and print one JSON object a line, the summary last. Raises UserError, with file and line for a faulty row."""
+    """Grade `parsed.file` and print one JSON object per line, the summary last. Raises UserError, with file and line for a faulty row."""
     results, started = [], time.monotonic()
     with Rewards(parsed) as rewards:
         for where, row in read_responses(parsed.file):
@@ -42,20 +42,20 @@ def run_grade(parsed: argparse.Namespace) -> None:
 
 
 def summarize(results: list[tuple[RewardResult, str]], seconds: float) -> dict[str, Any]:
-    """Count, mean score, number of each verdict, and time on the clock in seconds."""
+    """Return count, mean score, number of each verdict, and wall-clock time in seconds."""
     mean = round(statistics.fmean(result.score for result, _ in results), 6) if results else None
     verdicts = Counter(verdict for _, verdict in results)
     return {"responses": len(results), "mean_score": mean, "verdicts": verdicts, "seconds": round(seconds, 3)}
 
 
 class Rewards:
-    """The reward of each row: the recipe's, that of --reward, or that of the row's data source. A context manager: it closes them.
+    """The reward of each row: the recipe's, that of --reward, or that of the row's data source. A context manager, which closes them.
 
-    Each runs in a process of its own, as in a run: one that hangs or crashes fails one response.
+    Each reward has its own process, as in a run: if it hangs or crashes, one response fails.
     """
 
     def __init__(self, parsed: argparse.Namespace):
-        """Raises UserError for options that name no reward, or two."""
+        """Choose the reward. Raises UserError for options that name none, or two."""
         self._only: RewardProcess | None = None
         self._by_name: dict[str, RewardProcess] = {}
         if parsed.recipe and parsed.reward:
@@ -66,7 +66,7 @@ class Rewards:
             self._only = _named(parsed.reward)
 
     def of(self, data_source: str, where: str) -> RewardProcess:
-        """Raises UserError, with the place in the file, for a data source that has no reward."""
+        """Return the reward of a data source. Raises UserError, with `where` in the file, if it has none."""
         if self._only:
             return self._only
         name = reward_of_source(data_source) or data_source
@@ -105,7 +105,7 @@ def _named(name: str) -> RewardProcess:
 
 
 def read_responses(path: Path) -> Iterator[tuple[str, ResponseRow]]:
-    """Yield (place, row) for each row of the file. Raises UserError for the first that is wrong."""
+    """Yield each row's location in the file, for messages, and the row. Raises UserError for the first faulty row."""
     for row in read_rows(str(path), "response, ground_truth and data_source"):
         try:
             response = ResponseRow(row.fields, row.number)

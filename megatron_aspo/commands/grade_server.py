@@ -1,4 +1,4 @@
-"""megatron-aspo grade-server: a reward over HTTP, for CPU machines outside the cluster. It needs neither torch nor a GPU."""
+"""`megatron-aspo grade-server`: serves a reward over HTTP, for CPU machines outside the cluster. It needs neither torch nor a GPU."""
 
 import argparse
 import ipaddress
@@ -7,18 +7,18 @@ from pathlib import Path
 from megatron_aspo.common.auth_token import find_token
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_optional
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.rewards.process import reward_name
 from megatron_aspo.rewards.service.rules import grading_rules
 from megatron_aspo.rewards.service.server import GradingServer
 from megatron_aspo.rewards.service.workers import Workers
+from megatron_aspo.tasks.options import DataOptions
 
 ALL = "all"
-"""The word for every interface."""
+"""Value of --host that means every interface."""
 
 
 def run_grade_server(parsed: argparse.Namespace) -> None:
-    """Serve until interrupted. Raises UserError for an address, a token or a reward that cannot be had."""
+    """Serve until interrupted. Raises UserError for an address, a token or a reward that cannot be used."""
     host = interface_of(parsed.host)
     task, options = _choose(parsed)
     if options.reward == "remote":
@@ -31,8 +31,8 @@ def run_grade_server(parsed: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"{parsed.host}:{parsed.port} cannot be listened on ({error.strerror or error}); name another") from error
         with server:
-            place = f"{server.server_address[0]}:{server.server_address[1]}"
-            print(f"grading {reward_name(task, options)} with {parsed.workers} processes on http://{place}; token in {file}", flush=True)
+            address = f"{server.server_address[0]}:{server.server_address[1]}"
+            print(f"grading {reward_name(task, options)} with {parsed.workers} processes on http://{address}; token in {file}", flush=True)
             server.serve_forever(poll_interval=0.2)
 
 
@@ -51,7 +51,7 @@ def _choose(parsed: argparse.Namespace) -> tuple[str, DataOptions]:
 
 
 def interface_of(host: str) -> str:
-    """Return the numeric IPv4 address to listen on. Raises UserError for one that means every interface, unless the word for it is said."""
+    """Return the numeric IPv4 address to listen on. Raises UserError for one that means every interface, unless `host` is ALL."""
     if host == ALL:
         return "0.0.0.0"
     try:

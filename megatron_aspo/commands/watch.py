@@ -1,11 +1,11 @@
-"""`megatron-aspo eval --watch`: each checkpoint of a directory is evaluated once, whichever of several watchers does it.
+"""`megatron-aspo eval --watch`: evaluates each checkpoint of a directory once, by any of several watchers.
 
-A watcher claims a checkpoint by an flock on OUT/NAME.claim, which its child process inherits: the claim ends when both are gone, however
-they end, so a checkpoint whose watcher was killed is evaluated by another, and never by two at a time. OUT has to be on a file system with
-locks that hold between hosts (NFS since version 4, Lustre with -o flock); checkpoints are evaluated in processes of their own.
+A watcher claims a checkpoint by an flock on OUT/NAME.claim, which its child process inherits. The claim ends when both processes have
+ended, for any reason: a checkpoint whose watcher was killed is evaluated by another, never by two at a time. OUT must be on a file system
+whose locks hold between nodes (NFS since version 4, Lustre with -o flock). Each checkpoint is evaluated in a child process.
 
 With `--stage generate` and `--stage grade` two kinds of watchers share the work: one on machines with GPUs, which needs the checkpoints,
-and one on machines without, which needs OUT alone.
+and one on machines without, which needs only OUT.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_aspo.checkpoint.manifest import is_checkpoint
+from megatron_aspo.commands.eval_recipe import recipe_settings
 from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config
@@ -37,56 +38,56 @@ _PATTERNS = ("exports/step_*", "checkpoints/step_*", "step_*", "global_step_*")
 """Patterns of checkpoint directories below the watched directory."""
 _POLL_S = 60.0
 TRIES = 3
-"""Failed evaluations of one checkpoint, by all watchers together, after which it is left alone."""
+"""Number of failed evaluations of a checkpoint, over all watchers, after which it is skipped."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that is whole."""
+    """A complete checkpoint."""
 
     path: Path
     step: int
 
     @property
     def name(self) -> str:
-        """Name of its evaluation."""
+        """The name of its evaluation."""
         return f"step_{self.step}"
 
 
 def candidates(directory: Path) -> list[Candidate]:
-    """Return the checkpoints below `directory` that are whole, by step.
+    """Return the complete checkpoints below `directory`, by step.
 
-    A checkpoint of ours gets its name when it is whole; a Hugging Face directory is whole when every file of its index is there. If a step
-    is there several times, the first of `_PATTERNS` counts.
+    A Megatron checkpoint gets its name when it is complete; a Hugging Face directory is complete when every file of its index exists. If
+    a step exists several times, the first of `_PATTERNS` wins.
     """
     found: dict[int, Candidate] = {}
     for pattern in _PATTERNS:
         for path in directory.glob(pattern):
             step = Target(directory=path).step
-            if step is not None and (is_checkpoint(path) or _is_whole(path)):
+            if step is not None and (is_checkpoint(path) or _is_complete(path)):
                 found.setdefault(step, Candidate(path, step))
     return [found[step] for step in sorted(found)]
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     if not (path / "config.json").is_file():
         return False
     index = path / "model.safetensors.index.json"
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else {"model.safetensors"}
     except (ValueError, KeyError):
-        return False  # it is still being written
+        return False  # the index is still being written
     return all((path / name).is_file() for name in files)
 
 
 def generated(out: Path, directory: Path) -> list[Candidate]:
-    """Return, by step, the checkpoints all of whose responses are generated; they need not be on this machine."""
+    """Return, by step, the checkpoints whose responses are all generated; the checkpoints need not be on this machine."""
     names = (path.parent.name for path in out.glob(f"step_*/{GENERATED}"))
     return sorted((Candidate(directory / name, int(name.removeprefix("step_"))) for name in names), key=lambda found: found.step)
 
 
 class Watcher:
-    """Evaluates what is new in a directory; `look` once, or again and again."""
+    """Evaluates the new checkpoints of a directory, at each call of `look`."""
 
     def __init__(
         self,
@@ -96,8 +97,10 @@ class Watcher:
         on_result: Callable[[int, dict[str, Any]], None],
         stage: str = "all",
     ):
-        """command: the words of the process that evaluates a candidate into a directory. on_result: called with step and result.json of
-        each evaluation, once by all watchers together, unless a watcher is killed as it calls. stage: as of `megatron-aspo eval`.
+        """Watch `directory`.
+
+        command: returns the arguments of the process that evaluates a candidate into a directory. on_result: called with step and
+        result.json of each evaluation, once over all watchers unless one is killed during the call. stage: as in `megatron-aspo eval`.
         """
         self._directory, self._out, self._command, self._on_result = directory, out, command, on_result
         self._stage, self._end = stage, GENERATED if stage == "generate" else RESULT
@@ -106,9 +109,7 @@ class Watcher:
         return generated(self._out, self._directory) if self._stage == "grade" else candidates(self._directory)
 
     def look(self) -> list[str]:
-        """Evaluate each checkpoint that is not evaluated and that no other watcher has claimed. Return the names of those that failed too
-        often.
-        """
+        """Evaluate each checkpoint that has no result and no claim of another watcher. Returns the names of those that failed too often."""
         with disk_errors(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
         self._record()
@@ -139,7 +140,7 @@ class Watcher:
 
     @contextmanager
     def _claim(self, candidate: Candidate) -> Iterator[IO[str] | None]:
-        """Yield the claim's file, or None while another watcher has it. Who generates and who grades claim apart."""
+        """Yield the claim's file, or None while another watcher holds it. Generating and grading have separate claims."""
         with (self._out / f"{candidate.name}{'.grade' if self._stage == 'grade' else ''}.claim").open("a", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -158,7 +159,7 @@ class Watcher:
             print(f"{candidate.name}: exit status {status}, {len(failures)} of {TRIES} tries", flush=True)
 
     def _record(self) -> None:
-        """Hand on the results that the table does not have, then write OUT/results.csv: a row for each evaluation, by step."""
+        """Pass on the results that the table does not contain, then write OUT/results.csv: a row per evaluation, by step."""
         with (self._out / "results.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             results = {int(path.parent.name.removeprefix("step_")): path for path in self._out.glob(f"step_*/{RESULT}")}
@@ -171,7 +172,7 @@ class Watcher:
 
 
 def _recorded(table: Path) -> set[int]:
-    """The steps in the table."""
+    """Return the steps in the table."""
     if not table.exists():
         return set()
     return {int(row["step"]) for row in csv.DictReader(io.StringIO(table.read_text(encoding="utf-8")))}
@@ -194,7 +195,7 @@ def format_table(results: dict[int, dict[str, Any]]) -> str:
 
 
 def run_watch(parsed: argparse.Namespace) -> int:
-    """Watch `parsed.target` until a signal comes, or look once. Returns 1 if an evaluation failed too often."""
+    """Watch `parsed.target` until a signal arrives, or look once. Returns 1 if an evaluation failed too often."""
     directory = Path(parsed.target).expanduser().absolute()
     if parsed.stage != "grade" and not directory.is_dir():
         raise UserError(f"--watch {directory}: there is no such directory; name a run, or a directory in which checkpoints appear")
@@ -206,7 +207,9 @@ def run_watch(parsed: argparse.Namespace) -> int:
         parsed.recipe = recipe  # the checkpoints, which have it too, may not be here
     if config:
         check_packages(config.observe.trackers)
-    plan = make_plan(parsed.protocol, None if parsed.protocol else config, parsed.data, parsed.overrides)  # refuse mistakes before waiting
+    # Refuse mistakes before waiting.
+    held_out = recipe_settings(config) if config and not parsed.protocol else None
+    plan = make_plan(parsed.protocol, held_out, parsed.data, parsed.overrides)
     out = (parsed.out or directory / "evaluations" / plan.protocol).expanduser().absolute()
     log = (lambda step, result: log_result(config, directory, step, result)) if config else (lambda step, result: None)
     watcher = Watcher(directory, out, lambda candidate, to: child_command(parsed, candidate, to), log, parsed.stage)
@@ -233,7 +236,7 @@ def log_result(config: Config, directory: Path, step: int, result: dict[str, Any
 
 
 def child_command(parsed: argparse.Namespace, candidate: Candidate, out: Path) -> list[str]:
-    """Return the words that evaluate one candidate as the watcher was told to."""
+    """Return the command that evaluates one candidate with the watcher's options."""
     words = [sys.executable, "-m", "megatron_aspo", "eval", str(candidate.path), "--out", str(out), "--stage", parsed.stage]
     recipe = None if parsed.protocol else parsed.recipe  # with a protocol it only says where results are logged
     for option, value in (("--protocol", parsed.protocol), ("--recipe", recipe), ("--ray-address", parsed.ray_address)):

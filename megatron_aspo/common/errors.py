@@ -21,3 +21,9 @@ def nearest(wrong: str, valid: Iterable[str], prefix: str = "") -> str:
     """Return the hint for a mistyped name: the closest valid one, or all of them."""
     close = difflib.get_close_matches(wrong, list(valid), cutoff=0.5)
     return f"did you mean {prefix}{close[0]}?" if close else f"valid: {', '.join(prefix + name for name in sorted(valid))}"
+
+
+def require(condition: object, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)

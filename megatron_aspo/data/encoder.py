@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
-from megatron_aspo.data.options import DataOptions
+from megatron_aspo.data.options import PromptOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ class PromptEncoder:
     on these, and several tensor-parallel ranks train on zeros. Such ids are refused.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab: int, options: DataOptions):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab: int, options: PromptOptions):
         """Raises UserError for an end-of-sequence token that the model cannot produce, and for unusable template options."""
         self._tokenizer, self._vocab, self._options = tokenizer, vocab, options
         self._chats = self._system_prompts = self._texts = self._kept_prefixes = 0

@@ -1,4 +1,4 @@
-"""Held-out accuracy with its standard error, and the answers that it stands on."""
+"""Held-out accuracy with its standard error, and the answers behind it."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class Accuracy:
     mean: float
     """Mean reward over all draws of all prompts."""
     standard_error: float
-    """Over prompts: draws of one prompt are not independent questions."""
+    """Computed over prompts, since draws of one prompt are not independent."""
     prompts: int
     draws: int
 
@@ -28,7 +28,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Answer:
-    """One draw."""
+    """One draw: a response to one prompt, with its reward."""
 
     question: str
     text: str
@@ -56,7 +56,7 @@ class Evaluation:
 
 
 def evaluation(responses: Sequence[EvalResponse]) -> Evaluation:
-    """Return the evaluation of graded responses, problem by problem, with as many to each problem."""
+    """Return the evaluation of graded responses, problem by problem, the same number for each."""
     answers = tuple(Answer(response.prompt, response.response, response.score) for response in responses)
     return Evaluation(accuracy(responses), answers)
 

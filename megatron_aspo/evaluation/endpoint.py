@@ -1,4 +1,4 @@
-"""Responses by an OpenAI-compatible server, such as `vllm serve`."""
+"""Responses from an OpenAI-compatible server, such as `vllm serve`."""
 
 import os
 import queue
@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     import openai
 
 _RETRIES = 8
-"""Retries of a request after a lost connection, a timeout, or status 429 or 5xx. The pause doubles up to 8 s, or is set by the server."""
+"""Retries of a request after a lost connection, a timeout, or status 429 or 5xx. The pause doubles up to 8 s unless the server sets it."""
 _TIMEOUT_S = 3600.0
-"""For one response: 32,768 tokens at 10 a second take 55 minutes."""
+"""Time limit of one response: 32,768 tokens at 10 per second take 55 minutes."""
 
 
 class Endpoint:
     """Sends each problem's messages to the server, whose own chat template applies. `OPENAI_API_KEY` is sent if it is set."""
 
     def __init__(self, url: str, model: str, messages: dict[tuple[int, ...], list[Message] | str], at_once: int, stop: Sequence[str]):
-        """model: the server's name of it; empty: the only one that it serves. messages: token ids of a prompt → its messages or its text.
-        at_once: requests under way. Raises UserError if the server does not answer or does not serve the model.
+        """Connect to the server.
+
+        model: its name on the server; empty: the only one served. messages: token ids of a prompt → its messages or its text.
+        at_once: concurrent requests. Raises UserError if the server does not answer or does not serve the model.
         """
         import openai
 
@@ -36,7 +38,7 @@ class Endpoint:
         self.model = self._find(model)
 
     def respond(self, requests: Sequence[Request], samples: int, on_reply: Callable[[int, Reply], None]) -> None:
-        """As `Responder.respond`. Raises UserError for a request that the server refuses, or that fails after 8 retries."""
+        """Implement `Responder.respond`. Raises UserError for a request that the server refuses or that fails after 8 retries."""
         replies: queue.SimpleQueue[tuple[int, Reply | BaseException]] = queue.SimpleQueue()
 
         def send(position: int) -> None:
@@ -97,7 +99,7 @@ class Endpoint:
 
 
 def _text(message: "openai.types.chat.ChatCompletionMessage") -> str:
-    """The response as the model wrote it: servers that split off the reasoning send it in a field of its own."""
+    """Return the response as the model wrote it: servers that split off the reasoning send it in a separate field."""
     reasoning = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None)
     content = message.content or ""
     return f"<think>{reasoning}</think>{content}" if reasoning else content

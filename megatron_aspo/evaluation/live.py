@@ -1,4 +1,4 @@
-"""Evaluation during training, by the engines of the run: what `megatron-aspo eval` does with a checkpoint of the same step."""
+"""Evaluation during training, by the run's engines, with the results that `megatron-aspo eval` gives for a checkpoint of the same step."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_aspo.rewards.pool import RewardPool
 
 _MAX_NAMED = 3
-"""Responses on which the reward failed that are reported one by one; the rest are counted."""
+"""Number of responses with a failed reward that are reported one by one; the rest are counted."""
 
 
 def evaluate_live(
@@ -27,8 +27,8 @@ def evaluate_live(
 ) -> list[EvalResponse]:
     """Return the graded responses, problem by problem.
 
-    say: prints a line; used for responses on which the reward fails and for reward workers that are lost. Raises UserError if the reward
-    fails on every response.
+    say: prints a line, for responses on which the reward fails and for lost reward workers. Raises UserError if the reward fails on every
+    response.
     """
     parts: dict[int, list[EvalResponse]] = {}
 
@@ -44,7 +44,7 @@ def evaluate_live(
 
 
 def report_failures(responses: Sequence[EvalResponse], reward: str, say: Callable[[str], None]) -> None:
-    """Name the first responses on which the reward failed, and count the rest. Raises UserError if these are all."""
+    """Report the first responses on which the reward failed, and count the rest. Raises UserError if it failed on all."""
     failed = [response for response in responses if response.failure]
     if failed and len(failed) == len(responses):
         raise UserError(

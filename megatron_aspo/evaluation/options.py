@@ -1,44 +1,55 @@
 """Options of evaluations: of those during training, and of `megatron-aspo eval`."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
 
-from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
+from pydantic import Field
+
+from megatron_aspo.common.errors import require
+from megatron_aspo.common.options import Choice, Condition, NonNegative, Positive, Rule, options
+from megatron_aspo.rewards.options import check_rewards
 from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.tasks.options import DataOptions
 
 PART_PROBLEMS = 16
 """Problems of a part by default. The same during training: in deterministic evaluations the parts decide what is computed in one batch."""
 
+Temperature = Annotated[
+    NonNegative[float],
+    # vLLM would raise a smaller one to 0.01 by itself.
+    Condition(lambda temperature: temperature == 0 or temperature >= 0.01, "must be 0 (greedy) or at least 0.01"),
+]
 
-@dataclass(frozen=True)
+
+@options("evaluation")
 class EvaluationOptions:
-    draws: int = 16
+    draws: NonNegative[int] = 16
     """Responses sampled for each held-out prompt; 0 turns evaluation off."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature of evaluations."""
-    every: int = 0
+    every: NonNegative[int] = 0
     """Also evaluate after every N steps; 0 evaluates only before and after training."""
 
 
-@dataclass(frozen=True)
+@options("engine")
 class EngineChoice:
     """The engines of an evaluation; each option as `rollout` has it."""
 
-    engines: int = 1
+    engines: Positive[int] = 1
     """Number of vLLM engines. For an endpoint: none are started."""
-    tensor_parallel: int = 1
+    tensor_parallel: Positive[int] = 1
     """Devices of one engine."""
-    dtype: str = "auto"
+    dtype: Annotated[str, Choice("auto", "float32", "bfloat16")] = "auto"
     """`float32 | bfloat16`; `auto` takes that of the model's tensors."""
-    max_running_requests: int = 64
+    max_running_requests: Positive[int] = 64
     """Upper bound on the requests under way: on one engine, or at an endpoint."""
-    kv_cache_gib: float = 0.0
+    kv_cache_gib: NonNegative[float] = 0.0
     """Key-value cache of one engine, in GiB; 0 makes room for 8 responses of full length, or for as many as the memory has room for."""
-    threads: int = 0
+    threads: NonNegative[int] = 0
     """CPU threads of one engine; 0 shares the node's cores evenly."""
 
 
-@dataclass(frozen=True)
+@options("")
 class EvalSettings:
     """Prompts, sampling and grading of an evaluation. A named protocol sets these values; `key=value` on the command line replaces one."""
 
@@ -48,19 +59,19 @@ class EvalSettings:
     """Kind of the data files (`tools/prepare_data.py`), whose rows become prompts; empty: rows with prompt and ground_truth."""
     template: str = ""
     """Name of a prompt template, or the path of a file with one; empty: the kind's. Rows that have a prompt keep it."""
-    problems: int = 0
+    problems: NonNegative[int] = 0
     """Number of problems that there must be; 0: any."""
     first_date: str = ""
     """First contest date that is asked, inclusive; empty: the kind's."""
     last_date: str = ""
     """Last contest date that is asked, inclusive; empty: the kind's."""
-    samples: int = 1
+    samples: Positive[int] = 1
     """Responses to each problem: the n of avg@n."""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """Divides the logits; 0 takes the most likely token."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1), Rule("must be above 0 and at most 1")] = 1.0
     """Tokens are drawn from the smallest set of most likely ones that has this probability."""
-    max_response_tokens: int = 32768
+    max_response_tokens: Positive[int] = 32768
     """A longer response is truncated."""
     stop: list[str] = field(default_factory=list)
     """A response ends before the first of these strings."""
@@ -72,7 +83,7 @@ class EvalSettings:
     """Seed of sampling, and of a task that makes its prompts."""
     deterministic: bool = False
     """Generate one part after the other, each engine with a fixed share of it, so that a resumed evaluation gives the same tokens."""
-    part_problems: int = PART_PROBLEMS
+    part_problems: Positive[int] = PART_PROBLEMS
     """Problems of one Parquet part: what a killed evaluation has to generate again."""
     data: DataOptions = field(default_factory=DataOptions)
     """Data files (`data.eval_path`), chat template and reward, as in a recipe."""
@@ -84,54 +95,49 @@ class EvalSettings:
         return self.data.max_prompt_tokens + self.max_response_tokens
 
     def rollout(self, dtype: str) -> RolloutOptions:
-        """Return the options of an engine pool. dtype: what `auto` stands for."""
+        """Return the options of an engine pool, without a cache that is still to be chosen. dtype: what `auto` stands for."""
         engine = self.engine
+        cache = {"kv_cache_gib": engine.kv_cache_gib} if engine.kv_cache_gib else {}
         return RolloutOptions(
             engines=engine.engines,
             tensor_parallel=engine.tensor_parallel,
             dtype=dtype if engine.dtype == "auto" else engine.dtype,
             max_response_tokens=self.max_response_tokens,
             max_running_requests=engine.max_running_requests,
-            kv_cache_gib=engine.kv_cache_gib,
             threads=engine.threads,
+            **cache,
         )
 
-    def check(self) -> None:
-        """Raise UserError, in one line with the cure, for the first value that cannot be."""
-        engine = {f"engine.{name}": getattr(self.engine, name) for name in ("engines", "tensor_parallel", "max_running_requests")}
-        positive = engine | {name: getattr(self, name) for name in ("samples", "max_response_tokens", "part_problems")}
-        positive |= {"data.reward_workers": self.data.reward_workers}
-        for name, value in positive.items():
-            _require(value > 0, f"{name}={value} must be greater than 0")
-        _require(self.problems >= 0, f"problems={self.problems} must not be negative")
-        for name in ("threads", "kv_cache_gib"):
-            _require((value := getattr(self.engine, name)) >= 0, f"engine.{name}={value} must not be negative")
-        _require(0 < self.top_p <= 1, f"top_p={self.top_p:g} must be above 0 and at most 1")
-        # vLLM would raise a smaller temperature to 0.01 by itself.
-        _require(self.temperature == 0 or self.temperature >= 0.01, f"temperature={self.temperature:g} must be 0 (greedy) or at least 0.01")
-        _require(
-            self.temperature > 0 or self.samples == 1,
-            f"samples={self.samples} with temperature=0 would draw the same response each time; set temperature, or samples=1",
-        )
-        for name in ("pass_at", "majority_at"):
-            for k in getattr(self, name):
-                _require(
-                    1 <= k <= self.samples,
-                    f"{name}={getattr(self, name)}: k={k} needs that many samples and there are {self.samples}; raise samples, or drop it",
-                )
-        _require("" not in self.stop, "stop has an empty string, which would end every response at once; remove it")
-        dtypes = ("auto", "float32", "bfloat16")
-        _require(self.engine.dtype in dtypes, f"engine.dtype={self.engine.dtype} is not known; it is one of {', '.join(dtypes)}")
-        for name in ("template", "first_date", "last_date"):
-            _require(
-                bool(self.kind) or not getattr(self, name),
-                f"{name}={getattr(self, name)} has no effect without a kind of data files, whose rows it is about; set kind, or remove it",
+
+def check_settings(settings: EvalSettings, server_reward: str = "") -> None:
+    """Raise UserError for settings that do not go together or have no effect. server_reward: as for `check_rewards`."""
+    require(
+        settings.temperature > 0 or settings.samples == 1,
+        f"samples={settings.samples} with temperature=0 would draw the same response each time; set temperature, or samples=1",
+    )
+    for name in ("pass_at", "majority_at"):
+        for k in getattr(settings, name):
+            require(
+                1 <= k <= settings.samples,
+                f"{name}={getattr(settings, name)}: k={k} needs that many samples and there are {settings.samples}; raise samples, or drop "
+                "it",
             )
-        _require(
-            self.task == "dataset" or not self.kind, f"kind={self.kind} is about data files, which task={self.task} has none of; remove it"
+    require("" not in settings.stop, "stop has an empty string, which would end every response at once; remove it")
+    for name in ("template", "first_date", "last_date"):
+        require(
+            settings.kind or not getattr(settings, name),
+            f"{name}={getattr(settings, name)} has no effect without a kind of data files, whose rows it is about; set kind, or remove it",
         )
+    require(
+        settings.task == "dataset" or not settings.kind,
+        f"kind={settings.kind} is about data files, which task={settings.task} has none of; remove it",
+    )
+    check_rewards(settings.data, server_reward)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+def check_evaluation(evaluation: EvaluationOptions) -> None:
+    """Raise UserError for evaluations during training that would sample nothing."""
+    require(
+        not evaluation.every or evaluation.draws > 0,
+        f"evaluation.every={evaluation.every} evaluates while training, but evaluation.draws=0 draws nothing; set both or neither",
+    )

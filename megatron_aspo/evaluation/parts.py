@@ -1,4 +1,4 @@
-"""The responses of an evaluation on disk: one Parquet file for each part, whole or not there, first without grades and then with them."""
+"""The responses of an evaluation on disk: one Parquet file per part, written atomically, first without grades and then with them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,22 +10,22 @@ from megatron_aspo.evaluation.sampling import Part, parts_of
 
 
 class PartStore:
-    """`directory`/part_00000.parquet and so on; pandas and pyarrow read the directory as one table."""
+    """Files `directory`/part_00000.parquet and so on; pandas and pyarrow read the directory as one table."""
 
     def __init__(self, directory: Path, problems: int, part_problems: int):
         self._directory = directory
         self._parts = parts_of(problems, part_problems)
 
     def write(self, part: Part) -> None:
-        """Replace the part's file by its responses."""
+        """Write the part's responses to its file, replacing an earlier one."""
         write_responses(self._path(part.number), part.responses)
 
     def missing(self) -> list[Part]:
-        """Return the parts that are not generated."""
+        """Return the parts that are not generated yet."""
         return [Part(part.number, part.start, part.stop) for part in self._parts if not self._path(part.number).exists()]
 
     def ungraded(self) -> Iterator[Part]:
-        """Yield the parts that are generated and not graded, with their responses, one in memory at a time."""
+        """Yield the parts that are generated but not graded, with their responses; one part is in memory at a time."""
         for part in self._parts:
             path = self._path(part.number)
             if path.exists() and parquet.read_table(path, columns=["score"]).column("score").null_count:

@@ -9,19 +9,19 @@ from typing import Any
 
 from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.config import Config, build, check_rewards, load_config
-from megatron_aspo.data.options import DataOptions
-from megatron_aspo.evaluation.options import EvalSettings
+from megatron_aspo.common.options import build
+from megatron_aspo.common.recipe_values import flatten, with_overrides
+from megatron_aspo.evaluation.options import EvalSettings, check_settings
 from megatron_aspo.evaluation.protocols import find_protocol
 from megatron_aspo.evaluation.resources import reward_workers
-from megatron_aspo.evaluation.target import Target
 from megatron_aspo.rewards.service.rules import grading_rules
+from megatron_aspo.tasks.options import DataOptions
 
 HELD_OUT = "held_out"
 """Name of the protocol of a recipe's own held-out prompts, as they are evaluated during training."""
 RECORD = "evaluation.json"
 _NOT_OF_THE_PROTOCOL = ("data.eval_path", "data.reward_workers", "data.reward_resource")
-"""Options that say where and how fast, beside those of `engine`."""
+"""Options, beside those of `engine`, that affect location and speed but not results."""
 
 
 @dataclass(frozen=True)
@@ -29,35 +29,28 @@ class EvalPlan:
     protocol: str
     settings: EvalSettings
     changed: dict[str, Any]
-    """Key path → value of what differs from the protocol of that name."""
+    """Key path → value of the settings that differ from the protocol of that name."""
     server_rules: dict[str, Any] = field(default_factory=dict)
     """With data.reward=remote and a protocol: the rules by which the server must grade."""
 
 
-def make_plan(protocol: str, recipe: Config | None, data: Sequence[str], overrides: Sequence[str]) -> EvalPlan:
+def make_plan(protocol: str, recipe: dict[str, Any] | None, data: Sequence[str], overrides: Sequence[str]) -> EvalPlan:
     """Raises UserError for an unknown protocol or key, and for values that cannot be.
 
-    recipe: whose held-out prompts are asked when no protocol is named. data: files that replace the protocol's.
+    recipe: settings of a recipe's own evaluations, for when no protocol is named. data: files that replace the protocol's.
     """
-    if protocol:
-        values = find_protocol(protocol).settings()
-    elif recipe:
-        values = recipe_settings(recipe)
-    else:
-        values = {}
+    values = find_protocol(protocol).settings() if protocol else recipe or {}
     if protocol or not recipe:
         values.setdefault("data", {}).setdefault("reward_workers", reward_workers())
-    named = build(EvalSettings, values, ())
+    named = build(EvalSettings, values)
     files = [f"data.eval_path={json.dumps(list(data))}"] if data else []
-    settings = build(EvalSettings, values, [*files, *overrides])
-    settings = _with_fewer_samples(settings, named, overrides)
+    settings = _with_fewer_samples(build(EvalSettings, with_overrides(values, [*files, *overrides])), named, overrides)
     by_server = named.data.reward if protocol and settings.data.reward == "remote" else ""
     if by_server:
-        service = build(EvalSettings, _with_patience(values, settings.data), [*files, *overrides]).data.service
+        service = build(EvalSettings, with_overrides(_with_patience(values, settings.data), [*files, *overrides])).data.service
         settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, service=service))
-    settings.check()
-    check_rewards(settings.data, by_server)
-    before, after = _flat(dataclasses.asdict(named)), _flat(dataclasses.asdict(settings))
+    check_settings(settings, by_server)
+    before, after = flatten(dataclasses.asdict(named)), flatten(dataclasses.asdict(settings))
     changed = {key: value for key, value in after.items() if value != before.get(key)} if protocol or recipe else {}
     elsewhere = ("engine.", "data.service.") if by_server else ("engine.",)
     where = (*_NOT_OF_THE_PROTOCOL, "data.reward") if by_server else _NOT_OF_THE_PROTOCOL
@@ -86,33 +79,8 @@ def _with_patience(values: dict[str, Any], data: DataOptions) -> dict[str, Any]:
     return values | {"data": values["data"] | {"service": service}}
 
 
-def recipe_of(target: Target, recipe: Path | None) -> Config | None:
-    """The recipe that is named, else that of the run which the target belongs to, if any."""
-    path = recipe or (target.run / "config.yaml" if target.run else None)
-    return load_config(path) if path else None
-
-
-def recipe_settings(config: Config) -> dict[str, Any]:
-    """Return the values with which a run of the recipe evaluates its held-out prompts."""
-    if not config.evaluation.draws:
-        raise UserError(f"the recipe {config.name} has evaluation.draws=0: it evaluates nothing; name a --protocol, or set samples")
-    engine = {name: getattr(config.rollout, name) for name in ("engines", "tensor_parallel", "dtype", "max_running_requests")}
-    engine |= {name: getattr(config.rollout, name) for name in ("kv_cache_gib", "threads")}
-    return {
-        "task": config.task,
-        "samples": config.evaluation.draws,
-        "temperature": config.evaluation.temperature,
-        "max_response_tokens": config.rollout.max_response_tokens,
-        "pass_at": [config.evaluation.draws],
-        "seed": config.seed,
-        "deterministic": config.deterministic,
-        "data": dataclasses.asdict(config.data),
-        "engine": engine,
-    }
-
-
 class EvalRecord:
-    """OUT/evaluation.json: what the responses in the directory belong to. A second process that goes on must agree with it."""
+    """OUT/evaluation.json, which describes the evaluation in the directory. A process that continues it must have the same values."""
 
     def __init__(self, directory: Path):
         self._path = directory / RECORD
@@ -122,9 +90,9 @@ class EvalRecord:
         return json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
 
     def agree(self, values: dict[str, Any], loose: Sequence[str] = ()) -> None:
-        """Write the record, or compare with the one that is there.
+        """Write the record, or compare with an existing one.
 
-        loose: key paths below which a process that goes on may differ. Raises UserError naming the first other value that differs.
+        loose: key paths below which a continuing process may differ. Raises UserError naming the first other value that differs.
         """
         written = self.read()
         values = json.loads(json.dumps(values))
@@ -136,19 +104,11 @@ class EvalRecord:
         self.compare(values, written | values, loose)
 
     def compare(self, values: dict[str, Any], keys: dict[str, Any], loose: Sequence[str] = ()) -> None:
-        """Compare the record with values. keys: what is compared, by its key paths; loose and errors as for `agree`."""
-        before, now = _flat(self.read()), _flat(json.loads(json.dumps(values)))
-        for key in sorted(_flat(keys)):
+        """Compare the record with `values` at the key paths of `keys`; loose and errors as for `agree`."""
+        before, now = flatten(self.read()), flatten(json.loads(json.dumps(values)))
+        for key in sorted(flatten(keys)):
             if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in loose):
                 raise UserError(
                     f"{self._path.parent} holds an evaluation with {key}={before.get(key)}, not {now.get(key)}; give the same values to go "
                     "on with it, or another --out"
                 )
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, of key paths."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result

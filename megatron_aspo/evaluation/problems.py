@@ -1,4 +1,4 @@
-"""The problems of an evaluation: prompts with their ground truths, checked, with a digest of what is asked."""
+"""The checked problems of an evaluation: prompts with their ground truths, and a digest of them."""
 
 import hashlib
 import json
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 class Problems:
     prompts: Sequence[Prompt]
     messages: dict[tuple[int, ...], list[Message] | str]
-    """Token ids of a prompt → its messages, or the text that it is."""
+    """Token ids of a prompt → its messages, or its text if it is not a chat."""
     sha256: str
-    """A digest of what is asked and compared with: ids, messages and ground truths, without tokens."""
+    """Digest of ids, messages and ground truths; token ids are not included."""
     counts: dict[str, int]
-    """Rows read, and rows left out by reason."""
+    """Number of rows read, and of rows left out by reason."""
 
 
 class RecordingEncoder:
-    """Encodes as `encoder` does and notes what was encoded. Without an encoder each text gets a number in place of tokens."""
+    """Encodes as `encoder` does and records the texts. Without an encoder each text gets a number instead of tokens."""
 
     def __init__(self, encoder: "PromptEncoder | None", system_prompt: str):
         self._encoder, self._system_prompt = encoder, system_prompt
@@ -45,21 +45,21 @@ class RecordingEncoder:
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self._system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system_prompt}, *messages]
-        return self._noted(self._encoder.chat(messages) if self._encoder else None, list(messages))
+        return self._record(self._encoder.chat(messages) if self._encoder else None, list(messages))
 
     def text(self, text: str) -> tuple[int, ...]:
-        return self._noted(self._encoder.text(text) if self._encoder else None, text)
+        return self._record(self._encoder.text(text) if self._encoder else None, text)
 
-    def _noted(self, ids: tuple[int, ...] | None, asked: list[Message] | str) -> tuple[int, ...]:
+    def _record(self, ids: tuple[int, ...] | None, asked: list[Message] | str) -> tuple[int, ...]:
         ids = (len(self.messages),) if ids is None else ids
         self.messages[ids] = asked
         return ids
 
 
 def load_problems(settings: EvalSettings, encoder: "PromptEncoder | None", accept_count: bool) -> Problems:
-    """Read and check all problems. encoder: None where nothing is generated, or an endpoint tokenizes.
+    """Read and check all problems. encoder: None when nothing is generated or an endpoint tokenizes.
 
-    Raises UserError for a row that is wrong, and for another number of problems than `settings.problems`, unless accept_count.
+    Raises UserError for a faulty row, and for a number of problems other than `settings.problems`, unless accept_count.
     """
     recorder = RecordingEncoder(encoder, settings.data.system_prompt)
     counts: dict[str, int] = {}
@@ -96,7 +96,7 @@ def _load_files(settings: EvalSettings, recorder: RecordingEncoder, counts: dict
 
 
 def rows_of(settings: EvalSettings, location: str, counts: dict[str, int]) -> Iterator[Row]:
-    """Yield the rows of a location that are asked, each with its prompt. counts: rows `read` and left out by reason are added to it."""
+    """Yield the selected rows of a location, each with its prompt. counts: gets the rows `read` and left out by reason added."""
     if settings.kind:
         kind, template = _kind(settings)
         yield from read_benchmark(kind, location, template, counts)

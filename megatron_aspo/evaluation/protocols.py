@@ -19,7 +19,7 @@ class Value:
 
 @dataclass(frozen=True)
 class NamedProtocol:
-    """One protocol: key paths of `EvalSettings` → value and source."""
+    """A protocol: key paths of `EvalSettings` → value and source."""
 
     description: str
     values: dict[str, Value]
@@ -53,7 +53,7 @@ def _archer_lcb(kind: str, problems: int, samples: int) -> dict[str, Value]:
 
 
 def _limits(seconds: float, source: str) -> dict[str, Value]:
-    """Time limit of a test, which the graders count on the clock; all tests of one response together get an hour."""
+    """Return the limits for a wall-clock limit per test, as the graders measure it; all tests of a response together get an hour."""
     return {
         "data.code.limits.cpu_s": Value(seconds, source),
         "data.code.limits.wall_s": Value(seconds + 9, f"{source}, and room for the start of a process on a busy machine"),
@@ -122,7 +122,7 @@ PROTOCOLS = {
 
 
 def find_protocol(name: str) -> NamedProtocol:
-    """Raises UserError for an unknown name."""
+    """Return the protocol of this name. Raises UserError for an unknown one."""
     if name not in PROTOCOLS:
         raise UserError(f"--protocol {name} is not known; {nearest(name, PROTOCOLS)}")
     return PROTOCOLS[name]

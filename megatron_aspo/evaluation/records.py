@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EvalResponse:
-    """One response to one problem. What grading adds is None until then."""
+    """One response to one problem. The fields that grading fills are None until then."""
 
     position: int
     """Position of the problem in the evaluation, from 0."""
@@ -62,12 +62,12 @@ class EvalResponse:
     """`stop`, or `length` for a truncated response."""
     score: float | None = None
     verdict: str | None = None
-    """A few words that can be counted, such as `passed` or `time limit`."""
+    """A category in a few words, such as `passed` or `time limit`."""
     reason: str | None = None
     answer: str | None = None
-    """The answer that was compared, where the reward gives it; it votes in maj@k."""
+    """The answer that was compared, if the reward reports it; it votes in maj@k."""
     failure: str | None = None
-    """`timeout` or `crash` where the reward gave no score; else empty."""
+    """`timeout` or `crash` if the reward gave no score; else empty."""
     details: str | None = None
     """Further details from the reward, as JSON."""
 
@@ -95,9 +95,9 @@ class EvalResponse:
 
 
 def write_responses(path: Path, responses: Sequence[EvalResponse]) -> None:
-    """Write `path` whole or not at all; it is on the disk when this returns."""
+    """Write `path` atomically; it is on the disk when this returns."""
     columns = {name: [getattr(response, name) for response in responses] for name in SCHEMA.names}
-    # Another process may write the same path, having taken over: the last whole file wins.
+    # Another process that took over may write the same path: the last whole file wins.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

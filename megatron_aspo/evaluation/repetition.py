@@ -6,7 +6,7 @@ NGRAM = 20
 
 
 def repeated_ngrams(text: str, n: int = NGRAM) -> tuple[float, int]:
-    """(share of the text's n-grams of lower-cased words that occur more than once, count of the most frequent one)."""
+    """Return the share of the text's n-grams of lower-cased words that occur more than once, and the count of the most frequent one."""
     words = text.lower().split()
     counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     total = counts.total()

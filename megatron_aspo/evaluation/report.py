@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_aspo.common.atomic import disk_errors, write_text
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.config import build
+from megatron_aspo.common.options import build
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord
@@ -26,11 +26,11 @@ from megatron_aspo.rewards.choice import RewardChoice
 
 RESULT, TABLE, PARTS = "result.json", "problems.csv", "parts"
 GENERATED = "generated"
-"""A file of this name says that all parts are there, graded or not."""
+"""Name of the file that marks all parts as generated, graded or not."""
 
 
 def report(out: Path, plan: EvalPlan, against: Path | None) -> dict[str, Any]:
-    """Write result.json and problems.csv, print the table, and the result as one JSON line at the end."""
+    """Write result.json and problems.csv, then print the table and, last, the result as one JSON line."""
     settings = plan.settings
     problems = read_problems(out, settings)
     _check_failures(problems, settings)
@@ -52,7 +52,7 @@ def report(out: Path, plan: EvalPlan, against: Path | None) -> dict[str, Any]:
 
 
 def _check_failures(problems: Sequence[ProblemResult], settings: EvalSettings) -> None:
-    """Report responses that the reward gave no score. Raises UserError if these are all."""
+    """Report the responses to which the reward gave no score. Raises UserError if it gave none at all."""
     failed, responses = sum(problem.failed for problem in problems), settings.samples * len(problems)
     if failed == responses:
         raise UserError(f"the reward timed out or crashed on all of {failed} responses; correct it, or raise data.reward_timeout_s")
@@ -62,7 +62,7 @@ def _check_failures(problems: Sequence[ProblemResult], settings: EvalSettings) -
 
 
 def read_problems(out: Path, settings: EvalSettings) -> list[ProblemResult]:
-    """Return the results of an evaluation that is complete, problem by problem."""
+    """Return the results of a complete evaluation, problem by problem."""
     count = EvalRecord(out).read()["data"]["problems"]
     store = PartStore(out / PARTS, count, settings.part_problems)
     if store.missing() or any(True for _ in store.ungraded()):
@@ -72,7 +72,7 @@ def read_problems(out: Path, settings: EvalSettings) -> list[ProblemResult]:
 
 
 def _same_answer(settings: EvalSettings) -> SameAnswer:
-    """Return the test by which maj@k counts wrong answers as one: the math reward's equality if it grades, else equal text."""
+    """Return the equality by which maj@k groups wrong answers: the math reward's if it grades, else that of texts."""
     if "math" not in RewardChoice(settings.data).names:
         return same_text
     from megatron_aspo.rewards.math.verdict import verdict
@@ -85,4 +85,4 @@ def _settings_of(out: Path) -> EvalSettings:
     record = EvalRecord(out).read()
     if not record:
         raise UserError(f"{out} is no evaluation's directory; name one that megatron-aspo eval wrote")
-    return build(EvalSettings, record["settings"], ())
+    return build(EvalSettings, record["settings"])

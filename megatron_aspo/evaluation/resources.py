@@ -22,13 +22,13 @@ def reward_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // _WORKER_BYTES))
 
 
-def with_cache(model: HFModel, options: RolloutOptions, max_model_len: int, device: str, here: bool) -> RolloutOptions:
-    """Return the options with a key-value cache, checked if it was given, else chosen.
+def with_cache(model: HFModel, options: RolloutOptions, given: bool, max_model_len: int, device: str, here: bool) -> RolloutOptions:
+    """Return the options with a key-value cache: theirs, checked, or one that is chosen.
 
-    device: `cpu | cuda`. here: whether the engines run on this machine, whose memory then limits the choice. Raises UserError for a cache
-    that cannot hold one response of full length, and for a machine that has no room for it.
+    given: whether the options' cache is to be kept. device: `cpu | cuda`. here: whether the engines run on this machine, whose memory then
+    limits the choice. Raises UserError for a cache that cannot hold one response of full length, and for a machine without room for it.
     """
-    if not options.kv_cache_gib:
+    if not given:
         room = _room(device, options.sizes.world) if here else None
         options = choose_cache(model, options, max_model_len, room, on_cpu=device == "cpu")
     check_cache(model, options, max_model_len, "engine.")

@@ -1,4 +1,4 @@
-"""From graded responses to metrics with intervals, a row per problem, and the paired difference of two evaluations."""
+"""Computes metrics with intervals, a row per problem, and the paired difference of two evaluations from graded responses."""
 
 import csv
 import io
@@ -16,11 +16,11 @@ from megatron_aspo.evaluation.statistics import interval_of_mean, majority_at_k,
 
 SameAnswer = Callable[[str, str], bool]
 RIGHT_ANSWER = ("right",)
-"""The vote of every right response: all of them agree with the ground truth, however they write it."""
+"""The vote of every right response: all agree with the ground truth, however they write it."""
 
 
 def same_text(answer: str, other: str) -> bool:
-    """Return whether two answers differ only in blanks."""
+    """Return whether two answers differ at most in whitespace."""
     return "".join(answer.split()) == "".join(other.split())
 
 
@@ -34,7 +34,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """values: one for each problem."""
+        """Return the estimate from one value per problem."""
         array = np.array(values, dtype=np.float64)
         return cls(float(array.mean()), *interval_of_mean(array, resample(len(array))))
 
@@ -44,7 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """Metrics of one problem, over its n responses."""
+    """Metrics of one problem over its n responses."""
 
     problem: str
     data_source: str
@@ -66,7 +66,10 @@ class ProblemResult:
     def of(
         cls, responses: Sequence[EvalResponse], pass_at: Sequence[int], majority_at: Sequence[int], same: SameAnswer = same_text
     ) -> "ProblemResult":
-        """responses: the graded ones to one problem. same: as for `votes`. Raises UserError for maj@k of a reward that gives no answers."""
+        """Return the metrics of one problem's graded responses.
+
+        same: as for `votes`. Raises UserError for maj@k with a reward that reports no answers.
+        """
         n, right = len(responses), sum(response.right for response in responses)
         metrics = {f"avg@{n}": float(np.mean([response.score for response in responses]))}
         metrics |= {f"pass@{k}": pass_at_k(n, right, k) for k in pass_at}
@@ -87,9 +90,9 @@ class ProblemResult:
 
 
 def votes(responses: Sequence[EvalResponse], same: SameAnswer = same_text) -> list[Hashable | None]:
-    """Return what each response votes for in maj@k: right ones for the ground truth, others for their answer.
+    """Return each response's vote in maj@k: right responses vote for the ground truth, others for their answer.
 
-    same: whether two wrong answers are one. A wrong response without an answer does not vote. Raises UserError if the reward gives none.
+    same: whether two wrong answers are equal. A wrong response without an answer does not vote. Raises UserError if no response has one.
     """
     if any(response.right and response.answer is None for response in responses):
         raise UserError("maj@k compares answers, and this reward gives none (a detail named answer); set majority_at=[]")
@@ -110,7 +113,7 @@ def votes(responses: Sequence[EvalResponse], same: SameAnswer = same_text) -> li
 
 
 def group_by_problem(parts: Iterable[Sequence[EvalResponse]]) -> Iterable[list[EvalResponse]]:
-    """Yield the responses to each problem. parts: responses in the order of the problems; none spreads over two parts."""
+    """Yield the responses to each problem. parts: responses in the order of the problems; no problem spans two parts."""
     for part in parts:
         group: list[EvalResponse] = []
         for response in part:
@@ -123,7 +126,7 @@ def group_by_problem(parts: Iterable[Sequence[EvalResponse]]) -> Iterable[list[E
 
 
 def summarize(problems: Sequence[ProblemResult]) -> dict[str, Any]:
-    """Return the metrics over all problems, as JSON values: each of theirs with its interval, and means of the rest."""
+    """Return the metrics over all problems as JSON values: problem metrics with their intervals, and means of the other fields."""
     verdicts = sum((Counter(problem.verdicts) for problem in problems), Counter())
     return {
         "problems": len(problems),
@@ -136,7 +139,7 @@ def summarize(problems: Sequence[ProblemResult]) -> dict[str, Any]:
 
 
 def difference(ours: Sequence[ProblemResult], theirs: Sequence[ProblemResult]) -> dict[str, Any]:
-    """Return ours − theirs of each metric that both have, problem by problem, with the interval of the paired differences.
+    """Return the mean of ours − theirs over problems for each common metric, with the interval of the paired differences.
 
     Raises UserError unless both have the same problems and a metric in common.
     """
@@ -173,7 +176,7 @@ def problems_csv(problems: Sequence[ProblemResult]) -> str:
 
 
 def format_summary(summary: dict[str, Any]) -> list[str]:
-    """Return the lines that a person reads."""
+    """Return the lines of the printed table."""
     lines = [f"problems    {summary['problems']}"]
     lines += [f"{name:<11} {Estimate(**estimate)}  95 % interval over problems" for name, estimate in summary["metrics"].items()]
     lines.append(

@@ -1,4 +1,4 @@
-"""From prompts to graded responses, a part at a time: the same code for `megatron-aspo eval` and for evaluations during training.
+"""Generates and grades responses part by part, for `megatron-aspo eval` and for evaluations during training.
 
 A part is a fixed range of problems with all their responses. Deterministic evaluations generate one part after the other, so that what an
 engine computes in one batch depends on the part alone: an evaluation that was killed and resumed gives the same tokens. Others keep the
@@ -37,38 +37,38 @@ class Sampling:
 
 @dataclass
 class Part:
-    """The problems at positions [start, stop), with their responses as far as they are there."""
+    """The problems at positions [start, stop), with their responses once generated."""
 
     number: int
     start: int
     stop: int
     responses: list[EvalResponse] = field(default_factory=list)
-    """Problem by problem, sample by sample; empty until all are generated, and again once all that was to be done is done."""
+    """Problem by problem, sample by sample; empty before all are generated, and again once the part is finished."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply of a responder to one request."""
+    """A responder's reply to one request."""
 
     text: str
     token_ids: list[int] | None
-    """None where an endpoint gives none."""
+    """None if an endpoint reports none."""
     tokens: int
     finish_reason: str
 
 
 class Responder(Protocol):
-    """Engines or an endpoint."""
+    """Source of responses: engines or an endpoint."""
 
     def respond(self, requests: Sequence[Request], samples: int, on_reply: Callable[[int, Reply], None]) -> None:
-        """Call on_reply, in this thread, with the position of each request and its reply as soon as it is there.
+        """Call on_reply, in this thread, with the position of each request and its reply as soon as it arrives.
 
         Every `samples` consecutive requests share a prompt.
         """
 
 
 class EngineResponder:
-    """Responses by an engine pool."""
+    """Responses from an engine pool."""
 
     def __init__(self, engines: "EnginePool", tokenizer: "PreTrainedTokenizerBase"):
         self._engines, self._tokenizer = engines, tokenizer
@@ -82,13 +82,13 @@ class EngineResponder:
 
 
 def parts_of(problems: int, part_problems: int) -> list[Part]:
-    """Cut positions [0, problems) into parts of at most `part_problems`."""
+    """Split positions [0, problems) into parts of at most `part_problems`."""
     starts = range(0, problems, part_problems)
     return [Part(number, start, min(start + part_problems, problems)) for number, start in enumerate(starts)]
 
 
 class Evaluator:
-    """Has parts answered and graded."""
+    """Generates and grades the responses of parts."""
 
     def __init__(
         self,
@@ -99,18 +99,19 @@ class Evaluator:
         on_part: Callable[[Part], None],
         phase: Callable[[str], None] = lambda phase: None,
     ):
-        """responder: None to grade only; rewards: None to generate only. on_part: called, in the thread of `run`, when all responses of a
-        part are generated, and again when all are graded; afterwards the part lets them go. phase: called with "generating" and "scoring"
-        when either begins.
+        """Store what generates and grades.
+
+        responder: None to grade only; rewards: None to generate only. on_part: called in `run`'s thread when all responses of a part are
+        generated, and again when all are graded; then the part drops them. phase: called with "generating" and "scoring" as each begins.
         """
         self._prompts, self._sampling, self._responder, self._rewards = prompts, sampling, responder, rewards
         self._on_part, self._phase = on_part, phase
         self._pending: dict[int, tuple[Part, list[Future[RewardResult]]]] = {}
 
     def run(self, parts: Sequence[Part], one_by_one: bool) -> None:
-        """Generate the responses of the parts that have none and grade those of all parts.
+        """Generate the responses of the parts that have none, and grade those of all parts.
 
-        Raises what generating and grading raise; then nothing more is graded.
+        Propagates errors of generating and grading; no further response is graded then.
         """
         missing = [part for part in parts if not part.responses]
         try:
@@ -151,7 +152,7 @@ class Evaluator:
         self._responder.respond(requests, samples, receive)
 
     def requests(self, part: Part) -> list[Request]:
-        """The seeds depend on the problem, the sample and `seed` alone, so that two evaluations can be compared draw by draw."""
+        """Return the part's requests. Seeds depend only on problem, sample and `seed`, so evaluations can be compared draw by draw."""
         sampling = self._sampling
         return [
             Request(
@@ -168,7 +169,7 @@ class Evaluator:
 
     def _response(self, position: int, index: int, request: Request, reply: Reply) -> EvalResponse:
         prompt = self._prompts[position]
-        text = _until(reply.text, self._sampling.stop)
+        text = _truncate_at_stop(reply.text, self._sampling.stop)
         return EvalResponse(
             position=position,
             index=index,
@@ -186,11 +187,11 @@ class Evaluator:
     def _submit(self, part: Part, offset: int, response: EvalResponse) -> None:
         if self._rewards:
             _, futures = self._pending.setdefault(part.number, (part, []))
-            futures += [Future() for _ in range(offset + 1 - len(futures))]  # those before it have not been generated yet
+            futures += [Future() for _ in range(offset + 1 - len(futures))]  # earlier ones have not been generated yet
             futures[offset] = self._rewards.submit(self._prompts[response.position], response.response)
 
     def _finish_graded(self, wait: bool) -> None:
-        """Hand on the parts whose scores are all there; wait: for those that are not."""
+        """Pass on the parts that are completely graded. wait: wait for all parts."""
         for part, futures in list(self._pending.values()):
             if part.responses and (wait or all(future.done() for future in futures)):
                 part.responses = [response.with_result(future.result()) for response, future in zip(part.responses, futures, strict=True)]
@@ -199,6 +200,6 @@ class Evaluator:
                 part.responses = []
 
 
-def _until(text: str, stop: Sequence[str]) -> str:
+def _truncate_at_stop(text: str, stop: Sequence[str]) -> str:
     """Return the text before the first stop string."""
     return text[: min((found for string in stop if (found := text.find(string)) >= 0), default=len(text))]

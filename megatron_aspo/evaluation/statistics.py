@@ -18,7 +18,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     """Return the probability that at least one of k responses, drawn without replacement from `samples`, is right.
 
     1 − C(n − c, k) / C(n, k), the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, equation 1), computed in integers.
-    Raises ValueError if k is more than the samples: an estimate from fewer would be biased.
+    Raises ValueError if k exceeds the samples: an estimate from fewer would be biased.
     """
     _check(samples, k)
     if not 0 <= right <= samples:
@@ -30,7 +30,7 @@ def majority_at_k(votes: Sequence[Hashable | None], right: Collection[Hashable],
     """Return the probability that the most frequent answer of k responses, drawn without replacement, is right.
 
     votes: the answer of each response; None, for a response without an answer, does not vote. right: the answers that are right. Of
-    several most frequent answers one is taken at random, so a tie of t answers counts 1/t for each right one among them; k responses
+    several most frequent answers one is chosen at random, so a tie of t answers counts 1/t for each right one among them; k responses
     without any answer are wrong. The mean is over all C(n, k) subsets, counted exactly. Raises ValueError as `pass_at_k` does.
     """
     _check(len(votes), k)
@@ -62,7 +62,7 @@ def _subsets(counts: Sequence[int], silent: int, size: int, most: int) -> dict[i
 
 
 def resample(problems: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Return positions, int64 [resamples, problems], drawn with replacement: which problems make up each resample."""
+    """Return the positions of the problems of each resample, int64 [resamples, problems], drawn with replacement."""
     return np.random.default_rng(seed).integers(problems, size=(resamples, problems))
 
 

@@ -18,16 +18,16 @@ from megatron_aspo.hf.small_files import stated_dtype
 
 @dataclass(frozen=True)
 class Target:
-    """A model to evaluate. Exactly one of the three is set."""
+    """A model to evaluate. Exactly one of directory, checkpoint and endpoint is set."""
 
     directory: Path | None = None
     """Hugging Face directory."""
     checkpoint: Path | None = None
-    """Checkpoint of ours, or the directory of tensors of a `torch_dist` checkpoint."""
+    """Megatron checkpoint of a run or of `megatron-aspo convert`, or the directory of tensors of a `torch_dist` checkpoint."""
     endpoint: str = ""
     """Base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."""
     run: Path | None = None
-    """The run directory that it belongs to, if any."""
+    """The run directory that the model belongs to, if any."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class Target:
 
 
 def find_target(name: str) -> Target:
-    """Raises UserError if there is nothing to evaluate at `name`. Nothing is fetched and no model is read yet."""
+    """Return the target called `name`, without fetching or reading a model. Raises UserError if there is nothing to evaluate."""
     if re.match(r"https?://", name):
         return Target(endpoint=name.rstrip("/"))
     path = Path(name).expanduser()
@@ -59,7 +59,7 @@ def find_target(name: str) -> Target:
 
 
 def _newest(run: Path) -> Target:
-    """The final model of a run, else its newest checkpoint."""
+    """Return the final model of a run, else its newest checkpoint."""
     exports = {int(path.name.removeprefix("step_")): path for path in run.glob("exports/step_*") if path.name[5:].isdigit()}
     checkpoints = find_checkpoints(run)
     newest = max([*exports, *checkpoints], default=None)
@@ -69,16 +69,16 @@ def _newest(run: Path) -> Target:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run whose checkpoints/ or exports/ the path is in."""
+    """Return the run whose checkpoints/ or exports/ contains the path, if any."""
     run = path.parent.parent
     return run if path.parent.name in ("checkpoints", "exports") and (run / "config.yaml").is_file() else None
 
 
 @contextmanager
 def hugging_face(target: Target, beside: Path) -> Iterator[Path]:
-    """Yield the target's Hugging Face directory. A checkpoint is converted into `beside`, which is removed again at the end.
+    """Yield the target's Hugging Face directory. A checkpoint is converted into `beside`, which is removed at the end.
 
-    A process that was killed leaves `beside` behind, and the next one goes on with it.
+    A killed process leaves `beside` behind, and the next one reuses it.
     """
     if target.directory:
         yield target.directory
@@ -93,7 +93,7 @@ def hugging_face(target: Target, beside: Path) -> Iterator[Path]:
 
 
 def model_sha256(directory: Path) -> str:
-    """A digest of weights, config and generation config of a Hugging Face directory."""
+    """Return a digest of weights, config and generation config of a Hugging Face directory."""
     digest = hashlib.sha256()
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("config.json"), *directory.glob("generation_config.json")])
     if not any(file.suffix == ".safetensors" for file in files):
@@ -104,7 +104,7 @@ def model_sha256(directory: Path) -> str:
 
 
 def check_positions(directory: Path, max_model_len: int) -> None:
-    """Raise UserError if prompt and response together do not fit into the model's positions."""
+    """Raise UserError if prompt and response together exceed the model's positions."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     positions = config.get("max_position_embeddings")
     if positions is not None and max_model_len > positions:
@@ -115,7 +115,7 @@ def check_positions(directory: Path, max_model_len: int) -> None:
 
 
 def vocabulary(directory: Path) -> int:
-    """Rows of the model's embedding. Raises UserError if config.json does not state them."""
+    """Return the rows of the model's embedding. Raises UserError if config.json does not state them."""
     try:
         return int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,6 +123,6 @@ def vocabulary(directory: Path) -> int:
 
 
 def engine_dtype(directory: Path) -> str:
-    """Element type of the model's tensors, if engines compute in it, else bfloat16."""
+    """Return the element type of the model's tensors if engines support it, else bfloat16."""
     stated = stated_dtype(directory)
     return stated if stated in ("float32", "bfloat16") else "bfloat16"

@@ -1,25 +1,12 @@
 """Which options of the algorithm go together; light, so that a recipe is checked without importing torch."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from megatron_aspo.common.errors import UserError, nearest
+from megatron_aspo.common.errors import UserError, nearest, require
+from megatron_aspo.common.options import default_of, option_fields
 from megatron_aspo.losses import names
 from megatron_aspo.losses.options import AlgorithmOptions
-
-_CHOICES = {
-    "advantage": names.ADVANTAGE_NAMES,
-    "aggregation": names.AGGREGATIONS,
-    "sequence_count": names.SEQUENCE_COUNTS,
-    "entropy_quantile_scope": names.ENTROPY_SCOPES,
-    "kl_estimator": names.KL_ESTIMATORS,
-    "kl_in": names.KL_PLACES,
-    "old_logprobs": names.OLD_LOGPROBS,
-    "rollout_correction": names.ROLLOUT_CORRECTIONS,
-    "batch_order": names.BATCH_ORDERS,
-    "group_filter": names.GROUP_FILTERS,
-}
 
 _CLASSES = ("low_entropy_quantile", "entropy_quantile_scope", "high_entropy_clip_low", "high_entropy_clip_high")
 _CLIP = ("clip_low", "clip_high")
@@ -47,52 +34,24 @@ def check_algorithm(
 
     implied: values that a preset or the policy loss set, which may stand without effect.
     """
-    for name, valid in _CHOICES.items():
-        value = getattr(options, name)
-        _require(value in valid, f"algorithm.{name}={value} is not known; {nearest(value, valid)}")
     loss = options.policy_loss
     own = ":" in loss
-    _require(
+    require(
         own or loss in names.POLICY_LOSS_NAMES,
         f"algorithm.policy_loss={loss} is not known; {nearest(loss, names.POLICY_LOSS_NAMES)}; one of your own is package.module:function",
     )
-    _check_ranges(options)
     _check_effect(options, own, implied or {})
     _check_combinations(options, responses_per_prompt, max_response_tokens)
-
-
-def _check_ranges(options: AlgorithmOptions) -> None:
-    for name in ("epochs", "mini_batch_prompts", "resample_rounds", "overlong_factor"):
-        _require(getattr(options, name) > 0, f"algorithm.{name}={getattr(options, name)} must be greater than 0")
-    for name in (
-        "clip_low",
-        "clip_high",
-        "high_entropy_clip_low",
-        "high_entropy_clip_high",
-        "kl_coef",
-        "high_entropy_kl_coef",
-        "kl_value_clamp",
-        "entropy_coef",
-        "overlong_buffer_tokens",
-    ):
-        _require(getattr(options, name) >= 0, f"algorithm.{name}={getattr(options, name)} must not be negative")
-    for name in ("clip_low", "high_entropy_clip_low"):
-        _require(getattr(options, name) <= 1, f"algorithm.{name}={getattr(options, name)} must be at most 1: a ratio is positive")
-    for name in ("dual_clip_neg", "dual_clip_pos", "rollout_correction_cap"):
-        _require(getattr(options, name) > 1, f"algorithm.{name}={getattr(options, name)} must be greater than 1, the weight on policy")
-    q = options.low_entropy_quantile
-    _require(0 <= q <= 1, f"algorithm.low_entropy_quantile={q} must be in [0, 1]")
 
 
 def _check_effect(options: AlgorithmOptions, own: bool, implied: Mapping[str, Any]) -> None:
     """An option that nothing would read is a mistake of whoever set it."""
 
     def needs(reason: str, *unread: str) -> None:
-        for field in fields(options):
-            value = getattr(options, field.name)
-            default = field.default_factory() if field.name == "policy_loss_options" else field.default
-            if field.name in unread and value not in (default, implied.get(field.name)):
-                raise UserError(f"algorithm.{field.name}={value} has no effect: it needs {reason}; remove it")
+        for name in (name for name in option_fields(options) if name in unread):
+            value = getattr(options, name)
+            if value not in (default_of(AlgorithmOptions, name), implied.get(name)):
+                raise UserError(f"algorithm.{name}={value} has no effect: it needs {reason}; remove it")
 
     if own:
         needs("policy_loss=archer", "high_entropy_kl_coef")
@@ -121,26 +80,26 @@ def _check_effect(options: AlgorithmOptions, own: bool, implied: Mapping[str, An
 
 
 def _check_combinations(options: AlgorithmOptions, responses_per_prompt: int, max_response_tokens: int) -> None:
-    _require(
+    require(
         not (options.has_kl and options.kl_in == "loss" and options.kl_estimator == "k1"),
         "algorithm.kl_estimator=k1 in the loss has no useful gradient: its mean over samples is zero; take k2 or k3, or kl_in=reward",
     )
-    _require(
+    require(
         not (options.policy_loss == "archer" and options.kl_in == "reward"),
         "algorithm.policy_loss=archer weights the KL term by token, which a reward cannot; set kl_in=loss",
     )
-    _require(
+    require(
         options.old_logprobs == "recompute" or options.rollout_correction == "none",
         f"algorithm.rollout_correction={options.rollout_correction} corrects π_old against the engine, but old_logprobs=rollout takes the "
         "engine's own: there is nothing to correct; set one of them back",
     )
-    _require(
+    require(
         options.overlong_buffer_tokens <= max_response_tokens,
         f"algorithm.overlong_buffer_tokens={options.overlong_buffer_tokens} is more than rollout.max_response_tokens={max_response_tokens}",
     )
     if responses_per_prompt == 1:
         alone = "rollout.responses_per_prompt=1 leaves nothing to compare within a group, but"
-        _require(
+        require(
             options.advantage == "reinforce_plus_plus" and not options.subtract_group_mean,
             f"{alone} algorithm.advantage={options.advantage} subtract_group_mean={options.subtract_group_mean} does so; "
             "take at least 2, or advantage=reinforce_plus_plus without the group mean",
@@ -150,13 +109,8 @@ def _check_combinations(options: AlgorithmOptions, responses_per_prompt: int, ma
         ("advantage=reinforce_plus_plus without subtract_group_mean", whitened),
         ("kl_in=reward", options.kl_in == "reward"),
     ):
-        _require(
+        require(
             not carries or options.group_filter == "none",
             f"algorithm.group_filter={options.group_filter} leaves out groups by their rewards alone, but with {reason} such groups carry "
             "gradient; set group_filter=none",
         )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)

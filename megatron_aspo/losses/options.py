@@ -1,82 +1,90 @@
 """Options of the algorithm: what is optimized. Formulas and pictures: docs/losses.md. Which go together: `check.py` beside this file."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from megatron_aspo.common.options import Choice, NonNegative, Positive, Rule, options, suggested
+from megatron_aspo.losses import names
+
+LowerClip = Annotated[float, Field(ge=0, le=1), Rule("must be at most 1: a ratio is positive", "le")]
+WeightBound = Annotated[float, Field(gt=1), Rule("must be greater than 1, the weight on policy")]
 
 
-@dataclass(frozen=True)
+@options("algorithm")
 class AlgorithmOptions:
-    policy_loss: str = "aspo"
+    policy_loss: Annotated[str, suggested(*names.POLICY_LOSS_NAMES)] = "aspo"
     """`aspo | ppo_clip | archer | gspo | cispo | reinforce | no_is`, or `package.module:function` for a custom loss."""
     policy_loss_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of a custom policy loss, by name."""
-    clip_low: float = 0.2
+    clip_low: LowerClip = 0.2
     """Lower ε: the ratio is clipped at 1 − ε. With entropy classes, for low-entropy tokens. Default of `gspo` 3e-4, of `cispo` 1.0 (no
     lower bound)."""
-    clip_high: float = 0.2
+    clip_high: NonNegative[float] = 0.2
     """Upper ε: the ratio is clipped at 1 + ε. With entropy classes, for low-entropy tokens. Default of `gspo` 4e-4."""
-    high_entropy_clip_low: float = 0.4
+    high_entropy_clip_low: LowerClip = 0.4
     """`aspo`, `archer`: lower ε of high-entropy tokens."""
-    high_entropy_clip_high: float = 0.4
+    high_entropy_clip_high: NonNegative[float] = 0.4
     """`aspo`, `archer`: upper ε of high-entropy tokens."""
-    low_entropy_quantile: float = 0.8
+    low_entropy_quantile: Annotated[float, Field(ge=0, le=1), Rule("must be in [0, 1]")] = 0.8
     """`aspo`, `archer`: tokens whose entropy is at or below this quantile are low-entropy."""
-    entropy_quantile_scope: str = "response"
+    entropy_quantile_scope: Annotated[str, Choice(*names.ENTROPY_SCOPES)] = "response"
     """The quantile is taken over the counted tokens of the `response` or of the `mini_batch`; the latter costs one more forward pass
     per update."""
-    dual_clip_neg: float = 3.0
+    dual_clip_neg: WeightBound = 3.0
     """`aspo`, `ppo_clip`, `archer`: c_neg, upper bound of the weight where A < 0."""
-    dual_clip_pos: float = 3.0
+    dual_clip_pos: WeightBound = 3.0
     """`aspo`: c_pos, upper bound of the inverted weight where A > 0."""
-    aggregation: str = "token_mean"
+    aggregation: Annotated[str, Choice(*names.AGGREGATIONS)] = "token_mean"
     """The one mean over the mini-batch: `token_mean | seq_mean_token_mean | seq_mean_token_sum | seq_mean_token_sum_norm`. Default of
     `gspo`: `seq_mean_token_mean`."""
-    sequence_count: str = "counted"
+    sequence_count: Annotated[str, Choice(*names.SEQUENCE_COUNTS)] = "counted"
     """Divisor of the `seq_mean` aggregations: `counted`, the responses with a counted token; `full_mini_batch`, `mini_batch_prompts` ×
     `rollout.responses_per_prompt`, whatever was filtered."""
-    advantage: str = "grpo"
+    advantage: Annotated[str, Choice(*names.ADVANTAGE_NAMES)] = "grpo"
     """`grpo`: (R − mean) / (std + 1e-6) over the group; `rloo`: R − mean of the group's others; `reinforce_plus_plus`: R, whitened over
     all counted tokens of the step."""
     advantage_std: bool = True
     """`grpo`: divide by the standard deviation; `false` is Dr.GRPO."""
     subtract_group_mean: bool = False
     """`reinforce_plus_plus`: subtract the group's mean from R before whitening."""
-    kl_coef: float = 0.001
+    kl_coef: NonNegative[float] = 0.001
     """β, the weight of the KL estimate against the frozen reference policy; 0 builds no reference. `archer`: for low-entropy tokens."""
-    high_entropy_kl_coef: float = 0.0
+    high_entropy_kl_coef: NonNegative[float] = 0.0
     """`archer`: β of high-entropy tokens."""
-    kl_estimator: str = "k3"
+    kl_estimator: Annotated[str, Choice(*names.KL_ESTIMATORS)] = "k3"
     """Per-token KL estimate; in the loss `k2` or `k3`."""
-    kl_in: str = "loss"
+    kl_in: Annotated[str, Choice(*names.KL_PLACES)] = "loss"
     """`loss` adds β · KL to each token's loss; `reward` subtracts β times the response's summed KL, under the policy at the start of
     the phase, from its reward."""
-    kl_value_clamp: float = 0.0
+    kl_value_clamp: NonNegative[float] = 0.0
     """Upper bound of the estimate's absolute value; beyond it the gradient is 0 too. 0 means no bound."""
-    entropy_coef: float = 0.0
+    entropy_coef: NonNegative[float] = 0.0
     """Weight of the entropy bonus."""
-    old_logprobs: str = "recompute"
+    old_logprobs: Annotated[str, Choice(*names.OLD_LOGPROBS)] = "recompute"
     """Source of log π_old: `recompute`, the trainer's policy at the start of the phase; `rollout`, what the engine reported while
     sampling."""
-    rollout_correction: str = "none"
+    rollout_correction: Annotated[str, Choice(*names.ROLLOUT_CORRECTIONS)] = "none"
     """Correction of the engine–trainer mismatch u = π_old / μ: `tis` multiplies the policy term by min(u, C); `mask` drops it outside
     [1/C, C]."""
-    rollout_correction_cap: float = 2.0
+    rollout_correction_cap: WeightBound = 2.0
     """C of the rollout correction."""
-    epochs: int = 3
+    epochs: Positive[int] = 3
     """Training passes over a step's samples."""
-    mini_batch_prompts: int = 16
+    mini_batch_prompts: Positive[int] = 16
     """Prompts (groups) per optimizer step."""
-    batch_order: str = "shuffled"
+    batch_order: Annotated[str, Choice(*names.BATCH_ORDERS)] = "shuffled"
     """`shuffled`: a new order for each epoch. `data_index`: by position in the data set, truncated to a multiple of the training ranks."""
-    group_filter: str = "drop"
+    group_filter: Annotated[str, Choice(*names.GROUP_FILTERS)] = "drop"
     """Where advantages compare within the group, groups whose shaped rewards are all equal carry no gradient: `none` keeps them, `drop`
     leaves them out, `resample` draws other prompts for them; `drop_zero_or_one` leaves out only those that are all 0 or all 1."""
-    resample_rounds: int = 3
+    resample_rounds: Positive[int] = 3
     """`resample`: upper bound on extra generations in a step."""
-    overlong_buffer_tokens: int = 0
+    overlong_buffer_tokens: NonNegative[int] = 0
     """Length penalty: over this many tokens before `rollout.max_response_tokens` it grows from 0 to `overlong_factor`; 0 means no
     penalty."""
-    overlong_factor: float = 1.0
+    overlong_factor: Positive[float] = 1.0
     """Largest length penalty, subtracted from the reward."""
     overlong_filter: bool = False
     """Truncated responses count in no loss; their rewards still count in the group's statistics."""

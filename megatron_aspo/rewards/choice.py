@@ -8,7 +8,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.by_source import reward_of_source
 
 if TYPE_CHECKING:
-    from megatron_aspo.data.options import DataOptions
+    from megatron_aspo.rewards.options import RewardOptions
 
 BY_SOURCE = "by_source"
 OTHERS = "*"
@@ -20,7 +20,7 @@ NAMES = ("code", "math", "format", "repetition", "remote")
 class RewardChoice:
     """The parts of each data source's reward."""
 
-    def __init__(self, options: "DataOptions"):
+    def __init__(self, options: "RewardOptions"):
         """Raises UserError for an invalid table or name."""
         if options.reward and options.rewards:
             raise UserError(f"data.reward={options.reward} and data.rewards both choose the reward; remove one of them")

@@ -15,20 +15,20 @@ from megatron_aspo.rewards.shape import FormatReward, RepetitionReward
 from megatron_aspo.rewards.user import load_reward
 
 if TYPE_CHECKING:
-    from megatron_aspo.data.options import DataOptions
+    from megatron_aspo.rewards.options import RewardOptions
 
 GroundTruthCheck = Callable[[Any, str], None]
 """(ground truth, prompt) → None; raises UserError for a row that cannot be graded."""
 CHECKS: dict[str, GroundTruthCheck] = {"code": schemas.check_ground_truth, "math": math.check_ground_truth}
 
 
-def build_rewards(options: "DataOptions") -> Reward:
+def build_rewards(options: "RewardOptions") -> Reward:
     """Return the reward that the options choose. Raises UserError if it cannot be loaded."""
     choice = RewardChoice(options)
     return build_named(choice.single, options) if choice.single else MixedReward(choice, options)
 
 
-def build_named(name: str, options: "DataOptions") -> Reward:
+def build_named(name: str, options: "RewardOptions") -> Reward:
     """Return one reward. Raises UserError for options that do not fit it, and for missing prerequisites on this machine."""
     if name == "code":
         return CodeReward(options.code, options.reward_wrong_score)
@@ -46,7 +46,7 @@ def build_named(name: str, options: "DataOptions") -> Reward:
 class MixedReward:
     """A `Reward`: the weighted sum of a row's rewards. The unweighted scores are in the details, as `parts`."""
 
-    def __init__(self, choice: RewardChoice, options: "DataOptions"):
+    def __init__(self, choice: RewardChoice, options: "RewardOptions"):
         self._choice = choice
         self._rewards = {name: build_named(name, options) for name in sorted(choice.names)}
 

@@ -11,8 +11,8 @@ import ray
 
 from megatron_aspo.common.actors import require_cluster
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
+from megatron_aspo.rewards.options import RewardOptions
 from megatron_aspo.rewards.process import reward_name
 from megatron_aspo.rewards.remote import RemoteWorker
 from megatron_aspo.rewards.result import RewardResult
@@ -37,7 +37,7 @@ class RewardPool:
     Needs an initialised Ray. Call `ready` first and `close` last, or use it as a context manager, which calls both.
     """
 
-    def __init__(self, task: str, options: DataOptions, workers: int = 1, group_size: int = 1):
+    def __init__(self, task: str, options: RewardOptions, workers: int = 1, group_size: int = 1):
         """Start the workers, which load the reward in the background. group_size: responses to a prompt.
 
         Raises UserError if the cluster has too little of the resource `data.reward_resource`.

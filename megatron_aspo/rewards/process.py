@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.child import OUT_OF_MEMORY
+from megatron_aspo.rewards.options import RewardOptions
 from megatron_aspo.rewards.result import RewardResult
 
 LOAD_TIMEOUT_S = 300.0
@@ -36,14 +36,14 @@ _BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from megatron_aspo.rewards
 """Gives the child its parent's module path. PYTHONPATH would be inherited by programs that a reward starts."""
 
 
-def reward_name(task: str, options: DataOptions) -> str:
+def reward_name(task: str, options: RewardOptions) -> str:
     """Return the name of the reward in errors."""
     if options.rewards:
         return "data.rewards"
     return f"data.reward={options.reward}" if options.reward else f"the reward of task={task}"
 
 
-def check_reward(task: str, options: DataOptions) -> None:
+def check_reward(task: str, options: RewardOptions) -> None:
     """Load the task's reward in a child process, then end the process. Raises UserError as `RewardProcess.start` does."""
     process = RewardProcess(task, options, os.getcwd())
     try:
@@ -52,7 +52,7 @@ def check_reward(task: str, options: DataOptions) -> None:
         process.close()
 
 
-def longest_score_s(options: DataOptions) -> float:
+def longest_score_s(options: RewardOptions) -> float:
     """Return an upper bound of the seconds in which `RewardProcess.score` scores one response.
 
     It tries at most two child processes: each loads the reward, and has the time limit for reading the response and for answering.
@@ -63,7 +63,7 @@ def longest_score_s(options: DataOptions) -> float:
 class RewardProcess:
     """One child process that scores responses. Call `start` first and `close` last."""
 
-    def __init__(self, task: str, options: DataOptions, directory: str):
+    def __init__(self, task: str, options: RewardOptions, directory: str):
         """directory: the child's working directory, if it exists on this machine; modules in it can be imported."""
         self._task, self._options, self._directory = task, options, directory
         self._name = reward_name(task, options)

@@ -14,9 +14,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.store import with_packed_answer
+from megatron_aspo.rewards.options import RewardOptions
 from megatron_aspo.rewards.process import LOAD_TIMEOUT_S, longest_score_s, reward_name
 from megatron_aspo.rewards.result import RewardResult
 from megatron_aspo.rewards.worker import RewardWorker
@@ -32,7 +32,7 @@ _CLOSE_S = 5.0
 class RemoteWorker:
     """One reward worker and its replacements. Call `ready` first and `close` last; `close` is thread-safe."""
 
-    def __init__(self, task: str, options: DataOptions, on_loss: Callable[[str], None]):
+    def __init__(self, task: str, options: RewardOptions, on_loss: Callable[[str], None]):
         """Start the worker. on_loss: called with one line when a worker is lost."""
         self._task, self._options, self._on_loss = task, options, on_loss
         self._name = reward_name(task, options)

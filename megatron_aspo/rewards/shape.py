@@ -42,9 +42,6 @@ class RepetitionReward:
     """A `Reward` from −1 to 0: minus the share of the response's n-grams of words that occurred before in it (arXiv 2502.03373, B)."""
 
     def __init__(self, n: int):
-        """Raises UserError for n below 1."""
-        if n < 1:
-            raise UserError(f"data.repetition_ngram={n} must be 1 or more; raise it")
         self._n = n
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:

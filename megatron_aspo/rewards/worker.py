@@ -2,8 +2,8 @@
 
 import ray
 
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
+from megatron_aspo.rewards.options import RewardOptions
 from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.result import RewardResult
 
@@ -11,7 +11,7 @@ from megatron_aspo.rewards.result import RewardResult
 class RewardWorker:
     """Scores responses, one at a time. Call `load` before `score`; `close` may be called at any time, and comes last."""
 
-    def load(self, task: str, options: DataOptions, working_directory: str) -> None:
+    def load(self, task: str, options: RewardOptions, working_directory: str) -> None:
         """Start the child process and load the task's reward in it. Raises UserError.
 
         The constructor does not do this, because Ray turns its exceptions into a dead actor and would bury the UserError in another error.

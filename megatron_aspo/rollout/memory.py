@@ -59,7 +59,7 @@ def choose_cache(model: HFModel, options: RolloutOptions, max_model_len: int, ro
     request = (max_model_len + _BLOCKS_TOKENS) * kv_bytes_per_token(model, options)
     count = min(_CHOSEN_REQUESTS, options.max_running_requests)
     if room is not None:
-        worker = worker_memory(model, replace(options, kv_cache_gib=0), 0, on_cpu, max_model_len)
+        worker = worker_memory(model, options, 0, on_cpu, max_model_len)
         taken = worker.weights + worker.batch
         fitting = (room - taken) // request
         if fitting < 1:

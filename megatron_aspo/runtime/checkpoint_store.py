@@ -1,4 +1,4 @@
-"""The checkpoints of a run, from the driver's side: made while training goes on, kept or removed by rule."""
+"""The checkpoints of a run, managed by the driver: written while training goes on, kept or removed by rule."""
 
 import contextlib
 import itertools
@@ -27,25 +27,25 @@ class CheckpointStore:
         config: str,
         accuracy: Callable[[int], float | None],
     ):
-        """accuracy: held-out accuracy after so many steps, None where none was measured."""
+        """Manage the checkpoints of a run. accuracy: returns the held-out accuracy after a number of steps, None if not measured."""
         self._run_directory, self._options, self._trainers, self._attempt, self._config = run_directory, options, trainers, attempt, config
         self._accuracy = accuracy
         self._under_way: Path | None = None
 
     def is_due(self, done: int, last: bool) -> bool:
-        """Whether a checkpoint is made after `done` steps; last: no more follow."""
+        """Return whether a checkpoint is due after `done` steps; last: whether these are all."""
         return bool(self._options.every) and (last or done % self._options.every == 0)
 
     def save(self, done: int, training: dict[str, Any]) -> float:
-        """Start a checkpoint of what `done` steps made; returns the seconds until training can go on."""
+        """Start a checkpoint of the state after `done` steps; return the seconds until training can go on."""
         target = self._run_directory / "checkpoints" / f"step_{done}"
         self._under_way = target
         return self._trainers.save(SaveRequest(target, self._attempt, training | {"step": done}, self._config, self._options.asynchronous))
 
     def completed(self, wait: bool = False, timeout_s: float | None = None) -> Path | None:
-        """The checkpoint that has become whole since the last call, if any; then the ones that the rules do not keep are removed.
+        """Return the checkpoint that was completed since the last call, if any, after removing those that no rule keeps.
 
-        Raises what kept it from becoming whole, and TimeoutError.
+        Raises the error that prevented its completion, and TimeoutError.
         """
         if self._under_way is None:
             return None
@@ -62,14 +62,14 @@ class CheckpointStore:
     def _prune(self) -> None:
         checkpoints = find_checkpoints(self._run_directory)
         accuracies = {step: self._accuracy(step) for step in checkpoints}
-        for step in to_remove(accuracies, self._options):
+        for step in steps_to_remove(accuracies, self._options):
             remove_directory(checkpoints[step])
 
 
-def to_remove(accuracies: dict[int, float | None], options: CheckpointOptions) -> list[int]:
-    """The steps whose checkpoints no rule keeps. accuracies: step → held-out accuracy there, None where none was measured.
+def steps_to_remove(accuracies: dict[int, float | None], options: CheckpointOptions) -> list[int]:
+    """Return the steps whose checkpoints no rule keeps. accuracies: step → held-out accuracy, None if not measured.
 
-    The newest one always stays, and of equal accuracies the newer.
+    The newest checkpoint is always kept; of equal accuracies the newer counts as better.
     """
     steps = sorted(accuracies)
     if not options.keep_last:
@@ -84,23 +84,23 @@ def to_remove(accuracies: dict[int, float | None], options: CheckpointOptions) -
 
 
 def sweep_unfinished(run_directory: Path) -> None:
-    """Remove what killed processes left: a writer that is still alive then finds its directory gone, and cannot finish."""
+    """Remove the unfinished directories of killed processes. A writer that is still alive loses its directory and cannot finish."""
     for path in [*run_directory.glob("checkpoints/*.unfinished-*"), *run_directory.glob("exports/*.unfinished-*")]:
         with contextlib.suppress(FileNotFoundError):
             remove_directory(path)
 
 
 def set_aside(run_directory: Path, step: int) -> list[Path]:
-    """What steps after `step` made is renamed, as those steps will be done again; returns the new names of checkpoints and exports."""
+    """Rename the files of steps after `step`, which will be done again; return the new names of checkpoints and exports."""
     renamed = []
-    for room, first in (("checkpoints", step + 1), ("exports", step + 1), ("evaluations", step + 1), ("rollouts", step)):
-        for path in sorted(run_directory.glob(f"{room}/step_*")):
+    for folder, first in (("checkpoints", step + 1), ("exports", step + 1), ("evaluations", step + 1), ("rollouts", step)):
+        for path in sorted(run_directory.glob(f"{folder}/step_*")):
             match = re.fullmatch(r"step_(\d+)(\.json|\.parquet|)", path.name)
             if match and int(match[1]) >= first:
                 numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
                 names = (path.with_name(f"{path.name}.superseded{number}") for number in numbers)
                 aside = next(name for name in names if not name.exists())
                 os.rename(path, aside)
-                if room in ("checkpoints", "exports"):
+                if folder in ("checkpoints", "exports"):
                     renamed.append(aside)
     return renamed

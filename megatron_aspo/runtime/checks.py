@@ -16,9 +16,9 @@ from megatron_aspo.hf.model import HFModel, read_model
 from megatron_aspo.hf.model_directory import find_torch_dist, resolve_model
 from megatron_aspo.hf.tensor_files import TensorReader, has_weights
 from megatron_aspo.rollout.memory import check_cache
+from megatron_aspo.rollout.options import check_engines
 from megatron_aspo.runtime.placement import check_places
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.holdings import check_engine, check_engine_on
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def check_recipe(config: Config, model: HFModel, settings: RankSettings, device:
     """
     settings.check_model(model.dims)
     settings.check_device(device)
-    check_engine(model.dims, config.rollout.sizes)
-    check_engine_on(device, model.dims, config.rollout.sizes)
+    check_engines(config.rollout, model.dims, device)
     if config.max_model_len > model.max_positions:
         raise UserError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_model_len} is more than the model's "

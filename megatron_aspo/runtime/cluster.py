@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: one of our own on this machine, or one to join."""
+"""The Ray cluster of a run: started on this machine, or joined."""
 
 import os
 import signal
@@ -20,29 +20,29 @@ from megatron_aspo.runtime.machine import check_machine
 from megatron_aspo.weights.holdings import EngineSizes
 
 _OBJECT_STORE_BYTES = 512 << 20
-"""Of a Ray of our own: batches of tokens pass through it, weights never do."""
+"""Object store of a Ray that we start: batches of tokens pass through it, weights never do."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection to Ray. Close it last."""
+    """A connection to Ray, to be closed after everything that uses it."""
 
     ours: bool
-    """Whether this process started it, and so has to end it."""
+    """Whether this process started the cluster and so must end it."""
     cores: int
-    """CPU cores of the smallest node, to be shared by the processes of one role on it."""
+    """CPU cores of the smallest node, shared by the processes of one role on it."""
     device: str
-    """`cpu | cuda`: what trainers and engines compute on."""
+    """`cpu | cuda`: device of trainers and engines."""
     slots: int
-    """How many of those devices Ray can hand out; on CPU, logical CPUs."""
+    """Number of those devices that Ray can assign; on CPU, logical CPUs."""
 
     resources: Mapping[str, float] = field(default_factory=dict)
-    """All that Ray can hand out, custom resources too, with their amounts."""
+    """All resources that Ray can assign, custom ones included, with their amounts."""
     guard: Guard | None = None
-    """Ends the processes of a Ray of our own when this process does not."""
+    """Ends the processes of a Ray that we started if this process dies first."""
 
     def close(self) -> None:
-        """Disconnect; a Ray of our own ends, with every process it started."""
+        """Disconnect; a Ray that we started ends with every process that it started."""
         ray.shutdown()
         if self.guard is not None:
             self.guard.close()
@@ -51,9 +51,9 @@ class Cluster:
 def open_cluster(address: str, logical_cpus: int, engines: EngineSizes | None = None) -> Cluster:
     """Join the cluster at `address`, or start one here with room for `logical_cpus` reservations.
 
-    On CPU a process reserves one logical CPU, whatever its threads: trainers and engines of a synchronous run take turns on the cores. A
-    Ray of our own listens on loopback only, has no dashboard, and ends with this process however that ends. engines: those that will run
-    on it, for which this machine's shared memory is checked.
+    On CPU a process reserves one logical CPU, whatever its threads: trainers and engines of a synchronous run alternate on the cores. A
+    Ray that is started here listens on loopback only, has no dashboard, and ends with this process for any reason. engines: sizes of the
+    engines that will run, for which this machine's shared memory is checked.
     Raises UserError when the cluster cannot be reached, or when this machine lacks what Ray or the engines need.
     """
     if ray.is_initialized():
@@ -82,26 +82,26 @@ def open_cluster(address: str, logical_cpus: int, engines: EngineSizes | None = 
 
 
 def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this machine's processor has instructions for it; without them it takes four times as long as float32."""
+    """Return whether this processor has bfloat16 instructions; without them bfloat16 takes four times as long as float32."""
     return bool({"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()))
 
 
 def _join(address: str) -> int:
-    """Returns the cores of the smallest node."""
+    """Join the cluster and return the cores of its smallest node."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
-        # Ray itself tries for minutes before it says that nobody listens.
+        # Ray itself tries for minutes before it reports that nothing listens.
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     ray.init(address=address, log_to_driver=False, logging_level="error")
     return int(min(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
 
 
 def _start(logical_cpus: int, guard: Guard) -> int:
-    """Returns the cores that this process may use."""
+    """Start Ray and return the cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
     with _loopback_only(), guard.marking():
         ray.init(
-            address="local",  # never one that happens to run here, or that the environment names
+            address="local",  # never a running cluster, or one that the environment names
             num_cpus=max(cores, logical_cpus),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
@@ -116,10 +116,10 @@ def _start(logical_cpus: int, guard: Guard) -> int:
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Processes that Ray starts meanwhile serve this machine alone.
+    """Make the processes that Ray starts inside the block listen on loopback only.
 
-    Ray 2.60 serves on every interface unless a variable says that it must not be a cluster. Each process reads it once, when it imports
-    Ray: in this one that may have been long ago, so the constant that was read is replaced as well.
+    Ray 2.60 listens on every interface unless an environment variable forbids a cluster. Each process reads it once, when it imports Ray;
+    since this process may have imported Ray earlier, the constant that it read is replaced as well.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -132,7 +132,7 @@ def _loopback_only() -> Iterator[None]:
 
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Ray 2.60 replaces the handler of SIGTERM by one that ends the process at once; ours ends the run in order."""
+    """Restore our signal handlers: Ray 2.60 replaces that of SIGTERM by one that exits at once; ours ends the run in order."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,8 +1,8 @@
-"""A process beside the driver that ends the processes of a Ray cluster of our own when the driver is gone, however it went.
+"""A process beside the driver that ends the Ray cluster that the driver started, as soon as the driver has ended for any reason.
 
 Ray's own agents notice only after a minute that their driver was killed, and vLLM's engine cores leave shared memory behind. The guard
 finds the cluster's processes by a mark in their environment, so it never touches a cluster that the driver only joined, nor other
-children of the driver. Run as a program it is the guard itself; the driver uses `Guard`.
+children of the driver. The driver uses `Guard`; run as a program, this file is the guard process.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from megatron_aspo.common.process_tree import mapped_segments, unlink
 _MARK = "MEGATRON_ASPO_CLUSTER"
 """Environment variable that every process of the cluster inherits."""
 _GRACE_S = 3.0
-"""Time that processes have to end by themselves after SIGTERM. With it, nothing is left 5 s after the driver's death."""
+"""Time that processes have to exit after SIGTERM. With it, nothing is left 5 s after the driver's death."""
 _GIVE_UP_S = 10.0
-"""A process that SIGKILL does not end in this time is stuck in the kernel."""
+"""Time limit for SIGKILL; a process that survives it is stuck in the kernel."""
 
 
 class Guard:
-    """Watches from its creation until `close`. It has its own session, so that signals to the driver's process group do not reach it."""
+    """The guard process, running from creation until `close`. It has its own session, which signals to the driver's group do not reach."""
 
     def __init__(self) -> None:
         self._mark = uuid.uuid4().hex
-        # A driver may itself belong to another driver's cluster; its guard must outlive it all the same.
+        # A driver may itself belong to another driver's cluster; its guard must still outlive it.
         environment = {key: value for key, value in os.environ.items() if key != _MARK}
         environment["PYTHONPATH"] = child_python_path()
         self._process = subprocess.Popen(
@@ -48,19 +48,19 @@ class Guard:
         )
 
     def require_watching(self) -> None:
-        """Return when the guard watches. Raises RuntimeError if it did not start."""
+        """Wait until the guard is watching. Raises RuntimeError if it did not start."""
         if not self._process.stdout.readline():
             raise RuntimeError(f"the process that ends the cluster after its driver ended itself (status {self._process.wait()})")
 
     @contextmanager
     def marking(self) -> Iterator[None]:
-        """Processes started meanwhile, and all that they start later, are the cluster's."""
+        """Mark the processes started inside the block, and their descendants, as the cluster's."""
         # Process titles (Ray's agents, vLLM's engine cores) would overwrite the environment that the guard reads.
         with environment_set({_MARK: self._mark, "SPT_NOENV": "1"}):
             yield
 
     def close(self) -> None:
-        """End what is left of the cluster; returns when it is gone. Idempotent."""
+        """End the remaining processes of the cluster and wait for them. Idempotent."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -69,7 +69,7 @@ class Guard:
 
 @contextmanager
 def environment_set(values: dict[str, str]) -> Iterator[None]:
-    """Set these environment variables of this process, and restore them afterwards."""
+    """Set environment variables of this process inside the block, and restore them afterwards."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:
@@ -83,7 +83,7 @@ def environment_set(values: dict[str, str]) -> Iterator[None]:
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
-    """The live processes of this user that carry the mark, and their descendants, whatever environment those have."""
+    """Return this user's live processes that carry the mark, and their descendants, whatever environment those have."""
     line = f"{_MARK}={mark}".encode()
     found: dict[int, psutil.Process] = {}
     for pid in psutil.pids():
@@ -96,13 +96,13 @@ def marked_processes(mark: str) -> list[psutil.Process]:
 
 
 def end_cluster(mark: str) -> None:
-    """End every marked process, by SIGTERM and then SIGKILL, and unlink the shared memory that they had mapped."""
+    """End every marked process by SIGTERM, then SIGKILL, and unlink the shared memory that they had mapped."""
     processes = marked_processes(mark)
     segments = mapped_segments(processes)
     _signal(processes, signal.SIGTERM)
     psutil.wait_procs(processes, timeout=_GRACE_S)
     deadline = time.monotonic() + _GIVE_UP_S
-    # A process that was being started when the list was made shows up in the next.
+    # A process that was starting while the list was made appears in the next one.
     while (alive := marked_processes(mark)) and time.monotonic() < deadline:
         _signal(alive, signal.SIGKILL)
         psutil.wait_procs(alive, timeout=0.5)
@@ -121,7 +121,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     mark, driver = sys.argv[1], int(sys.argv[2])
     watched = [sys.stdin.fileno()]
-    # A process that the driver forked may hold the pipe open after it.
+    # A process forked by the driver may keep the pipe open after the driver's end.
     with contextlib.suppress(OSError):
         watched.append(os.pidfd_open(driver))
     print("watching", flush=True)

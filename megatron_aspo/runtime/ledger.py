@@ -1,8 +1,8 @@
-"""`ledger.jsonl`: what a run did, in order, one fsynced line at a time; it is only ever appended to.
+"""`ledger.jsonl`: the append-only log of a run, one fsynced line per event.
 
 Events: `start` and `resume` (a process began at a step), `drawn` (prompts taken for a step), `trained` (a step whose update is done, and
-which of its draws it trained on), `checkpoint` (a step from which the run can go on). After `resume` at step s, what earlier lines say of
-steps ≥ s is void: those steps are done again.
+which of its draws it trained on), `checkpoint` (a step from which the run can resume). After `resume` at step s, earlier lines about steps
+≥ s are void: those steps are done again.
 """
 
 import errno
@@ -15,7 +15,7 @@ from megatron_aspo.common.atomic import disk_errors, sync
 
 
 class Ledger:
-    """Appends events. The last line of a killed process may be torn: it is cut off."""
+    """Appends events. A partial last line of a killed process is truncated."""
 
     def __init__(self, path: Path):
         whole, torn = _split(path.read_bytes() if path.exists() else b"")
@@ -28,7 +28,7 @@ class Ledger:
         self.lines = whole.count(b"\n")
 
     def append(self, event: str, **fields: Any) -> None:
-        """The line is on the disk when this returns. Raises UserError when it cannot be."""
+        """Append a line; it is on the disk when this returns. Raises UserError if it cannot be written."""
         line = json.dumps({"event": event, **fields}, allow_nan=False).encode() + b"\n"
         with disk_errors(self._path):
             if self._file.write(line) != len(line):
@@ -41,24 +41,24 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Every whole line."""
+    """Return every complete line."""
     whole, _ = _split(path.read_bytes())
     return [json.loads(line) for line in whole.splitlines()]
 
 
 def origin(path: Path) -> str:
-    """The checkpoint from which the process that wrote last began; empty when it began anew."""
+    """Return the checkpoint from which the last writer started; empty if it started from none."""
     began = [event for event in read_ledger(path) if event["event"] in ("start", "resume")] if path.exists() else []
     return began[-1]["checkpoint"] if began else ""
 
 
 def made_checkpoints(path: Path) -> bool:
-    """Whether a checkpoint became whole in this run."""
+    """Return whether a checkpoint was completed in this run."""
     return path.exists() and any(event["event"] == "checkpoint" for event in read_ledger(path))
 
 
 def history(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Step → its `trained` event, of the steps that are part of the weights as they are now."""
+    """Return step → its `trained` event, for the steps that contributed to the current weights."""
     steps: dict[int, dict[str, Any]] = {}
     for event in events:
         if event["event"] in ("start", "resume"):
@@ -69,6 +69,6 @@ def history(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
-    """Whole lines, and what stands after the last of them."""
+    """Return the complete lines, and the bytes after the last of them."""
     end = data.rfind(b"\n") + 1
     return data[:end], data[end:]

@@ -1,6 +1,6 @@
-"""Checks of this machine before a run starts processes on it: room for sockets, a token, shared memory and the run directory.
+"""Checks this machine before a run starts processes on it: socket paths, Ray's token, shared memory and the run directory.
 
-Ray and vLLM would fail for lack of them too, but later, and without a cure. The limits are those of Ray 2.60 and vLLM 0.32.
+Ray and vLLM would fail too, but later, and without naming a cure. The limits are those of Ray 2.60 and vLLM 0.32.
 """
 
 import os
@@ -17,18 +17,18 @@ _RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store
 _VLLM_SOCKET = "00000000-0000-0000-0000-000000000000"
 SHARED = Path("/dev/shm")
 _SHARED_BYTES = 160 << 20
-"""Shared memory that an engine of several workers takes for the messages between them."""
+"""Shared memory that an engine of several workers uses for the messages between them."""
 
 
 def check_machine(engines: EngineSizes) -> None:
-    """Raises UserError naming what is missing and the cure."""
+    """Raise UserError naming what is missing and the cure."""
     check_temporary()
     check_home()
     check_shared_memory(engines)
 
 
 def check_can_be_made(directory: Path) -> None:
-    """Raises UserError when the run directory, which does not exist, could not be made once everything has started."""
+    """Raise UserError if the run directory, which does not exist yet, cannot be made later."""
     if problem := unwritable(next(parent for parent in directory.parents if parent.exists())):
         raise UserError(f"run directory {directory} cannot be made: {problem}; choose another run_dir")
 
@@ -43,16 +43,16 @@ def check_temporary() -> None:
         raise UserError(f"{given}: Ray cannot write there ({problem}); set RAY_TMPDIR to a directory that can be written, such as /tmp")
 
 
-def _check_length(given: str, directory: Path, who: str, socket: str, cure: str) -> None:
+def _check_length(given: str, directory: Path, program: str, socket: str, cure: str) -> None:
     if (room := _SOCKET_PATH_BYTES - len(socket) - 1) < len(os.fsencode(directory)):
         raise UserError(
-            f"{given} is too long: the paths of {who}'s sockets in it would exceed {_SOCKET_PATH_BYTES} bytes, the system's limit; set "
+            f"{given} is too long: the paths of {program}'s sockets in it would exceed {_SOCKET_PATH_BYTES} bytes, the system's limit; set "
             f"{cure} to a directory whose path has at most {room} bytes, such as /tmp"
         )
 
 
 def check_home() -> None:
-    """Ray keeps a token in the home directory, unless it is given one."""
+    """Raise UserError if Ray needs a token file in the home directory and cannot write it."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return
     cure = "set HOME to a directory that can be written"
@@ -77,7 +77,7 @@ def check_shared_memory(engines: EngineSizes) -> None:
 
 
 def unwritable(directory: Path) -> str:
-    """Why no file can be made in the directory, which is made where it is missing; empty when one can."""
+    """Return why no file can be made in the directory, or "". Makes the directory if it is missing."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:

@@ -7,21 +7,21 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.weights.holdings import EngineSizes
 
 
-def ranks_by_node(places: Sequence[tuple[str, str]], tensor: int) -> list[int]:
-    """Return the process that becomes rank 0, 1, …: node after node, and on a node in the order of its devices.
+def ranks_by_node(processes: Sequence[tuple[str, str]], tensor: int) -> list[int]:
+    """Return the process that becomes rank 0, 1, …: node by node, and within a node in the order of its devices.
 
-    So the ranks of a tensor-parallel group, which communicate most, share a node. places: node and device ("" on CPU) of each process.
+    Thus the ranks of a tensor-parallel group, which communicate most, share a node. processes: node and device ("" on CPU) of each.
     Raises UserError where that is impossible.
     """
-    nodes = list(dict.fromkeys(node for node, _ in places))
+    nodes = list(dict.fromkeys(node for node, _ in processes))
     for node in nodes if len(nodes) > 1 else ():
-        count = sum(place[0] == node for place in places)
+        count = sum(process[0] == node for process in processes)
         if count % tensor:
             raise UserError(
-                f"of {len(places)} training ranks {count} are on one node, which is no multiple of trainer.tensor_parallel={tensor}: a "
+                f"of {len(processes)} training ranks {count} are on one node, which is no multiple of trainer.tensor_parallel={tensor}: a "
                 "tensor-parallel group would span nodes; pin the ranks to nodes by trainer.resource, with a multiple on each, or lower it"
             )
-    return sorted(range(len(places)), key=lambda n: (nodes.index(places[n][0]), len(places[n][1]), places[n][1], n))
+    return sorted(range(len(processes)), key=lambda n: (nodes.index(processes[n][0]), len(processes[n][1]), processes[n][1], n))
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class NodeShare:
 
 
 def shares_of_nodes(nodes: int, ranks: int, tensor: int, engines: EngineSizes, colocated: bool) -> list[NodeShare]:
-    """Return what each of `nodes` equal nodes carries when ranks fill them first, then engines; colocated engines share the ranks' devices.
+    """Return the ranks and engines of each of `nodes` equal nodes: ranks fill them first, then engines; colocated engines share devices.
 
     Raises UserError where a tensor-parallel group or an engine would span nodes.
     """
@@ -48,7 +48,7 @@ def shares_of_nodes(nodes: int, ranks: int, tensor: int, engines: EngineSizes, c
                 f"on {nodes} nodes of {per_node} devices one has {len(share.ranks)} training ranks, no multiple of "
                 f"trainer.tensor_parallel={tensor}: a tensor-parallel group would span nodes; choose sizes that divide the node"
             )
-    homes: list[list[int]] = [[] for _ in range(nodes)]
+    engines_of_nodes: list[list[int]] = [[] for _ in range(nodes)]
     for engine in range(engines.engines):
         begin = first_engine + engine * engines.tensor
         if begin // per_node != (begin + engines.tensor - 1) // per_node:
@@ -56,5 +56,5 @@ def shares_of_nodes(nodes: int, ranks: int, tensor: int, engines: EngineSizes, c
                 f"on {nodes} nodes of {per_node} devices engine {engine} would span two; an engine lives on one: choose a "
                 "rollout.tensor_parallel that divides the node"
             )
-        homes[begin // per_node].append(engine)
-    return [NodeShare(share.ranks, tuple(home)) for share, home in zip(shares, homes, strict=True)]
+        engines_of_nodes[begin // per_node].append(engine)
+    return [NodeShare(share.ranks, tuple(found)) for share, found in zip(shares, engines_of_nodes, strict=True)]

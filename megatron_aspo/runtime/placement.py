@@ -1,4 +1,4 @@
-"""Who has the devices when: training ranks and engines on their own, or by turns on the same."""
+"""Which side uses the devices when: training ranks and engines have their own, or time-share the same."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 
 class Placement(Protocol):
-    """A run starts with the engines ready to generate."""
+    """Switches between training and generating. A run starts with the engines ready to generate."""
 
     def to_training(self) -> None:
-        """Nothing is generated from here on; ranks may train, save and export."""
+        """Stop generating; afterwards ranks may train, save and export."""
 
     def to_generating(self, version: int, changed: bool) -> int:
-        """Engines may generate from here on, from the ranks' weights as `version`; returns the bytes sent.
+        """Let engines generate with the ranks' weights as `version`; return the bytes sent.
 
-        changed: whether the weights are others than the engines were given last.
+        changed: whether the weights differ from those that the engines were sent last.
         """
 
     def restore(self, reason: str) -> None:
         """Replace the engines that were lost while they generated, and bring all to the weights that they had, verified.
 
-        No request may be under way. An engine that was frozen and answers again stays.
+        No request may be running. An engine that was frozen and answers again is kept.
         """
 
 
 class Split:
-    """On devices of their own: nobody has to make room."""
+    """Engines and training ranks have separate devices: no side has to free memory."""
 
     def __init__(self, publisher: Publisher):
         self._publisher = publisher
@@ -46,40 +46,40 @@ class Split:
 
     def restore(self, reason: str) -> None:
         _replace_lost(self._publisher, reason)
-        # Version 0 is that of the model's directory, which an engine starts with.
+        # Version 0 is that of the model's directory, with which an engine starts.
         if self._publisher.version:
             self._publisher.publish(self._publisher.version, verify=True)
 
 
 class Colocated:
-    """On the same devices. Never more than one side's caches and states lie there; both sides' weights do while they are sent."""
+    """Engines and training ranks share devices. At most one side's caches and states are on them; both sides' weights during a transfer."""
 
     def __init__(self, trainers: "Trainers", engines: "EnginePool", publisher: Publisher, sleep_level: int):
-        """The engines must be up, and the training ranks have left."""
+        """The engines must have started, and the training ranks must have offloaded their memory."""
         self._trainers, self._engines, self._publisher = trainers, engines, publisher
         self._sleep_level = sleep_level
         self._training = False
         self._replaced = False
-        """Whether an engine was started again and has not been given weights since."""
+        """Whether an engine was restarted and has not been sent weights since."""
         self._restoring = False
 
     def to_training(self) -> None:
         if self._training:
             return
-        # Before the ranks come back: an engine that starts needs the room.
-        self._surely(lambda: self._engines.sleep(self._sleep_level))
+        # Before the ranks reload: an engine that starts needs the memory.
+        self._retry_with_replacement(lambda: self._engines.sleep(self._sleep_level))
         self._training = True
-        self._trainers.come_back()
+        self._trainers.reload()
 
     def to_generating(self, version: int, changed: bool) -> int:
         if not self._training:
             return 0
         self._training = False
-        self._trainers.leave("optimizer")
-        self._surely(lambda: self._engines.wake(("weights",)))
+        self._trainers.offload("optimizer")
+        self._retry_with_replacement(lambda: self._engines.wake(("weights",)))
         sent = self._publisher.publish(version, verify=self._replaced) if changed or self._replaced or self._sleep_level == 2 else 0
         self._replaced = False
-        self._trainers.leave("weights")
+        self._trainers.offload("weights")
         try:
             self._engines.wake(("kv_cache",))
         except EngineError as error:
@@ -96,14 +96,14 @@ class Colocated:
         self.to_generating(self._publisher.version, changed=True)
         self._restoring = False
 
-    def _surely(self, halt: Callable[[], None]) -> None:
-        """Do this to all engines; if one is dead, or does not answer, once more with another in its place."""
+    def _retry_with_replacement(self, call: Callable[[], None]) -> None:
+        """Call this on all engines; if one is dead or silent, replace it and call once more."""
         try:
-            halt()
+            call()
         except EngineError as error:
             _replace_lost(self._publisher, str(error))
             self._replaced = True
-            halt()
+            call()
 
 
 def _replace_lost(publisher: Publisher, reason: str) -> None:
@@ -112,7 +112,7 @@ def _replace_lost(publisher: Publisher, reason: str) -> None:
 
 
 def check_places(placement: str, ranks: int, engines: EngineSizes) -> None:
-    """Raises UserError when engines are to share devices that there are not."""
+    """Raise UserError when engines would share devices that do not exist."""
     if placement == "colocated" and engines.world > ranks:
         raise UserError(
             f"placement=colocated: {engines.engines} engines of {engines.tensor} devices need {engines.world} training ranks to share them "
@@ -121,18 +121,18 @@ def check_places(placement: str, ranks: int, engines: EngineSizes) -> None:
 
 
 def shared_places(ranks: Sequence[tuple[str, str]], engines: EngineSizes) -> list[tuple[str, str]]:
-    """Of each engine the node and its devices on it, with commas: those of as many ranks, in their order.
+    """Return the node and the devices, separated by commas, of each engine: those of as many consecutive ranks.
 
-    ranks: of each its node and device. Raises UserError when an engine's would lie on two nodes.
+    ranks: node and device of each training rank. Raises UserError when the devices of an engine would be on several nodes.
     """
     found = []
     for engine in range(engines.engines):
         first = engine * engines.tensor
-        mine = ranks[first : first + engines.tensor]
-        if len({node for node, _ in mine}) > 1:
+        own = ranks[first : first + engines.tensor]
+        if len({node for node, _ in own}) > 1:
             raise UserError(
-                f"placement=colocated: engine {engine} would share the devices of training ranks {first} to {first + len(mine) - 1}, which "
+                f"placement=colocated: engine {engine} would share the devices of training ranks {first} to {first + len(own) - 1}, which "
                 "live on several nodes; an engine lives on one: lower rollout.tensor_parallel, or set placement=split"
             )
-        found.append((mine[0][0], ",".join(device for _, device in mine if device)))
+        found.append((own[0][0], ",".join(device for _, device in own if device)))
     return found

@@ -1,6 +1,6 @@
-"""What a recipe would do, before it does it: groups of ranks, memory, bytes of a weight sync, tokens of a step.
+"""The plan of a run: groups of ranks, memory, bytes of a weight sync, tokens of a step.
 
-Nothing is started: everything follows from the recipe and the model's config.json. The model's weights are checked where they are at hand.
+Nothing is started: everything follows from the recipe and the model's config.json. The model's weights are checked if they are present.
 """
 
 import math
@@ -27,13 +27,13 @@ from megatron_aspo.weights.holdings import EngineHoldings, TrainingHoldings
 from megatron_aspo.weights.layout import ITEMSIZE
 
 _AXES = ("tensor", "context", "data", "pipeline", "expert")
-_GROUPS_TOLD = 4
+_GROUPS_SHOWN = 4
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The figures of a recipe that can work."""
+    """A valid recipe with the numbers that follow from it."""
 
     config: Config
     model: HFModel
@@ -42,11 +42,11 @@ class Plan:
     nodes: tuple[NodeShare, ...] = ()
     """The ranks and engines of each node; empty for one node."""
     notes: tuple[str, ...] = ()
-    """Remarks: what `train` would do about a run directory that exists, and what could not be checked."""
+    """Notes: how `train` would treat an existing run directory, and what could not be checked."""
 
     @property
     def groups(self) -> dict[str, list[list[int]]]:
-        """Of each axis that cuts something, the ranks that talk to one another along it."""
+        """For each axis of more than one rank, the groups of ranks that communicate along it."""
         sizes, found = self.settings.sizes, {}
         for axis in _AXES:
             if getattr(sizes, axis) == 1:
@@ -62,7 +62,7 @@ class Plan:
 
     @cached_property
     def load(self) -> Load:
-        """Of one replica, in a mini-batch of samples as long as they may be."""
+        """The load of one replica in a mini-batch whose samples all have the maximum length."""
         config, longest = self.config, self.config.max_model_len
         prompts = min(config.algorithm.mini_batch_prompts, config.rollout.prompts_per_step)
         tokens = math.ceil(prompts * config.rollout.responses_per_prompt / self.settings.sizes.data) * longest
@@ -71,7 +71,7 @@ class Plan:
 
     @cached_property
     def ranks(self) -> list[RankMemory]:
-        """Of one rank of each pipeline stage: the others of a stage hold as much."""
+        """The memory of one rank of each pipeline stage; the other ranks of a stage hold the same."""
         sizes, checkpoint = self.settings.sizes, self.config.checkpoint
         asynchronous = bool(checkpoint.every) and checkpoint.asynchronous
         found = []
@@ -94,7 +94,7 @@ class Plan:
 
     @cached_property
     def sync(self) -> tuple[int, int]:
-        """Bytes of one weight sync, the least that any plan moves, which ours does on one node; and its buckets."""
+        """The bytes of one weight sync, the minimum over all plans, which ours attains on one node, and the number of buckets."""
         model, sizes = self.model, self.config.rollout.sizes
         source = TrainingHoldings(model.architecture, model.dims, self.settings.sizes)
         target = EngineHoldings(model.architecture, model.dims, sizes)
@@ -105,15 +105,15 @@ class Plan:
 
     @property
     def needs(self) -> int:
-        """Bytes of this machine's memory when all of the run is on it, without what its programs take themselves."""
+        """Bytes of memory for a run that is entirely on this machine, without what the programs themselves take."""
         sizes, rollout = self.settings.sizes, self.config.rollout
         return sum(rank.total for rank in self.ranks) * sizes.stage + self.worker.total * rollout.sizes.world
 
 
 def make_plan(config: Config, device: str = "", nodes: int = 1) -> Plan:
-    """Raises UserError for a recipe that cannot work, with the rule and the cure.
+    """Return the plan of a recipe. Raises UserError, with the rule and the cure, if the recipe cannot work.
 
-    device: `cpu | cuda`; empty: this machine's. nodes: machines with as many devices each, on which the run is to be.
+    device: `cpu | cuda`; empty: this machine's. nodes: number of nodes with equally many devices.
     """
     notes = [_directory_note(config)]
     device = device or expected_device(replace(config, ray_address=""))
@@ -131,7 +131,7 @@ def make_plan(config: Config, device: str = "", nodes: int = 1) -> Plan:
 
 
 def _directory_note(config: Config) -> str:
-    """Say what `train` would do about the run directory, if it exists. Raises UserError when there is nothing to resume from."""
+    """Return how `train` would treat the run directory, if it exists. Raises UserError if there is nothing to resume from."""
     exists = directory_exists(config)
     if config.resume == "never":
         refused = (
@@ -143,7 +143,7 @@ def _directory_note(config: Config) -> str:
 
 
 def check_room(plan: Plan) -> None:
-    """Raises UserError when training ranks and engines, all on this machine, need more memory than it has."""
+    """Raise UserError if training ranks and engines, all on this machine, need more memory than it has."""
     room = psutil.virtual_memory().total
     if plan.needs > room:
         raise UserError(
@@ -152,8 +152,8 @@ def check_room(plan: Plan) -> None:
         )
 
 
-def told(plan: Plan) -> Iterator[str]:
-    """Lines for people."""
+def format_plan(plan: Plan) -> Iterator[str]:
+    """Yield the lines that are printed."""
     config, settings, sizes = plan.config, plan.settings, plan.settings.sizes
     yield "configuration"
     yield from ("  " + line for line in to_yaml(config).splitlines())
@@ -162,19 +162,19 @@ def told(plan: Plan) -> Iterator[str]:
     yield f"placement ({config.placement}): {plan.devices} {kind}"
     yield f"  training ranks   {sizes.world}: {settings.layout}"
     for axis, groups in plan.groups.items():
-        yield f"    {axis:<14} {_listed(groups)}"
+        yield f"    {axis:<14} {_format_groups(groups)}"
     yield f"  engines          {config.rollout.engines} × {config.rollout.tensor_parallel}"
     for number, share in enumerate(plan.nodes):
         ranks = f"ranks {share.ranks.start} to {share.ranks.stop - 1}" if share.ranks else "no ranks"
-        yield f"  node {number:<11} {ranks}, " + (f"engines {_numbers(share.engines)}" if share.engines else "no engines")
+        yield f"  node {number:<11} {ranks}, " + (f"engines {_format_range(share.engines)}" if share.engines else "no engines")
     yield ""
     yield f"memory in GB, besides what the programs take themselves; micro-batches of {plan.load.tokens:,} tokens"
     names = [field.name for field in fields(RankMemory)]
     for stage, memory in enumerate(plan.ranks):
-        who = f"rank of stage {stage}" if sizes.pipeline > 1 else "training rank"
-        yield f"  {who:<16} {_figures((name, getattr(memory, name)) for name in names)}, together {memory.total / GB:.2f}"
+        label = f"rank of stage {stage}" if sizes.pipeline > 1 else "training rank"
+        yield f"  {label:<16} {_format_gb((name, getattr(memory, name)) for name in names)}, together {memory.total / GB:.2f}"
     parts = [(field.name, getattr(plan.worker, field.name)) for field in fields(WorkerMemory)]
-    yield f"  engine worker    {_figures(parts)}, together {plan.worker.total / GB:.2f}"
+    yield f"  engine worker    {_format_gb(parts)}, together {plan.worker.total / GB:.2f}"
     cached, wanted = cached_tokens(plan.model, config.rollout), config.rollout.max_running_requests * config.max_model_len
     yield f"  key-value cache  {cached:,} tokens: {cached // config.max_model_len:,} requests at full length, of "
     yield f"                   {config.rollout.max_running_requests} that may run ({min(1.0, cached / wanted):.0%} of what they could want)"
@@ -189,8 +189,8 @@ def told(plan: Plan) -> Iterator[str]:
         yield from (f"note: {note}" for note in plan.notes)
 
 
-def figures(plan: Plan) -> dict:
-    """The same for programs; bytes."""
+def plan_as_json(plan: Plan) -> dict:
+    """Return the plan's numbers as JSON values, in bytes."""
     moved, buckets = plan.sync
     samples = plan.config.rollout.prompts_per_step * plan.config.rollout.responses_per_prompt
     return {
@@ -209,14 +209,14 @@ def figures(plan: Plan) -> dict:
     }
 
 
-def _figures(parts: Iterable[tuple[str, int]]) -> str:
+def _format_gb(parts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{name} {value / GB:.2f}" for name, value in parts if value)
 
 
-def _numbers(found: tuple[int, ...]) -> str:
+def _format_range(found: tuple[int, ...]) -> str:
     return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
 
 
-def _listed(groups: list[list[int]]) -> str:
-    shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:_GROUPS_TOLD])
-    return f"{len(groups)} × {len(groups[0])}: {shown}" + (" …" if len(groups) > _GROUPS_TOLD else "")
+def _format_groups(groups: list[list[int]]) -> str:
+    shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:_GROUPS_SHOWN])
+    return f"{len(groups)} × {len(groups[0])}: {shown}" + (" …" if len(groups) > _GROUPS_SHOWN else "")

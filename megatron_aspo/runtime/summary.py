@@ -1,4 +1,4 @@
-"""The end of a run for a person, and its last line for a program."""
+"""The summary at the end of a run: a table to read, and a JSON line for programs."""
 
 import json
 import re
@@ -19,10 +19,10 @@ _SHOWN_CHARACTERS = 60
 
 
 def print_summary(run: "Run", before: Evaluation | None, after: Evaluation | None, minutes: float, tokens: int, export: Path) -> None:
-    """A small table, one answer before and after, and one JSON object as the last line.
+    """Print a table, one answer before and after training, and one JSON object as the last line.
 
-    minutes, tokens: of this process. `updates` counts those of all steps in the run's metrics.jsonl, earlier processes' included; a run
-    that changed nothing is warned about.
+    minutes, tokens: of this process. `updates` counts all steps in the run's metrics.jsonl, those of earlier processes included. A run
+    without updates prints a warning.
     """
     steps = run.metrics.all()
     table = Table(title=run.config.name, show_header=False)
@@ -66,9 +66,9 @@ def print_summary(run: "Run", before: Evaluation | None, after: Evaluation | Non
 
 
 def _one_answer(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[str, str, str]:
-    """A question, and the same draw of its answer before and after: the first pair of bare numbers that was wrong before and right after.
+    """Return a question and the same draw of its answer before and after: the first pair of bare numbers, wrong before and right after.
 
-    Draws at temperature 1 of an untrained model can say anything, rude things too, so bare numbers are preferred where there are any.
+    Samples of an untrained model at temperature 1 can contain anything, rude text too, so bare numbers are preferred if there are any.
     """
     pairs = list(zip(before, after, strict=True))
     plain = [pair for pair in pairs if all(re.fullmatch(r"[\d\s.,=+\-*/]{1,60}", s.text) for s in pair)]

@@ -75,11 +75,11 @@ class TrainerActor:
         context = ray.get_runtime_context()
         return context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", []))
 
-    def leave(self, part: str) -> None:
-        self._rank.leave(part)
+    def offload(self, part: str) -> None:
+        self._rank.offload(part)
 
-    def come_back(self) -> None:
-        self._rank.come_back()
+    def reload(self) -> None:
+        self._rank.reload()
 
     def save(self, request: SaveRequest) -> float:
         return self._saver.save(request)
@@ -154,13 +154,13 @@ class Trainers:
         """Of each rank: Ray's id of its node, and of its device on it ("" on CPU)."""
         return self._get([actor.place.remote() for actor in self._actors])
 
-    def leave(self, part: str) -> None:
-        """Let every rank free its device's memory of the `optimizer` or of the `weights`."""
-        self._get([actor.leave.remote(part) for actor in self._actors])
+    def offload(self, part: str) -> None:
+        """Let every rank free the device memory of its `optimizer` or its `weights`."""
+        self._get([actor.offload.remote(part) for actor in self._actors])
 
-    def come_back(self) -> None:
-        """Undo every `leave`."""
-        self._get([actor.come_back.remote() for actor in self._actors])
+    def reload(self) -> None:
+        """Undo every `offload`."""
+        self._get([actor.reload.remote() for actor in self._actors])
 
     def save(self, request: SaveRequest) -> float:
         """Start a checkpoint, once the one under way is done; returns the seconds until training can go on."""

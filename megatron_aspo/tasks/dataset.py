@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import REASONING_GYM_OPTIONS, DataOptions
 from megatron_aspo.data.order import choose_source, shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.sources import Row, read_rows, short_name
@@ -14,6 +13,7 @@ from megatron_aspo.rewards.choice import RewardChoice
 from megatron_aspo.rewards.named import CHECKS, build_rewards
 from megatron_aspo.rewards.result import Reward
 from megatron_aspo.tasks.layouts import WANTED, Problem, understand
+from megatron_aspo.tasks.options import REASONING_GYM_OPTIONS, DataOptions
 
 TRAIN, EVAL = "train", "eval"
 

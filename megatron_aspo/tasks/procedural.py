@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DATASET_OPTIONS, REASONING_GYM_OPTIONS, DataOptions
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.last_number import last_number
 from megatron_aspo.rewards.result import Reward, RewardResult
+from megatron_aspo.tasks.options import DATASET_OPTIONS, REASONING_GYM_OPTIONS, DataOptions
 
 
 class ProceduralTask:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from megatron_aspo.common.errors import UserError, nearest
 from megatron_aspo.common.import_path import one_line
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DATASET_OPTIONS, DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.last_number import find_last_number
 from megatron_aspo.rewards.result import Reward, RewardResult
+from megatron_aspo.tasks.options import DATASET_OPTIONS, DataOptions
 
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
@@ -75,8 +75,6 @@ class ReasoningGymTask:
     def build_reward(cls, options: DataOptions) -> Reward:
         """Return the reward. Raises UserError for a task that is unknown or evaluates responses, and for options without effect in it."""
         options.refuse(cls.name, *DATASET_OPTIONS)
-        if options.answer_format not in FORMATS:
-            raise UserError(f"data.answer_format={options.answer_format} is not known; {nearest(options.answer_format, FORMATS)}")
         dataset = _make(cls.name, options.task_options, 0)
         return _Score(dataset, options.answer_format)
 

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.result import Reward
 from megatron_aspo.tasks import reasoning_gym
 from megatron_aspo.tasks.dataset import DatasetTask
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.tasks.procedural import LargestOfThree, ProceduralTask, SingleDigitAddition
 from megatron_aspo.tasks.reasoning_gym import ReasoningGymTask
 
@@ -37,8 +37,6 @@ TASKS = {task.name: task for task in (SingleDigitAddition, LargestOfThree, Datas
 
 def build_task(name: str, options: DataOptions, encoder: PromptEncoder, seed: int) -> Task:
     """Return the task. Raises UserError for an unknown name, options that do not fit the task, and faulty data."""
-    if options.held_out_prompts < 0:
-        raise UserError(f"data.held_out_prompts={options.held_out_prompts} is negative; set 0 or more")
     return _find(name)(options, encoder, seed)
 
 

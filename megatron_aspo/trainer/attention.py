@@ -16,16 +16,16 @@ from torch.autograd.function import once_differentiable
 from megatron_aspo.trainer.micro_batch import MicroBatch
 
 _SHORT = 256
-"""Tokens of a segment up to which bfloat16 attention is multiplied out on the CPU. Torch's kernel for it takes, forward and backward, 4
-times as long for 64 tokens, 2.7 times for 127, 1.3 times for 256, and 0.8 times for 1,000 (2 threads; 9 heads of 64, 3 of keys and
-values)."""
+"""Longest segment, in tokens, whose bfloat16 attention is computed by its definition on the CPU. Torch's kernel takes, forward and
+backward, 4 times as long for 64 tokens, 2.7 times for 127, 1.3 times for 256, and 0.8 times for 1,000 (2 threads; 9 heads of 64, 3 of
+keys and values)."""
 
 
 @dataclass
 class SharedPromptParams(PackedSeqParams):
-    """Megatron's packed-sequence arguments, and what the local layers' attention needs besides: who may look at whom inside each segment.
+    """Megatron's packed-sequence arguments, with the attention masks that the local layers also need.
 
-    Made once for a micro-batch and read by every layer: nothing in it makes the host wait for the device.
+    Made once per micro-batch and read by every layer; reading it never makes the host wait for the device.
     """
 
     lengths: list[int] | None = None
@@ -34,24 +34,24 @@ class SharedPromptParams(PackedSeqParams):
     """[segment tokens, segment tokens] bool per segment; None means plain causal attention. Rows of this context-parallel rank only."""
     local: Tensor | None = None
     order: Tensor | None = None
-    """Both as in MicroBatch."""
+    """`local` and `order` are those of MicroBatch."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosines and sines [tokens of this rank, 1, head size] for queries and keys; set by the model (megatron_adapter.py)."""
 
 
 def causal_params(lengths: list[int], device: torch.device) -> SharedPromptParams:
-    """Arguments for plain causal segments of these lengths."""
+    """Return the arguments for plain causal segments of these lengths."""
     return _params(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device))
 
 
 def packed_params(micro: MicroBatch, layer_spec: str) -> SharedPromptParams:
-    """Return what the attention and rotary embedding of these layers need to know of a packed micro-batch."""
+    """Return the arguments of these layers' attention and rotary embedding for a packed micro-batch."""
     params = _params(micro.lengths, micro.cu_seqlens)
     if layer_spec == "local":
         return replace(params, masks=_masks(micro), local=micro.local, order=micro.order)
     if micro.local is not None:
-        # Transformer Engine cuts segments into 2 · context chunks and gives each rank the same two as PackingRules does. It then reads
-        # padded ends only; padding counts as tokens of its segment here, which those before it do not see.
+        # Transformer Engine cuts segments into 2 · context chunks and assigns each rank the same two as PackingRules. It then reads only
+        # the padded ends; here padding counts as tokens of its segment, invisible to the tokens before it.
         return replace(params, cu_seqlens_q_padded=micro.cu_seqlens, cu_seqlens_kv_padded=micro.cu_seqlens)
     return params
 
@@ -72,7 +72,7 @@ def _masks(micro: MicroBatch) -> list[Tensor] | None:
     if micro.branches is None and micro.local is None:
         return None
     device, start, masks = micro.cu_seqlens.device, 0, []
-    # Every context-parallel rank holds as much of each segment.
+    # Every context-parallel rank holds the same number of tokens of each segment.
     shares = None if micro.local is None else micro.local.split([length * len(micro.local) // micro.tokens for length in micro.lengths])
     for i, length in enumerate(micro.lengths):
         rows = torch.arange(length, device=device) if shares is None else shares[i] - start
@@ -82,7 +82,7 @@ def _masks(micro: MicroBatch) -> list[Tensor] | None:
 
 
 def _visible(rows: Tensor, tokens: int, branches: Tensor | None) -> Tensor:
-    """bool [rows, tokens]: a token sees what stands before it in the prompt and in its own response, and itself."""
+    """Return bool [rows, tokens]: a token sees itself and the tokens before it in the prompt and in its own response."""
     earlier = torch.arange(tokens, device=rows.device)[None] <= rows[:, None]
     if branches is None:
         return earlier
@@ -95,7 +95,7 @@ def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(tensor: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Megatron's rotary embedding, bit for bit, of [tokens, heads, head size]. Backward keeps the tables alone, which all layers share."""
+    """Apply Megatron's rotary embedding, bit for bit, to [tokens, heads, head size]. Backward keeps only the tables, which layers share."""
     cosines, sines = rotary
     first, second = tensor.chunk(2, -1)
     return tensor * cosines + torch.cat([-second, first], -1) * sines
@@ -104,10 +104,10 @@ def _rotate(tensor: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 class PackedAttention(MegatronModule):
     """Rotary embedding, then causal attention inside each segment of a packed batch.
 
-    Megatron's own rotary embedding of packed batches asks the device for the place of every segment, in each layer, for queries and keys.
-    Under context parallelism each rank holds its tokens' queries and gathers the keys and values of all.
-    Takes what Megatron hands any core attention module. Megatron's own local attention refuses packed batches; Transformer Engine's takes
-    the same arguments on GPUs, but for segments that share a prompt.
+    Megatron's own rotary embedding of packed batches reads every segment's offset from the device, in each layer, for queries and keys.
+    Under context parallelism each rank holds its tokens' queries and gathers the keys and values of all ranks.
+    It takes the arguments that Megatron passes to any core attention module. Megatron's own local attention refuses packed batches;
+    Transformer Engine's takes the same arguments on GPUs, except for segments that share a prompt.
     """
 
     def __init__(
@@ -135,18 +135,18 @@ class PackedAttention(MegatronModule):
         ranks = 1
         if self.cp_group is not None:
             ranks = self.cp_group.size()
-            # Backward adds up what all ranks' queries give a key or value, and hands each rank its own.
+            # Backward sums the gradients that all ranks' queries give a key or value and returns each rank its own.
             key, value = (gather_from_sequence_parallel_region(tensor, group=self.cp_group) for tensor in (key, value))
             key, value = key[packed_seq_params.order], value[packed_seq_params.order]
         outputs = []
         lengths, masks = packed_seq_params.lengths, packed_seq_params.masks
         attend = ATTENTION[query.device.type]
-        # Segments that follow one another and are as long go together: (length, how many, mask).
+        # Consecutive segments of equal length are computed together: (length, count, mask).
         if masks is None:
             runs = [(length, len(list(run)), None) for length, run in groupby(lengths)]
         else:
             runs = [(length, 1, mask) for length, mask in zip(lengths, masks, strict=True)]
-        # Split, not sliced: the gradient of a slice is as large as what it was cut from.
+        # Split, not sliced: the gradient of a slice is as large as the tensor it comes from.
         tokens = [length * count for length, count, _ in runs]
         queries = query.split([share // ranks for share in tokens])
         for (_, count, mask), q, k, v in zip(runs, queries, key.split(tokens), value.split(tokens), strict=True):
@@ -157,7 +157,10 @@ class PackedAttention(MegatronModule):
 
 
 def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """[segments, heads, tokens, head size] each; mask as in SharedPromptParams, scale None for 1 / √(head size)."""
+    """Return attention [segments, heads, tokens, head size] of arguments of that shape.
+
+    mask: as in SharedPromptParams; scale: None for 1 / √(head size).
+    """
     if query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT:
         if mask is None:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
@@ -166,10 +169,10 @@ def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """The same without torch's plain kernel, which holds heads × tokens² scores.
+    """Return the same without torch's plain kernel, which holds heads × tokens² scores.
 
-    Its flash kernel takes grouped queries, but only in half precision and without a mask; its memory-efficient one takes masks and
-    float32, but as many heads of keys and values as of queries.
+    torch's flash kernel takes grouped queries, but only in half precision and without a mask; its memory-efficient kernel takes masks and
+    float32, but needs as many heads of keys and values as of queries.
     """
     if mask is None and query.dtype in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=scale)
@@ -184,9 +187,9 @@ ATTENTION = {"cpu": _attend_on_cpu, "cuda": _attend_on_cuda}
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(scale · query keyᵀ) value by its definition, with float32 scores; heads that share keys and values go as one matrix.
+    """softmax(scale · query keyᵀ) value by its definition, with float32 scores; heads that share keys and values are one matrix.
 
-    Keeps the probabilities, in the dtype of its arguments.
+    Backward keeps the probabilities, in the dtype of the arguments.
     """
 
     @staticmethod

@@ -24,7 +24,7 @@ from megatron_aspo.weights.layout import Coordinates, ParallelSizes
 
 
 def packing_rules(options: TrainerOptions, sizes: ParallelSizes, at: Coordinates) -> PackingRules:
-    """What layout and layers ask of packed batches."""
+    """Return the rules that layout and layers impose on packed batches."""
     rules = PackingRules.of(sizes, at, options.sequence_parallel)
     if options.fp8 != "none":
         rules = replace(rules, multiple=math.lcm(rules.multiple, 16))
@@ -34,14 +34,14 @@ def packing_rules(options: TrainerOptions, sizes: ParallelSizes, at: Coordinates
 class RMSNorm(torch.nn.Module):
     """x / √(mean(x²) + eps) · weight over the last dimension, with the constructor that Megatron's specs call.
 
-    Computed in float32 (float64 for float64) and rounded once, as torch's RMSNorm does, in half the time; backward needs only the input.
+    It computes in float32 (float64 for float64) and rounds once, as torch's RMSNorm does, in half the time. Backward needs only the input.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.eps = eps
-        # Each tensor-parallel rank normalizes its own tokens: Megatron adds the gradients up.
+        # Each tensor-parallel rank normalizes its own tokens: Megatron sums the gradients.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
 class SwiGLU(torch.nn.Module):
     """silu(gate) · up of [..., gate | up], as torch's operators compute it, with the constructor that Megatron's specs call.
 
-    Backward needs only the input, half of what the operators keep, and writes the gradients of both halves where they belong.
+    Backward needs only the input, half of what the operators keep, and writes both halves of the gradient into one tensor.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -131,14 +131,14 @@ LAYER_SPECS: dict[str, Callable[..., TransformerBlockSubmodules]] = {
     "local": _local_block,
     "transformer_engine": _transformer_engine_block,
 }
-"""Name → the layers of this pipeline stage, or of one model chunk of it. The names are also the namings of the weight map."""
+"""Name → layers of this pipeline stage, or of one of its model chunks. The weight map names parameters by the same names."""
 
 
 def choose_layer_spec(options: TrainerOptions, device: Device) -> str:
-    """`auto` becomes Transformer Engine for bfloat16 where CUDA and the package are present, else local.
+    """Return the layer spec; `auto` is Transformer Engine for bfloat16 where CUDA and the package are present, else local.
 
-    Transformer Engine's flash and cuDNN attention take half-precision types only. Its third one holds segments × heads × longest² scores.
-    Raises UserError for what cannot run here.
+    Transformer Engine's flash and cuDNN attention take half-precision types only; its third kind holds segments × heads × longest² scores.
+    Raises UserError for layers that cannot run here.
     """
     wanted, half = options.layer_spec, options.dtype == "bfloat16"
     available = device.is_cuda and transformer_engine.is_installed()
@@ -156,12 +156,12 @@ def choose_layer_spec(options: TrainerOptions, device: Device) -> str:
 
 
 def flash_attention() -> str:
-    """The version of the flash_attn package, which Transformer Engine's attention may use, or `absent`: then cuDNN's kernels do it."""
+    """Return the version of flash_attn, which Transformer Engine's attention may use, or `absent`: then it uses cuDNN's kernels."""
     return transformer_engine.installed_version("flash_attn") or "absent"
 
 
 def check_layers(options: TrainerOptions, layer_spec: str, experts: int = 0) -> None:
-    """Raise UserError where the layers, or the device that they run on, cannot do what the options, or a model with `experts`, ask."""
+    """Raise UserError if the layers, or their device, do not support the options or a model with this many experts."""
     if layer_spec == "local":
         if options.fp8 != "none":
             raise UserError(

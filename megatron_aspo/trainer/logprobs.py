@@ -1,9 +1,9 @@
-"""The seam after the model: hidden states in, log-probability and entropy of each target token out.
+"""Output projection and log-softmax without materialising the logits: hidden states in, log-probability and entropy of each target out.
 
-Exact and vocabulary-parallel. A rank walks its rows of the vocabulary in blocks, so that tokens × vocabulary never exists at once. A block
-is to the rank what the rank is to its group: each gives four numbers per token, merged first over the blocks, then over the ranks. Backward
-walks the blocks again and makes their logits anew, except the last one's, which are still there. A block of rows gets its whole gradient at
-one time, so no sum of the output matrix's size is kept. Old, reference and current log-probabilities all come from here.
+The result is exact. Each rank walks its rows of the vocabulary in blocks, so that tokens × vocabulary logits never exist at once. A block
+yields four softmax statistics per token, which are merged over the blocks and then over the tensor-parallel ranks. Backward walks the
+blocks again and recomputes their logits, except those of the last block, which are still in the buffer. A block of rows gets its whole
+gradient at once, so no accumulator of the output matrix's size is kept. Old, reference and current log-probabilities all come from here.
 
 The two steps that read logits, `statistics` and `gradient_`, are `logprobs_torch.py` on CPU and `logprobs_triton.py` on CUDA.
 """
@@ -20,7 +20,7 @@ from megatron_aspo.common.errors import UserError
 
 _STEPS = {"cpu": "megatron_aspo.trainer.logprobs_torch", "cuda": "megatron_aspo.trainer.logprobs_triton"}
 _ALIGNMENT = 128
-"""Blocks are multiples of so many rows, for the matrix units' sake."""
+"""Blocks are multiples of this many rows, which the matrix units prefer."""
 
 
 def logprobs(
@@ -33,13 +33,13 @@ def logprobs(
     vocab: int,
     chunk_tokens: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """Log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropy of that distribution.
+    """Return log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropy of that distribution.
 
     hidden: [tokens, hidden size], the same on every rank of `tp_group`; output_weight: [rows, hidden size], this rank's rows of the
-    output matrix, padding included; targets: int64 [tokens]; vocab: true vocabulary size, rows beyond it do not exist for the softmax.
-    `tp_group` None means the matrix is whole. `chunk_tokens`: as many logits exist at one time as so many tokens have, in hidden's dtype.
-    Returns two float32 tensors [tokens] (float64 for float64 input), the same on every rank. Gradients reach `hidden` (summed over the
-    group) and this rank's rows of `output_weight`.
+    output matrix, padding included; targets: int64 [tokens]; vocab: true vocabulary size, the softmax ignores rows beyond it.
+    `tp_group` None means the matrix is whole. `chunk_tokens`: upper bound on the logits that exist at one time, in tokens, in hidden's
+    dtype. Both results are float32 [tokens] (float64 for float64 input), the same on every rank. Gradients reach `hidden` (summed over
+    the group) and this rank's rows of `output_weight`.
     """
     return _Logprobs.apply(hidden, output_weight, targets, temperature, tp_group, vocab, chunk_tokens)
 
@@ -72,8 +72,10 @@ class _Logprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprob, grad_entropy):
-        """With d = logit − peak and p = exp(d) / total, the gradient by a logit is, of the log-probability, onehot − p, and of the entropy,
-        −p · (d − weighted / total). Together, upstream gradients included: onehot · at_target + exp(d) · (offset + slope · d).
+        """Return the gradients by hidden states and weights.
+
+        With d = logit − peak and p = exp(d) / total, the gradient by a logit is onehot − p for the log-probability and
+        −p · (d − weighted / total) for the entropy. With the upstream gradients: onehot · at_target + exp(d) · (offset + slope · d).
         """
         hidden, weight, local_targets, peak, total, weighted = ctx.saved_tensors
         at_target = torch.zeros_like(total) if grad_logprob is None else grad_logprob / ctx.temperature
@@ -84,7 +86,7 @@ class _Logprobs(torch.autograd.Function):
         grad_hidden = torch.zeros(hidden.shape, dtype=peak.dtype, device=hidden.device)
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.blocks[-1].stop :] = 0
-        buffer, ctx.buffer = ctx.buffer, None  # gone at a second backward, which retain_graph allows
+        buffer, ctx.buffer = ctx.buffer, None  # absent in a second backward, which retain_graph allows
         in_buffer = ctx.blocks[-1] if buffer is not None else None
         buffer = _buffer(hidden, ctx.blocks[0]) if buffer is None else buffer
         for block in reversed(ctx.blocks):
@@ -102,7 +104,7 @@ class _Logprobs(torch.autograd.Function):
 
 
 def kernels(device: torch.device) -> ModuleType:
-    """The module that reads logits on this kind of device. Raises UserError where there is none, or it lacks a package."""
+    """Return the module that reads logits on this kind of device. Raises UserError if there is none or it lacks a package."""
     if device.type not in _STEPS:
         raise UserError(f"log-probabilities on {device.type}: expected one of {', '.join(_STEPS)}")
     try:
@@ -113,7 +115,7 @@ def kernels(device: torch.device) -> ModuleType:
 
 
 def _blocks(rows: int, tokens: int, chunk_tokens: int) -> list[slice]:
-    """Blocks of rows, all of the first one's size but the last, each with at most as many logits as `chunk_tokens` tokens have."""
+    """Return blocks of rows of equal size, the last may be smaller, each with at most the logits of `chunk_tokens` tokens."""
     size = max(1, min(rows, rows * chunk_tokens // max(tokens, 1)))
     if _ALIGNMENT < size < rows:
         size -= size % _ALIGNMENT
@@ -121,18 +123,18 @@ def _blocks(rows: int, tokens: int, chunk_tokens: int) -> list[slice]:
 
 
 def _buffer(hidden: Tensor, block: slice) -> Tensor:
-    """Room for the logits of the first block, the largest."""
+    """Return an uninitialized tensor for the logits of the first block, the largest."""
     return hidden.new_empty(hidden.shape[0], block.stop - block.start)
 
 
 def _part(buffer: Tensor, block: slice) -> Tensor:
-    """The beginning of `buffer` as a matrix of [tokens, rows of `block`], contiguous."""
+    """Return the beginning of `buffer` as a contiguous matrix [tokens, rows of `block`]."""
     tokens, rows = buffer.shape[0], block.stop - block.start
     return buffer.view(-1)[: tokens * rows].view(tokens, rows)
 
 
 def _merge(one: Tensor, other: Tensor) -> Tensor:
-    """Statistics [4, tokens] of two parts of the vocabulary together."""
+    """Return the statistics [4, tokens] of the union of two parts of the vocabulary."""
     peak = torch.maximum(one[0], other[0])
     merged = _move(one, peak)
     merged[1:] += _move(other, peak)[1:]
@@ -148,7 +150,7 @@ def _merge_ranks(found: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _move(found: Tensor, peak: Tensor) -> Tensor:
-    """The same statistics, their sums taken at another peak."""
+    """Return the statistics with their sums rescaled to another peak."""
     old, total, weighted, at_target = found
     shift = old - peak
     scale = shift.exp()

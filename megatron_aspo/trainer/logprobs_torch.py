@@ -1,7 +1,7 @@
-"""The two steps of `logprobs.py` that read logits, in plain PyTorch: for CPU.
+"""The two steps of `logprobs.py` that read logits, in plain PyTorch for the CPU.
 
-Some rows at a time, few enough that the working copy stays in the processor's cache: logits go through memory once, and what is needed
-beside them is small. The sums are float32 (float64 for float64 logits), whatever the logits' dtype.
+They process a few rows at a time, so that the working copy stays in the processor's cache: logits are read from memory once, and little
+memory is needed beside them. The sums are float32 (float64 for float64 logits), whatever the logits' dtype.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ _WORKING_SET = 1 << 18
 
 
 def statistics(logits: Tensor, temperature: float, targets: Tensor) -> Tensor:
-    """What a block of the vocabulary adds to the softmax, [4, tokens]: peak, total, weighted, at_target.
+    """Return the softmax statistics of a block of the vocabulary, [4, tokens]: peak, total, weighted, at_target.
 
-    logits: [tokens, columns], before the temperature, left as they are; targets: int64 [tokens], the column of each target, any other
-    number where it is not in this block. With x = logits / temperature and d = x − peak: peak is the largest x, total the sum of exp(d),
-    weighted the sum of exp(d) · d, at_target x at the target, or 0. float32 (float64 for float64 logits).
+    logits: [tokens, columns], before the temperature, not changed; targets: int64 [tokens], the column of each target, or any number
+    outside the block. With x = logits / temperature and d = x − peak: peak is the largest x, total the sum of exp(d), weighted the sum of
+    exp(d) · d, at_target x at the target, or 0. float32 (float64 for float64 logits).
     """
     found = torch.empty(4, logits.shape[0], dtype=_accumulator(logits))
     for part in _parts(logits):
@@ -34,7 +34,7 @@ def statistics(logits: Tensor, temperature: float, targets: Tensor) -> Tensor:
 def gradient_(
     logits: Tensor, temperature: float, targets: Tensor, peak: Tensor, offset: Tensor, slope: Tensor | None, at_target: Tensor
 ) -> None:
-    """Write exp(d) · (offset + slope · d), plus `at_target` in the target's column, over the logits.
+    """Overwrite the logits with exp(d) · (offset + slope · d), plus `at_target` in the target's column.
 
     logits, targets: as in `statistics`, d with this peak; peak, offset, slope, at_target: [tokens], float32 (float64 for float64 logits).
     A slope of None is 0.
@@ -49,7 +49,7 @@ def gradient_(
 
 
 def _below(peak: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature − peak, in peak's dtype; one pass."""
+    """Return logits / temperature − peak, in peak's dtype, in one pass over memory."""
     return torch.add(-peak[:, None], logits, alpha=1 / temperature)
 
 
@@ -64,6 +64,6 @@ def _parts(logits: Tensor) -> Iterator[slice]:
 
 
 def _columns(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Column of each target, 0 where it is not in this block, and whether it is."""
+    """Return the column of each target, 0 where it is not in this block, and a mask of those in this block."""
     inside = (targets >= 0) & (targets < logits.shape[1])
     return targets.masked_fill(~inside, 0), inside

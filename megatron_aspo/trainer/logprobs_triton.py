@@ -1,7 +1,7 @@
-"""The two steps of `logprobs.py` that read logits, as Triton kernels: for CUDA. `logprobs_torch.py` says what they compute.
+"""The two steps of `logprobs.py` that read logits, as Triton kernels for CUDA. `logprobs_torch.py` documents what they compute.
 
-Each reads the logits once. `statistics` keeps its sums at the peak seen so far and moves them when a higher one comes; `gradient_` writes
-where it reads. The arithmetic is float32 (float64 for float64 logits), whatever the logits' dtype.
+Each reads the logits once. `statistics` keeps its sums relative to the running peak and rescales them when the peak rises; `gradient_`
+works in place. The arithmetic is float32 (float64 for float64 logits), whatever the logits' dtype.
 """
 
 import torch
@@ -15,7 +15,7 @@ _WARPS = 8
 
 
 def statistics(logits: Tensor, temperature: float, targets: Tensor) -> Tensor:
-    """As `logprobs_torch.statistics`: [4, tokens] of peak, total, weighted, at_target."""
+    """Return what `logprobs_torch.statistics` does: [4, tokens] of peak, total, weighted, at_target."""
     tokens, columns = logits.shape
     found = torch.empty(4, tokens, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device)
     if tokens:
@@ -27,7 +27,7 @@ def statistics(logits: Tensor, temperature: float, targets: Tensor) -> Tensor:
 def gradient_(
     logits: Tensor, temperature: float, targets: Tensor, peak: Tensor, offset: Tensor, slope: Tensor | None, at_target: Tensor
 ) -> None:
-    """As `logprobs_torch.gradient_`: the gradient by each logit, written over the logits."""
+    """Overwrite the logits with their gradient, as `logprobs_torch.gradient_` does."""
     tokens, columns = logits.shape
     if tokens:
         block = min(_COLUMNS, triton.next_power_of_2(columns))
@@ -37,7 +37,7 @@ def gradient_(
 
 @triton.jit
 def _statistics(logits, targets, found, tokens, columns, temperature: tl.constexpr, BLOCK: tl.constexpr):
-    """One token. Logits are contiguous; offsets are int64, since tokens × columns may pass 2³¹."""
+    """Compute the statistics of one token. Logits are contiguous; offsets are int64, since tokens × columns may exceed 2³¹."""
     dtype: tl.constexpr = found.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     logits += token * columns
@@ -67,7 +67,7 @@ def _statistics(logits, targets, found, tokens, columns, temperature: tl.constex
 
 @triton.jit
 def _gradient(logits, targets, peak, offset, slope, at_target, columns, temperature: tl.constexpr, BLOCK: tl.constexpr):
-    """One token, one run of columns."""
+    """Compute the gradient of one token in one range of columns."""
     dtype: tl.constexpr = peak.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     logits += token * columns

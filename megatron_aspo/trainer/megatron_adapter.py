@@ -1,9 +1,9 @@
-"""Everything that adapts Megatron-Core to us: running on the CPU, and returning hidden states. The only file that does.
+"""Every adaptation of Megatron-Core: running on the CPU, and returning hidden states. No other file patches it.
 
 Written for megatron-core 0.16.1. Megatron assumes CUDA by name (`torch.cuda.current_device()`, streams, events, tensor type strings). On a
-machine without CUDA each `megatron.core` module gets a proxy in place of its `torch`; torch itself and every other library stay untouched:
-a global patch of torch's constructors corrupts libraries that rely on `device="meta"` tricks, silently. Nothing here runs when CUDA exists.
-All of it can go when Megatron-Core runs on gloo and CPU tensors by itself.
+machine without CUDA a proxy replaces `torch` in each `megatron.core` module; torch itself and all other libraries stay untouched, since a
+global patch of torch's constructors silently corrupts libraries that rely on `device="meta"`. The CPU patches do not run where CUDA exists
+and can go when Megatron-Core runs on gloo and CPU tensors.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from megatron_aspo.trainer.transformer_engine import check_installation
 
 _CPU = torch.device("cpu")
 
-# Imported before patching, since a module keeps the `torch` it was imported with.
+# They are imported before patching, since a module keeps the `torch` that it was imported with.
 _MODULES = (
     "tensor_parallel.random",
     "models.gpt",
@@ -33,15 +33,15 @@ _MODULES = (
 
 
 def prepare() -> None:
-    """Make Megatron-Core usable on this machine. Safe to call again, and needed again after importing further Megatron modules.
+    """Make Megatron-Core usable on this machine. Idempotent; call it again after importing further Megatron modules.
 
-    Raises UserError where a Transformer Engine that is not whole would break its import.
+    Raises UserError if an incomplete Transformer Engine would break Megatron's import.
     """
     if torch.cuda.is_available():
         check_installation()
         _define_router_gemm()
         return
-    # Megatron takes Transformer Engine's optimizer wherever it finds the package, and that needs a GPU. Imports fail as if it were absent.
+    # Megatron takes Transformer Engine's optimizer, which needs a GPU, wherever it finds the package: make its import fail.
     sys.modules.setdefault("transformer_engine", None)
     from megatron.core import jit
 
@@ -63,7 +63,7 @@ def prepare() -> None:
 
 
 def _define_router_gemm() -> None:
-    """0.16.1's router asks whether `te_general_gemm` is None, a name that only exists where Transformer Engine does. Gone in 0.17."""
+    """Define `te_general_gemm`, which 0.16.1's router reads and which only exists with Transformer Engine. Fixed in 0.17."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -71,7 +71,7 @@ def _define_router_gemm() -> None:
 
 
 class _Namespace(types.ModuleType):
-    """A module that answers with its overrides first and the real module's attributes else."""
+    """A module whose attributes are its overrides, else those of the real module."""
 
     def __init__(self, real: types.ModuleType, **overrides):
         super().__init__(real.__name__)
@@ -83,7 +83,7 @@ class _Namespace(types.ModuleType):
 
 
 class _NoStream:
-    """Stands for torch.cuda.Stream and torch.cuda.Event: work on the CPU is done when the call returns."""
+    """Replaces torch.cuda.Stream and torch.cuda.Event: work on the CPU is done when the call returns."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -100,12 +100,12 @@ class _NoStream:
         return 0.0
 
 
-def _nothing(*args, **kwargs) -> None:
+def _no_op(*args, **kwargs) -> None:
     return None
 
 
-def _constructor_on_cpu(function):
-    """A tensor constructor whose `device="cuda"` literal means the CPU."""
+def _make_on_cpu(function):
+    """Return a tensor constructor for which `device="cuda"` means the CPU."""
 
     @functools.wraps(function)
     def construct(*args, **kwargs):
@@ -124,10 +124,10 @@ def _torch_proxy() -> _Namespace:
         torch.cuda,
         current_device=lambda: _CPU,
         device_count=lambda: 1,
-        synchronize=_nothing,
-        empty_cache=_nothing,
-        set_device=_nothing,
-        set_stream=_nothing,
+        synchronize=_no_op,
+        empty_cache=_no_op,
+        set_device=_no_op,
+        set_stream=_no_op,
         Stream=_NoStream,
         Event=_NoStream,
         current_stream=_NoStream,
@@ -136,14 +136,14 @@ def _torch_proxy() -> _Namespace:
         get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
         set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
         manual_seed=torch.manual_seed,
-        nvtx=types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=lambda *args: contextlib.nullcontext()),
+        nvtx=types.SimpleNamespace(range_push=_no_op, range_pop=_no_op, range=lambda *args: contextlib.nullcontext()),
     )
     constructors = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
-    return _Namespace(torch, cuda=cuda, **{name: _constructor_on_cpu(getattr(torch, name)) for name in constructors})
+    return _Namespace(torch, cuda=cuda, **{name: _make_on_cpu(getattr(torch, name)) for name in constructors})
 
 
 def _patch_rng_state() -> None:
-    """Megatron's random tracker forks the CUDA generator; here it forks the CPU's."""
+    """Make Megatron's random tracker fork the CPU's generator instead of CUDA's."""
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -151,7 +151,7 @@ def _patch_rng_state() -> None:
 
 
 def _patch_moves_to_cuda() -> None:
-    """Megatron calls `.cuda()` on tensors and modules; a CPU build of torch would only raise."""
+    """Make `.cuda()`, which Megatron calls on tensors and modules, a no-op; a CPU build of torch would raise."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
@@ -172,7 +172,7 @@ def _cuda_type_names():
 
 
 def _patch_type_checks() -> None:
-    """Optimizer constructors and the gradient clip compare `param.type()` with "torch.cuda.FloatTensor"; answer so while they run."""
+    """Make `param.type()` return CUDA names while optimizer constructors and the gradient clip compare it with them."""
     from megatron.core import optimizer
     from megatron.core.optimizer import optimizer as steps
 
@@ -190,7 +190,7 @@ def _patch_type_checks() -> None:
 
 
 def _patch_clip() -> None:
-    """Without apex and Transformer Engine the gradient clip makes scaled copies of gradients and copies them back: three passes for one."""
+    """Scale gradients in place: without apex and Transformer Engine the clip makes scaled copies and copies them back, in three passes."""
     from megatron.core.optimizer import clip_grads
 
     def scale_all(chunk_size, noop_flag, tensor_lists, scale):
@@ -201,7 +201,7 @@ def _patch_clip() -> None:
 
 
 def _patch_expert_splits() -> None:
-    """The dispatcher of tokens to experts makes arrays of its split sizes where it brings them off a GPU; collectives take no tensors."""
+    """Convert the token dispatcher's split sizes to arrays, as it does only when it copies from a GPU; collectives take no tensors."""
     from megatron.core.transformer.moe import token_dispatcher
 
     move = token_dispatcher.maybe_move_tensor_to_cpu
@@ -217,7 +217,7 @@ def _patch_expert_splits() -> None:
 
 
 def _patch_uneven_collectives() -> None:
-    """Expert tensor parallelism gathers and reduces as many tokens of each rank as its router sent; gloo takes equal shares only."""
+    """Let expert tensor parallelism gather and reduce different token counts per rank; gloo takes only equal sizes."""
     from megatron.core.tensor_parallel import mappings
 
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -248,12 +248,12 @@ def _patch_uneven_collectives() -> None:
 
 @functools.cache
 def hidden_state_model() -> type:
-    """Megatron's GPTModel with two changes, for which it has no public switch.
+    """Return Megatron's GPTModel with two changes for which it has no public option.
 
     The forward pass of the last pipeline stage ends at the final hidden states [tokens, 1, hidden size], the same on all tensor-parallel
-    ranks: the output projection is done in `logprobs`, a chunk at a time. And rotary embeddings that are not fused go by `position_ids`,
-    and are left to the attention of the local layers (attention.py): for packed batches Megatron counts positions within segments, or
-    across them when the longest segment is as long as the whole batch, and neither is right for segments that share a prompt.
+    ranks: `logprobs` does the output projection in blocks. And unfused rotary embeddings follow `position_ids` and are applied by the
+    local layers' attention (attention.py): for packed batches Megatron counts positions within segments, or across them when the longest
+    segment is as long as the whole batch, and neither is right for segments that share a prompt.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -273,20 +273,20 @@ def hidden_state_model() -> type:
         def _postprocess(self, hidden_states: Tensor, **kwargs) -> Tensor:
             if not (self.post_process and self.config.sequence_parallel):
                 return hidden_states
-            # `logprobs` sums the gradient of hidden states over the group: each rank's share of it is a slice.
+            # `logprobs` sums the gradient of hidden states over the group, so each rank takes a slice of it.
             return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp)
 
         def output_weight(self) -> Tensor:
-            """[rows, hidden size]: this rank's rows of the output matrix; last stage only."""
+            """Return this rank's rows of the output matrix, [rows, hidden size]; last stage only."""
             return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
     return HiddenStateModel
 
 
 def set_rotary_frequencies(model: torch.nn.Module, frequencies: tuple[float, ...]) -> None:
-    """Give a GPTModel that has not run yet these radians per position of each pair of channels [head size / 2].
+    """Set the radians per position of each pair of channels, [head size / 2], on a GPTModel that has not run yet.
 
-    Megatron has options for some scalings of rotary embeddings, with constants that other models set otherwise (weights/rope.py).
+    Megatron has options for some scalings of rotary embeddings, but fixes constants that differ between models (weights/rope.py).
     """
     rotary = model.rotary_pos_emb
     if rotary.inv_freq.shape != (len(frequencies),):

@@ -1,7 +1,7 @@
 """Memory of one training rank by formula, before anything is started: no torch, no process group.
 
-Weights, gradients and optimizer follow exactly from the layout. Activations are counted per token from what the local layers keep for
-backward; for experts and for Transformer Engine's layers that is an estimate. Everything in bytes.
+Weights, gradients and optimizer state follow exactly from the layout. Activations per token are what the local layers keep for backward;
+for experts and for Transformer Engine's layers that is an estimate. All sizes are in bytes.
 """
 
 import math
@@ -20,31 +20,31 @@ _ADAM_BYTES = 8
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank holds at the height of a training step, in bytes."""
+    """Memory of a rank at the peak of a training step, in bytes."""
 
     weights: int
     reference: int
     gradients: int
     optimizer: int
     activations: int
-    """On a CPU with the holes that they leave in the heap."""
+    """On a CPU, with the holes that they leave in the heap."""
     reduction: int
-    """Gloo's copy of the gradients while it sums them over data-parallel ranks; on a CPU."""
+    """On a CPU: gloo's copy of the gradients while it sums them over data-parallel ranks."""
     logprobs: int
     """Logits of one block, and the gradient of the output matrix."""
     checkpoint: int
-    """The copy that an asynchronous checkpoint is written from; in host memory."""
+    """The copy in host memory from which an asynchronous checkpoint is written."""
     pinned: int
-    """Host memory of what is offloaded from a GPU, pinned."""
+    """Pinned host memory of state offloaded from a GPU."""
 
     @property
     def total(self) -> int:
-        """All but what is offloaded."""
+        """The sum of all fields but `pinned`."""
         return sum(getattr(self, field.name) for field in fields(self)) - self.pinned
 
 
 def parameter_counts(layout: Layout) -> tuple[int, int]:
-    """Elements of a rank's parameters, padding included: those of experts, and all others."""
+    """Return the elements of a rank's parameters, padding included: of experts, and of all others."""
     counts = {name: math.prod(shape) for name, shape in layout.parameter_shapes.items()}
     experts = sum(count for name, count in counts.items() if name in layout.expert_parameters)
     return experts, sum(counts.values()) - experts
@@ -52,17 +52,17 @@ def parameter_counts(layout: Layout) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Load:
-    """What a mini-batch asks of one replica, at most."""
+    """Upper bounds on one replica's work for a mini-batch."""
 
     tokens: int
-    """Of its largest micro-batch, over all context-parallel ranks."""
+    """Tokens of the largest micro-batch, over all context-parallel ranks."""
     micro_batches: int
 
 
 def rank_memory(
     model: HFModel, layout: Layout, settings: RankSettings, at: Coordinates, load: Load, on_gpu: bool, asynchronous: bool
 ) -> RankMemory:
-    """Of the rank at these coordinates, which holds `layout`. asynchronous: checkpoints are written from a copy."""
+    """Return the memory of the rank at these coordinates, which holds `layout`. asynchronous: checkpoints are written from a copy."""
     options, sizes = settings.trainer, settings.sizes
     experts, others = parameter_counts(layout)
     count, itemsize = experts + others, ITEMSIZE[options.dtype]
@@ -71,7 +71,7 @@ def rank_memory(
     owned = others // shards + experts // expert_shards
     state = owned * (_ADAM_BYTES + (4 if itemsize < 4 else 0))
     weights = count * itemsize
-    # Transformer Engine keeps FP8 copies of the factors of matrix products: as they are, and for backward transposed.
+    # Transformer Engine keeps two FP8 copies of the factors of matrix products: plain, and transposed for backward.
     factors = sum(math.prod(shape) for name, shape in layout.parameter_shapes.items() if _is_factor(name)) if options.fp8 != "none" else 0
     away = on_gpu and options.offload_optimizer
     tokens = -(-load.tokens // sizes.context)
@@ -92,12 +92,12 @@ def rank_memory(
 
 
 def _is_factor(name: str) -> bool:
-    """Whether Transformer Engine multiplies by this parameter of a layer in FP8."""
+    """Return whether Transformer Engine multiplies by this parameter of a layer in FP8."""
     return ".linear_" in name and "weight" in name.rpartition(".")[2] and "layer_norm" not in name
 
 
 def _pinned(layout: Layout, settings: RankSettings, shards: int, expert_shards: int) -> int:
-    """Bytes that offloaded optimizer state and reference weights take in pinned blocks (trainer/offload.py)."""
+    """Return the bytes that offloaded optimizer state and reference weights take in pinned blocks (trainer/offload.py)."""
     options = settings.trainer
     itemsize = ITEMSIZE[options.dtype]
     counts = {name: math.prod(shape) for name, shape in layout.parameter_shapes.items()}
@@ -112,12 +112,12 @@ def _pinned(layout: Layout, settings: RankSettings, shards: int, expert_shards: 
 
 
 def kept_per_token(model: HFModel, options: TrainerOptions, tensor: int, expert_tensor: int) -> float:
-    """Elements that one layer keeps for backward of one token, on one of `tensor` ranks.
+    """Return the elements that one layer keeps for the backward pass of one token, on one of `tensor` ranks.
 
-    Input of the layer and of its second half, each with what its norm makes of it and one scale; query, key and value as they are computed
-    and the first two once more, turned; for a norm of queries and keys, the queries by themselves and the scales; the result of attention
-    as its kernel and as the next product has it, with a logarithm for each head; gate and up; their product. Recomputed, only what stands
-    between is kept: before core attention that is queries, by themselves, keys and values.
+    They are: the inputs of the attention and feed-forward halves, each with its normalized copy and one scale; query, key and value, and
+    the rotated query and key; with a norm of queries and keys, a copy of the queries and the scales; the attention output as its kernel
+    and as the next matrix product holds it, with one log-sum-exp per head; gate and up; their product. With recomputation only the inputs
+    of the recomputed part are kept: for core attention a copy of the queries, keys and values.
     """
     dims = model.dims
     heads, keys = dims.heads / tensor, max(1.0, dims.kv_heads / tensor)
@@ -144,19 +144,19 @@ def _activations(model: HFModel, options: TrainerOptions, sizes: ParallelSizes, 
     # All layers share one table of cosines and sines.
     elements = kept_per_token(model, options, sizes.tensor, sizes.expert_tensor_size) * layers + 2 * dims.head_dim
     in_flight = tokens * chunks_in_flight(sizes, at, micro_batches)
-    return int((elements * in_flight + _at_work(model, options, sizes, tokens)) * itemsize)
+    return int((elements * in_flight + _backward_workspace(model, options, sizes, tokens)) * itemsize)
 
 
 def chunks_in_flight(sizes: ParallelSizes, at: Coordinates, micro_batches: int) -> int:
-    """Most micro-batches × model chunks whose activations a stage of the one-forward-one-backward schedule keeps at one time."""
+    """Return the most micro-batches × model chunks whose activations a stage of the one-forward-one-backward schedule keeps at once."""
     if sizes.virtual == 1:
         return min(sizes.pipeline - at.pipeline, micro_batches)
     warm_up = 2 * (sizes.pipeline - at.pipeline - 1) + (sizes.virtual - 1) * sizes.pipeline
     return min(warm_up + 1, micro_batches * sizes.virtual)
 
 
-def _at_work(model: HFModel, options: TrainerOptions, sizes: ParallelSizes, tokens: int) -> float:
-    """Elements of the layer that is computed backward at the moment: its own gradients, and what it computes again."""
+def _backward_workspace(model: HFModel, options: TrainerOptions, sizes: ParallelSizes, tokens: int) -> float:
+    """Return the elements of the layer whose backward pass runs: its gradients and its recomputed activations."""
     dims = model.dims
     wide = model.experts_per_token * dims.moe_ffn / sizes.expert_tensor_size if dims.experts else dims.ffn / sizes.tensor
     gradients = tokens * (2 * dims.hidden + 3 * wide)

@@ -1,4 +1,4 @@
-"""Megatron's GPT model for a Hugging Face model directory."""
+"""Builds Megatron's GPT model for a Hugging Face model directory."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from megatron_aspo.trainer.parallel import ParallelState
 from megatron_aspo.weights.layout import padded_vocab
 
 
-def _leave_unfilled(weight: Tensor) -> Tensor:
+def _keep_uninitialized(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -31,7 +31,7 @@ def transformer_config(
     options: TrainerOptions = TrainerOptions(),  # noqa: B008 (frozen)
     deterministic: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of this model on this layout. deterministic: Megatron's own kernels and Transformer Engine's, on a GPU."""
+    """Return Megatron's configuration of this model on this layout. deterministic: of Megatron's and Transformer Engine's GPU kernels."""
     dims = model.dims
     interleaved = parallel.sizes.virtual > 1
     fused = layer_spec == "transformer_engine"
@@ -58,28 +58,28 @@ def transformer_config(
         sequence_parallel=options.sequence_parallel,
         expert_model_parallel_size=parallel.sizes.expert,
         expert_tensor_parallel_size=parallel.sizes.expert_tensor_size,
-        # Micro-batches are packed and differ in length: pipeline neighbours tell each other the shape. The interleaved schedule, whose
-        # neighbours send both ways at once, would wait for ever: there they are padded to one length (micro_batch.py).
+        # Packed micro-batches differ in length: pipeline neighbours exchange shapes. The interleaved schedule, whose neighbours send both
+        # ways at once, would deadlock on that: there micro-batches are padded to one length (micro_batch.py).
         variable_seq_lengths=parallel.sizes.pipeline > 1 and not interleaved,
-        # With two stages both neighbours are one rank, and batched messages would be mistaken for one another.
+        # With two stages both neighbours are the same rank, and batched messages would be mixed up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         **_moe_config(model, layer_spec),
         **_recompute_config(model, options.recompute, layer_spec),
         fp8=None if options.fp8 == "none" else options.fp8,
-        # Scales from the tensor itself: Megatron's default goes by a history of earlier steps, which checkpoints would have to hold.
+        # Scales from the tensor itself: Megatron's default uses a history of earlier steps, which checkpoints would have to hold.
         fp8_recipe="tensorwise",
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Every weight comes from the checkpoint. Initialization stays on, with nothing to do: Megatron marks the tensor-parallel parameters
-        # there, and the gradient norm counts unmarked ones on one rank only.
-        init_method=_leave_unfilled,
-        output_layer_init_method=_leave_unfilled,
-        embedding_init_method=_leave_unfilled,
+        # Every weight comes from the checkpoint. Initialization stays on as a no-op: Megatron marks tensor-parallel parameters there, and
+        # the gradient norm counts unmarked ones on one rank only.
+        init_method=_keep_uninitialized,
+        output_layer_init_method=_keep_uninitialized,
+        embedding_init_method=_keep_uninitialized,
         use_cpu_initialization=not device.is_cuda,
         deterministic_mode=deterministic and device.is_cuda,
-        # Gradients are sums: the denominators are ours, known before the first micro-batch (losses/objective.py).
+        # Gradients are sums: losses/objective.py owns the denominators, known before the first micro-batch.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -94,22 +94,22 @@ def transformer_config(
 
 
 def _softmax_scale(model: HFModel) -> float | None:
-    """Factor of queries times keys, None for Megatron's 1 / √(head size). Scaled cosines and sines scale both queries and keys."""
+    """Return the factor of query · key, None for Megatron's 1 / √(head size). Scaled cosines and sines scale both queries and keys."""
     if model.rope_scaling is None:
         return None
     return model.rope_scaling.attention_factor**2 / math.sqrt(model.dims.head_dim)
 
 
 def _moe_config(model: HFModel, layer_spec: str) -> dict[str, Any]:
-    """Settings of routers and experts."""
-    settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}  # the only one that Megatron lets meet variable lengths
+    """Return the options of routers and experts."""
+    settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}  # the only one that Megatron allows with variable lengths
     if model.dims.experts:
         settings |= {
             "num_moe_experts": model.dims.experts,
             "moe_ffn_hidden_size": model.dims.moe_ffn,
             "moe_router_topk": model.experts_per_token,
             "moe_router_score_function": "softmax",
-            # Weights that sum to one are the softmax over the chosen experts; others are shares of the softmax over all.
+            # Weights that sum to one are the softmax over the chosen experts; otherwise they come from the softmax over all.
             "moe_router_pre_softmax": not model.norm_topk_prob,
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": layer_spec == "transformer_engine",
@@ -118,10 +118,10 @@ def _moe_config(model: HFModel, layer_spec: str) -> dict[str, Any]:
 
 
 def _recompute_config(model: HFModel, recompute: str, layer_spec: str) -> dict[str, Any]:
-    """Which activations backward computes again."""
+    """Return the options that choose which activations backward recomputes."""
     if recompute == "selective":
         modules = ["moe" if model.dims.experts else "mlp"]
-        if layer_spec == "local":  # Transformer Engine's fused attention keeps nothing that it could compute again
+        if layer_spec == "local":  # Transformer Engine's fused attention keeps nothing that could be recomputed
             modules.append("core_attn")
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     if recompute == "full":  # layer by layer
@@ -130,9 +130,9 @@ def _recompute_config(model: HFModel, recompute: str, layer_spec: str) -> dict[s
 
 
 def build_model(model: HFModel, config: TransformerConfig, parallel: ParallelState, layer_spec: str) -> torch.nn.Module:
-    """This rank's stage and share of the model, weights not yet filled. Its forward pass ends at the final hidden states.
+    """Return this rank's part of the model, weights uninitialized. The forward pass ends at the final hidden states.
 
-    Of several model chunks, a ModuleDict by the prefixes that the weight map gives their parameters.
+    Several model chunks are a ModuleDict, keyed by the prefixes that the weight map gives their parameters.
     """
     count = parallel.sizes.virtual
     if count == 1:
@@ -141,7 +141,7 @@ def build_model(model: HFModel, config: TransformerConfig, parallel: ParallelSta
 
 
 def chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """What the schedule runs of a model that `build_model` built."""
+    """Return the model chunks that the schedule runs, of a model that `build_model` built."""
     return list(model.values()) if isinstance(model, torch.nn.ModuleDict) else [model]
 
 
@@ -161,6 +161,6 @@ def _build_chunk(model: HFModel, config: TransformerConfig, parallel: ParallelSt
     )
     if model.rope_scaling is not None:
         set_rotary_frequencies(built, model.rope_scaling.frequencies)
-    # Megatron's schedule asks for it; the class attribute differs between versions.
+    # Megatron's schedule requires it; the class attribute differs between versions.
     built.model_type = ModelType.encoder_or_decoder
     return built

@@ -1,4 +1,4 @@
-"""Megatron's optimizer for a wrapped model, and its learning rate."""
+"""Megatron's data-parallel wrapper and optimizer, and the learning rate."""
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -11,7 +11,7 @@ from megatron_aspo.trainer.options import OptimizerOptions
 def wrap_model(
     model: torch.nn.Module, config: TransformerConfig, distributed_optimizer: bool, gradient_dtype: str = "float32"
 ) -> DistributedDataParallel:
-    """Megatron's data-parallel wrapper: gradients summed (not averaged) over data-parallel ranks, refused when not finite.
+    """Return the model in Megatron's wrapper, which sums (not averages) gradients over data-parallel ranks and refuses non-finite ones.
 
     gradient_dtype: float32, or the parameters' own.
     """
@@ -30,7 +30,7 @@ def build_optimizer(
     dtype: torch.dtype,
     distributed_optimizer: bool,
 ) -> MegatronOptimizer:
-    """AdamW over the parameters of all model chunks, and the schedule's hooks that need it."""
+    """Return AdamW over the parameters of all model chunks; sets the hooks of the schedule in `config`."""
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -53,7 +53,7 @@ def build_optimizer(
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
 
     def finalize(model_chunks, num_tokens, **kwargs):
-        # The schedule counts tokens to divide by; ours are divided already (losses/objective.py).
+        # The schedule counts tokens to divide by; our gradients are already normalised (losses/objective.py).
         finalize_model_grads(model_chunks, None, **kwargs)
 
     config.finalize_model_grads_func = finalize
@@ -61,12 +61,12 @@ def build_optimizer(
 
 
 def learning_rate(options: OptimizerOptions, step: int) -> float:
-    """Of rollout step `step` (from 0): linear from lr / warmup_steps, or from 0, to lr, then constant."""
+    """Return the rate of rollout step `step` (from 0): linear from lr / warmup_steps, or from 0, to lr, then constant."""
     return options.lr * min(1.0, (step + (not options.warmup_from_zero)) / max(1, options.warmup_steps))
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, options: OptimizerOptions, step: int) -> float:
-    """Set this step's learning rate and weight decay on every parameter group; returns the rate."""
+    """Set this step's learning rate and weight decay on every parameter group and return the rate."""
     rate = learning_rate(options, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -76,6 +76,6 @@ def set_learning_rate(optimizer: MegatronOptimizer, options: OptimizerOptions, s
 
 
 def fused_adam() -> str:
-    """Which Adam Megatron found at its import: Transformer Engine's, apex's or torch's, in that order."""
+    """Return the name of the Adam that Megatron found at import: Transformer Engine's, apex's or torch's, in that order."""
     package = Adam.__module__.partition(".")[0]
     return "torch fused AdamW" if package == "torch" else f"{package} FusedAdam"

@@ -1,11 +1,11 @@
 """The state of a Megatron optimizer, parameter by parameter: Adam's moments, the count of updates, the float32 main weights.
 
-Megatron's own state dicts follow its buffers, and what one layout saved another cannot load. Here every tensor goes by its parameter's
-name and its place in that parameter, and is live: copying into it restores it. Nothing here is collective.
+Megatron's own state dicts follow its buffers, so one layout cannot load what another saved. Here every tensor is identified by its
+parameter's name and its range in that parameter, and is live: copying into it restores it. Nothing here is collective.
 
-The optimizers' attributes that are read are public, and the same in megatron-core 0.16.1 and 0.19.2. `DistributedOptimizer` names a
-parameter's shard by an index (`model_param_group_index_map`) that is off where one group mixes float32 and bfloat16 parameters: its lists
-of parameters and shards, which run in parallel, are read instead.
+The optimizers' attributes read here are public, and the same in megatron-core 0.16.1 and 0.19.2. `DistributedOptimizer` identifies a
+parameter's shard by an index (`model_param_group_index_map`) that is wrong where one group mixes float32 and bfloat16 parameters: its
+parallel lists of parameters and shards are read instead.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slab:
-    """This rank's share of the optimizer state of one parameter: elements [start, stop) of the parameter's flattened local tensor.
+    """This rank's shard of the optimizer state of one parameter: elements [start, stop) of the parameter's flattened local tensor.
 
     All tensors are float32 [stop - start].
     """
@@ -38,9 +38,9 @@ class Slab:
 
 
 def optimizer_slabs(model: torch.nn.Module, optimizer: MegatronOptimizer) -> dict[str, Slab]:
-    """By name in `model.named_parameters()`, `model` being the module inside Megatron's wrapper.
+    """Return parameter name → slab. model: the module inside Megatron's wrapper, whose `named_parameters()` gives the names.
 
-    Creates zero Adam state where no step has been taken yet. A parameter of which this rank holds no share (distributed optimizer) is
+    Creates zero Adam state where no step has been taken yet. With the distributed optimizer, parameters without a shard on this rank are
     absent. Raises ValueError when the optimizer holds a parameter that is not the model's.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -62,9 +62,9 @@ def optimizer_slabs(model: torch.nn.Module, optimizer: MegatronOptimizer) -> dic
 
 
 def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
-    """Yield all that only the optimizer reads: moments, and main weights that are not the model's own memory.
+    """Yield the tensors that only the optimizer reads: moments, and main weights that are not the model's own memory.
 
-    Moments that Adam has not made yet are created parameter by parameter, so that a consumer may move each away before the next exists.
+    Moments are created lazily, parameter by parameter, so that a consumer may move each away before the next exists.
     """
     for part in _parts(optimizer):
         groups = {parameter: group for group in part.optimizer.param_groups for parameter in group["params"]}
@@ -77,14 +77,14 @@ def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
 
 
 def updates(optimizer: MegatronOptimizer) -> int:
-    """Adam steps taken; 0 on a rank that holds no state. Raises ValueError when parameters disagree."""
+    """Return the number of Adam steps taken; 0 on a rank that holds no state. Raises ValueError when parameters disagree."""
     counts = set()
     for part in _parts(optimizer):
         adam = part.optimizer
         for group in adam.param_groups:
             if _counts_by_parameter(adam):
                 counts |= {int(adam.state.get(parameter, {}).get("step", 0)) for parameter in group["params"]}
-            elif group["params"]:  # a fused Adam leaves the count of an empty group where it was
+            elif group["params"]:  # a fused Adam does not count steps of an empty group
                 counts.add(int(group.get("step", 0)))
     if len(counts) > 1:
         raise ValueError(f"the optimizer's parameters have taken different numbers of updates: {sorted(counts)}")
@@ -92,7 +92,7 @@ def updates(optimizer: MegatronOptimizer) -> int:
 
 
 def set_updates(optimizer: MegatronOptimizer, count: int) -> None:
-    """Adam's bias correction goes on from here: the next step is number `count` + 1."""
+    """Set the count of Adam steps, from which the bias correction goes on: the next step is number `count` + 1."""
     for part in _parts(optimizer):
         adam = part.optimizer
         _create_all_state(adam)
@@ -106,14 +106,14 @@ def set_updates(optimizer: MegatronOptimizer, count: int) -> None:
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
-    """The optimizers that hold state: those of a chain, without the ones that Megatron makes where there is nothing to train."""
+    """Yield the optimizers that hold state: the members of a chain, without the stubs that Megatron makes where nothing is trained."""
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if not part.is_stub_optimizer:
             yield part
 
 
 def _main_weights(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, Tensor, int]]:
-    """Each model parameter, the tensor that Adam updates for it, and where in the flattened parameter that tensor starts."""
+    """Yield each model parameter, the tensor that Adam updates for it, and that tensor's offset in the flattened parameter."""
     if isinstance(part, DistributedOptimizer):
         for groups, shards in (
             (part.model_float16_groups, part.shard_fp32_from_float16_groups),
@@ -144,7 +144,7 @@ def _pairs(parameters: list[list], mains: list[list]) -> Iterator[tuple[torch.nn
 
 
 def _counts_by_parameter(adam: torch.optim.Optimizer) -> bool:
-    """torch's Adams count updates in each parameter's state, fused ones (Transformer Engine, apex) in the parameter group."""
+    """Return whether updates are counted per parameter, as in torch; fused Adams (Transformer Engine, apex) count per group."""
     return isinstance(adam, torch.optim.Adam | torch.optim.AdamW)
 
 
@@ -155,7 +155,7 @@ def _create_all_state(adam: torch.optim.Optimizer) -> None:
 
 
 def _create_state(adam: torch.optim.Optimizer, group: dict, parameter: Tensor) -> dict:
-    """Return a parameter's state, with what Adam itself would make at its first step.
+    """Return a parameter's state, with the entries that Adam would create at its first step.
 
     Megatron's `init_state_fn` leaves out the count, without which torch's Adam fails.
     """

@@ -1,4 +1,4 @@
-"""The parallel state of one training rank: one object that is passed in. Megatron's globals are set here and read nowhere else of ours."""
+"""The parallel state of one training rank: an object that is passed in. Megatron's globals are set here, and our code never reads them."""
 
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -12,16 +12,16 @@ from megatron_aspo.weights.layout import Coordinates, ParallelSizes
 
 @dataclass(frozen=True)
 class ParallelState:
-    """Where this rank stands and whom it talks to."""
+    """A rank's coordinates and its process groups."""
 
     rank: int
     sizes: ParallelSizes
     at: Coordinates
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    """The ranks that differ in data alone."""
+    """The ranks that differ only in their data."""
     cp_group: dist.ProcessGroup | None = None
-    """The ranks over which the tokens of a sequence are spread; None: it is whole."""
+    """The ranks over which the tokens of a sequence are sharded; None: sequences are whole."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -35,7 +35,7 @@ class ParallelState:
 def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Device, timeout_s: float, seed: int) -> ParallelState:
     """Join the process group of all training ranks and set up Megatron's groups. Collective over all ranks.
 
-    store: where the ranks meet.
+    store: the rendezvous of the ranks.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -74,10 +74,10 @@ def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Devic
 
 
 def destroy() -> None:
-    """Leave every group that `initialize` made; another layout can be set up in the same process afterwards.
+    """Destroy every group that `initialize` made; another layout can be set up in the same process afterwards.
 
-    Megatron only forgets its groups. Each holds threads, which end when torch destroys it and nothing holds it: not even the cache of
-    position embeddings, whose keys do.
+    Megatron only drops its references. A group's threads end when torch destroys it and nothing refers to it, not even the keys of the
+    cache of position embeddings.
     """
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding

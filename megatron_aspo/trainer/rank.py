@@ -43,7 +43,7 @@ from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_
 from megatron_aspo.trainer.logprobs import kernels, logprobs
 from megatron_aspo.trainer.micro_batch import MicroBatch, cut_all
 from megatron_aspo.trainer.model import build_model, chunks, transformer_config
-from megatron_aspo.trainer.offload import HostMemory, Parking
+from megatron_aspo.trainer.offload import HostMemory, OffloadedStorage
 from megatron_aspo.trainer.optimizer import build_optimizer, fused_adam, set_learning_rate, wrap_model
 from megatron_aspo.trainer.optimizer_state import optimizer_slabs, state_tensors
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
@@ -104,7 +104,7 @@ class TrainerRank:
         self._forward_backward: Callable = get_forward_backward_func()
         self._sender = None
         self._packing = PackingFigures()
-        self._parked: dict[str, Parking] = {}
+        self._offloaded: dict[str, OffloadedStorage] = {}
 
     def describe(self) -> dict[str, str]:
         """What was chosen, to be printed at the start."""
@@ -118,7 +118,7 @@ class TrainerRank:
         }
         if self.layer_spec == "transformer_engine":
             chosen["flash_attn"] = flash_attention()
-        return chosen | self.settings.levers
+        return chosen | self.settings.non_default_memory_options
 
     def _build(self) -> torch.nn.Module:
         model = build_model(self.hf, self._config, self.parallel, self.layer_spec).to(self.device.torch_device)
@@ -341,31 +341,31 @@ class TrainerRank:
         """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""
         return self._sender.send(LocalTensors(self.layout, dict(self.model.named_parameters())), version, verify)
 
-    def leave(self, part: str) -> None:
-        """Free the device's memory of the `optimizer`, gradients included, or of the `weights`, until `come_back`.
+    def offload(self, part: str) -> None:
+        """Free the device memory of the `optimizer`, gradients included, or of the `weights`, until `reload`.
 
-        What is parked is found again each time: the optimizer makes its state as it goes, and may exchange it.
+        The tensors are collected again each time: the optimizer creates its state lazily and may replace it.
         """
         options, parameters = self.settings.trainer, list(self.model.parameters())
         if part == "optimizer":
             weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-            # What is offloaded is in host memory already.
+            # With trainer.offload_optimizer the state is in host memory already.
             state = [] if options.offload_optimizer else state_tensors(self.optimizer)
             kept = [tensor for tensor in state if tensor.untyped_storage().data_ptr() not in weights]
-            self._parked[part] = Parking(kept, [parameter.main_grad for parameter in parameters], self.device)
+            self._offloaded[part] = OffloadedStorage(kept, [parameter.main_grad for parameter in parameters], self.device)
         else:
             for model in (self.model, self.reference):
                 if model is not None:
                     free_fp8_weights(model)
             reference = [] if self.reference is None or options.offload_reference else self.reference.parameters()
-            self._parked[part] = Parking([*parameters, *reference], [], self.device)
-        self._parked[part].leave()
+            self._offloaded[part] = OffloadedStorage([*parameters, *reference], [], self.device)
+        self._offloaded[part].offload()
 
-    def come_back(self) -> None:
-        """Take back all that has left the device."""
-        for parking in self._parked.values():
-            parking.come_back()
-        self._parked.clear()
+    def reload(self) -> None:
+        """Bring everything that was offloaded back to the device."""
+        for storage in self._offloaded.values():
+            storage.reload()
+        self._offloaded.clear()
 
     def close(self) -> None:
         """Leave all process groups. No part of this trainer can be used afterwards."""

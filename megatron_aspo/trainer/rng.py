@@ -1,4 +1,4 @@
-"""The state of every random generator of a training rank, as tensors by name: they go into safetensors files, with no pickle."""
+"""The state of every random generator of a training rank, as named tensors, which safetensors files can hold without pickle."""
 
 import random
 import struct
@@ -9,14 +9,16 @@ from torch import Tensor
 
 
 def seed_generators(seed: int) -> None:
-    """torch's, NumPy's and Python's: a loss of a user's own may draw from any, and two of them begin differently in every process."""
+    """Seed torch's, NumPy's and Python's generators: a custom loss may use any, and the latter two start differently in every process."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def rng_states() -> dict[str, Tensor]:
-    """uint8 or int64, on the CPU: `torch`, `cuda` where it is, Megatron's tracker as `megatron.<name>`, `numpy`, `python`; all global."""
+    """Return the global generators' states, uint8 or int64 on the CPU, as `torch`, `cuda` where present, `megatron.<name>` for Megatron's
+    tracker, `numpy`, `python`.
+    """
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -26,9 +28,9 @@ def rng_states() -> dict[str, Tensor]:
 
 
 def restore_rng(states: dict[str, Tensor]) -> None:
-    """Every generator goes on as it would have from `rng_states`.
+    """Set every generator to its state in `states`, as `rng_states` returned them.
 
-    Raises ValueError naming an unknown or missing state, before any generator is touched.
+    Raises ValueError naming an unknown or missing state, before any generator is changed.
     """
     here = rng_states().keys()
     for problem, names in (("missing", here - states.keys()), ("unknown here", states.keys() - here)):
@@ -52,7 +54,10 @@ def _tracker():
 
 
 def _numpy_state() -> Tensor:
-    """int64 [627]: 624 words, the position in them, whether a normal number waits, its bits. ValueError when it is no Mersenne Twister."""
+    """Return int64 [627]: 624 words, the position in them, whether a normal number is cached, its bits.
+
+    Raises ValueError if the generator is not a Mersenne Twister.
+    """
     state = np.random.get_state(legacy=False)
     if state["bit_generator"] != "MT19937":
         raise ValueError(f"NumPy's global generator is {state['bit_generator']}; only MT19937, its default, can be stored")
@@ -66,7 +71,7 @@ def _set_numpy_state(state: Tensor) -> None:
 
 
 def _python_state() -> Tensor:
-    """int64 [628]: the version of Python's format, 624 words and the position in them, whether a normal number waits, its bits."""
+    """Return int64 [628]: version of Python's format, 624 words and the position in them, whether a normal number is cached, its bits."""
     version, words, normal = random.getstate()
     waits = normal is not None
     return torch.tensor([version, *words, waits, _bits(normal if waits else 0.0)], dtype=torch.int64)

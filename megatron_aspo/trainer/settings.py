@@ -1,4 +1,4 @@
-"""What goes into a training rank and what comes out of a step: plain values that travel between processes, no torch."""
+"""Settings of a training rank and the report of a step: plain values that are sent between processes, no torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +8,12 @@ from megatron_aspo.data.packing import PackingFigures
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
-from megatron_aspo.weights.layout import ModelDims, ParallelSizes, check_divisible
+from megatron_aspo.weights.layout import LayoutError, ModelDims, ParallelSizes, check_divisible
 
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What a training rank needs to know; plain values, so that it travels to any process."""
+    """Settings of a training rank; plain values, so that any process can receive them."""
 
     model_directory: Path
     trainer: TrainerOptions
@@ -22,10 +22,10 @@ class RankSettings:
     temperature: float
     seed: int
     responses_per_prompt: int
-    """G: with mini_batch_prompts, the responses of a full mini-batch."""
+    """G; times mini_batch_prompts, the number of responses of a full mini-batch."""
     max_response_tokens: int
     deterministic: bool = False
-    """On a GPU: take deterministic kernels only, and refuse what has none."""
+    """On a GPU: use only deterministic kernels, and refuse operations that have none."""
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -42,7 +42,7 @@ class RankSettings:
 
     @property
     def layout(self) -> str:
-        """In the field's letters, TP2 SP PP2 VPP2 CP2 DP2 EP2 ETP1, without those that cut nothing; `whole` when none cuts."""
+        """The layout in the usual abbreviations, TP2 SP PP2 VPP2 CP2 DP2 EP2 ETP1, without axes of size 1; `whole` when all are."""
         trainer = self.trainer
         parts = {
             f"TP{trainer.tensor_parallel}": trainer.tensor_parallel > 1,
@@ -57,15 +57,18 @@ class RankSettings:
         return " ".join(name for name, cuts in parts.items() if cuts) or "whole"
 
     @property
-    def levers(self) -> dict[str, str]:
-        """The options that trade time or rounding for memory, by name, where they are not at their defaults."""
+    def non_default_memory_options(self) -> dict[str, str]:
+        """The options that trade time or rounding for memory, by name, that are not at their defaults."""
         given, default = self.trainer, TrainerOptions()
         names = ("gradient_dtype", "fp8", "recompute", "offload_optimizer", "offload_reference")
         return {name: str(getattr(given, name)).lower() for name in names if getattr(given, name) != getattr(default, name)}
 
     def check_model(self, dims: ModelDims) -> None:
         """Raises UserError when a model of these sizes cannot be trained with these options."""
-        check_divisible(dims, self.sizes)
+        try:
+            check_divisible(dims, self.sizes)
+        except LayoutError as error:
+            raise error.worded(lambda name, value: f"trainer.{name}={value}") from None
         trainer = self.trainer
         if not dims.experts and trainer.expert_tensor_parallel:
             raise UserError(f"trainer.expert_tensor_parallel={trainer.expert_tensor_parallel}: the model has no experts; leave it out")
@@ -82,7 +85,7 @@ class RankSettings:
             )
 
     def check_device(self, device: str) -> None:
-        """Raises UserError for options that need a GPU, when device is `cpu`. Which GPU and packages they need, each rank checks."""
+        """Raise UserError for options that need a GPU when device is `cpu`. Each rank checks which GPU and packages it has."""
         trainer = self.trainer
         if device == "cpu" and trainer.layer_spec == "transformer_engine":
             raise UserError("trainer.layer_spec=transformer_engine needs a CUDA device, which is not here; use auto or local")
@@ -91,7 +94,7 @@ class RankSettings:
 
 
 def _check_fp8(trainer: TrainerOptions, dims: ModelDims) -> None:
-    """Of Transformer Engine's matrix products in FP8: each side of a rank's matrices is a multiple of 16."""
+    """Raise UserError unless each side of a rank's matrices is a multiple of 16, as Transformer Engine's FP8 products require."""
     if dims.experts:
         raise UserError(f"trainer.fp8={trainer.fp8} takes dense models only, as experts get any number of tokens; set it to none")
     cut = (dims.ffn, dims.heads * dims.head_dim, (dims.heads + 2 * dims.kv_heads) * dims.head_dim)
@@ -105,16 +108,16 @@ def _check_fp8(trainer: TrainerOptions, dims: ModelDims) -> None:
 
 @dataclass
 class UpdateReport:
-    """What one step's training produced; complete on the ranks of the last stage, empty elsewhere."""
+    """The result of one step's training; complete on the ranks of the last stage, empty elsewhere."""
 
     tally: Tally = field(default_factory=dict)
     mismatch: dict[str, float] = field(default_factory=dict)
-    """Engine against trainer on the same tokens: `mean`, `max` of |old − rollout logprob|, `k3`."""
+    """Engine compared with trainer on the same tokens: `mean` and `max` of |old − rollout logprob|, and `k3`."""
     gradient_norms: list[float] = field(default_factory=list)
     skipped_updates: int = 0
     learning_rate: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     packing: PackingFigures = field(default_factory=PackingFigures)
-    """Of the mini-batches trained on."""
+    """Packing of the mini-batches trained on."""
     tokens: int = 0
     """Tokens of the samples trained on in all passes, each prompt counted for each of its responses, shared or not."""

@@ -1,4 +1,4 @@
-"""Transformer Engine, imported only to try it: whether it is whole and beside libraries that it works with, and what it keeps."""
+"""Checks of the installed Transformer Engine, its completeness and the libraries beside it, and release of its FP8 weights."""
 
 import importlib
 import importlib.metadata
@@ -11,25 +11,25 @@ from megatron_aspo.common.errors import UserError
 
 _CUBLAS_WITH_GROUPED_LAYOUTS = Version("13.2.0.9")
 _NEEDS_THEM, _NEEDS_THEM_FOR_EXPERTS = Version("2.13"), Version("2.17.1")
-"""First versions of the prebuilt CUDA 13 library that want these symbols: at import, and not before a grouped product is computed.
+"""First versions of the prebuilt CUDA 13 library that need these symbols: at import, and only when a grouped product is computed.
 See TransformerEngine#2504."""
 
 
 def is_installed() -> bool:
-    """Whether there is a package of this name, whole or not."""
+    """Return whether there is a package of this name, complete or not."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 
 def check_installation() -> None:
     """Raise UserError for a Transformer Engine that is installed and cannot be imported, naming what is missing.
 
-    Megatron-Core imports it wherever it finds it: some of these faults end its own import, others leave stand-ins that fail much later.
+    Megatron-Core imports it wherever it finds it: some of these faults break Megatron's import, others leave stubs that fail much later.
     """
     if not is_installed():
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # a missing module, a library that does not load, a check of its own
+    except Exception as error:  # a missing module, a library that does not load, or a check of the package itself
         if missing := cublas_conflict(installed_version("transformer_engine_cu13"), installed_version("nvidia-cublas"), experts=False):
             raise UserError(missing) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
@@ -41,7 +41,7 @@ def check_installation() -> None:
 
 
 def cublas_conflict(engine: str, cublas: str, *, experts: bool) -> str:
-    """Return how these versions of Transformer Engine's prebuilt CUDA 13 library and of cuBLAS disagree, with the cure, or "".
+    """Return how these versions of Transformer Engine's prebuilt CUDA 13 library and of cuBLAS conflict, with the cure, or "".
 
     Either may be "": not installed as a package. experts: whether grouped products are computed.
     """
@@ -57,7 +57,7 @@ def cublas_conflict(engine: str, cublas: str, *, experts: bool) -> str:
 
 
 def installed_version(distribution: str) -> str:
-    """The version of an installed distribution, or ""."""
+    """Return the version of an installed distribution, or ""."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -67,7 +67,7 @@ def installed_version(distribution: str) -> str:
 def free_fp8_weights(model: torch.nn.Module) -> None:
     """Free the FP8 copies of weights that Transformer Engine's modules keep from one micro-batch to the next. No-op for other modules.
 
-    The first micro-batch of a pass makes them again in any case. The attribute is private; it is that of Transformer Engine 2.11 and 2.12.
+    The first micro-batch of a pass makes them again anyway. The attribute is private; its name is that of Transformer Engine 2.11 and 2.12.
     """
     for module in model.modules():
         getattr(module, "_fp8_workspaces", {}).clear()

@@ -11,7 +11,7 @@ from functools import cache
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.weights.cuts import Cut
 from megatron_aspo.weights.families import VLLM_VOCAB_MULTIPLE, Home, Rule, homes, slab
-from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes, padded_vocab
+from megatron_aspo.weights.layout import Box, LayoutError, ModelDims, ParallelSizes, padded_vocab
 
 Ranks = tuple[int, ...]
 _CPU_EXPERT_MULTIPLE = 32
@@ -142,7 +142,7 @@ def _merged(parts: list[tuple[Box, list[int]]]) -> Held:
 
 
 def check_engine(dims: ModelDims, sizes: EngineSizes) -> None:
-    """Raises UserError when vLLM's workers cannot cut the model this way."""
+    """Raise LayoutError when vLLM's workers cannot cut the model this way."""
     ways, padded = sizes.tensor, padded_vocab(dims.vocab, VLLM_VOCAB_MULTIPLE)
     rules = [
         (f"{dims.heads} attention heads", dims.heads % ways == 0),
@@ -153,15 +153,15 @@ def check_engine(dims: ModelDims, sizes: EngineSizes) -> None:
     ]
     for what, fits in rules:
         if not fits:
-            raise UserError(f"rollout.tensor_parallel={ways} does not divide the model's {what}")
+            raise LayoutError(f"{{tensor_parallel}} does not divide the model's {what}", tensor_parallel=ways)
     if sizes.expert_parallel and not dims.experts:
-        raise UserError("rollout.expert_parallel=true: this model has no experts; set it to false")
+        raise LayoutError("{expert_parallel}: this model has no experts; set it to false", expert_parallel=True)
     if sizes.expert_parallel and dims.experts < ways:
-        raise UserError(f"rollout.tensor_parallel={ways} workers cannot share out {dims.experts} experts")
+        raise LayoutError(f"{{tensor_parallel}} workers cannot share out {dims.experts} experts", tensor_parallel=ways)
 
 
 def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
-    """Raises UserError for what vLLM's kernels on `device` do not compute, or cannot be brought new weights for."""
+    """Raise UserError for what vLLM's kernels on `device` do not compute, or cannot be brought new weights for."""
     if device != "cpu":
         return
     if dims.head_dim not in CPU_HEAD_SIZES:
@@ -172,9 +172,12 @@ def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
     if not dims.experts:
         return
     if sizes.expert_parallel:
-        raise UserError("rollout.expert_parallel=true: vLLM's CPU kernel takes every expert to be on each worker; set it to false")
+        raise LayoutError(
+            "{expert_parallel}: vLLM's CPU kernel takes every expert to be on each worker; set it to false", expert_parallel=True
+        )
     if dims.moe_ffn // sizes.tensor % _CPU_EXPERT_MULTIPLE:
-        raise UserError(
-            f"rollout.tensor_parallel={sizes.tensor} leaves a worker {dims.moe_ffn // sizes.tensor} feed-forward channels of an expert; "
-            f"vLLM's CPU kernel needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads what it cannot be given anew: lower it"
+        raise LayoutError(
+            f"{{tensor_parallel}} leaves a worker {dims.moe_ffn // sizes.tensor} feed-forward channels of an expert; vLLM's CPU kernel "
+            f"needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads what it cannot be given anew: lower it",
+            tensor_parallel=sizes.tensor,
         )

@@ -6,7 +6,7 @@ Everything here is pure: no process group, no torch.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -125,26 +125,47 @@ class Layout:
     """Those of them that belong to experts."""
 
 
+class LayoutError(UserError):
+    """A model cannot be cut this way. Each command writes the sizes as its own options, through `worded`."""
+
+    def __init__(self, rule: str, **sizes: object):
+        """rule: the message, with `{name}` where a size by that name is written, such as `{tensor_parallel}`."""
+        self._rule, self._sizes = rule, sizes
+        super().__init__(self._written(lambda name, value: f"{name}={value}"))
+
+    def worded(self, option: Callable[[str, str], str]) -> UserError:
+        """Return the error in the words of a command. option: (name of a size, its value) → text of that option."""
+        return UserError(self._written(option))
+
+    def _written(self, option: Callable[[str, str], str]) -> str:
+        values = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in self._sizes.items()}
+        return self._rule.format(**{name: option(name, value) for name, value in values.items()})
+
+
 def padded_vocab(vocab: int, tensor_parallel: int) -> int:
     """Rows of the embedding in Megatron: the vocabulary rounded up to a multiple of the tensor-parallel size."""
     return math.ceil(vocab / tensor_parallel) * tensor_parallel
 
 
 def check_divisible(dims: ModelDims, sizes: ParallelSizes) -> None:
-    """Raises UserError when the model cannot be cut this way."""
+    """Raise LayoutError when the model cannot be cut this way."""
     _check_tensor(dims, sizes.tensor)
     if sizes.virtual > 1 and sizes.pipeline == 1:
-        raise UserError(f"trainer.virtual_pipeline={sizes.virtual} interleaves pipeline stages, of which there is one; set it to 1")
+        raise LayoutError(
+            "{virtual_pipeline} interleaves pipeline stages, of which there is one; set it to 1", virtual_pipeline=sizes.virtual
+        )
     chunks = sizes.pipeline * sizes.virtual
     if dims.layers % chunks:
         if sizes.virtual == 1:
-            raise UserError(
-                f"trainer.pipeline_parallel={sizes.pipeline} does not divide the model's {dims.layers} layers; "
-                f"choose one of {_divisors(dims.layers)}"
+            raise LayoutError(
+                f"{{pipeline_parallel}} does not divide the model's {dims.layers} layers; choose one of {_divisors(dims.layers)}",
+                pipeline_parallel=sizes.pipeline,
             )
-        raise UserError(
-            f"trainer.pipeline_parallel={sizes.pipeline} × trainer.virtual_pipeline={sizes.virtual} does not divide the model's "
-            f"{dims.layers} layers; their product must be one of {_divisors(dims.layers)}"
+        raise LayoutError(
+            f"{{pipeline_parallel}} × {{virtual_pipeline}} does not divide the model's {dims.layers} layers; their product must be one of "
+            f"{_divisors(dims.layers)}",
+            pipeline_parallel=sizes.pipeline,
+            virtual_pipeline=sizes.virtual,
         )
     _check_experts(dims, sizes)
 
@@ -170,33 +191,36 @@ def _check_tensor(dims: ModelDims, tensor: int) -> None:
     for what, fits in rules:
         if not fits(tensor):
             good = [n for n in range(1, dims.heads + 1) if all(fits(n) for _, fits in rules)]
-            raise UserError(f"trainer.tensor_parallel={tensor} does not divide the model's {what}; choose one of {good}")
+            raise LayoutError(f"{{tensor_parallel}} does not divide the model's {what}; choose one of {good}", tensor_parallel=tensor)
 
 
 def _check_experts(dims: ModelDims, sizes: ParallelSizes) -> None:
     if not dims.experts:
         if sizes.expert > 1 or sizes.expert_tensor not in (None, 1, sizes.tensor):
-            raise UserError(
-                f"trainer.expert_parallel={sizes.expert}, trainer.expert_tensor_parallel={sizes.expert_tensor}: the model has no experts; "
-                "leave them out"
+            raise LayoutError(
+                "{expert_parallel}, {expert_tensor_parallel}: the model has no experts; leave them out",
+                expert_parallel=sizes.expert,
+                expert_tensor_parallel=sizes.expert_tensor,
             )
         return
     if dims.experts % sizes.expert:
-        raise UserError(
-            f"trainer.expert_parallel={sizes.expert} does not divide the model's {dims.experts} experts; "
-            f"choose one of {_divisors(dims.experts)}"
+        raise LayoutError(
+            f"{{expert_parallel}} does not divide the model's {dims.experts} experts; choose one of {_divisors(dims.experts)}",
+            expert_parallel=sizes.expert,
         )
     ways = sizes.expert_tensor_size
     if dims.moe_ffn % ways:
-        raise UserError(
-            f"trainer.expert_tensor_parallel={ways} does not divide the {dims.moe_ffn} feed-forward channels of an expert; "
-            f"choose one of {_divisors(dims.moe_ffn)}"
+        raise LayoutError(
+            f"{{expert_tensor_parallel}} does not divide the {dims.moe_ffn} feed-forward channels of an expert; choose one of "
+            f"{_divisors(dims.moe_ffn)}",
+            expert_tensor_parallel=ways,
         )
     if sizes.stage % (ways * sizes.expert):
-        raise UserError(
-            f"trainer.expert_parallel={sizes.expert} × trainer.expert_tensor_parallel={ways} does not divide the {sizes.stage} ranks of a "
-            "pipeline stage (tensor_parallel × context_parallel × data_parallel); their product must be one of "
-            f"{_divisors(sizes.stage)}"
+        raise LayoutError(
+            f"{{expert_parallel}} × {{expert_tensor_parallel}} does not divide the {sizes.stage} ranks of a pipeline stage "
+            f"(tensor_parallel × context_parallel × data_parallel); their product must be one of {_divisors(sizes.stage)}",
+            expert_parallel=sizes.expert,
+            expert_tensor_parallel=ways,
         )
 
 

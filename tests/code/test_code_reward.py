@@ -5,7 +5,6 @@ import json
 import pytest
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.code.reward import CodeReward
@@ -13,6 +12,7 @@ from megatron_aspo.rewards.sandbox.options import Limits, SandboxOptions
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
 from megatron_aspo.rewards.sandbox.sandbox import SandboxError
 from megatron_aspo.tasks.dataset import DatasetTask
+from megatron_aspo.tasks.options import DataOptions
 
 RESPONSE = "```python\ndef f(x=None):\n    return 1\n```"
 

@@ -23,7 +23,6 @@ import sandbox_fusion
 
 from megatron_aspo.commands.grade_server import interface_of
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.evaluation.plan import make_plan
 from megatron_aspo.rewards.named import build_rewards
@@ -32,6 +31,7 @@ from megatron_aspo.rewards.service.options import ServiceOptions
 from megatron_aspo.rewards.service.rules import require_rules
 from megatron_aspo.rewards.service.server import GradingServer, Handler
 from megatron_aspo.rewards.service.workers import Workers
+from megatron_aspo.tasks.options import DataOptions
 
 ROOT = Path(__file__).parents[2]
 ADD_ONE = "```python\nprint(int(input()) + 1)\n```"

@@ -1,4 +1,4 @@
-"""Calls under way on several actors: how long the others are waited for once one has failed. With plain Ray tasks in place of actors."""
+"""Pending calls on several actors, here plain Ray tasks: how long the others are waited for once one has failed."""
 
 import time
 
@@ -25,8 +25,8 @@ def pending(**refs: ray.ObjectRef) -> Pending:
     return Pending(tuple(refs), tuple(refs.values()), explains)
 
 
-def test_after_the_first_failure_the_others_have_the_grace_alone(ray_cluster):
-    """However long the timeout is. The failure has its actor's words, and one that stays silent is named."""
+def test_after_the_first_failure_the_others_have_only_the_grace_period(ray_cluster):
+    """Whatever the timeout is. The failure has its actor's message, and an actor that stays silent is named."""
     late = answer.remote(LATE_S)
     answers, failures = pending(one=answer.remote(0.0), two=fail.remote(), three=late).outcomes(60.0, 2.0)
     assert answers == {"one": "done"} and list(failures) == ["two", "three"]

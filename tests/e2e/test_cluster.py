@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.machine import _RAY_SOCKET, _SOCKET_PATH_BYTES
+from megatron_aspo.tasks.options import DataOptions
 from tests.e2e.loopback import assert_only_loopback
 
 pytestmark = pytest.mark.long
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import subprocess, sys, time
 import ray  # before ours: Ray reads its settings at import, without our changes
-from megatron_aspo.data.options import DataOptions
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.runtime.cluster import open_cluster
 
@@ -102,10 +102,10 @@ def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing(short):
 def test_without_an_open_cluster_ray_is_not_started_implicitly():
     """Ray would listen on every interface."""
     ask = "from megatron_aspo.common.actors import require_cluster; require_cluster()"
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", ask], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
     )
-    assert "open one first, by megatron_aspo.runtime.cluster.open_cluster" in said.stderr
+    assert "open one first, by megatron_aspo.runtime.cluster.open_cluster" in result.stderr
 
 
 def test_one_process_opens_one_cluster(ray_cluster):

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.network import free_port
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Generation, Prompt
 from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
@@ -30,6 +29,7 @@ from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.sync.endpoints import WeightSender
 from megatron_aspo.sync.group import stateless_group
 from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.weights.holdings import EngineSizes
 from megatron_aspo.weights.layout import ModelDims, ParallelSizes
 from tests.models import perturbed, save_tiny

@@ -99,11 +99,11 @@ def test_watchers_that_generate_and_grade_separately_give_the_results_of_one(wor
     (watched / f"step_{STEPS}").symlink_to(checkpoint)
     words = ["eval", str(watched), "--watch", "--once", "--recipe", "recipe.yaml", "--out", str(out), *ONE_BY_ONE]
     generating = start_command(workplace, *words, "--stage", "generate")
-    said, error = generating.communicate(timeout=RUN_S)
-    assert generating.returncode == 0 and said.splitlines()[-1] == f"{out}: 1 generated", error
+    output, error = generating.communicate(timeout=RUN_S)
+    assert generating.returncode == 0 and output.splitlines()[-1] == f"{out}: 1 generated", error
     (watched / f"step_{STEPS}").unlink()
     watched.rmdir()
     grading = start_command(workplace, *words, "--stage", "grade")
-    said, error = grading.communicate(timeout=RUN_S)
-    assert grading.returncode == 0 and said.splitlines()[-1].endswith("results.csv: 1 evaluations"), error
+    output, error = grading.communicate(timeout=RUN_S)
+    assert grading.returncode == 0 and output.splitlines()[-1].endswith("results.csv: 1 evaluations"), error
     assert responses(out / f"step_{STEPS}") == undisturbed[1]

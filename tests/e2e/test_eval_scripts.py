@@ -53,7 +53,7 @@ def test_the_pipeline_evaluates_a_checkpoint_once_and_leaves_the_known_files(mod
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "variables", "said"),
+    ("name", "words", "variables", "message"),
     [
         ("run_eval.sh", [], {}, "usage:"),
         ("run_eval.sh", ["models/tiny/global_step_5", "mmlu"], {}, "dataset mmlu is not known"),
@@ -70,9 +70,9 @@ def test_the_pipeline_evaluates_a_checkpoint_once_and_leaves_the_known_files(mod
         ("run_lcb_eval.sh", ["models"], {}, "there is no ./data/test/livecodebench_v5.parquet"),
     ],
 )
-def test_mistakes_end_with_status_2_and_one_line(model_root, name, words, variables, said):
+def test_mistakes_end_with_status_2_and_one_line(model_root, name, words, variables, message):
     done = script(name, *words, cwd=model_root, ONCE="1", **variables)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_run_that_has_not_made_its_directory_is_waited_for(model_root):

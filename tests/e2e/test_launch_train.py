@@ -96,7 +96,7 @@ def test_a_run_over_three_hosts_gives_the_metrics_of_the_run_on_one(seen, whole)
     assert seen.link_bytes >= sum(step["weights/bytes_sent"] for step in ours) > 0
 
 
-def test_no_port_of_ours_is_open_to_all(seen):
+def test_none_of_our_ports_is_open_to_all(seen):
     """Only Ray's ports are open to all: its map has them."""
     assert not [listener for listener in seen.listeners if listener.open_to_all and listener.port not in PORTS]
     private = [listener for listener in seen.listeners if not listener.open_to_all]

@@ -61,8 +61,8 @@ def test_a_reward_that_hangs_costs_one_response_and_workers_that_die_or_freeze_c
     (hung,) = [row for row in rows if "failed" in row["reward_details"]]
     assert hung["reward"] == -0.25 and json.loads(hung["reward_details"]) == {"reason": "timed out after 2 s", "failed": True}
     assert len(rows) == 8 and all(row["reward"] > 0 for row in rows if row is not hung)
-    said = "data.reward=stuck:once timed out after 2 s; its reward is -0.25 (data.reward_failure_score)"
-    assert f"prompt {hung['prompt_id']}, response {hung['index']}: {said}" in out
+    message = "data.reward=stuck:once timed out after 2 s; its reward is -0.25 (data.reward_failure_score)"
+    assert f"prompt {hung['prompt_id']}, response {hung['index']}: {message}" in out
     for end in ("died (killed, out of memory, or its node was lost)", "froze (no answer in 12 s)"):
         assert f"a reward worker {end} on a response to prompt" in out
     assert "step 1/1: scoring …" in out

@@ -10,12 +10,12 @@ import pytest
 import ray
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards import pool as pool_module, remote
 from megatron_aspo.rewards.code.options import CodeOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rewards.sandbox.options import Limits
+from megatron_aspo.tasks.options import DataOptions
 from tests.unit.test_reward_process import BACKTRACKING, alive
 
 pytestmark = pytest.mark.long

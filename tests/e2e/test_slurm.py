@@ -78,7 +78,7 @@ def raylet_of(job_directory: Path, node: str) -> psutil.Process:
     return found
 
 
-def test_a_command_that_succeeds_completes_the_job_and_had_the_whole_cluster(slurm, job_directory):
+def test_a_successful_command_completes_the_job_and_had_the_whole_cluster(slurm, job_directory):
     asked = 'echo "$NNODES nodes, $GPUS_PER_NODE GPUs, $RAY_AUTH_MODE, $(stat -c %a $RAY_AUTH_TOKEN_PATH)" >asked; ray status >status 2>&1'
     number = submit(slurm, job_directory, asked)
     job = slurm.wait(number, finished, "the end")

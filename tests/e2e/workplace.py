@@ -113,7 +113,7 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], object], poll_s:
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            raise AssertionError(f"waited in vain; status {process.wait()}: {process.stderr.read()}")
+            raise AssertionError(f"the condition never held; status {process.wait()}: {process.stderr.read()}")
         time.sleep(poll_s)
 
 

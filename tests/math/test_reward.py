@@ -9,7 +9,6 @@ from megatron_aspo.cli import main
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import check, load_config
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.observe.health import reward_parts
 from megatron_aspo.rewards.choice import RewardChoice
@@ -17,6 +16,7 @@ from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.math.reward import MathReward, check_ground_truth
 from megatron_aspo.rewards.named import build_rewards
 from megatron_aspo.tasks.dataset import DatasetTask
+from megatron_aspo.tasks.options import DataOptions
 from tests.in_process import run_main
 from tests.tokenizers import byte_tokenizer
 
@@ -164,10 +164,10 @@ def test_an_invalid_choice_is_refused_by_name(options, source, message):
         (["data.reward=math", "data.math.extract=all"], "data.math.extract=all is not known"),
         (["data.reward=math", "data.format_tags=[a]"], "data.format_tags=['a'] has no effect without the reward format"),
         (["data.reward=a:b", "data.reward_wrong_score=-1"], "data.reward_wrong_score=-1.0 has no effect without the reward code or math"),
-        (["data.reward=math", "data.reward_wrong_score=1"], "data.reward_wrong_score=1 must be below 1, that of a right response"),
+        (["data.reward=math", "data.reward_wrong_score=1"], "data.reward_wrong_score=1.0 must be below 1, that of a right response"),
         (["data.reward=math", "data.reward_wrong_score=-1", "algorithm.group_filter=drop_zero_or_one"], "set algorithm.group_filter=drop"),
         (["data.reward=math", "data.reward_on_error=go"], "data.reward_on_error=go is not known; valid: score, stop"),
-        (["data.reward=math", "data.reward_memory_gib=-1"], "data.reward_memory_gib=-1 must not be negative"),
+        (["data.reward=math", "data.reward_memory_gib=-1"], "data.reward_memory_gib=-1.0 must not be negative"),
     ],
 )
 def test_an_invalid_configuration_is_refused(tmp_path, overrides, message):

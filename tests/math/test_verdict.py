@@ -215,12 +215,12 @@ def test_decimals_are_exact_if_the_option_requires_it():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (MathOptions(extract="box"), "math.extract=box is not known; did you mean boxed?"),
-        (MathOptions(limit_s=0), "math.limit_s=0 must be above 0; raise it"),
-        (MathOptions(rounded_digits=-1), "math.rounded_digits=-1 must be 0, for exact values alone, or more; raise it"),
+        ({"extract": "box"}, "data.math.extract=box is not known; did you mean boxed?"),
+        ({"limit_s": 0}, "data.math.limit_s=0.0 must be greater than 0"),
+        ({"rounded_digits": -1}, "data.math.rounded_digits=-1 must be 0, for exact values alone, or more; raise it"),
     ],
 )
 def test_options_out_of_bounds_are_named(options, message):
     with pytest.raises(UserError) as error:
-        options.check()
+        MathOptions(**options)
     assert str(error.value) == message

@@ -74,9 +74,9 @@ def fp8_copies(rank: int, meeting: str, settings, batch) -> dict[str, tuple[int,
         found = {"modules": tuple(map(len, multiplying))}
         trainer.update(batch, 0)
         found["after a step"] = copies()
-        trainer.leave("weights")
+        trainer.offload("weights")
         found["parked"] = copies()
-        trainer.come_back()
+        trainer.reload()
         trainer.update(batch, 1)
         found["after another"] = copies()
         return found
@@ -97,7 +97,7 @@ class _Waits(TorchDispatchMode):
         packet = function.overloadpacket
         by_mask = packet in self._INDEXED and any(index is not None and index.dtype == torch.bool for index in arguments[1])
         if packet in self._OPERATORS or by_mask:
-            self._note()
+            self._count()
         return function(*arguments, **keywords or {})
 
     @contextmanager
@@ -106,8 +106,8 @@ class _Waits(TorchDispatchMode):
         real = {name: getattr(torch.Tensor, name) for name in self._METHODS}
         synchronize = torch.cuda.synchronize
         for name, method in real.items():
-            setattr(torch.Tensor, name, self._noting(method))
-        torch.cuda.synchronize = self._noting(lambda *_: None)
+            setattr(torch.Tensor, name, self._counting(method))
+        torch.cuda.synchronize = self._counting(lambda *_: None)
         try:
             yield
         finally:
@@ -117,7 +117,7 @@ class _Waits(TorchDispatchMode):
 
     def _counting(self, function: Callable) -> Callable:
         def call(*arguments, **keywords):
-            self._note()
+            self._count()
             return function(*arguments, **keywords)
 
         return call

@@ -40,7 +40,7 @@ def test_no_workload_makes_a_numpy_array_of_a_device_tensor(pools, settings, tmp
         workloads.logits: ([[1, 2, 3], [4, 5]],),
         state_workloads.interrupted: (given,),
         checkpoint_workloads.save_amid_training: (given, target, "this one", False),
-        checkpoint_workloads.load_and_go_on: (given, target),
+        checkpoint_workloads.load_and_continue: (given, target),
     }
     for workload, arguments in calls.items():
         pools(1).run(as_on_a_gpu, workload, settings, *arguments)

@@ -89,7 +89,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "world", "expert_parallel", "overrides"), CASES)
-def test_workers_hold_what_the_plan_sends_them(pools, tmp_path, family, world, expert_parallel, overrides):
+def test_workers_hold_the_boxes_that_the_plan_sends_them(pools, tmp_path, family, world, expert_parallel, overrides):
     tied = overrides.pop("tie_word_embeddings", False)
     save_numbered(family, tmp_path, tied=tied, **overrides)
     found = pools(world).run(loaded, str(tmp_path), world, expert_parallel)

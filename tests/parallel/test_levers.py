@@ -157,7 +157,7 @@ def test_checkpoints_hold_the_state_in_host_memory(pools, cases, tmp_path, offlo
         for there in (offloaded == "where it is saved", offloaded == "where it is loaded")
     )
     held = pools(2).run(checkpoint_workloads.save_amid_training, saving, _rewarded(case), target, "this one", asynchronous)[0]
-    found = pools(2).run(checkpoint_workloads.load_and_go_on, loading, _rewarded(case), target)[0]
+    found = pools(2).run(checkpoint_workloads.load_and_continue, loading, _rewarded(case), target)[0]
     assert found["updates"] == 2
     for moment, ours in (("saved", "loaded"), ("after", "after")):
         for kind in checkpoint_workloads.KINDS:

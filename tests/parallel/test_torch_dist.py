@@ -86,7 +86,7 @@ def test_a_checkpoint_of_megatron_core_becomes_a_transformers_model(pools, tmp_p
     assert not torch.equal(*(load_file(tmp_path / name / "model.safetensors")["model.norm.weight"] for name in ("hf", "config")))
 
 
-def test_the_arguments_are_read_by_megatron_s_own_loader(tmp_path):
+def test_megatrons_own_loader_reads_the_arguments(tmp_path):
     from megatron_aspo.trainer import megatron_adapter
 
     megatron_adapter.prepare()

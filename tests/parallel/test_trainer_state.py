@@ -77,7 +77,7 @@ def test_the_slabs_hold_every_parameter_once_per_replica_or_once_over_all_replic
         assert any(start > 0 for result in results for start, _ in result["kept"]["ranges"].values())
 
 
-def test_main_weights_start_as_the_files_values_unrounded(run):
+def test_main_weights_start_with_the_unrounded_values_of_the_files(run):
     settings, results = run
     sizes, hf = settings.sizes, read_model(settings.model_directory)
     files = load_file(settings.model_directory / "model.safetensors")
@@ -93,7 +93,7 @@ def test_main_weights_start_as_the_files_values_unrounded(run):
                 assert np.array_equal(begun, expected[name].reshape(-1)[start:stop]), (rank, data, name)
 
 
-def test_main_weights_are_the_models_own_memory_in_float32_and_round_to_it_in_bfloat16(run):
+def test_main_weights_share_the_models_memory_in_float32_and_round_to_it_in_bfloat16(run):
     settings, results = run
     for rank, result in enumerate(results):
         kept = result["kept"]

@@ -218,12 +218,12 @@ def train_and_park(rank: int, meeting: str, settings, batch: TrainBatch, parked:
         offloaded = _offloaded_tensors(trainer)
         in_host_memory = [tensor.data_ptr() for tensor in offloaded]
         if parked:
-            trainer.leave("optimizer")
+            trainer.offload("optimizer")
             gradients = sum(parameter.main_grad.untyped_storage().nbytes() for parameter in parameters)
-            trainer.leave("weights")
+            trainer.offload("weights")
             left = sum(parameter.untyped_storage().nbytes() for parameter in parameters)
             assert [tensor.data_ptr() for tensor in offloaded] == in_host_memory
-            trainer.come_back()
+            trainer.reload()
             assert (gradients, left) == (0, 0)
         assert [parameter.untyped_storage().nbytes() for parameter in parameters] == sizes
         trainer.update(batch, step=1)
@@ -241,10 +241,10 @@ def card_memory(rank: int, meeting: str, settings, batch: TrainBatch) -> dict[st
         trainer.update(batch, step=0)
         found = {"training": taken()}
         for part in ("optimizer", "weights"):
-            trainer.leave(part)
+            trainer.offload(part)
         found["parked"] = taken()
-        found["moved"] = sum(nbytes for parking in trainer._parked.values() for _, nbytes, _ in parking._away)
-        trainer.come_back()
+        found["moved"] = sum(nbytes for storage in trainer._offloaded.values() for _, nbytes, _ in storage._offloaded)
+        trainer.reload()
         trainer.update(batch, step=1)
         found["back"] = taken()
         return found

@@ -18,7 +18,7 @@ GROUPS = [scored(0, "a", [1, 1, 0, 0]), scored(1, "b", [1, 1, 1, 1]), scored(2, 
 ALL = [response for group in GROUPS for response in group]
 
 
-def test_the_standard_error_is_over_prompts_however_often_each_is_drawn():
+def test_the_standard_error_is_over_prompts_not_draws():
     """Means 1/2, 1, 0: their variance over n − 1 is 1/4, that of their mean 1/12."""
     found = evaluation(ALL).accuracy
     assert (found.mean, found.prompts, found.draws) == (0.5, 3, 4)
@@ -26,7 +26,7 @@ def test_the_standard_error_is_over_prompts_however_often_each_is_drawn():
     assert str(found) == "0.500 ± 0.289"
 
 
-def test_an_evaluation_reads_back_as_it_was_written(tmp_path):
+def test_a_written_evaluation_is_read_back_unchanged(tmp_path):
     written = keep(tmp_path / "evaluations" / "step_0.json", ALL)
     read = Evaluation.read(tmp_path / "evaluations" / "step_0.json")
     assert read == written == evaluation(ALL)

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_aspo import cli
 from megatron_aspo.config import load_config
-from megatron_aspo.runtime import run
+from megatron_aspo.runtime import processes
 from tests.in_process import run_main
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
@@ -35,7 +35,7 @@ def directory(tmp_path, model, monkeypatch):
     def started(*_):
         raise AssertionError("Ray was about to be started")
 
-    monkeypatch.setattr(run, "open_cluster", started)
+    monkeypatch.setattr(processes, "open_cluster", started)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "model").symlink_to(model)
     (tmp_path / "my_rewards.py").write_text(REWARDS)
@@ -52,7 +52,7 @@ def data(**changes: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("recipe", "message"),
     [
         # YAML that means something other than it seems to.
         (HEAD + "steps: 1\nseed: 0\nsteps: 2\n", "steps occurs twice, in lines 3 and 5; keep one"),
@@ -98,12 +98,12 @@ def data(**changes: str) -> str:
     ],
     ids=lambda value: value[-40:],
 )
-def test_a_broken_recipe_ends_with_one_line_that_names_the_mistake(directory, recipe, said):
+def test_a_broken_recipe_ends_with_one_line_that_names_the_mistake(directory, recipe, message):
     (directory / "recipe.yaml").write_text(recipe)
     done = run_main(cli.main, "train", "recipe.yaml", cwd=directory)
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith("megatron-aspo: error: ") and said in line
+    assert line.startswith("megatron-aspo: error: ") and message in line
     assert not (directory / "runs").exists()
 
 

@@ -16,7 +16,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
 from megatron_aspo.hf.model import read_model
 from megatron_aspo.hf.tensor_files import TensorReader
-from megatron_aspo.runtime import run
+from megatron_aspo.runtime import processes, run
 from megatron_aspo.runtime.plan import make_plan
 from megatron_aspo.runtime.start import Ownership
 from tests.models import save_tiny
@@ -34,7 +34,7 @@ def directory(tmp_path, monkeypatch) -> Path:
         raise AssertionError("Ray was about to be started")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "open_cluster", started)
+    monkeypatch.setattr(processes, "open_cluster", started)
     save_tiny("qwen2", tmp_path / "model", tied=True)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return tmp_path
@@ -69,14 +69,14 @@ def verify_sync(*overrides: str) -> None:
     spec = importlib.util.spec_from_file_location("verify_sync", file)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    tool.open_cluster = run.open_cluster
+    tool.open_cluster = processes.open_cluster
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        said: list[str] = []
+        messages: list[str] = []
         patch.setattr(sys, "argv", ["verify_sync", "recipe.yaml", *overrides])
-        patch.setattr("argparse.ArgumentParser.exit", lambda _, status, message: said.append(message) or sys.exit(status))
+        patch.setattr("argparse.ArgumentParser.exit", lambda _, status, message: messages.append(message) or sys.exit(status))
         tool.main()
     assert ended.value.code == 2
-    raise UserError(said[0].removeprefix("verify_sync: error: ").strip())
+    raise UserError(messages[0].removeprefix("verify_sync: error: ").strip())
 
 
 def refusals(commands: list[Callable], *overrides: str) -> set[str]:
@@ -107,7 +107,7 @@ def another_index() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda: change_tensors(lambda t: t.update({HEAD: t[EMBEDDING] + 1})), "config.json ties them; set tie_word_embeddings to false"),
         (lambda: change_tensors(lambda t: t.update({HEAD: t[EMBEDDING][:-1]})), "lm_head.weight differs from model.embed_tokens.weight"),
@@ -135,14 +135,14 @@ def another_index() -> None:
         "index",
     ],
 )
-def test_a_mistake_in_a_model_is_reported_in_one_line_by_every_command(directory, spoil, said):
+def test_a_mistake_in_a_model_is_reported_in_one_line_by_every_command(directory, spoil, message):
     spoil()
     (line,) = refusals([convert, plan, train, resume, verify_sync])
-    assert said in line and "\n" not in line
+    assert message in line and "\n" not in line
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["trainer.tensor_parallel=3"], "does not divide"),
         (["rollout.tensor_parallel=3"], "does not divide"),
@@ -155,9 +155,9 @@ def test_a_mistake_in_a_model_is_reported_in_one_line_by_every_command(directory
     ],
     ids=str,
 )
-def test_a_mistake_in_a_recipe_is_reported_in_one_line_by_every_command(directory, overrides, said):
+def test_a_mistake_in_a_recipe_is_reported_in_one_line_by_every_command(directory, overrides, message):
     (line,) = refusals([plan, train, resume, verify_sync], *overrides)
-    assert said in line
+    assert message in line
 
 
 def test_a_head_size_that_engines_lack_is_refused_before_they_start(directory):
@@ -167,7 +167,7 @@ def test_a_head_size_that_engines_lack_is_refused_before_they_start(directory):
     convert()  # Megatron has no such limit
 
 
-def test_more_memory_than_the_machine_has_is_refused_by_train_as_by_plan(directory):
+def test_more_memory_than_the_machine_has_is_refused_by_train_and_plan(directory):
     (line,) = refusals([plan, train, resume], "rollout.kv_cache_gib=100000")
     assert "GB on this machine" in line
 

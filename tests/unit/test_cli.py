@@ -78,17 +78,17 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "said"),
+    ("code", "status", "message"),
     [
         ("import sys; sys.exit(0)", 2, "megatron-aspo: error: algorithm.policy_loss=ends:f: importing ends raised SystemExit: 0; "),
         ("def f(tokens): raise KeyboardInterrupt", 130, "megatron-aspo: interrupted"),
     ],
 )
-def test_a_loss_cannot_end_the_command_silently_or_with_a_traceback(tmp_path, code, status, said):
+def test_a_loss_cannot_end_the_command_silently_or_with_a_traceback(tmp_path, code, status, message):
     (tmp_path / "ends.py").write_text(code)
     result = run_main(main, "check-loss", "ends:f", cwd=tmp_path)
     (line,) = result.stderr.strip().splitlines()
-    assert result.returncode == status and line.startswith(said)
+    assert result.returncode == status and line.startswith(message)
 
 
 def test_an_impossible_path_is_refused(tmp_path):

@@ -198,7 +198,7 @@ def test_options_of_the_code_reward_are_checked_and_have_no_effect_elsewhere(rec
     for overrides, message in (
         (["data.code.max_tests=3"], r"data\.code\.max_tests has no effect with data\.reward=empty; set data\.reward=code"),
         ([*code, "data.code.total_s=60"], r"data\.reward_timeout_s=60 must be above data\.code\.total_s=60"),
-        ([*code, "data.code.limits.memory_mb=0"], r"data\.code\.limits\.memory_mb=0 must be above 0"),
+        ([*code, "data.code.limits.memory_mb=0"], r"data\.code\.limits\.memory_mb=0 must be greater than 0"),
         ([*code, "data.code.sandbox.modules=[1]"], r"data\.code\.sandbox\.modules=\[1\] is not a list of texts"),
         ([*code, "data.code.limits.memory=1"], r"unknown key data\.code\.limits\.memory; did you mean data\.code\.limits\.memory_mb"),
     ):

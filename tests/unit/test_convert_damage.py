@@ -94,7 +94,7 @@ def test_weights_changed_together_with_their_file_hash_are_refused_by_the_tensor
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"sizes": {"tensor": 4, "pipeline": 2}}, "rank_"),
         ({"sizes": {"tensor": 1, "pipeline": 2}}, "rank_"),
@@ -104,11 +104,11 @@ def test_weights_changed_together_with_their_file_hash_are_refused_by_the_tensor
         ({"format": 2}, "format 2, this version reads 1"),
     ],
 )
-def test_a_manifest_that_does_not_match_its_files_is_refused(checkpoint, tmp_path, refused, changes, said):
+def test_a_manifest_that_does_not_match_its_files_is_refused(checkpoint, tmp_path, refused, changes, message):
     values = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps(values | changes))
     rewrite_sums(checkpoint)
-    assert said in refused(checkpoint, tmp_path / "target")
+    assert message in refused(checkpoint, tmp_path / "target")
 
 
 # --- the machine --------------------------------------------------------------------------------------------------------------------------
@@ -126,12 +126,12 @@ for size in map(int, sys.argv[4:]):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", directory], check=True)
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             main(["convert", source, os.path.join(directory, "target")])
     except SystemExit as exit:
-        print(json.dumps({"size": size, "status": exit.code, "said": said.getvalue(), "left": os.listdir(directory)}), flush=True)
+        print(json.dumps({"size": size, "status": exit.code, "printed": printed.getvalue(), "left": os.listdir(directory)}), flush=True)
     if mechanism == "tmpfs":
         subprocess.run(["umount", "-l", directory], check=True)
 """
@@ -165,7 +165,7 @@ def test_a_full_disk_ends_the_conversion_and_nothing_is_left(tmp_path, kind):
     assert len(full) == len(sizes) - 1
     for outcome in full:
         assert outcome["status"] == 2 and outcome["left"] == [], outcome
-        (line,) = outcome["said"].splitlines()
+        (line,) = outcome["printed"].splitlines()
         assert f"{room / 'target'} could not be written" in line and "nothing of it was left" in line, outcome
         if tmpfs:
             assert "no space left on device" in line and f"GB are free in {room}: make room, or choose another place" in line

@@ -40,7 +40,7 @@ def file_of(directory: Path, tensor: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.pop(NORM), [f"lacks {NORM}", "1 missing, 0 unknown", "get the model again, or correct config.json"]),
         (lambda t: t.pop(Q), [f"lacks {Q}", "get the model again"]),
@@ -55,11 +55,11 @@ def file_of(directory: Path, tensor: str) -> Path:
     ],
     ids=["missing", "missing in a layer", "extra", "shape", "transposed", "rank", "int8", "float64", "float8", "mixed"],
 )
-def test_a_tensor_that_does_not_match_the_config_is_refused_by_name(hf, tmp_path, refused, change, said):
+def test_a_tensor_that_does_not_match_the_config_is_refused_by_name(hf, tmp_path, refused, change, message):
     change_tensors(hf, change)
     for arguments in ([], ["--tensor-parallel", 2], ["--to", "huggingface"]):
         line = refused(hf, tmp_path / "target", *arguments)
-        for words in (*said, str(hf)):
+        for words in (*message, str(hf)):
             assert words in line
 
 
@@ -140,7 +140,7 @@ def rope(kind: str, **more) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "said"),
+    ("family", "changes", "message"),
     [
         ("qwen2", rope("dynamic"), "rope_type=dynamic is not supported; expected one of default, linear, llama3, yarn"),
         ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic is not supported"),
@@ -160,10 +160,10 @@ def rope(kind: str, **more) -> dict:
         ("llama", {"num_hidden_layers": 1}, "unknown tensor model.layers.1."),
     ],
 )
-def test_a_setting_that_the_family_does_not_support_is_refused_by_the_setting(tmp_path, refused, family, changes, said):
+def test_a_setting_that_the_family_does_not_support_is_refused_by_the_setting(tmp_path, refused, family, changes, message):
     write_model(tmp_path / "hf", Model(family))
     change_config(tmp_path / "hf", **changes)
-    assert said in refused(tmp_path / "hf", tmp_path / "target")
+    assert message in refused(tmp_path / "hf", tmp_path / "target")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"model_type": "llama"}', '"\\ud800"', "\x00\xff"])
@@ -208,7 +208,7 @@ def test_a_target_in_an_unwritable_directory_is_refused(hf, tmp_path, refused, p
 
 
 @pytest.mark.parametrize(
-    ("family", "arguments", "said"),
+    ("family", "arguments", "message"),
     [
         ("qwen2", ["--tensor-parallel", 3], [" 3 does not divide the model's 4 attention heads", "choose one of [1, 2, 4]"]),
         ("qwen2", ["--pipeline-parallel", 4], [" 4 does not divide the model's 2 layers", "choose one of [1, 2]"]),
@@ -219,15 +219,15 @@ def test_a_target_in_an_unwritable_directory_is_refused(hf, tmp_path, refused, p
         ("qwen3_moe", ["--expert-tensor-parallel", 3], [" 3 does not divide the 8 feed-forward channels", "choose one of [1, 2, 4, 8]"]),
     ],
 )
-def test_a_layout_that_cannot_split_the_model_is_refused_with_the_choices(tmp_path, refused, family, arguments, said):
+def test_a_layout_that_cannot_split_the_model_is_refused_with_the_choices(tmp_path, refused, family, arguments, message):
     write_model(tmp_path / "hf", Model(family))
     line = refused(tmp_path / "hf", tmp_path / "target", *arguments)
-    for words in said:
+    for words in message:
         assert words in line
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--to", "huggingface", "--tensor-parallel", 2], "--tensor-parallel is about a Megatron target"),
         (["--to", "huggingface", "--naming", "local"], "--naming is about a Megatron target"),
@@ -239,8 +239,8 @@ def test_a_layout_that_cannot_split_the_model_is_refused_with_the_choices(tmp_pa
         (["--to", "huggingface", "--verify"], "needs Hugging Face on one side"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(hf, tmp_path, refused, arguments, said):
-    assert said in refused(hf, tmp_path / "target", *arguments)
+def test_options_that_contradict_each_other_are_refused(hf, tmp_path, refused, arguments, message):
+    assert message in refused(hf, tmp_path / "target", *arguments)
 
 
 def test_an_endless_shard_is_one_file(hf, tmp_path, capsys, monkeypatch):

@@ -17,9 +17,9 @@ import pytest
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data import store
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import choose_source
 from megatron_aspo.data.store import with_answer
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.tasks.task import build_task
 from tests.tokenizers import byte_tokenizer
 

@@ -61,7 +61,7 @@ def test_images_install_the_locks_of_the_repository():
     assert pinned, "the CUDA image compiles this one by its name in the lock"
 
 
-def test_the_toy_cluster_starts_what_the_launcher_and_the_grading_server_accept(compose):
+def test_the_launcher_and_the_grading_server_accept_the_toy_clusters_commands(compose):
     for name in ("head", "worker"):
         service = compose["services"][name]
         bash, script, *options = shlex.split(service["command"])
@@ -103,7 +103,7 @@ def test_the_smoke_test_names_a_package_that_cannot_be_imported(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "name the image: cpu or cuda"),
         (("cuda", "--debootstrap", "--builder", "buildah"), "makes Debian, the base of the CPU image only"),
@@ -112,7 +112,7 @@ def test_the_smoke_test_names_a_package_that_cannot_be_imported(tmp_path, monkey
         (("cpu", "--squash"), "arguments of the builder go after --"),
     ],
 )
-def test_a_mistake_in_a_build_is_one_line_and_status_2(arguments, said):
+def test_a_mistake_in_a_build_is_one_line_and_status_2(arguments, message):
     done = subprocess.run(["bash", DOCKER / "build.sh", *arguments], capture_output=True, text=True)
     (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and line.startswith("build.sh: error: ") and said in line
+    assert done.returncode == 2 and line.startswith("build.sh: error: ") and message in line

@@ -10,7 +10,6 @@ import pytest
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.network import free_port
 from megatron_aspo.config import Config
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.doctor.agreement import compare_nodes
 from megatron_aspo.doctor.clock import judge_skew, measure_skew
 from megatron_aspo.doctor.gpus import gpu_devices
@@ -22,6 +21,7 @@ from megatron_aspo.doctor.recipe import NodeCapacity, check_fit, check_placement
 from megatron_aspo.doctor.record import Record, ok
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.sync.group import TransferError
+from megatron_aspo.tasks.options import DataOptions
 from tests.models import save_tiny
 
 HOST = "127.0.0.1"

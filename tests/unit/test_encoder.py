@@ -7,9 +7,9 @@ from tokenizers import processors
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.store import PromptStore
 from megatron_aspo.tasks.dataset import Loader
+from megatron_aspo.tasks.options import DataOptions
 from tests.tokenizers import SPECIALS, byte_tokenizer
 
 BOS, EOS = SPECIALS.index("<s>"), SPECIALS.index("</s>")

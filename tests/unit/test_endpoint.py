@@ -61,18 +61,18 @@ def test_reasoning_that_the_server_split_off_is_part_of_the_response(server):
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "message"),
     [
         ((400, {"error": {"message": "max_tokens is too large"}}), "did not answer evaluation, prompt 0 (p), response 0: BadRequestError"),
         ((200, answer("4", "content_filter")), "ended evaluation, prompt 0 (p), response 0 with finish_reason 'content_filter'"),
         ((200, answer("4", usage=False)), "does not report token counts"),
     ],
 )
-def test_an_unusable_answer_ends_the_evaluation_in_one_line(server, reply, said):
+def test_an_unusable_answer_ends_the_evaluation_in_one_line(server, reply, message):
     server.replies = [reply]
     with pytest.raises(UserError) as error:
         respond(server, [request()])
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_model_is_the_only_one_served_or_must_be_chosen(server):

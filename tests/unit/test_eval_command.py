@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from megatron_aspo.cli import main
-from megatron_aspo.config import build
+from megatron_aspo.common.options import build
 from megatron_aspo.evaluation.options import EvalSettings
 from megatron_aspo.evaluation.plan import EvalRecord
 from megatron_aspo.evaluation.records import EvalResponse, write_responses
@@ -77,7 +77,7 @@ def test_a_directory_in_use_is_refused(directory):
 def make_evaluation(out, right, failure="", **changes):
     """Make a complete evaluation. right: for each problem, which samples are right."""
     values = {"samples": 2, "temperature": 1.0, "pass_at": [2], "max_response_tokens": 8, "part_problems": 2}
-    settings = replace(build(EvalSettings, values, ()), **changes)
+    settings = replace(build(EvalSettings, values), **changes)
     record = {"protocol": "own", "changed": {}, "settings": asdict(settings), "model": {"sha256": "m"}, "data": {"problems": len(right)}}
     EvalRecord(out).agree(record)
     one = EvalResponse(0, 0, "", "dataset", "?", [1], 0, "text", [5], 1, "stop")
@@ -97,7 +97,7 @@ def report(out, against=None):
     from megatron_aspo.evaluation import report as module
     from megatron_aspo.evaluation.plan import EvalPlan
 
-    settings = build(EvalSettings, EvalRecord(out).read()["settings"], ())
+    settings = build(EvalSettings, EvalRecord(out).read()["settings"])
     return module.report(out, EvalPlan("own", settings, {}), against)
 
 

@@ -16,7 +16,7 @@ from megatron_aspo.rollout.options import RolloutOptions
 from tests.models import save_tiny
 
 LONG = 100_000
-AUTO = RolloutOptions(dtype="float32", kv_cache_gib=0)
+AUTO = RolloutOptions(dtype="float32")
 
 
 @pytest.fixture
@@ -55,26 +55,26 @@ def test_there_is_a_reward_worker_for_each_core_as_far_as_memory_goes_unless_a_n
 def test_engines_on_this_machine_share_its_free_memory_and_those_elsewhere_are_not_limited_by_it(monkeypatch, model):
     memory(monkeypatch, 3 * GIB)
     chosen = [
-        resources.with_cache(model, replace(AUTO, engines=engines), LONG, "cpu", here)
+        resources.with_cache(model, replace(AUTO, engines=engines), False, LONG, "cpu", here)
         for engines, here in ((1, True), (2, True), (2, False))
     ]
     requests = [cached_tokens(model, options) // LONG for options in chosen]
     assert requests[0] == requests[2] == 8 > requests[1] >= 1
     memory(monkeypatch, GIB // 4)
     with pytest.raises(UserError, match=r"an engine's worker has 0\.2 GiB of memory; .* set engine\.tensor_parallel, or lower"):
-        resources.with_cache(model, AUTO, LONG, "cpu", True)
+        resources.with_cache(model, AUTO, False, LONG, "cpu", True)
 
 
 def test_the_gpu_with_least_free_memory_limits_the_cache(model, smi):
     smi("printf '81000\\n900\\n'")
     assert resources.free_gpu_bytes() == 900 << 20
-    assert 1 <= cached_tokens(model, resources.with_cache(model, AUTO, LONG, "cuda", True)) // LONG < 8
+    assert 1 <= cached_tokens(model, resources.with_cache(model, AUTO, False, LONG, "cuda", True)) // LONG < 8
     smi("exit 9")
     assert resources.free_gpu_bytes() == 0
-    assert cached_tokens(model, resources.with_cache(model, AUTO, LONG, "cuda", True)) // LONG == 8
+    assert cached_tokens(model, resources.with_cache(model, AUTO, False, LONG, "cuda", True)) // LONG == 8
 
 
 def test_a_cache_that_was_given_stays_and_one_that_is_too_small_is_refused(model):
-    assert resources.with_cache(model, replace(AUTO, kv_cache_gib=3.0), LONG, "cpu", True).kv_cache_gib == 3.0
+    assert resources.with_cache(model, replace(AUTO, kv_cache_gib=3.0), True, LONG, "cpu", True).kv_cache_gib == 3.0
     with pytest.raises(UserError, match=r"^engine\.kv_cache_gib=0\.01 holds .* raise it to [\d.]+, or lower max_response_tokens$"):
-        resources.with_cache(model, replace(AUTO, kv_cache_gib=0.01), LONG, "cpu", True)
+        resources.with_cache(model, replace(AUTO, kv_cache_gib=0.01), True, LONG, "cpu", True)

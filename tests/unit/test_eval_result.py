@@ -89,7 +89,7 @@ def test_a_summary_has_means_over_problems_with_intervals():
     assert lines[1].startswith(f"avg@2       0.5000  [{low:.4f}, {high:.4f}]") and "0.0 % truncated" in lines[3]
 
 
-def test_the_difference_is_paired_by_problem_whatever_their_order():
+def test_the_difference_is_paired_by_problem_in_any_order():
     other = [result(n, scores) for n, scores in [(3, [0, 0]), (2, [0, 0]), (1, [1, 1]), (0, [1, 1])]]
     changes = difference(PROBLEMS, other)
     assert changes["avg@2"] == vars(Estimate.of([0, -0.5, 0, 0.5])) | {"better": 1, "worse": 1}

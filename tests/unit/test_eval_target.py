@@ -61,7 +61,7 @@ def test_the_digest_changes_with_weights_config_and_generation_config_alone(tmp_
         model_sha256(tmp_path)
 
 
-def test_lengths_vocabulary_and_element_type_are_those_of_the_config(tmp_path):
+def test_lengths_vocabulary_and_element_type_come_from_the_config(tmp_path):
     config = {"max_position_embeddings": 100, "vocab_size": 7, "dtype": "float16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     check_positions(tmp_path, 100)

@@ -47,19 +47,19 @@ class Stub:
 
 
 def evaluate(stub, part_problems=2, one_by_one=False, rewards=True, prompts=PROMPTS, sampling=SAMPLING, parts=None):
-    """Return the responses of each part, every time that it was yielded."""
-    handed = []
+    """Return the responses of each part, every time that it was reported."""
+    reported = []
 
     def note(part):
-        handed.append((part.number, list(part.responses)))
+        reported.append((part.number, list(part.responses)))
 
     evaluator = Evaluator(prompts, sampling, stub, stub if rewards else None, note)
     evaluator.run(parts or parts_of(len(prompts), part_problems), one_by_one)
-    return handed
+    return reported
 
 
-def graded(handed):
-    return [response for _, responses in sorted(handed, key=lambda entry: entry[0]) if responses[0].graded for response in responses]
+def graded(reported):
+    return [response for _, responses in sorted(reported, key=lambda entry: entry[0]) if responses[0].graded for response in responses]
 
 
 def test_responses_are_in_the_order_of_problems_and_samples_however_they_arrive():
@@ -78,14 +78,14 @@ def test_parts_change_only_how_many_requests_are_sent_together():
     assert [request for call in apart.calls for request in call] == together.calls[0]
 
 
-def test_a_part_is_yielded_when_it_is_generated_and_again_when_it_is_graded():
-    handed = evaluate(Stub(), one_by_one=True)
-    assert [(number, responses[0].graded) for number, responses in handed] == [(n, g) for n in range(3) for g in (False, True)]
-    ungraded = [response for _, part in handed[::2] for response in part]
-    assert [(r.seed, r.response, r.response_ids) for r in ungraded] == [(r.seed, r.response, r.response_ids) for r in graded(handed)]
+def test_a_part_is_reported_when_it_is_generated_and_again_when_it_is_graded():
+    reported = evaluate(Stub(), one_by_one=True)
+    assert [(number, responses[0].graded) for number, responses in reported] == [(n, g) for n in range(3) for g in (False, True)]
+    ungraded = [response for _, part in reported[::2] for response in part]
+    assert [(r.seed, r.response, r.response_ids) for r in ungraded] == [(r.seed, r.response, r.response_ids) for r in graded(reported)]
 
 
-def test_each_response_goes_to_the_reward_at_once():
+def test_each_response_is_sent_to_the_reward_immediately():
     stub = Stub()
     evaluate(stub)
     assert [event.split()[0] for event in stub.events] == ["reply", "score"] * 15

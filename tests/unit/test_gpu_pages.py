@@ -88,7 +88,7 @@ def test_results_of_two_commits_are_separate(write):
     assert text.index("commit 0123456789") < text.index("| trainer |") < text.index("commit fedcba9876") < text.index("| logprobs |")
 
 
-def test_a_page_whose_marks_are_gone_is_refused(write, tmp_path):
+def test_a_page_without_its_marks_is_refused(write, tmp_path):
     page = tmp_path / "docs" / "README.md"
     page.write_text(page.read_text(encoding="utf-8").replace(pages.MARK, "", 1), encoding="utf-8")
     with pytest.raises(ValueError, match=r"docs/README.md should have 2 marks .* it has 1"):

@@ -14,7 +14,7 @@ def test_staleness_is_averaged_over_tokens():
     assert staleness([replace(one, samples=samples)], 5) == (3 + 0 + 0 + 1) / 4
 
 
-def test_rewards_are_reported_as_given_and_as_shaped():
+def test_raw_and_shaped_rewards_are_reported():
     """Rewards 0, 1, 2 and 0, 1; shaped 10, 11, 12 and 10, 11."""
     figures = rollout_health([group(0, [5], [[1], [2, 2], [3]]), group(1, [6], [[4, 4, 4], [5]])])
     assert (figures["reward/mean"], figures["reward/min"], figures["reward/max"]) == (0.8, 0, 2)

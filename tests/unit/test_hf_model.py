@@ -243,6 +243,6 @@ def test_a_file_that_the_index_names_must_exist(model):
         ("qwen3_moe", False, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 2 * 3 * 128 * 64 + 4 * 128 + 2 * 128 + 2 * 32) + 128 + 512 * 128),
     ],
 )
-def test_a_pair_of_tokens_costs_what_attention_computes_over_what_a_token_meets(tmp_path, family, tied, matrices):
+def test_the_cost_of_a_token_pair_is_attention_work_over_work_per_token(tmp_path, family, tied, matrices):
     save_tiny(family, tmp_path, tied=tied)
     assert read_model(tmp_path).pair_cost == pytest.approx(4 * 2 * 4 * 32 / (2 * matrices), rel=1e-12)

@@ -227,7 +227,7 @@ def test_a_map_that_does_not_cover_exactly_is_refused(boxes):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4)).map(sorted).filter(lambda e: e[0] < e[1])] * 2), max_size=5))
-def test_a_map_is_refused_exactly_when_counting_elements_says_so(drawn):
+def test_a_map_is_refused_exactly_when_element_counts_differ_from_one(drawn):
     boxes = {tuple(tuple(edge) for edge in box) for box in drawn}
     count = np.zeros((4, 3), int)
     beyond = any(box[1][1] > 3 for box in boxes)

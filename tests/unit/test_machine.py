@@ -24,8 +24,8 @@ def plain(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def refused(said: str, engines: EngineSizes = ONE) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def refused(message: str, engines: EngineSizes = ONE) -> None:
+    with pytest.raises(UserError, match=message) as error:
         check_machine(engines)
     assert "\n" not in str(error.value)
 
@@ -36,7 +36,7 @@ def test_a_plain_machine_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
-def test_a_temporary_directory_whose_sockets_would_have_too_long_a_path_is_refused(monkeypatch, tmp_path, variable):
+def test_a_temporary_directory_with_too_long_socket_paths_is_refused(monkeypatch, tmp_path, variable):
     directory = tmp_path / ("x" * 60)
     directory.mkdir()
     monkeypatch.setenv(variable, str(directory))

@@ -43,7 +43,7 @@ def test_sha256sum_agrees(checkpoint):
     assert result.returncode == 0 and result.stdout.splitlines() == [f"{name}: OK" for name in sorted([*FILES, "manifest.json"])]
 
 
-def test_a_hash_that_was_taken_while_writing_is_not_taken_again(checkpoint):
+def test_a_hash_computed_while_writing_is_not_computed_again(checkpoint):
     (checkpoint / "SHA256SUMS").unlink()
     write_manifest(checkpoint, MANIFEST, {"config.yaml": "a" * 64})
     assert f"{'a' * 64}  config.yaml" in (checkpoint / "SHA256SUMS").read_text().splitlines()

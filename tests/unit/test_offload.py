@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_aspo.trainer.device import Device
 from megatron_aspo.trainer.host_blocks import HostBlocks, pinned_bytes
-from megatron_aspo.trainer.offload import HostMemory, Parking
+from megatron_aspo.trainer.offload import HostMemory, OffloadedStorage
 
 CPU = Device(torch.device("cpu"), "gloo")
 
@@ -37,16 +37,16 @@ def gpu() -> RecordingDevice:
     return RecordingDevice(torch.device("cpu"), "nccl")
 
 
-def test_memory_that_left_is_returned_to_the_driver(gpu):
-    """Copied and waited for, then freed, then out of torch's cache: the order in which another process can have it and nothing is lost."""
+def test_offloaded_memory_is_returned_to_the_driver(gpu):
+    """Copied and waited for, then freed, then out of torch's cache: in this order nothing is lost and another process gets the memory."""
     kept, scratch = torch.arange(1000.0), torch.ones(500)
     gpu.watched.extend([kept, scratch])
-    parking = Parking([kept, kept[3:]], [scratch], gpu)
-    parking.leave()
+    storage = OffloadedStorage([kept, kept[3:]], [scratch], gpu)
+    storage.offload()
     assert gpu.calls == [("empty_host", 256 << 20), "synchronize", ("release", 0)]
-    parking.leave()
+    storage.offload()
     assert len(gpu.calls) == 3
-    parking.come_back()
+    storage.reload()
     assert gpu.calls[3:] == ["synchronize"]
     assert torch.equal(kept, torch.arange(1000.0)) and torch.equal(scratch, torch.zeros(500))
 

@@ -39,14 +39,14 @@ def colocated(sleep_level: int, *failing: tuple) -> tuple[Colocated, list[tuple]
 def test_on_shared_devices_each_side_frees_memory_before_the_other_allocates(sleep_level):
     placement, calls = colocated(sleep_level)
     placement.to_training()
-    assert calls == [("engines.sleep", sleep_level), ("trainers.come_back",)]
+    assert calls == [("engines.sleep", sleep_level), ("trainers.reload",)]
     calls.clear()
     assert placement.to_generating(3, changed=True) == 7
     assert calls == [
-        ("trainers.leave", "optimizer"),
+        ("trainers.offload", "optimizer"),
         ("engines.wake", ("weights",)),
         ("publisher.publish", 3),
-        ("trainers.leave", "weights"),
+        ("trainers.offload", "weights"),
         ("engines.wake", ("kv_cache",)),
     ]
 
@@ -65,7 +65,7 @@ def test_a_switch_to_the_side_that_has_the_devices_is_a_no_op():
     assert calls == []
     placement.to_training()
     placement.to_training()
-    assert [name for name, *_ in calls] == ["engines.sleep", "trainers.come_back"]
+    assert [name for name, *_ in calls] == ["engines.sleep", "trainers.reload"]
 
 
 def test_on_separate_devices_only_changed_weights_are_sent():
@@ -93,7 +93,7 @@ def test_an_engine_lost_while_falling_asleep_is_replaced_before_the_ranks_reload
     placement, calls = colocated(sleep_level, ("engines.sleep", sleep_level))
     placement.to_training()
     replaced = [("engines.sleep", sleep_level), ("publisher.say", "engine 0 died"), ("publisher.replace_dead",)]
-    assert calls == [*replaced, ("engines.sleep", sleep_level), ("trainers.come_back",)]
+    assert calls == [*replaced, ("engines.sleep", sleep_level), ("trainers.reload",)]
     assert placement.to_generating(5, changed=False) == 7  # its weights come from the model's directory
     assert ("publisher.publish", 5, "verify") in calls
     placement.to_training()
@@ -108,7 +108,7 @@ def test_an_engine_lost_while_waking_is_replaced_and_sent_the_weights(tag):
     assert ("publisher.replace_dead",) in calls and ("publisher.publish", 5, "verify") in calls
     assert calls[-1] == ("engines.wake", ("kv_cache",))
     # The engines have the devices at the end.
-    assert [name for name, *_ in calls if name.startswith("trainers")][-1] == "trainers.leave"
+    assert [name for name, *_ in calls if name.startswith("trainers")][-1] == "trainers.offload"
 
 
 RANKS = [("a", "0"), ("a", "1"), ("a", "2"), ("b", "0")]

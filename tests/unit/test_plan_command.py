@@ -64,7 +64,7 @@ def test_temporary_tensors_are_counted_with_the_fragmentation_of_the_heap(direct
     assert on_cpu.activations == pytest.approx(1.75 * on_gpu.activations, rel=1e-6)
 
 
-def test_nodes_are_shown_with_their_ranks_and_engines_and_what_would_span_them_is_refused(directory):
+def test_nodes_are_shown_with_their_ranks_and_engines_and_groups_that_would_span_nodes_are_refused(directory):
     words = ["trainer.data_parallel=4", "rollout.engines=4"]
     shown = run_main(main, "plan", "recipe.yaml", *words, "--nodes", "2", cwd=directory).stdout
     assert "  node 0           ranks 0 to 3, no engines\n  node 1           no ranks, engines 0 to 3\n" in shown
@@ -96,7 +96,7 @@ def test_groups_have_megatrons_rank_numbers(directory):
     assert plan("trainer.data_parallel=4", "trainer.expert_parallel=2").groups["expert"] == [[0, 1], [2, 3]]
 
 
-def test_a_micro_batch_is_as_large_as_it_may_be_and_no_larger_than_there_are_tokens(directory):
+def test_a_micro_batch_is_as_large_as_allowed_but_not_larger_than_the_batch(directory):
     assert (plan().load.tokens, plan().load.micro_batches) == (512, 4)  # 4 prompts × 4 responses × 100 tokens
     assert plan("trainer.micro_batch_tokens=1").load.tokens == 100
     assert plan("trainer.micro_batch_tokens=100000").load.tokens == 1600
@@ -124,7 +124,7 @@ def test_fp8_copies_of_the_factors_of_matrix_products_are_counted(directory):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["trainer.tensor_parallel=3"], "trainer.tensor_parallel=3 does not divide .*; choose one of"),
         (["trainer.pipeline_parallel=3"], "trainer.pipeline_parallel=3 does not divide"),
@@ -151,9 +151,9 @@ def test_fp8_copies_of_the_factors_of_matrix_products_are_counted(directory):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_recipe_that_cannot_work_is_refused_with_the_cure(directory, monkeypatch, overrides, said):
+def test_a_recipe_that_cannot_work_is_refused_with_the_cure(directory, monkeypatch, overrides, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         plan(*overrides)
 
 
@@ -184,8 +184,8 @@ def test_the_command_prints_the_plan_and_starts_nothing(directory, capsys):
     assert ended.value.code == 0 and len(printed["ranks"]) == 2 and printed["groups"] == {"pipeline": [[0, 1]]}
     with pytest.raises(SystemExit) as ended:
         main(["train", "recipe.yaml", "--dry-run", "trainer.tensor_parallel=2"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and "tensor         1 × 2: [0 1]" in said and "engine worker" in said
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "tensor         1 × 2: [0 1]" in text and "engine worker" in text
     with pytest.raises(SystemExit) as ended:
         main(["plan", "recipe.yaml", "rollout.tensor_parallel=3"])
     assert ended.value.code == 2 and "does not divide" in capsys.readouterr().err

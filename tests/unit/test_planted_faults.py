@@ -47,7 +47,7 @@ def test_a_fault_changes_a_valid_file_once_and_names_existing_tests(fault):
         assert file.startswith("tests/") and found and name in {"", *found}, test
 
 
-def test_every_room_has_faults_and_few_of_them_need_whole_runs():
+def test_every_folder_has_faults_and_few_of_them_need_whole_runs():
     assert len(FAULTS) >= 60
     rooms = [room_of(fault) for fault in FAULTS]
     assert {room: rooms.count(room) for room in [*ROOMS, "megatron_aspo", "tools"] if rooms.count(room) < 2} == {}
@@ -164,9 +164,9 @@ def test_a_name_that_is_not_in_the_list_is_refused(checkout):
     assert process.communicate()[0] == "" and process.returncode == 2
 
 
-def test_an_entry_with_another_field_and_a_name_that_is_there_twice_are_refused(tmp_path):
+def test_an_entry_with_an_unknown_field_and_a_duplicate_name_are_refused(tmp_path):
     entry = fault("a", "b", "c", "d")
-    for entries, said in (([entry | {"why": "so"}], "an entry has name, file"), ([entry, entry], "listed twice: a")):
+    for entries, message in (([entry | {"why": "so"}], "an entry has name, file"), ([entry, entry], "listed twice: a")):
         (tmp_path / "faults.yaml").write_text(yaml.safe_dump(entries))
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             tool.read_faults(tmp_path / "faults.yaml")

@@ -11,8 +11,8 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.tokenizer import load_tokenizer
+from megatron_aspo.tasks.options import DataOptions
 from tests.tokenizers import byte_tokenizer, save_byte_tokenizer
 
 USER = {"role": "user", "content": "hi"}

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_aspo.commands.eval_recipe import recipe_settings
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.config import build
-from megatron_aspo.evaluation.options import EvalSettings
-from megatron_aspo.evaluation.plan import EvalRecord, make_plan, recipe_settings
+from megatron_aspo.common.options import build
+from megatron_aspo.evaluation.options import EvalSettings, check_settings
+from megatron_aspo.evaluation.plan import EvalRecord, make_plan
 from megatron_aspo.evaluation.problems import load_problems
 from megatron_aspo.evaluation.protocols import PROTOCOLS
 from tests.dataset_fixtures import FIXTURES, asked, save_lines
@@ -22,7 +23,7 @@ def planned(protocol, *overrides, data=()):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_every_protocol_is_valid_as_it_is_and_names_the_source_of_each_value(name):
+def test_every_protocol_is_valid_and_names_the_source_of_each_value(name):
     plan = planned(name)
     assert plan.changed == {} and plan.protocol == name
     assert all(len(value.source) >= 4 for value in PROTOCOLS[name].values.values())
@@ -62,8 +63,8 @@ def test_a_recipe_is_evaluated_like_its_run():
     from megatron_aspo.config import load_config
 
     config = load_config(QUICKSTART, ["deterministic=true", "seed=7", "evaluation.temperature=0.5"])
-    s = build(EvalSettings, recipe_settings(config), ())
-    s.check()
+    s = build(EvalSettings, recipe_settings(config))
+    check_settings(s)
     assert (s.task, s.samples, s.temperature, s.top_p, s.seed, s.deterministic) == ("single_digit_addition", 16, 0.5, 1.0, 7, True)
     assert (s.max_response_tokens, s.engine.engines, s.engine.dtype, s.data) == (12, 2, "bfloat16", config.data)
     with pytest.raises(UserError, match=r"evaluation\.draws=0: it evaluates nothing"):
@@ -76,7 +77,7 @@ def test_a_recipe_is_evaluated_like_its_run():
         (["sample=2"], "unknown key sample; did you mean samples?"),
         (["samples=2", "pass_at=[1,4]"], "pass_at=[1, 4]: k=4 needs that many samples and there are 2; raise samples, or drop it"),
         (["majority_at=[5]"], "majority_at=[5]: k=5 needs that many samples and there are 4"),
-        (["top_p=0"], "top_p=0 must be above 0 and at most 1"),
+        (["top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
         (["temperature=0"], "samples=4 with temperature=0 would draw the same response each time"),
         (["temperature=0.001"], "temperature=0.001 must be 0 (greedy) or at least 0.01"),
         (["part_problems=0"], "part_problems=0 must be greater than 0"),
@@ -104,7 +105,7 @@ def load(protocol, path, *overrides, accept=True):
     return load_problems(planned(protocol, *overrides, data=[str(path)]).settings, None, accept)
 
 
-def test_livecodebench_rows_are_taken_by_date_both_ends_included(tmp_path):
+def test_livecodebench_rows_are_selected_by_date_inclusively(tmp_path):
     row = FIXTURE["livecodebench_v5"].rows[0]
     days = ["2024-07-31", "2024-08-01", "2024-12-24T00:00:00", "2025-02-01", "2025-02-02", "2025-05-01", "2025-05-02"]
     save_lines(tmp_path / "raw.jsonl", [row | {"question_id": day, "contest_date": day} for day in days])

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.tasks import reasoning_gym
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.tasks.reasoning_gym import EVALUATING
 from megatron_aspo.tasks.task import build_reward, build_task
 from tests.tokenizers import byte_tokenizer

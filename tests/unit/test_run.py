@@ -11,8 +11,9 @@ from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16
+from megatron_aspo.runtime.directory import check_ledger
 from megatron_aspo.runtime.ledger import Ledger
-from megatron_aspo.runtime.run import _check_ledger, _check_resources, _say_what_differs
+from megatron_aspo.runtime.processes import check_resources, warn_if_not_bitwise_resumable
 from megatron_aspo.runtime.start import Start
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
@@ -26,21 +27,21 @@ from megatron_aspo.weights.layout import ParallelSizes
 def test_more_processes_than_the_cluster_has_devices_are_refused(device, slots, needed):
     config = Config(rollout=RolloutOptions(engines=2, tensor_parallel=2))
     with pytest.raises(UserError, match=f"{needed} of the Ray cluster, which has {slots}"):
-        _check_resources(config, Cluster(ours=False, cores=2, device=device, slots=slots), ranks=4)
-    _check_resources(config, Cluster(ours=False, cores=2, device=device, slots=8), ranks=4)
+        check_resources(config, Cluster(ours=False, cores=2, device=device, slots=slots), ranks=4)
+    check_resources(config, Cluster(ours=False, cores=2, device=device, slots=8), ranks=4)
 
 
 def test_more_processes_than_the_cluster_has_of_a_named_resource_are_refused():
     config = Config(trainer=TrainerOptions(resource="big"), rollout=RolloutOptions(engines=2, resource="big"))
     have = {"big": 6.0}
-    _check_resources(config, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=4)
+    check_resources(config, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=4)
     with pytest.raises(UserError, match=r"trainer\.resource=big: training ranks take 1 each of it, 7 in all, and the Ray cluster has 6"):
-        _check_resources(config, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=5)
+        check_resources(config, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=5)
     other = Config(rollout=RolloutOptions(engines=2, resource="engines"))
     with pytest.raises(
         UserError, match=r"rollout\.resource=engines: engines take 1 each of it, 2 in all, and the Ray cluster has 0; start"
     ):
-        _check_resources(other, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=4)
+        check_resources(other, Cluster(ours=False, cores=2, device="cpu", slots=8, resources=have), ranks=4)
 
 
 def test_a_ledger_that_lost_lines_since_the_checkpoint_is_refused_by_the_counts(tmp_path):
@@ -54,15 +55,15 @@ def test_a_ledger_that_lost_lines_since_the_checkpoint_is_refused_by_the_counts(
         return Start(run == tmp_path, run / "checkpoints" / "step_3", manifest)
 
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    _check_ledger(ledger, start(3, tmp_path), tmp_path)
-    _check_ledger(ledger, start(9, tmp_path / "another run"), tmp_path)
+    check_ledger(ledger, start(3, tmp_path), tmp_path)
+    check_ledger(ledger, start(9, tmp_path / "another run"), tmp_path)
     with pytest.raises(UserError, match=r"ledger\.jsonl has 3 lines, at step_3 it had 4: it was changed since"):
-        _check_ledger(ledger, start(4, tmp_path), tmp_path)
+        check_ledger(ledger, start(4, tmp_path), tmp_path)
     ledger.close()
 
 
 @pytest.mark.parametrize(
-    ("deterministic", "threads", "layout", "said"),
+    ("deterministic", "threads", "layout", "message"),
     [
         (True, {"trainer": 1, "rollout": 2}, {}, []),
         (True, {"trainer": 2, "rollout": 2}, {}, ["trainer.threads was 1, is 2"]),
@@ -75,14 +76,14 @@ def test_a_ledger_that_lost_lines_since_the_checkpoint_is_refused_by_the_counts(
         (False, {"trainer": 2, "rollout": 2}, {"tensor_parallel": 2}, []),
     ],
 )
-def test_a_deterministic_run_reports_why_it_is_not_the_undisturbed_one(tmp_path, capsys, deterministic, threads, layout, said):
+def test_a_deterministic_run_reports_why_it_is_not_the_undisturbed_one(tmp_path, capsys, deterministic, threads, layout, message):
     manifest = Manifest("LlamaForCausalLM", "float32", "local", ParallelSizes(), {}, {"threads": {"trainer": 1, "rollout": 2}})
     settings = RankSettings(tmp_path, TrainerOptions(**layout), OptimizerOptions(), AlgorithmOptions(), 1.0, 0, 1, 1)
     progress = Progress(1)
-    _say_what_differs(Start(True, tmp_path, manifest), Config(deterministic=deterministic), settings, threads, progress)
+    warn_if_not_bitwise_resumable(Start(True, tmp_path, manifest), Config(deterministic=deterministic), settings, threads, progress)
     progress.close()
     printed = " ".join("".join(capsys.readouterr()).split())
-    assert ("not the undisturbed one" in printed) == bool(said) and all(part in printed for part in said), printed
+    assert ("not the undisturbed one" in printed) == bool(message) and all(part in printed for part in message), printed
 
 
 @pytest.mark.parametrize(("flags", "has"), [("avx2 avx512f", False), ("avx2 avx512_bf16 f16c", True), ("amx_bf16 amx_tile", True)])

@@ -86,7 +86,7 @@ def test_auto_does_not_start_over_where_checkpoints_are_lost(config):
 
 
 @pytest.mark.parametrize("left", [[], ["lock"], ["lock", ".attempt.unfinished"]], ids=str)
-def test_auto_begins_in_a_directory_whose_maker_was_killed_at_once(config, left):
+def test_auto_starts_in_a_directory_whose_first_process_was_killed_at_once(config, left):
     config.directory.mkdir()
     for name in left:
         (config.directory / name).touch()

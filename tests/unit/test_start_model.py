@@ -1,4 +1,4 @@
-"""A torch_dist checkpoint is a model that runs start from, and evaluations take, wherever a Hugging Face directory is accepted."""
+"""Runs and evaluations accept a torch_dist checkpoint wherever they accept a Hugging Face directory."""
 
 import multiprocessing
 import os
@@ -29,12 +29,12 @@ COPY = Path("dist/release/hugging_face_model")
 
 
 class ReachedRay(Exception):
-    """All checks of a run are done."""
+    """Raised when all checks of a run have passed."""
 
 
 @pytest.fixture
 def dist(tmp_path, monkeypatch) -> Path:
-    """A model with its tokenizer as a checkpoint, and a recipe that names it. A run ends where it would start Ray."""
+    """Return a checkpoint of a model with its tokenizer, beside a recipe that names it. A run ends where it would start Ray."""
 
     def started(*_):
         raise ReachedRay
@@ -76,7 +76,7 @@ def test_a_run_converts_it_once_and_ranks_and_engines_get_the_whole_model(dist, 
     assert checked.model.directory == checked.settings.model_directory == (dist / "release" / "hugging_face_model" / "model")
 
 
-def test_a_plan_and_the_doctor_read_it_as_it_is(dist):
+def test_a_plan_and_the_doctor_read_it_without_a_conversion(dist):
     plan = make_plan(config(), "cpu")
     assert plan.notes == (f"train will first write a Hugging Face copy of {dist / 'release'} into it, for engines and ranks",)
     assert plan.ranks == make_plan(config(model="hf"), "cpu").ranks
@@ -101,20 +101,22 @@ def test_an_evaluation_gets_it_in_hugging_face_format(dist, tmp_path):
 def test_a_checkpoint_that_changed_since_is_refused_with_the_cure(dist):
     train()
     os.utime(dist / "release" / "__0_0.distcp", ns=(1, 1))
-    said = r"dist/release/hugging_face_model was made from other files than .*dist/release has now: remove it, and it is made again"
+    message = r"dist/release/hugging_face_model was made from other files than .*dist/release has now: remove it, and it is made again"
     for command in (lambda: make_plan(config(), "cpu"), lambda: run.open_run(config()).__enter__()):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             command()
     shutil.rmtree(COPY)
     train()
 
 
-def test_one_that_megatron_wrote_is_refused_with_the_command_that_gives_it_a_config_and_a_tokenizer(dist):
+def test_a_checkpoint_of_megatron_is_refused_with_the_command_that_adds_a_config_and_a_tokenizer(dist):
     shutil.rmtree(dist / "release" / "huggingface")
-    said = "model=dist: the checkpoint has no Hugging Face config and tokenizer, .* `megatron-aspo convert dist TARGET --config-from MODEL`"
+    error = (
+        "model=dist: the checkpoint has no Hugging Face config and tokenizer, .* `megatron-aspo convert dist TARGET --config-from MODEL`"
+    )
     commands = (lambda: make_plan(config(), "cpu"), lambda: run.open_run(config()).__enter__(), lambda: find_target("dist"))
     for command in commands:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=error):
             command()
     convert(open_source("dist", config_from="./hf"), Path("target").absolute(), to="huggingface")
     train(model="target")
@@ -130,8 +132,8 @@ def test_damage_ends_the_run_before_it_starts_and_leaves_no_copy(dist):
     assert not COPY.exists()
 
 
-def test_of_runs_that_convert_at_once_all_use_one_copy(dist):
-    context = multiprocessing.get_context("fork")  # the modules are imported already
+def test_runs_that_convert_at_once_all_use_one_copy(dist):
+    context = multiprocessing.get_context("fork")  # so that children have the modules already
     barrier, results = context.Barrier(3), context.SimpleQueue()
 
     def convert_too() -> None:

@@ -90,7 +90,7 @@ def test_intervals_and_paired_intervals_equal_an_implementation_by_hand_on_the_s
     assert interval_of_mean(before, positions, 0.8) == pytest.approx(interval_by_hand(before, positions, 0.8), abs=1e-12)
 
 
-def test_resamples_of_five_problems_are_distributed_as_all_3125():
+def test_resamples_of_five_problems_are_distributed_like_all_3125():
     values = np.array([0.0, 0.25, 0.5, 0.5, 1.0])
     every = np.array([np.mean(chosen) for chosen in itertools.product(values, repeat=5)])
     drawn = values[resample(5, 20_000)].mean(axis=1)

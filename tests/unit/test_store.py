@@ -7,11 +7,11 @@ from hypothesis import given, strategies as st
 
 from megatron_aspo.checkpoint.find import find_checkpoints
 from megatron_aspo.checkpoint.options import CheckpointOptions
-from megatron_aspo.runtime.checkpoint_store import set_aside, sweep_unfinished, to_remove
+from megatron_aspo.runtime.checkpoint_store import set_aside, steps_to_remove, sweep_unfinished
 
 
 def kept(accuracies: dict, **options) -> list[int]:
-    removed = to_remove(accuracies, CheckpointOptions(every=1, **options))
+    removed = steps_to_remove(accuracies, CheckpointOptions(every=1, **options))
     return [step for step in sorted(accuracies) if step not in removed]
 
 

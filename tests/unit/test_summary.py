@@ -19,7 +19,7 @@ def summary(directory: Path, capsys, steps: list[dict]) -> tuple[dict, str]:
     metrics = MetricsFile(directory / "metrics.jsonl")
     for number, step in enumerate(steps):
         metrics.write({"step": number} | step)
-    run = SimpleNamespace(config=Config(name="run", steps=len(steps)), directory=directory, memory=None, metrics=metrics)
+    run = SimpleNamespace(config=Config(name="run", steps=len(steps) or 1), directory=directory, memory=None, metrics=metrics)
     print_summary(run, None, None, 1.0, 10, directory / "exports")
     metrics.close()
     *before, last = capsys.readouterr().out.splitlines()
@@ -32,7 +32,7 @@ def test_the_last_line_counts_the_updates_that_were_applied(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("step", "updates", "said"),
+    ("step", "updates", "message"),
     [
         (NONE | {"groups/dropped": 4}, 0, "8 groups were dropped (groups/dropped), as all responses of a group got the same reward"),
         (NONE, 0, "no response was left to train on"),
@@ -40,9 +40,9 @@ def test_the_last_line_counts_the_updates_that_were_applied(tmp_path, capsys):
         (STEP | {"train/gradient_norm_max": 0.0}, 4, "the gradients of all 4 updates were zero"),
     ],
 )
-def test_a_run_that_learned_nothing_is_warned_about_with_the_likely_cause(tmp_path, capsys, step, updates, said):
+def test_a_run_that_learned_nothing_is_warned_about_with_the_likely_cause(tmp_path, capsys, step, updates, message):
     last, before = summary(tmp_path, capsys, [step, step])
-    assert last["updates"] == updates and f"warning: nothing was learned in 2 steps: {said}" in before
+    assert last["updates"] == updates and f"warning: nothing was learned in 2 steps: {message}" in before
 
 
 def test_a_run_with_no_step_to_do_is_not_warned_about(tmp_path, capsys):

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.order import shuffled_position
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.tasks.task import build_reward, build_task
 from tests.tokenizers import byte_tokenizer
 
@@ -78,7 +78,7 @@ def test_options_that_do_not_fit_are_refused():
         build_reward("single_digit_addition", DataOptions(reward="a:b"))
     with pytest.raises(UserError, match="held_out_prompts=100 leaves none"):
         build("single_digit_addition", held_out_prompts=100)
-    with pytest.raises(UserError, match="is negative"):
+    with pytest.raises(UserError, match=r"data\.held_out_prompts=-1 must be greater than 0"):
         build("single_digit_addition", held_out_prompts=-1)
     with pytest.raises(UserError, match=r"raise data\.max_prompt_tokens=9"):
         build("single_digit_addition", max_prompt_tokens=9).prompt(0)

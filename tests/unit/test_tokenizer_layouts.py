@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.tokenizer import load_tokenizer
 from megatron_aspo.data.tokenizer_export import tokenizer_files
+from megatron_aspo.tasks.options import DataOptions
 
 SENTENCEPIECE_MODEL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"

@@ -1,4 +1,4 @@
-"""Hugging Face → torch_dist → Hugging Face is the same model, bit for bit; what is damaged, hostile or another model's is refused."""
+"""Hugging Face → torch_dist → Hugging Face is the same model, bit for bit; damaged, hostile or foreign files are refused."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def in_memory() -> Iterator[Path]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_every_bit_comes_back_whatever_layout_it_came_from(in_memory, family, tied):
+def test_the_round_trip_is_bit_exact_from_every_layout(in_memory, family, tied):
     tensors = write_model(in_memory / "hf", Model(family, layers=4, tied=tied), torch.bfloat16, files=2)
     for number, sizes in enumerate(LAYOUTS):
         convert(open_source(in_memory / "hf"), in_memory / f"{number}", to="megatron", sizes=sizes)
@@ -57,8 +57,8 @@ def test_every_bit_comes_back_whatever_layout_it_came_from(in_memory, family, ti
         assert (in_memory / "0_hf" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_keys_are_those_of_either_layer_spec(tmp_path):
-    """As Megatron-Core's sharded state dicts of the local and of Transformer Engine's specs name the norm before experts."""
+def test_keys_match_both_layer_specs(tmp_path):
+    """The names of the norm before experts in Megatron-Core's sharded state dicts, for the local and for Transformer Engine's specs."""
     write_model(tmp_path / "hf", Model("mixtral"))
     keys = {}
     for naming in NAMINGS:
@@ -70,8 +70,8 @@ def test_keys_are_those_of_either_layer_spec(tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_keys_are_the_parameters_that_transformer_engine_s_layers_have(tmp_path, family):
-    """Without the numbers of layers and experts, which are axes; experts are named once more, as Megatron-Core's sharded state dicts do."""
+def test_keys_are_the_parameters_of_transformer_engines_layers(tmp_path, family):
+    """Without the numbers of layers and experts, which are axes; experts have a second name, as in Megatron-Core's state dicts."""
     write_model(tmp_path / "hf", Model(family, tied=family == "qwen2"))
     convert(open_source(tmp_path / "hf"), tmp_path / "dist", to="torch_dist", naming="transformer_engine")
     listing = LISTINGS / "0.16.1" / "transformer_engine" / f"{ARCHITECTURES[family]}.json"
@@ -90,7 +90,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def refused(checkpoint: Path, target: Path, **options) -> str:
-    """The one line that a conversion back ends with; no target is left."""
+    """Return the one line with which a conversion back ends; no target is left."""
     with pytest.raises(UserError) as ended:
         convert(open_source(checkpoint, **options), target, to="huggingface")
     assert not target.exists() and "\n" not in str(ended.value)
@@ -98,7 +98,7 @@ def refused(checkpoint: Path, target: Path, **options) -> str:
 
 
 def test_a_changed_weight_is_noticed(checkpoint, tmp_path):
-    """The last byte of a shard's zip member would pass: torch does not look at its checksum."""
+    """A change of the last byte of a shard's zip member would load: torch does not check its checksum."""
     (shard,) = read_table(checkpoint / "release")["embedding.word_embeddings.weight"].shards
     content = bytearray(shard.file.read_bytes())
     raw = shard.read().view(torch.uint8).numpy().tobytes()
@@ -134,7 +134,7 @@ def test_a_table_that_points_elsewhere_is_refused(checkpoint, tmp_path):
     assert "../../secret lies outside the directory" in refused(checkpoint, tmp_path / "back")
 
 
-def test_another_model_s_config_is_refused_by_the_tensor(checkpoint, tmp_path):
+def test_another_models_config_is_refused_by_the_tensor(checkpoint, tmp_path):
     write_model(tmp_path / "wider", Model(ffn=10))
     assert "decoder.layers.mlp.linear_fc1.weight has shape (2, 16, 12)" in refused(
         checkpoint, tmp_path / "a", config_from=tmp_path / "wider"
@@ -145,7 +145,7 @@ def test_another_model_s_config_is_refused_by_the_tensor(checkpoint, tmp_path):
     assert "linear_qkv.bias, which a LlamaForCausalLM" in refused(checkpoint, tmp_path / "c", config_from=tmp_path / "llama")
 
 
-def test_an_iteration_that_is_not_there_and_formats_of_other_kinds_are_refused(checkpoint, tmp_path):
+def test_a_missing_iteration_and_other_formats_are_refused(checkpoint, tmp_path):
     (checkpoint / LATEST).write_text("7")
     assert "says '7', but" in refused(checkpoint, tmp_path / "back")
     (checkpoint / "release" / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
@@ -177,17 +177,17 @@ def test_verify_refuses_another_model_s_checkpoint(tmp_path):
         verify(tmp_path / "one", open_source(tmp_path / "dist"), torch.float32)
 
 
-def test_the_command_says_what_it_wrote_and_what_the_target_does_not_hold(tmp_path):
+def test_the_command_reports_what_it_wrote_and_what_the_target_lacks(tmp_path):
     write_model(tmp_path / "hf", Model("llama"))
     change_config(tmp_path / "hf", **rope_scaling("llama3"))
     there = run_main(main, "convert", "hf", "dist", "--to", "torch_dist", "--naming", "transformer_engine", cwd=tmp_path)
     assert there.returncode == 0 and there.stdout.startswith("dist: LlamaForCausalLM, 21 tensors, bfloat16\nnote: its arguments do not say")
     back = run_main(main, "convert", "dist", "back", cwd=tmp_path)
     assert back.returncode == 0 and (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
-    for words, said in (
+    for words, message in (
         (["hf", "x", "--to", "torch_dist", "--tensor-parallel", "2"], "--tensor-parallel is about --to megatron"),
         (["hf", "x", "--config-from", "hf"], "--config-from is about a torch_dist source, but hf is none; leave it out"),
         (["dist", "x", "--to", "torch_dist", "--verify"], "needs Hugging Face on one side"),
     ):
         ended = run_main(main, "convert", *words, cwd=tmp_path)
-        assert ended.returncode == 2 and said in ended.stderr and not (tmp_path / "x").exists()
+        assert ended.returncode == 2 and message in ended.stderr and not (tmp_path / "x").exists()

@@ -90,7 +90,7 @@ def test_on_a_cpu_megatron_does_not_find_an_engine_whose_optimizer_needs_a_gpu(t
     assert done.stdout == "torch fused AdamW False\n", done.stderr[-1000:]
 
 
-def test_an_engine_without_its_torch_extension_is_refused_with_what_is_missing(install):
+def test_an_engine_without_its_torch_extension_is_refused_naming_the_missing_part(install):
     install("import transformer_engine_torch", "transformer_engine==2.12.0")
     message = r"No module named 'transformer_engine_torch'; build its torch extension .*transformer-engine-torch==2.12.0"
     with pytest.raises(UserError, match=f"transformer_engine is installed but cannot be imported: ModuleNotFoundError: {message}"):

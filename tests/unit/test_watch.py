@@ -44,7 +44,7 @@ from megatron_aspo.commands.watch import Watcher
 directory, seconds = Path(sys.argv[1]), sys.argv[2]
 command = lambda candidate, out: [sys.executable, directory / "evaluation.py", candidate.name, out, directory / "log", seconds]
 def on_result(step, result):
-    with open(directory / "told", "a") as file:
+    with open(directory / "reported", "a") as file:
         file.write(f"{step}\\n")
 watcher = Watcher(directory / "run", directory / "out", command, on_result)
 while len(list((directory / "out").glob("step_*/result.json"))) < len(list((directory / "run").iterdir())):
@@ -99,7 +99,7 @@ def finish(directory, *watchers):
 def test_two_watchers_evaluate_each_checkpoint_once(directory):
     every = finish(directory, start(directory, 0.1), start(directory, 0.1))
     assert log(directory, "started") == every
-    assert sorted(map(int, (directory / "told").read_text().split())) == every
+    assert sorted(map(int, (directory / "reported").read_text().split())) == every
 
 
 def test_the_evaluation_of_a_killed_watcher_finishes_and_the_other_takes_the_rest(directory):
@@ -108,7 +108,7 @@ def test_the_evaluation_of_a_killed_watcher_finishes_and_the_other_takes_the_res
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     every = finish(directory, second)
-    assert log(directory, "started") == every and set(map(int, (directory / "told").read_text().split())) == set(every)
+    assert log(directory, "started") == every and set(map(int, (directory / "reported").read_text().split())) == set(every)
 
 
 def test_an_evaluation_whose_watcher_was_killed_is_not_started_twice(tmp_path):
@@ -120,7 +120,7 @@ def test_an_evaluation_whose_watcher_was_killed_is_not_started_twice(tmp_path):
     first.wait()
     assert start(tmp_path, 1.5).wait(60) == 0
     assert log(tmp_path, "started") == log(tmp_path, "finished") == [1]
-    assert (tmp_path / "told").read_text() == "1\n"
+    assert (tmp_path / "reported").read_text() == "1\n"
 
 
 def test_an_evaluation_that_is_killed_with_its_watcher_is_repeated(directory):
@@ -165,17 +165,17 @@ else:
 def test_one_watcher_generates_and_another_grades_without_the_checkpoints(tmp_path):
     for step in (3, 20):
         make_hugging_face(tmp_path / "run" / f"step_{step}")
-    told = []
+    reported = []
 
     def watcher(stage: str, directory: Path) -> Watcher:
         command = lambda candidate, out: [sys.executable, "-c", STAGE, str(out), stage]  # noqa: E731
-        return Watcher(directory, tmp_path / "out", command, lambda step, result: told.append(step), stage)
+        return Watcher(directory, tmp_path / "out", command, lambda step, result: reported.append(step), stage)
 
     graders = watcher("grade", tmp_path / "nowhere")
     assert graders.look() == [] and not [*(tmp_path / "out").glob("step_*/")]  # nothing is generated yet
     generators = watcher("generate", tmp_path / "run")
-    assert [generators.look(), generators.look()] == [[], []] and told == []
-    assert [graders.look(), graders.look()] == [[], []] and told == [3, 20]
+    assert [generators.look(), generators.look()] == [[], []] and reported == []
+    assert [graders.look(), graders.look()] == [[], []] and reported == [3, 20]
     assert generators.look() == []
     assert [(tmp_path / "out" / f"step_{step}" / "log").read_text().split() for step in (3, 20)] == [["generate", "grade"]] * 2
 
@@ -209,7 +209,7 @@ def test_a_child_gets_the_watchers_arguments(tmp_path):
     assert words == [*head, "--stage", "all", "--protocol", "aime24", "--data", "a", "b", "--set", "samples=4", "--accept-count"]
 
 
-def test_an_evaluation_goes_to_the_trackers_of_the_training_run(tmp_path, monkeypatch):
+def test_an_evaluation_is_logged_to_the_trackers_of_the_training_run(tmp_path, monkeypatch):
     logged = []
 
     class Tracker:

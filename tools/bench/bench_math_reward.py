@@ -22,10 +22,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.math.options import MathOptions
 from megatron_aspo.rewards.process import RewardProcess
+from megatron_aspo.tasks.options import DataOptions
 
 LIMIT_S = 0.5
 BATCH = 50

@@ -56,7 +56,7 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] 
 
 
 def batch_of(responses: np.ndarray, prompts: np.ndarray) -> TrainBatch:
-    """Return a batch in which only lengths matter: `responses` after `prompts`, tokens [groups, samples]; a group shares its prompt."""
+    """Return a batch where only lengths matter: `responses` after `prompts`, tokens [samples] and [groups]; a group shares its prompt."""
     groups = np.arange(len(prompts)).repeat(len(responses) // len(prompts))
     return TrainBatch(
         token_ids=np.zeros(0, np.int64),

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from megatron_aspo.data.encoder import PromptEncoder
-from megatron_aspo.data.options import DataOptions
+from megatron_aspo.tasks.options import DataOptions
 from megatron_aspo.tasks.task import build_reward, build_task
 
 

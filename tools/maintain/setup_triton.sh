@@ -3,7 +3,7 @@
 # It is not in the lock: it would add 0.7 GB, and 70 MB to every trainer and engine process, which on CPU have no use for it; vLLM warns of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-version=3.7.1 # the one that torch 2.13's CUDA builds ask for
+version=3.7.1 # the version that torch 2.13's CUDA builds require
 place=.venv/triton
 if [[ -d $place/triton-$version.dist-info ]]; then exit 0; fi
 

@@ -141,7 +141,7 @@ class Steps:
         return not self.failed and all(max(found.values()) <= BAR for found in self.found.values())
 
     def _processes(self, world: int) -> Pool:
-        """Return the pool of `world` processes; a pool of another size ends first, for want of memory."""
+        """Return the pool of `world` processes; a pool of another size ends first, to free memory."""
         if self._pool is None or self._pool[0] != world:
             self._close()
             self._pool = world, Pool(world)

@@ -26,7 +26,6 @@ class MathReward:
 
     def __init__(self, options: MathOptions, wrong_score: float = 0.0):
         """Raises UserError for options out of their bounds."""
-        options.check()
         self._options, self._wrong_score = options, wrong_score
 
     def __call__(self, prompt: Prompt, response: str) -> RewardResult:

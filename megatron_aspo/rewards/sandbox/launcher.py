@@ -38,8 +38,6 @@ class Launcher:
     """Starts sandboxes with the same options and limits. The constructor raises UserError for what this machine lacks."""
 
     def __init__(self, options: SandboxOptions, limits: Limits):
-        if options.kind not in ("bubblewrap", "none"):
-            raise UserError(f"sandbox kind={options.kind} is unknown; choose bubblewrap or none")
         if options.kind == "none" and not options.accept_risk:
             raise UserError(
                 "sandbox kind=none runs programs of the model with all that this user may do; set accept_risk: true beside it, or "

@@ -28,7 +28,7 @@ class Server:
 
     def __init__(self, options: ServiceOptions):
         """Raises UserError for options out of their bounds, and for an unreadable token."""
-        options.check("data.service.")
+        options.check()
         self._options = options
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy, and no credentials of other services

@@ -1,35 +1,31 @@
 """Options of the reward that calls a grading server."""
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from megatron_aspo.common.errors import UserError, nearest
+from megatron_aspo.common.errors import require
+from megatron_aspo.common.options import Choice, Positive, options
 
-PROTOCOLS = ("grade", "sandbox_fusion")
 
-
-@dataclass(frozen=True)
+@options("data.service")
 class ServiceOptions:
     """Options of `data.reward: remote`."""
 
     url: str = ""
     """Address of the server, such as `http://10.0.0.5:8300`."""
-    protocol: str = "grade"
+    protocol: Annotated[str, Choice("grade", "sandbox_fusion")] = "grade"
     """`grade`: a `megatron-aspo grade-server`, which scores the response by its own recipe. `sandbox_fusion`: SandboxFusion's `/run_code`,
     which runs the program of the response on the input of each test; the outputs are compared here."""
     token_file: str = ""
     """File with the server's token; empty sends none."""
-    attempt_s: float = 30.0
+    attempt_s: Positive[float] = 30.0
     """Longest time for one request, in seconds."""
-    give_up_s: float = 50.0
+    give_up_s: Positive[float] = 50.0
     """A server that is unreachable, overloaded or silent is retried, with pauses that grow to 5 s, for this many seconds; then the run
     ends."""
 
-    def check(self, prefix: str = "service.") -> None:
-        """Raise UserError naming the first option that is out of bounds."""
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"{prefix}url={self.url or 'empty'} is no address; set it to the server's, such as http://10.0.0.5:8300")
-        if self.protocol not in PROTOCOLS:
-            raise UserError(f"{prefix}protocol={self.protocol} is not known; {nearest(self.protocol, PROTOCOLS)}")
-        for name in ("attempt_s", "give_up_s"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{prefix}{name}={getattr(self, name):g} must be above 0; raise it")
+    def check(self) -> None:
+        """Raise UserError for an address that is none."""
+        require(
+            self.url.startswith(("http://", "https://")),
+            f"data.service.url={self.url or 'empty'} is no address; set it to the server's, such as http://10.0.0.5:8300",
+        )

@@ -4,8 +4,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.rewards.service.client import Server
+from megatron_aspo.tasks.options import DataOptions
 
 PATH = "/rules"
 """Path under which a server answers with its rules."""

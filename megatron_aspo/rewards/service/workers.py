@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.options import DataOptions
 from megatron_aspo.data.records import Prompt
+from megatron_aspo.rewards.options import RewardOptions
 from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.result import RewardResult
 from megatron_aspo.rewards.sandbox.pool import SandboxPool
@@ -29,7 +29,7 @@ class Busy(Exception):
 class _Worker:
     """The resources of one thread: a reward's process and sandboxes."""
 
-    def __init__(self, task: str, options: DataOptions):
+    def __init__(self, task: str, options: RewardOptions):
         self._task, self._options = task, options
         self._process: RewardProcess | None = None
         self._sandboxes: SandboxPool | None = None
@@ -72,7 +72,7 @@ class _Worker:
 class Workers:
     """`count` grading threads. A context manager: entering waits until each has loaded the reward."""
 
-    def __init__(self, task: str, options: DataOptions, count: int):
+    def __init__(self, task: str, options: RewardOptions, count: int):
         self._jobs: queue.Queue[tuple[Future, Callable[[_Worker], Any]] | None] = queue.Queue()
         self._workers = [_Worker(task, options) for _ in range(count)]
         self._threads: list[threading.Thread] = []

@@ -29,13 +29,13 @@ def leave_and_come_back(small: bool) -> dict:
         full = taken()
         for number in (1, 2):  # pinning takes longer the first time
             start = time.perf_counter()
-            rank.leave("optimizer")
-            rank.leave("weights")
+            rank.offload("optimizer")
+            rank.offload("weights")
             synchronize()
             out_s, left = time.perf_counter() - start, taken()
-            moved = sum(nbytes for parking in rank._parked.values() for _, nbytes, _ in parking._away)
+            moved = sum(nbytes for storage in rank._offloaded.values() for _, nbytes, _ in storage._offloaded)
             start = time.perf_counter()
-            rank.come_back()
+            rank.reload()
             synchronize()
             back_s = time.perf_counter() - start
             found |= {
