@@ -1,8 +1,9 @@
 """Concurrent calls of Ray actors: their answers and failures, and the check that a cluster is open."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -75,3 +76,30 @@ class Pending:
                 failure.__cause__ = error
                 failures[self.names[position]] = failure
         return answers, failures
+
+
+@dataclass(frozen=True)
+class ActorGroup:
+    """Named Ray actors that are called together: one call is one Pending, whose failures name their actors."""
+
+    actors: Sequence[tuple[str, Any]]
+    """(name, actor handle); names are all different."""
+    explain: Callable[[str, Exception], Exception]
+    """(name, Ray's exception) → the exception to raise."""
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    def __getitem__(self, members: slice) -> "ActorGroup":
+        """Return the group of these members."""
+        return ActorGroup(self.actors[members], self.explain)
+
+    def call(self, method: str, *arguments: Any) -> Pending:
+        """Call the method with the same arguments on every actor."""
+        return self.call_each(method, [arguments] * len(self.actors))
+
+    def call_each(self, method: str, arguments: Sequence[Sequence[Any]]) -> Pending:
+        """Call the method on every actor with the arguments at its position."""
+        refs = [getattr(actor, method).remote(*given) for (_, actor), given in zip(self.actors, arguments, strict=True)]
+        names = tuple(name for name, _ in self.actors)
+        return Pending(names, tuple(refs), tuple(partial(self.explain, name) for name in names))

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import megatron_aspo
-from megatron_aspo.common.actors import Pending, require_cluster
+from megatron_aspo.common.actors import ActorGroup, Pending, require_cluster
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.process_tree import sweep, sweep_below
 from megatron_aspo.data.records import Generation
@@ -390,7 +389,7 @@ class EnginePool:
                 del under_way[stream]
                 continue
             except (RayActorError, RayTaskError) as error:
-                reason = self._explain(member, error)
+                reason = _explain(member.name, error)
                 if self.restore is None or not isinstance(reason, EngineError) or self._is_alive(member):
                     raise reason from error
                 self._lose(member, reason, under_way, lost, losses)
@@ -445,20 +444,18 @@ class EnginePool:
         return self._on(method, self._members, *arguments)
 
     def _on(self, method: str, members: Sequence[_Member], *arguments: Any) -> Pending:
-        return self._pending(members, [getattr(member.actor, method).remote(*arguments) for member in members])
+        return ActorGroup([(member.name, member.actor) for member in members], _explain).call(method, *arguments)
 
-    def _pending(self, members: Sequence[_Member], refs: Sequence[ray.ObjectRef]) -> Pending:
-        return Pending(tuple(member.name for member in members), tuple(refs), tuple(partial(self._explain, member) for member in members))
 
-    def _explain(self, member: _Member, error: Exception) -> Exception:
-        """Return the exception to raise for a failed call: the engine's own if it could still raise one."""
-        if isinstance(error, RayTaskError):
-            cause = error.cause
-            return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{member.name}: {cause}")
-        return EngineError(
-            f"{member.name} died: {' '.join(str(error).split())[:400]}; its last lines are in Ray's worker logs. A process that is killed "
-            "without a word usually ran out of memory"
-        )
+def _explain(name: str, error: Exception) -> Exception:
+    """Return the exception to raise for a failed call: the engine's own if it could still raise one."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{name}: {cause}")
+    return EngineError(
+        f"{name} died: {' '.join(str(error).split())[:400]}; its last lines are in Ray's worker logs. A process that is killed without a "
+        "word usually ran out of memory"
+    )
 
 
 def _actor_options(member: _Member, resource: str) -> dict[str, Any]:

@@ -3,15 +3,14 @@
 import os
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayTaskError
 
 from megatron_aspo.checkpoint.request import SaveRequest
-from megatron_aspo.common.actors import Pending, require_cluster
+from megatron_aspo.common.actors import ActorGroup, Pending, require_cluster
 from megatron_aspo.common.device_environment import rank_environment
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.network import free_port, interface_of
@@ -61,31 +60,18 @@ class TrainerActor:
             self._saver.reserve()
         return self._rank.describe()
 
-    def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
-        return self._rank.update(batch, step)
-
-    def connect(self, host: str, port: int, spec: "TransferSpec") -> None:
-        self._rank.connect(host, port, spec)
-
-    def publish(self, version: int, verify: bool) -> int:
-        return self._rank.publish(version, verify)
-
     def place(self) -> tuple[str, str]:
         """Return Ray's id of this node, and of this rank's device on it ("" on CPU)."""
         context = ray.get_runtime_context()
         return context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", []))
 
-    def offload(self, part: str) -> None:
-        self._rank.offload(part)
+    def rank(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the TrainerRank."""
+        return getattr(self._rank, method)(*arguments)
 
-    def reload(self) -> None:
-        self._rank.reload()
-
-    def save(self, request: SaveRequest) -> float:
-        return self._saver.save(request)
-
-    def saved(self, wait: bool) -> bool:
-        return self._saver.finish() if wait else self._saver.finished()
+    def saver(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the RankSaver."""
+        return getattr(self._saver, method)(*arguments)
 
     def export(self, directory: Path, dtype: str, files: dict[str, str]) -> dict[str, str]:
         from megatron_aspo.checkpoint.hf_export import write_export
@@ -93,12 +79,13 @@ class TrainerActor:
         return write_export(directory, self._rank, dtype, files)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trainers:
-    """All training ranks. Every method is a collective over them; a failing rank ends the call with its error."""
+    """All training ranks. Every method is a collective over them; the first failing rank ends the call with its error."""
 
-    _actors: list
+    _group: ActorGroup
     described: dict[str, str]
+    """What rank 0 reported when it had started."""
 
     @classmethod
     def start(cls, settings: RankSettings, device: str, threads: int, checkpoint: Path | None, reserve: bool) -> "Trainers":
@@ -114,78 +101,71 @@ class Trainers:
             # Ray would set OMP_NUM_THREADS from num_cpus.
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[2])}},
         }
-        actors = [ray.remote(TrainerActor).options(**options).remote() for _ in range(settings.sizes.world)]
-        trainers = cls(actors, {})
+        trainers = cls(_group([ray.remote(TrainerActor).options(**options).remote() for _ in range(settings.sizes.world)]), {})
         try:
-            actors[:] = [actors[process] for process in ranks_by_node(trainers.places(), settings.sizes.tensor)]
-            host, port = trainers._get([actors[0].address.remote()])[0]
-            common = (host, port, os.getcwd(), checkpoint, reserve)
-            chosen = trainers._get([actor.start.remote(settings, rank, *common) for rank, actor in enumerate(actors)])
+            processes = [actor for _, actor in trainers._group.actors]
+            trainers = cls(_group([processes[n] for n in ranks_by_node(trainers.places(), settings.sizes.tensor)]), {})
+            common = (*trainers.address(), os.getcwd(), checkpoint, reserve)
+            described = trainers._group.call_each("start", [(settings, rank, *common) for rank in range(trainers.world)]).result()
         except BaseException:
             trainers.close()
             raise
-        return replace(trainers, described=chosen[0])
+        return replace(trainers, described=described[0])
 
     @property
     def world(self) -> int:
         """The number of training ranks."""
-        return len(self._actors)
+        return len(self._group)
 
     def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
         """Train one step; return the metrics of all ranks in one report."""
-        shared = ray.put(batch)
-        reports = self._get([actor.update.remote(shared, step) for actor in self._actors])
         # Complete on the last pipeline stage, whose last rank is the last of all.
-        return reports[-1]
+        return self._group.call("rank", "update", ray.put(batch), step).result()[-1]
 
-    def address(self, timeout_s: float) -> tuple[str, int]:
+    def address(self, timeout_s: float | None = None) -> tuple[str, int]:
         """Return the private address of rank 0's node, and a free port on it."""
-        return self._get([self._actors[0].address.remote()], timeout_s)[0]
+        return self._group[:1].call("address").result(timeout_s)[0]
 
     def connect(self, host: str, port: int, spec: "TransferSpec") -> Pending:
         """Form the group of the spec with the engine workers, which must be connecting at the same time."""
-        return self._pending([actor.connect.remote(host, port, spec) for actor in self._actors])
+        return self._group.call("rank", "connect", host, port, spec)
 
     def publish(self, version: int, verify: bool) -> Pending:
         """Send the current weights to the engines, which must be receiving; each rank answers with the bytes that it sent."""
-        return self._pending([actor.publish.remote(version, verify) for actor in self._actors])
+        return self._group.call("rank", "publish", version, verify)
 
     def places(self) -> list[tuple[str, str]]:
         """Return, for each rank, Ray's id of its node, and of its device on it ("" on CPU)."""
-        return self._get([actor.place.remote() for actor in self._actors])
+        return self._group.call("place").result()
 
     def offload(self, part: str) -> None:
         """Let every rank free the device memory of its `optimizer` or its `weights`."""
-        self._get([actor.offload.remote(part) for actor in self._actors])
+        self._group.call("rank", "offload", part).result()
 
     def reload(self) -> None:
         """Undo every `offload`."""
-        self._get([actor.reload.remote() for actor in self._actors])
+        self._group.call("rank", "reload").result()
 
     def save(self, request: SaveRequest) -> float:
         """Start a checkpoint once the current one is done; return the seconds until training can go on."""
-        return max(self._get([actor.save.remote(request) for actor in self._actors]))
+        return max(self._group.call("saver", "save", request).result())
 
     def saved(self, wait: bool, timeout_s: float | None = None) -> bool:
         """Whether no checkpoint is being written. Raises the error of a checkpoint that failed, and TimeoutError."""
-        return all(self._get([actor.saved.remote(wait) for actor in self._actors], timeout_s))
+        return all(self._group.call("saver", "finish" if wait else "finished").result(timeout_s))
 
     def export(self, directory: Path, dtype: str, files: dict[str, str]) -> dict[str, str]:
         """Write the current weights as a Hugging Face directory, with `files` (name → text) in it; return tensor → SHA-256."""
-        return self._get([actor.export.remote(directory, dtype, files) for actor in self._actors])[0]
+        return self._group.call("export", directory, dtype, files).result()[0]
 
     def close(self) -> None:
         """End every rank."""
-        for actor in self._actors:
+        for _, actor in self._group.actors:
             ray.kill(actor)
 
-    def _get(self, refs: list, timeout_s: float | None = None) -> list:
-        """Return the answers in order. The first failure is raised at once: the other ranks may be waiting for the failed one."""
-        return self._pending(refs).result(timeout_s)
 
-    def _pending(self, refs: list) -> Pending:
-        names = tuple(f"training rank {rank}" for rank in range(len(refs)))
-        return Pending(names, tuple(refs), tuple(partial(_explained, name) for name in names))
+def _group(actors: list) -> ActorGroup:
+    return ActorGroup([(f"training rank {rank}", actor) for rank, actor in enumerate(actors)], _explained)
 
 
 def _explained(name: str, error: Exception) -> Exception:

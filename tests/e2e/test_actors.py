@@ -2,9 +2,10 @@
 
 import time
 
+import pytest
 import ray
 
-from megatron_aspo.common.actors import Pending
+from megatron_aspo.common.actors import ActorGroup, Pending
 
 LATE_S = 8.0
 
@@ -37,3 +38,20 @@ def test_after_the_first_failure_the_others_have_only_the_grace_period(ray_clust
 
 def test_without_a_failure_all_are_waited_for(ray_cluster):
     assert pending(one=answer.remote(0.0), two=answer.remote(1.0)).result() == ["done", "done"]
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    def add(self, first: int, second: int) -> int:
+        if first < 0:
+            raise ValueError("negative")
+        return first + second
+
+
+def test_a_group_calls_its_actors_together_and_names_the_one_that_fails(ray_cluster):
+    group = ActorGroup([(f"counter {n}", Counter.remote()) for n in range(3)], lambda name, error: RuntimeError(f"{name}: {error.cause}"))
+    assert group.call("add", 1, 2).result() == [3, 3, 3]
+    assert group.call_each("add", [(1, 1), (2, 2), (3, 3)]).result() == [2, 4, 6]
+    assert group[1:].call("add", 0, 1).result() == [1, 1]
+    with pytest.raises(RuntimeError, match="counter 1: negative"):
+        group.call_each("add", [(1, 1), (-1, 1), (3, 3)]).result()
