@@ -117,6 +117,7 @@ def test_what_the_built_in_losses_declare():
         "gspo": Declaration(aggregation="seq_mean_token_mean"),
         "reinforce": Declaration(ratio=False),
     }
+    assert Declaration().aggregation == AlgorithmOptions().aggregation == "token_mean"
     assert registry.signature("asbo") is None and registry.own_defaults("asbo") == {}
 
 
@@ -130,6 +131,7 @@ def test_the_pages_are_what_the_signatures_say():
         "| `algorithm.clip_low` | `0.2`, `0.0003` (`gspo`), `1.0` (`cispo`) | `aspo`, `archer`: lower ε of low-entropy tokens; `ppo_clip`, "
         "`no_is`: lower ε; `gspo`: lower ε, on s; `cispo`: lower ε; 1 means no lower bound. At least\u00a00 and at most\u00a01. |"
     ) in (ROOT / "docs" / "configuration.md").read_text().splitlines()
+    assert registry.option_meaning("high_entropy_clip_low") == "`aspo`, `archer`: lower ε of high-entropy tokens."
     schema = json.loads((ROOT / "docs" / "recipe.schema.json").read_text())["properties"]["algorithm"]["properties"]
     assert {"type": "number", "exclusiveMinimum": 1}.items() <= schema["dual_clip_pos"].items()
 
