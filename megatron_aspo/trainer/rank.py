@@ -19,9 +19,9 @@ from megatron_aspo.hf.model import HFModel, read_model
 from megatron_aspo.hf.tensor_files import TensorReader
 from megatron_aspo.hf.tensor_meta import TensorMeta
 from megatron_aspo.hf.transfer import Gather, assemble, load
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import LocalTensors, WeightSender
 from megatron_aspo.sync.group import stateless_group
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.trainer import parallel as parallel_states
 from megatron_aspo.trainer.forward_backward import ForwardBackward
 from megatron_aspo.trainer.layers import check_layers, choose_layer_spec, flash_attention
@@ -142,12 +142,12 @@ class TrainerRank:
         rank, timeout_s = self.parallel.rank, self.settings.trainer.timeout_s
         self._sender = None  # releases what an earlier one holds
         backend = "gloo" if spec.colocated else self.device.backend
-        group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.name)
-        self._sender = WeightSender(Schedule(spec, rank, where_of(group.places)), group, self.device.torch_device)
+        group = stateless_group(host, port, rank, spec.world, timeout_s, backend, names=spec.rank_name, terms=spec.terms())
+        self._sender = WeightSender(spec.schedule(rank, group.hosts), group, self.device.torch_device)
 
     def publish(self, version: int, verify: bool) -> int:
         """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""
-        return self._sender.send(LocalTensors(self.layout, dict(self.model.named_parameters())), version, verify)
+        return self._sender.send_version(LocalTensors(self.layout, dict(self.model.named_parameters())), version, verify)
 
     def offload(self, part: str) -> None:
         """Free the device memory of the `optimizer`, gradients included, or of the `weights`, until `reload`.

@@ -26,7 +26,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md", ROOT / "docker/README.md", ROOT / "tools/README.md"]
 )
 QUICKSTART = ROOT / "examples/recipes/quickstart.yaml"
-TAKES_OVERRIDES = {"tools/verify_sync.py", "tools/prove/torture.py", "tools/quickstart.sh"}
+TAKES_OVERRIDES = {"tools/prove/torture.py", "tools/quickstart.sh"}
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def check_command(words: list[str]) -> None:
         with pytest.raises(SystemExit) as ended, open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
             cli.main(arguments)
         assert ended.value.code == 0, words
-        if arguments[0] in ("train", "plan"):
+        if arguments[0] in ("train", "plan", "verify-sync"):
             check_overrides(arguments[1], arguments[2:])
         return
     if program in ("bash", "python", ".venv/bin/python"):
@@ -231,7 +231,7 @@ def flags_of(tool: Path) -> set[str]:
         "megatron-aspo train RECIPE --restart auto",
         "megatron-aspo fly RECIPE",
         "python tools/no_such_tool.py",
-        "python tools/plan_sync.py examples/models/qwen2.5-1.5b --trian tensor=2",
+        "megatron-aspo plan-sync examples/models/qwen2.5-1.5b --trian tensor=2",
         "bash tools/test.sh tests/unit/test_no_such.py",
         "curl example.org",
         "NNODES=2 bash examples/run_aspo_qwen3_8b_code.sh --resume",
