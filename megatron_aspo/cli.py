@@ -143,6 +143,7 @@ def _add_grade_server(commands) -> None:
     server.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
     server.add_argument("--recipe", type=Path, help="YAML recipe whose reward grades")
     server.add_argument("--reward", default="", metavar="NAME", help="as data.reward; default: by_source")
+    server.add_argument("--protocol", default="", metavar="NAME", help="grade as this protocol of megatron-aspo eval requires")
     server.add_argument("--host", default="127.0.0.1", help="address of the private interface, or `all` (default 127.0.0.1)")
     server.add_argument("--port", type=int, default=8300, help="0 takes any (default 8300)")
     server.add_argument("--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
@@ -318,7 +319,7 @@ def _train(parsed: argparse.Namespace) -> None:
 
     options = {"ray_address": parsed.ray_address, "resume": parsed.resume}
     overrides = [*parsed.overrides, *(f"{key}={json.dumps(value)}" for key, value in options.items() if value)]
-    config = load_config(parsed.recipe, overrides)
+    config = load_config(parsed.recipe, overrides, _say)
     if parsed.dry_run:
         _print_plan(config, "", 1, False)
         return
@@ -327,10 +328,14 @@ def _train(parsed: argparse.Namespace) -> None:
     train(config)
 
 
+def _say(line: str) -> None:
+    print(f"megatron-aspo: {line}", file=sys.stderr)
+
+
 def _plan(parsed: argparse.Namespace) -> None:
     from megatron_aspo.config import load_config
 
-    _print_plan(load_config(parsed.recipe, parsed.overrides), parsed.device, parsed.nodes, parsed.json)
+    _print_plan(load_config(parsed.recipe, parsed.overrides, _say), parsed.device, parsed.nodes, parsed.json)
 
 
 def _print_plan(config: "Config", device: str, nodes: int, as_json: bool) -> None:

@@ -4,7 +4,7 @@ Bounds and choices are beside each field, rules within a section beside its opti
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated
@@ -83,13 +83,20 @@ class Config:
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
 
-def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the checked recipe with the overrides applied. Raises UserError for anything wrong, with the key and the cure."""
+def load_config(recipe: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda line: None) -> Config:
+    """Return the checked recipe with the overrides applied. Raises UserError for anything wrong, with the key and the cure.
+
+    say: called with one line if a preset among the overrides replaces values of the recipe.
+    """
     written = _lift(read_recipe(recipe))
     values, given = written, {}
     for override in overrides:
         values, given = (_lift(with_overrides(each, [override]), replace=True) for each in (values, given))
     _check_switch(written, given)
+    fixed, replaced = _replaced_by_preset(written, given)
+    if replaced:
+        say(f"preset={given['preset']} replaces the recipe's {', '.join(replaced)}")
+    values = merge(values, fixed)
     implied = merge(_loss_defaults(values), PRESETS.get(str(values.get("preset", Config.preset)), {}))
     values = merge(implied, values)
     if isinstance(algorithm := values.get("algorithm", {}), dict):
@@ -159,7 +166,8 @@ def _check_between_sections(config: Config) -> None:
 def _check_switch(written: dict, given: dict) -> None:
     """Refuse overrides that change the policy loss or the preset over values that the recipe wrote down for another one.
 
-    The resolved recipe of a run writes every value down: replayed with another loss it would keep the bounds of the old one.
+    The resolved recipe of a run writes every value down: replayed with another loss it would keep the bounds of the old one. The values
+    that a preset fixes are none of these when it is the new one: they replace the recipe's.
     """
     written, given = flatten(written), flatten(given)
     for key, default, sets_of in (
@@ -167,7 +175,7 @@ def _check_switch(written: dict, given: dict) -> None:
         ("preset", Config.preset, lambda preset: PRESETS.get(preset, {})),
     ):
         old, new = str(written.get(key, default)), str(given.get(key, written.get(key, default)))
-        for name in (old, new) if old != new else ():
+        for name in ((old,) if key == "preset" else (old, new)) if old != new else ():
             for stale in sorted(flatten(sets_of(name)).keys() & written.keys() - given.keys()):
                 raise UserError(
                     f"{key}={new} takes the place of {old}, but the recipe sets {stale}={written[stale]}, which goes with {name}; "
@@ -184,6 +192,26 @@ def _lift(values: dict, *, replace: bool = False) -> dict:
 def _own_defaults(policy_loss: str) -> Values:
     own = registry.own_defaults(policy_loss)
     return {"algorithm": own} if own else {}
+
+
+def _replaced_by_preset(written: dict, given: dict) -> tuple[Values, list[str]]:
+    """Return the values that a preset among the overrides fixes and the recipe writes otherwise, and `key=value` of what they replace.
+
+    A preset in the recipe itself does not replace what the recipe writes beside it, but refuses it.
+    """
+    preset = str(given.get("preset", Config.preset))
+    if preset == written.get("preset", Config.preset):
+        return {}, []
+    before, chosen = flatten(written), flatten(given)
+    fixed: Values = {}
+    replaced = []
+    for section, keys in PRESETS.get(preset, {}).items():
+        for key, value in keys.items():
+            path = f"{section}.{key}"
+            if path in before and path not in chosen and before[path] != value:
+                fixed.setdefault(section, {})[key] = value
+                replaced.append(f"{path}={before[path]}")
+    return fixed, replaced
 
 
 def _loss_defaults(values: dict) -> Values:

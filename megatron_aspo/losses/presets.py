@@ -1,6 +1,5 @@
 """Presets: sets of values under one name. Section → key → value."""
 
-
 from typing import Any
 
 Values = dict[str, dict[str, Any]]

@@ -97,6 +97,12 @@ class Engine:
         self._spoiled: str | None = None
         self._version = INITIAL_VERSION
 
+    async def home(self) -> tuple[str, int]:
+        """Return Ray's id of this node, and this process's id; before the engine has started too."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     async def start(self) -> EngineInfo:
         """Start vLLM. Raises UserError with the engine's own last error when it does not start."""
         started = time.monotonic()

@@ -1,7 +1,7 @@
 """A formula for the memory of one engine worker, and whether its key-value cache can hold a request. In bytes; no vLLM."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.host_memory import HEAP_HOLES
@@ -11,7 +11,11 @@ from megatron_aspo.rollout.engine_settings import GIB, batched_tokens
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.weights.layout import ITEMSIZE, volume
 
-_FLOAT32 = 4
+_FLOAT32, _MIB = 4, 1 << 20
+_CHOSEN_REQUESTS = 8
+"""Requests of full length for which `choose_cache` makes room. Most responses are shorter, so that several times as many run at a time."""
+_BLOCKS_TOKENS = 64
+"""Tokens that a request may leave unused in its last block, and in the block that vLLM keeps for itself."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,36 @@ def cached_tokens(model: HFModel, options: RolloutOptions) -> int:
     return int(options.kv_cache_gib * GIB) // options.tensor_parallel // kv_bytes_per_token(model, options)
 
 
-def check_cache(model: HFModel, options: RolloutOptions, max_model_len: int) -> None:
-    """Raise UserError when the cache cannot hold one request: vLLM would refuse to start."""
+def choose_cache(model: HFModel, options: RolloutOptions, max_model_len: int, room: int | None, on_cpu: bool) -> RolloutOptions:
+    """Return the options with a key-value cache for eight requests of full length, or for as many, at least one, as there is room for.
+
+    room: bytes of memory for one worker of an engine; None where it is not known, which then has room for all. Raises UserError when there
+    is none for a single request.
+    """
+    request = (max_model_len + _BLOCKS_TOKENS) * kv_bytes_per_token(model, options)
+    count = min(_CHOSEN_REQUESTS, options.max_running_requests)
+    if room is not None:
+        worker = worker_memory(model, options, 0, on_cpu, max_model_len)
+        taken = worker.weights + worker.batch
+        fitting = (room - taken) // request
+        if fitting < 1:
+            raise UserError(
+                f"an engine's worker has {room / GIB:.1f} GiB of memory; the model takes {taken / GIB:.1f} of it, "
+                f"and one prompt and response of {max_model_len:,} tokens {request / GIB:.1f}; set engine.tensor_parallel, or lower "
+                "engine.engines, engine.max_running_requests or max_response_tokens"
+            )
+        count = min(count, fitting)
+    return replace(options, kv_cache_gib=math.ceil(count * request * options.tensor_parallel / _MIB) * _MIB / GIB)
+
+
+def check_cache(model: HFModel, options: RolloutOptions, max_model_len: int, section: str = "rollout.") -> None:
+    """Raise UserError when the cache cannot hold one request: vLLM would refuse to start. section: the option's, for the message."""
     if (room := cached_tokens(model, options)) < max_model_len:
         needed = max_model_len * kv_bytes_per_token(model, options) * options.tensor_parallel / GIB
         raise UserError(
-            f"rollout.kv_cache_gib={options.kv_cache_gib:g} holds the keys and values of {room:,} tokens, fewer than the "
+            f"{section}kv_cache_gib={options.kv_cache_gib:g} holds the keys and values of {room:,} tokens, fewer than the "
             f"{max_model_len:,} of one prompt and response; raise it to {math.ceil(needed * 10) / 10:g}, or lower "
-            "rollout.max_response_tokens"
+            f"{section.replace('engine.', '')}max_response_tokens"
         )
 
 

@@ -38,7 +38,8 @@ class RolloutOptions:
     resource: str = ""
     """Custom Ray resource of which each engine takes 1: engines run only on nodes that were started with it. `placement=split` only."""
     start_timeout_s: Positive[float] = 600.0
-    """Seconds that an engine has to start; after that the run ends."""
+    """Seconds that an engine has to start; after that the run ends. A lost engine that starts again has less: five times what the first
+    start took, at least 60."""
     answer_timeout_s: Positive[float] = 300.0
     """Seconds without an answer after which an engine counts as frozen and is replaced; more than its longest step takes."""
 

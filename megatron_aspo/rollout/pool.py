@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import megatron_aspo
 from megatron_aspo.common.actors import Pending, require_cluster
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.common.process_tree import Remains, sweep
+from megatron_aspo.common.process_tree import sweep, sweep_below
 from megatron_aspo.data.records import Generation
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo, Request
 from megatron_aspo.rollout.engine_settings import EngineSpec, environment
@@ -36,6 +36,11 @@ _ANSWER_TIMEOUT_S = 10.0
 """An engine that does not report its health within this time counts as dead."""
 _MAX_LOSSES = 3
 """Lost engines in one generation, above which a request is assumed to be the cause."""
+_START_TRIES = 3
+"""Upper bound on the attempts to restart a lost engine."""
+_RESTART_FACTOR, _RESTART_S = 5.0, 60.0
+"""A restart may take this multiple of the first start's time, and at least this many seconds: its files are cached by then, but the node
+may be busier. Without this bound a start that freezes would hold up the run for `start_timeout_s`."""
 
 
 @dataclass
@@ -44,6 +49,8 @@ class _Member:
 
     spec: EngineSpec
     actor: Any
+    home: ray.ObjectRef | None = None
+    """The actor's answer of where it lives."""
     info: EngineInfo | None = None
     shared_devices: tuple[str, str] | None = None
     """Ray's id of the node, and the devices on it, that it shares with training ranks; None: it has its own."""
@@ -126,7 +133,19 @@ class EnginePool:
         require_cluster()
         for member, devices in zip(self._members, shared_devices or (), strict=False):
             member.shared_devices = devices
-        self._start(self._members)
+        began = time.monotonic()
+        try:
+            self._start(self._members, self._options.start_timeout_s)
+        except TimeoutError as error:
+            self.shutdown()
+            raise UserError(
+                f"{error}, the limit on starting; look for its last lines in Ray's worker logs, raise rollout.start_timeout_s, or free the "
+                "CPUs or GPUs that its Ray actor waits for"
+            ) from error
+        except BaseException:
+            self.shutdown()
+            raise
+        self._start_s = time.monotonic() - began
         return self.infos
 
     @property
@@ -137,7 +156,8 @@ class EnginePool:
     def restart_dead(self) -> list[str]:
         """Restart the engines that are dead or silent, and those that hold a mixture of weights; return the names of all restarted engines.
 
-        A no-op unless one is dead. New engines hold the weights of the model's directory. Raises as `start`.
+        A no-op unless one is dead. New engines hold the weights of the model's directory. Raises EngineError when they do not start in
+        three attempts, each bounded by the time of the first start.
         """
         unfit, dead = [], []
         for member in self._members:
@@ -151,8 +171,20 @@ class EnginePool:
             return []
         self._end([member for member in unfit if member not in dead])
         self._end(dead, ask=False)
-        self._start(unfit)
+        self._start_again(unfit)
         return [member.name for member in unfit]
+
+    def _start_again(self, members: Sequence[_Member]) -> None:
+        limit_s = min(self._options.start_timeout_s, max(_RESTART_S, _RESTART_FACTOR * self._start_s))
+        for _ in range(_START_TRIES):
+            try:
+                self._start(members, limit_s)
+                return
+            except (TimeoutError, EngineError, UserError) as error:  # it started once, so that no mistake of the user keeps it from that
+                failure = error
+                self._end(members, ask=False)
+        self.shutdown()
+        raise EngineError(f"an engine was lost and did not start again in {_START_TRIES} tries: {failure}") from failure
 
     def _is_alive(self, member: _Member) -> bool:
         """Whether its engine core still answers."""
@@ -162,22 +194,13 @@ class EnginePool:
             return False
         return True
 
-    def _start(self, members: Sequence[_Member]) -> None:
+    def _start(self, members: Sequence[_Member], limit_s: float) -> None:
+        """Make the actors of engines, and wait until all have started. Raises TimeoutError, and what an engine raises."""
         for member in members:
             actor_options = _actor_options(member, self._options.resource)
             member.actor = ray.remote(Engine).options(**actor_options).remote(member.spec)
-        try:
-            infos = self._on("start", members).result(self._options.start_timeout_s)
-        except TimeoutError as error:
-            self.shutdown()
-            raise UserError(
-                f"{error}, the limit on starting; look for its last lines in Ray's worker logs, raise rollout.start_timeout_s, or free the "
-                "CPUs or GPUs that its Ray actor waits for"
-            ) from error
-        except BaseException:
-            self.shutdown()
-            raise
-        for member, info in zip(members, infos, strict=True):
+            member.home = member.actor.home.remote()
+        for member, info in zip(members, self._on("start", members).result(limit_s), strict=True):
             member.info = info
 
     def generate(
@@ -269,11 +292,14 @@ class EnginePool:
         stopping = [member.actor.shutdown.remote() for member in running] if ask else []
         if stopping:
             ray.wait(stopping, num_returns=len(stopping), timeout=_SHUTDOWN_TIMEOUT_S)
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        # What an engine that has not started has made so far is known only as long as its actor lives.
+        unfinished = [home for member in running if not member.info and (home := _home(member)) and home[0] in alive]
+        ray.get([_run_on(node, sweep_below, pid) for node, pid in unfinished], timeout=_SHUTDOWN_TIMEOUT_S)
         for member in running:
             ray.kill(member.actor)
         # vLLM leaves processes and shared memory behind where it was killed: look on each engine's node.
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        sweeps = [_sweep_on(info.node_id, info.remains) for member in running if (info := member.info) and info.node_id in alive]
+        sweeps = [_run_on(info.node_id, sweep, info.remains) for member in running if (info := member.info) and info.node_id in alive]
         for member in running:
             member.actor = None
             member.info = None
@@ -441,18 +467,19 @@ def _actor_options(member: _Member, resource: str) -> dict[str, Any]:
     root = str(Path(megatron_aspo.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = environment(spec) | {"PYTHONPATH": path}
-    gpus = spec.tensor_parallel if spec.device == "cuda" else 0
+    gpus, cpus = spec.tensor_parallel if spec.device == "cuda" else 0, 1
     options: dict[str, Any] = {}
     if member.shared_devices is not None:
         node, devices = member.shared_devices
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        cpus = 0  # the rank whose device it shares has the token
         if devices:
             # Ray has assigned them to another actor.
             gpus = 0
             variables |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     return options | {
         # One CPU is a token, not a number of threads: engines and training ranks of a node take turns, and both use all its cores.
-        "num_cpus": 1,
+        "num_cpus": cpus,
         "num_gpus": gpus,
         "resources": {resource: 1} if resource else {},
         "max_concurrency": _MAX_CONCURRENT_CALLS,
@@ -468,9 +495,17 @@ def _even_threads(engines: int, resource: str) -> int:
     return max(1, len(os.sched_getaffinity(0)) // per_node)
 
 
-def _sweep_on(node_id: str, remains: Remains) -> ray.ObjectRef:
+def _home(member: _Member) -> tuple[str, int] | None:
+    """Return node and process id of an engine's actor; None if it does not say."""
+    try:
+        return ray.get(member.home, timeout=1.0)
+    except (RayActorError, RayTaskError, GetTimeoutError):
+        return None
+
+
+def _run_on(node_id: str, function: Callable[..., None], *arguments: Any) -> ray.ObjectRef:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(sweep).options(num_cpus=0, scheduling_strategy=strategy).remote(remains)
+    return ray.remote(function).options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
 
 def _withdraw(streams: Iterable[ObjectRefGenerator]) -> None:

@@ -58,6 +58,8 @@ def open_cluster(address: str, logical_cpus: int, engines: EngineSizes | None = 
     """
     if ray.is_initialized():
         raise UserError("this process is connected to a Ray cluster already; disconnect it first (Cluster.close or ray.shutdown)")
+    # The first failure of several calls is raised, and Ray would print the tracebacks of the others.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     guard = None
     if not address:
         check_machine(engines or EngineSizes())

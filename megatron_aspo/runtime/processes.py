@@ -135,7 +135,7 @@ def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> Tra
 def check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
     """Raise UserError if the run needs more than the cluster has: Ray would wait for ever."""
     engines, per_engine = config.rollout.engines, config.rollout.tensor_parallel if cluster.device == "cuda" else 1
-    shared = config.placement == "colocated" and cluster.device == "cuda"
+    shared = config.placement == "colocated"
     needed = ranks + (0 if shared else engines * per_engine)
     kind = "GPU" if cluster.device == "cuda" else "CPU"
     if needed > cluster.slots:

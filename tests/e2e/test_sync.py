@@ -241,6 +241,38 @@ def test_an_engine_that_freezes_while_it_generates_is_replaced_and_its_requests_
     assert restoring.versions() == [publisher.version] * 2 and not frozen[0].is_running()
 
 
+def test_an_engine_that_freezes_while_it_starts_again_is_ended_and_started_once_more(restoring, publisher, said, monkeypatch):
+    frozen: list[psutil.Process] = []
+    limits: list[float] = []
+    start_engines = EnginePool._start
+
+    def start(pool: EnginePool, members: list, limit_s: float) -> None:
+        """The first start has no time at all, and its engine core, which comes all the same, is frozen."""
+        limits.append(limit_s)
+        try:
+            start_engines(pool, members, limit_s if frozen else 0.0)
+        except TimeoutError:
+            while not (new := [core for core in cores() if core.pid != known]):
+                time.sleep(0.01)
+            frozen.append(new[0])
+            new[0].suspend()
+            raise
+
+    monkeypatch.setattr(EnginePool, "_start", start)
+    known = core_of(restoring, 1).pid
+    core_of(restoring, 0).kill()
+    restoring.restore("engine 0 is gone")
+    assert len(frozen) == 1 and not psutil.pid_exists(frozen[0].pid)
+    assert len(limits) == 2 and 60 <= limits[0] <= restoring._options.start_timeout_s
+    assert restoring.versions() == [publisher.version] * 2 and said[-1] == "started again: engine 0"
+
+
+def cores() -> list[psutil.Process]:
+    """The live engine cores of the tests' Ray."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.name() == "EngineCore" and child.status() != psutil.STATUS_ZOMBIE]
+
+
 @pytest.mark.nightly
 def test_an_engine_that_is_lost_repeatedly_ends_the_generation_with_the_cause(restoring, monkeypatch):
     monkeypatch.setattr(pool_module, "_MAX_LOSSES", 1)

@@ -121,9 +121,7 @@ def options_of(**given) -> st.SearchStrategy[AlgorithmOptions]:
         "entropy_coef": [0.0, 0.01],
         "rollout_correction_cap": [2.0, 1.3],
     }
-    return st.builds(
-        algorithm, **{name: st.sampled_from(of) for name, of in choices.items()} | {n: st.just(v) for n, v in given.items()}
-    )
+    return st.builds(algorithm, **{name: st.sampled_from(of) for name, of in choices.items()} | {n: st.just(v) for n, v in given.items()})
 
 
 def float32(responses: Sequence[Response]) -> list[Response]:

@@ -57,6 +57,30 @@ def test_a_loss_may_be_changed_with_the_values_that_go_with_it(recipe, tmp_path)
     assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=aspo"]).algorithm.policy_loss_options["clip_low"] == 0.2
 
 
+def test_a_preset_among_the_overrides_replaces_what_the_recipe_writes_and_says_so(recipe):
+    recipe.write_text(recipe.read_text() + "algorithm: {aggregation: token_mean, clip_low: 0.2, group_filter: drop}\n")
+    said: list[str] = []
+    config = load_config(recipe, ["preset=archer_reference"], said.append)
+    assert (config.algorithm.aggregation, config.algorithm.group_filter) == ("seq_mean_token_mean", "drop_zero_or_one")
+    assert said == ["preset=archer_reference replaces the recipe's algorithm.aggregation=token_mean, algorithm.group_filter=drop"]
+
+    resolved = recipe.with_name("resolved.yaml")
+    resolved.write_text(to_yaml(load_config(recipe)))
+    assert load_config(resolved, ["preset=archer_reference"]) == config
+
+
+def test_a_preset_does_not_replace_an_override_nor_what_its_own_recipe_writes(recipe):
+    text = recipe.read_text() + "algorithm: {aggregation: token_mean}\n"
+    recipe.write_text(text)
+    refused = "preset=archer_reference fixes algorithm.aggregation=seq_mean_token_mean, not token_mean"
+    with pytest.raises(UserError, match=refused):
+        load_config(recipe, ["preset=archer_reference", "algorithm.aggregation=token_mean"])
+    recipe.write_text(text + "preset: archer_reference\n")
+    for overrides in ([], ["preset=archer_reference"]):
+        with pytest.raises(UserError, match=refused):
+            load_config(recipe, overrides)
+
+
 def test_options_of_a_loss_of_ones_own_may_be_numbers_with_an_exponent(recipe):
     given = "{a: 1e-3, b: -2.5E2, c: 3, d: e3, e: 1e, f: .5e1}"
     config = load_config(recipe, ["algorithm.policy_loss=m:f", f"algorithm.policy_loss_options={given}"])

@@ -225,6 +225,9 @@ def test_a_resolved_recipe_holds_every_option_of_its_loss_and_replays(load, tmp_
 
 def test_a_recipe_with_another_loss_may_hold_its_options_at_their_defaults(load, tmp_path):
     """As does the resolved recipe of a run, in this form and in that of earlier versions, whose options all stood in the section."""
+    assert algorithm_options(policy_loss="gspo", dual_clip_pos=3.0, clip_high=0.5) == AlgorithmOptions(
+        policy_loss="gspo", policy_loss_options={"clip_low": 3e-4, "clip_high": 0.5}, aggregation="seq_mean_token_mean"
+    )
     every = dict(cases.COMMON) | {"policy_loss": "aspo"}
     assert load("algorithm.policy_loss=reinforce", **every).algorithm.policy_loss_options == {}
     (tmp_path / "again.yaml").write_text(to_yaml(load()))

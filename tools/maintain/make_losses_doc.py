@@ -46,10 +46,7 @@ def _section(loss: str, before: str) -> str:
 
 
 def _options(loss: str) -> str:
-    rows = [
-        f"| `{name}` | {option.default} | {option.meaning} |"
-        for name, option in registry.signature(loss).options.items()
-    ]
+    rows = [f"| `{name}` | {option.default} | {option.meaning} |" for name, option in registry.signature(loss).options.items()]
     return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
 
 
