@@ -73,7 +73,7 @@ def gather_loss_options(section: dict[str, Any], implied: Mapping[str, Any]) -> 
 
 def algorithm_options(**section: Any) -> AlgorithmOptions:
     """Return the options of an `algorithm` section, with the loss's own defaults under what it sets. Raises UserError as above."""
-    own = registry.own_defaults(str(section.get("policy_loss", AlgorithmOptions.policy_loss)))
+    own = registry.own_defaults(section.get("policy_loss", AlgorithmOptions.policy_loss))
     return AlgorithmOptions(**gather_loss_options(own | lift_loss_options(section), own))
 
 

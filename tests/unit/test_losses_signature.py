@@ -117,6 +117,7 @@ def test_what_the_built_in_losses_declare():
         "gspo": Declaration(aggregation="seq_mean_token_mean"),
         "reinforce": Declaration(ratio=False),
     }
+    assert Declaration().aggregation == AlgorithmOptions().aggregation == "token_mean"
     assert registry.signature("asbo") is None and registry.own_defaults("asbo") == {}
 
 
@@ -130,6 +131,7 @@ def test_the_pages_are_what_the_signatures_say():
         "| `algorithm.clip_low` | `0.2`, `0.0003` (`gspo`), `1.0` (`cispo`) | `aspo`, `archer`: lower ε of low-entropy tokens; `ppo_clip`, "
         "`no_is`: lower ε; `gspo`: lower ε, on s; `cispo`: lower ε; 1 means no lower bound. At least\u00a00 and at most\u00a01. |"
     ) in (ROOT / "docs" / "configuration.md").read_text().splitlines()
+    assert registry.option_meaning("high_entropy_clip_low") == "`aspo`, `archer`: lower ε of high-entropy tokens."
     schema = json.loads((ROOT / "docs" / "recipe.schema.json").read_text())["properties"]["algorithm"]["properties"]
     assert {"type": "number", "exclusiveMinimum": 1}.items() <= schema["dual_clip_pos"].items()
 
@@ -223,6 +225,9 @@ def test_a_resolved_recipe_holds_every_option_of_its_loss_and_replays(load, tmp_
 
 def test_a_recipe_with_another_loss_may_hold_its_options_at_their_defaults(load, tmp_path):
     """As does the resolved recipe of a run, in this form and in that of earlier versions, whose options all stood in the section."""
+    assert algorithm_options(policy_loss="gspo", dual_clip_pos=3.0, clip_high=0.5) == AlgorithmOptions(
+        policy_loss="gspo", policy_loss_options={"clip_low": 3e-4, "clip_high": 0.5}, aggregation="seq_mean_token_mean"
+    )
     every = dict(cases.COMMON) | {"policy_loss": "aspo"}
     assert load("algorithm.policy_loss=reinforce", **every).algorithm.policy_loss_options == {}
     (tmp_path / "again.yaml").write_text(to_yaml(load()))

@@ -3,8 +3,7 @@
 
     python tools/maintain/make_configuration_doc.py
 
-Both are read from the fields (types, defaults, bounds, docstrings) and from the signatures of the policy losses. A test
-checks that both are current.
+Both are read from the fields (types, defaults, bounds, docstrings) and the signatures of the losses. A test checks that both are current.
 """
 
 import re
