@@ -3,7 +3,7 @@
 #
 #   bash tools/run_eval_pipeline.sh MODEL_ROOT [key=value …]
 #
-# Environment: TARGET_DIRS (names of directories below MODEL_ROOT, separated by blanks; default all), TASKS (default: aime24 aime25 for a
+# Environment: TARGET_DIRS (names of directories below MODEL_ROOT, separated by blanks; default all; with ONCE=1 they must exist), TASKS (default: aime24 aime25 for a
 # directory with math in its name, else livecodebench_v5), DATA_DIR (./data/test), RECIPE (of directories that are no runs of ours),
 # ACCEPT_COUNT (empty; 1 accepts another number of problems), POLL_S (60), ONCE (empty; 1 evaluates what is there and ends), STAGE (all; with
 # `generate` here and `grade` in a second call on another machine, which needs MODEL_ROOT but neither checkpoints nor GPUs).
@@ -22,6 +22,7 @@ models=$1
 shift
 [[ -d $models ]] || fail "there is no directory $models"
 status=0
+awaited= # directories of TARGET_DIRS that were missing: the run that makes one may be starting
 
 evaluate() { # DIRECTORY TASK [key=value …]: evaluates the checkpoints that are there
     local directory=$1 task=$2 out=$1/evaluations/$2 result=0 step
@@ -42,7 +43,12 @@ evaluate() { # DIRECTORY TASK [key=value …]: evaluates the checkpoints that ar
 while true; do
     if [[ -n ${TARGET_DIRS:-} ]]; then read -ra names <<<"$TARGET_DIRS"; else mapfile -t names < <(find -L "$models" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' | sort); fi
     for name in "${names[@]}"; do
-        [[ -d $models/$name ]] || fail "there is no directory $models/$name; correct TARGET_DIRS"
+        if [[ ! -d $models/$name ]]; then
+            [[ -z ${ONCE:-} ]] || fail "there is no directory $models/$name; correct TARGET_DIRS"
+            [[ $awaited == *" $name "* ]] || echo "there is no directory $models/$name yet; waiting for it"
+            awaited+=" $name "
+            continue
+        fi
         if [[ ${name,,} == *math* ]]; then tasks="aime24 aime25"; else tasks=livecodebench_v5; fi
         for task in ${TASKS:-$tasks}; do
             evaluate "$models/$name" "$task" "$@"

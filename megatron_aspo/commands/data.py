@@ -123,7 +123,7 @@ def _quantile(ordered: Sequence[int], share: float) -> int:
 
 def _format_prompt(store: PromptStore, position: int, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     prompt = with_answer(store.read(position))
-    ((source,),) = store.query("SELECT place FROM prompts WHERE position = ?", position)
+    ((source,),) = store.query("SELECT location FROM prompts WHERE position = ?", position)
     text = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
     truth = json.dumps(prompt.ground_truth, ensure_ascii=False, default=repr)
     return [f"--- prompt {prompt.id}, {source}, {len(prompt.token_ids)} tokens", _shorten(text), f"--- ground truth: {_shorten(truth)}"]

@@ -23,8 +23,11 @@ from megatron_aspo.evaluation.parts import PartStore
 from megatron_aspo.evaluation.plan import EvalPlan, EvalRecord, make_plan
 from megatron_aspo.evaluation.problems import Problems, load_problems
 from megatron_aspo.evaluation.report import GENERATED, PARTS, report
+from megatron_aspo.evaluation.resources import with_cache
 from megatron_aspo.evaluation.sampling import EngineResponder, Evaluator, Part, Responder, Sampling
 from megatron_aspo.evaluation.target import Target, check_positions, engine_dtype, find_target, hugging_face, model_sha256, vocabulary
+from megatron_aspo.hf.model import read_model
+from megatron_aspo.rewards.service.rules import require_rules
 
 if TYPE_CHECKING:
     from megatron_aspo.runtime.cluster import Cluster
@@ -51,6 +54,8 @@ def run_eval(parsed: argparse.Namespace) -> int:
     target = Target() if elsewhere else find_target(parsed.target)
     recipe = None if parsed.protocol else recipe_of(target, parsed.recipe)
     plan = make_plan(parsed.protocol, recipe_settings(recipe) if recipe else None, parsed.data, parsed.overrides)
+    if plan.server_rules and parsed.stage != "generate":
+        require_rules(plan.settings.data, plan.server_rules, f"megatron-aspo grade-server --protocol {plan.protocol}{_limits(plan)}")
     with _owned(out, parsed.stage):
         missing = Evaluation(target, plan, out, parsed).run()
         if not missing:
@@ -63,6 +68,11 @@ def run_eval(parsed: argparse.Namespace) -> int:
             return 1
         report(out, plan, parsed.against)
     return 0
+
+
+def _limits(plan: EvalPlan) -> str:
+    """Return the words with which a server gets the rules that were changed from the protocol's."""
+    return "".join(f" {key}={value}" for key, value in plan.changed.items() if key in plan.server_rules)
 
 
 class Evaluation:
@@ -159,14 +169,16 @@ class Evaluation:
         from megatron_aspo.rollout.pool import EnginePool
 
         s, eos = self._settings, self._tokenizer.eos_token_id
-        options = s.rollout(engine_dtype(directory))
+        given, model = s.rollout(engine_dtype(directory)), read_model(directory)
+        options = with_cache(model, given, s.engine.kv_cache_gib > 0, s.max_model_len, device, here=not self._ray_address)
         stop_ids = () if eos is None else (eos,)
         engines = EnginePool(str(directory), options, s.max_model_len, device, s.seed, s.deterministic, stop_ids)
         try:
             started = time.monotonic()
             (info, *_) = engines.start()
             seconds = time.monotonic() - started
-            print(f"engines: {options.engines} × vLLM {info.vllm_version} on {info.device}, {options.dtype}; {seconds:.0f} s", flush=True)
+            what = f"{options.engines} × vLLM {info.vllm_version} on {info.device}, {options.dtype}"
+            print(f"engines: {what}, key-value cache {options.kv_cache_gib:.3g} GiB; {seconds:.0f} s", flush=True)
             yield EngineResponder(engines, self._tokenizer)
         finally:
             engines.shutdown()

@@ -57,8 +57,17 @@ def sweep(remains: Remains, grace_s: float = 5.0) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(stubborn, timeout=grace_s)
+    psutil.wait_procs(stubborn, timeout=max(1.0, grace_s))
     unlink(remains.segments)
+
+
+def sweep_below(pid: int) -> None:
+    """Kill the descendants of process `pid`, and unlink the segments that it and they have mapped. A no-op if there is no such process."""
+    try:
+        remains = remains_of(pid)
+    except psutil.NoSuchProcess:
+        return
+    sweep(remains, grace_s=0.0)
 
 
 def unlink(segments: Sequence[str]) -> None:

@@ -43,8 +43,8 @@ class EngineChoice:
     """`float32 | bfloat16`; `auto` takes that of the model's tensors."""
     max_running_requests: Positive[int] = 64
     """Upper bound on the concurrent requests of one engine, or of an endpoint."""
-    kv_cache_gib: Positive[float] = 1.0
-    """Key-value cache of one engine, in GiB."""
+    kv_cache_gib: NonNegative[float] = 0.0
+    """Key-value cache of one engine, in GiB; 0 makes room for 8 responses of full length, or for as many as fit the memory."""
     threads: NonNegative[int] = 0
     """CPU threads of one engine; 0 shares the node's cores evenly."""
 
@@ -95,21 +95,22 @@ class EvalSettings:
         return self.data.max_prompt_tokens + self.max_response_tokens
 
     def rollout(self, dtype: str) -> RolloutOptions:
-        """Return the options of an engine pool. dtype: the value of `auto`."""
+        """Return the options of an engine pool, without a cache that is still to be chosen. dtype: the value of `auto`."""
         engine = self.engine
+        cache = {"kv_cache_gib": engine.kv_cache_gib} if engine.kv_cache_gib else {}
         return RolloutOptions(
             engines=engine.engines,
             tensor_parallel=engine.tensor_parallel,
             dtype=dtype if engine.dtype == "auto" else engine.dtype,
             max_response_tokens=self.max_response_tokens,
             max_running_requests=engine.max_running_requests,
-            kv_cache_gib=engine.kv_cache_gib,
             threads=engine.threads,
+            **cache,
         )
 
 
-def check_settings(settings: EvalSettings) -> None:
-    """Raise UserError for settings that contradict each other or have no effect."""
+def check_settings(settings: EvalSettings, server_reward: str = "") -> None:
+    """Raise UserError for settings that contradict each other or have no effect. server_reward: as for `check_rewards`."""
     require(
         settings.temperature > 0 or settings.samples == 1,
         f"samples={settings.samples} with temperature=0 would draw the same response each time; set temperature, or samples=1",
@@ -131,7 +132,7 @@ def check_settings(settings: EvalSettings) -> None:
         settings.task == "dataset" or not settings.kind,
         f"kind={settings.kind} is about data files, which task={settings.task} has none of; remove it",
     )
-    check_rewards(settings.data)
+    check_rewards(settings.data, server_reward)
 
 
 def check_evaluation(evaluation: EvaluationOptions) -> None:

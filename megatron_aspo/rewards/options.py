@@ -45,9 +45,12 @@ class RewardOptions:
     """Upper bound of the memory of a reward's process, in GiB; 0: none. One that exceeds it counts as crashed, and is replaced."""
 
 
-def check_rewards(data: RewardOptions) -> None:
-    """Raise UserError for options of rewards that do not go together or have no effect."""
-    names = RewardChoice(data).names
+def check_rewards(data: RewardOptions, server_reward: str = "") -> None:
+    """Raise UserError for options of rewards that do not go together or have no effect.
+
+    server_reward: the reward that the server of `data.reward=remote` must use; its options are then rules for the server.
+    """
+    names = RewardChoice(data).names | {server_reward} - {""}
     for name, section, chosen, limit in (
         ("code", "code", data.code, "total_s"),
         ("math", "math", data.math, "limit_s"),

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_aspo.common.options import Choice, NonNegative, Positive, options
-from megatron_aspo.weights.holdings import EngineSizes, check_engine, check_engine_on
+from megatron_aspo.rollout.engine_layout import EngineSizes, check_engine, check_engine_on
 from megatron_aspo.weights.layout import LayoutError, ModelDims
 
 
@@ -38,13 +38,14 @@ class RolloutOptions:
     resource: str = ""
     """Custom Ray resource of which each engine takes 1: engines run only on nodes that were started with it. `placement=split` only."""
     start_timeout_s: Positive[float] = 600.0
-    """Seconds that an engine has to start; after that the run ends."""
+    """Seconds that an engine has to start; after that the run ends. A lost engine that starts again has less: five times what the first
+    start took, at least 60."""
     answer_timeout_s: Positive[float] = 300.0
     """Seconds without an answer after which an engine counts as frozen and is replaced; more than its longest step takes."""
 
     @property
     def sizes(self) -> EngineSizes:
-        """How the engines' workers cut the model."""
+        """The parallel sizes of all engines."""
         return EngineSizes(self.tensor_parallel, self.expert_parallel, self.engines)
 
 

@@ -15,6 +15,7 @@ from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.runtime.checks import check_recipe
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
 from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_places
@@ -22,7 +23,6 @@ from megatron_aspo.runtime.prepare import Prepared
 from megatron_aspo.runtime.publisher import Publisher
 from megatron_aspo.runtime.start import Start
 from megatron_aspo.runtime.trainers import Trainers
-from megatron_aspo.sync.schedule import TransferSpec
 from megatron_aspo.trainer.settings import RankSettings
 
 
@@ -135,7 +135,7 @@ def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> Tra
 def check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
     """Raise UserError if the run needs more than the cluster has: Ray would wait for ever."""
     engines, per_engine = config.rollout.engines, config.rollout.tensor_parallel if cluster.device == "cuda" else 1
-    shared = config.placement == "colocated" and cluster.device == "cuda"
+    shared = config.placement == "colocated"
     needed = ranks + (0 if shared else engines * per_engine)
     kind = "GPU" if cluster.device == "cuda" else "CPU"
     if needed > cluster.slots:

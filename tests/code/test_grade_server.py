@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,9 +24,11 @@ import sandbox_fusion
 from megatron_aspo.commands.grade_server import interface_of
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Prompt
+from megatron_aspo.evaluation.plan import make_plan
 from megatron_aspo.rewards.named import build_rewards
 from megatron_aspo.rewards.process import RewardProcess
 from megatron_aspo.rewards.service.options import ServiceOptions
+from megatron_aspo.rewards.service.rules import require_rules
 from megatron_aspo.rewards.service.server import GradingServer, Handler
 from megatron_aspo.rewards.service.workers import Workers
 from megatron_aspo.tasks.options import DataOptions
@@ -38,14 +41,14 @@ TESTS = [{"input": "1\n", "output": "2\n", "testtype": "stdin", "metadata": {}}]
 class Service:
     """A server process."""
 
-    def __init__(self, directory: Path, port: int = 0):
+    def __init__(self, directory: Path, port: int = 0, words: Sequence[str] = ()):
         self.token_file = directory / "token"
         if not self.token_file.exists():
             self.token_file.write_text(secrets.token_hex(16))
             self.token_file.chmod(0o600)
         command = ["-m", "megatron_aspo", "grade-server", "--port", str(port), "--workers", "2", "--token-file", self.token_file]
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, command), "--max-body-mib", "8"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, *map(str, command), "--max-body-mib", "8", *words], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         line = self.process.stdout.readline()
         self.port = int(re.search(r"http://127\.0\.0\.1:(\d+); token in", line)[1])
@@ -238,6 +241,32 @@ def test_the_remote_reward_compares_the_outputs_of_run_code(service):
         reward(Prompt("p", (), "", {"functional": "assert f() == 1"}, "code"), ADD_ONE)
 
 
+def test_an_evaluation_asks_a_server_only_if_it_grades_by_the_protocols_rules(service, tmp_path):
+    """The session's server grades by defaults: 6 s a test, the last block."""
+    remote = ["data.reward=remote", "samples=8", f"data.service.token_file={service.token_file}"]
+    slow = Service(tmp_path, words=["--protocol", "archer_lcb_v5", "data.code.limits.cpu_s=20"])
+    try:
+        here = [f"data.service.url={slow.url}", f"data.service.token_file={slow.token_file}"]
+        plan = make_plan("archer_lcb_v5", None, ["none.jsonl"], [*remote, *here, "data.code.limits.cpu_s=20"])
+        assert plan.changed == {"data.code.limits.cpu_s": 20.0} and plan.settings.data.service.attempt_s > 3600
+        require_rules(plan.settings.data, plan.server_rules, "…")
+        response = "</think>\n```python\nwhile True:\n    pass\n```\nor\n```python\nprint(2)\n```\nnot\n```\nprint(3)\n```"
+        result = build_rewards(plan.settings.data)(Prompt("p", (), "", TESTS, "livecodebench_v5"), response)
+        assert result.details["verdict"] == "passed"
+        plan = make_plan("archer_lcb_v5", None, ["none.jsonl"], [*remote, *here])
+        with pytest.raises(UserError, match=rf"{slow.url} grades with data\.code\.limits\.cpu_s=20\.0, not 150\.0; start it with S"):
+            require_rules(plan.settings.data, plan.server_rules, "S")
+    finally:
+        slow.process.terminate()
+        slow.process.wait(20)
+    plan = make_plan("archer_lcb_v5", None, ["none.jsonl"], [*remote, f"data.service.url={service.url}"])
+    with pytest.raises(UserError, match=rf"{service.url} grades with data\.reward=by_source, not code"):
+        require_rules(plan.settings.data, plan.server_rules, "S")
+    plan = make_plan("archer_lcb_v5", None, [], [*remote, f"data.service.url={service.url}", "data.service.protocol=sandbox_fusion"])
+    with pytest.raises(UserError, match="does not say by which limits it grades"):
+        require_rules(plan.settings.data, plan.server_rules, "S")
+
+
 def test_a_server_that_is_killed_and_restarted_loses_no_verdict(sandboxed, tmp_path):
     first = Service(tmp_path)
     family = first.family()
@@ -298,7 +327,7 @@ class Overloaded(Workers):
 def test_an_overloaded_server_is_retried_and_a_silent_connection_is_closed(monkeypatch):
     monkeypatch.setattr(Handler, "timeout", 0.3)
     workers = Overloaded("dataset", DataOptions(reward="math"), 1)
-    with GradingServer(("127.0.0.1", 0), "t" * 16, workers, 1 << 20, "math") as server:
+    with GradingServer(("127.0.0.1", 0), "t" * 16, workers, 1 << 20, "math", {}) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         url = "http://any:" + "t" * 16 + f"@127.0.0.1:{server.server_address[1]}"
         reward = build_rewards(DataOptions(reward="remote", service=ServiceOptions(url=url)))

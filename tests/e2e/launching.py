@@ -1,8 +1,10 @@
 """Shared by the launcher's tests: its calls on hosts made of namespaces, and what runs there."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.hosts import ROOT, Hosts
@@ -11,6 +13,20 @@ START_S = 120
 STATE = "/tmp/state"
 """Every host has its own /tmp."""
 FAST_TO_NOTICE = "-o ServerAliveInterval=1 -o ServerAliveCountMax=2 -o ConnectTimeout=3"
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket on which a process of a host accepts connections."""
+
+    host: int
+    address: str
+    port: int
+    process: str
+
+    @property
+    def open_to_all(self) -> bool:
+        return self.address in ("0.0.0.0", "*", "[::", "::")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -45,4 +61,16 @@ def names(hosts: Hosts, host: int) -> dict[int, str]:
             found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
         except OSError:  # it ended
             continue
+    return found
+
+
+def listening(hosts: Hosts, host: int) -> list[Listener]:
+    lines = hosts.run(host, "ss", "-Hltnp").stdout.splitlines()
+    found = []
+    for line in lines:
+        address, _, port = line.split()[3].rpartition(":")
+        process = re.search(r'users:\(\("([^"]+)"', line)
+        found.append(
+            Listener(host, address.partition("%")[0].removeprefix("[::ffff:").removesuffix("]"), int(port), process[1] if process else "?")
+        )
     return found

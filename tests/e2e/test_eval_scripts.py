@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_the_pipeline_evaluates_a_checkpoint_once_and_leaves_the_known_files(mod
 def test_mistakes_end_with_status_2_and_one_line(model_root, name, words, variables, message):
     done = script(name, *words, cwd=model_root, ONCE="1", **variables)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_has_not_made_its_directory_is_waited_for(model_root):
+    environment = os.environ | {"TASKS": "humaneval", "TARGET_DIRS": "later", "POLL_S": "1"}
+    command = ["bash", str(ROOT / "tools" / "run_eval_pipeline.sh"), "models"]
+    with subprocess.Popen(command, cwd=model_root, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "there is no directory models/later yet; waiting for it\n"
+        (model_root / "models" / "later").mkdir()
+        assert process.stdout.readline().endswith("/models/later/evaluations/humaneval/results.csv: 0 evaluations\n")
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def test_a_checkpoint_that_fails_gives_status_1(model_root):

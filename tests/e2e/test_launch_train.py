@@ -1,14 +1,13 @@
 """A whole run over three hosts: the trainer on one, an engine on each of the others, on a cluster that tools/start_ray.sh built."""
 
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.launching import STATE, environment, nothing_runs, start, stop
+from tests.e2e.launching import STATE, Listener, environment, listening, nothing_runs, start, stop
 from tests.e2e.workplace import RUN_S, make_workplace, metrics, timeless, wait_for
 from tests.hosts import ROOT, Hosts
 
@@ -19,20 +18,6 @@ STEPS = 2
 PORTS = range(6379, 7379)
 """Ports of the launcher's map."""
 CLIENT = "tests/e2e/without_token.py"
-
-
-@dataclass(frozen=True)
-class Listener:
-    """A socket on which a process of a host accepts connections."""
-
-    host: int
-    address: str
-    port: int
-    process: str
-
-    @property
-    def open_to_all(self) -> bool:
-        return self.address in ("0.0.0.0", "*", "[::", "::")
 
 
 @dataclass(frozen=True)
@@ -80,18 +65,6 @@ def seen(hosts) -> Seen:
     counters = next(line for line in hosts.run(1, "cat", "/proc/net/dev").stdout.splitlines() if "eth0:" in line)
     assert stop(hosts).returncode == 0
     return Seen(run, driver.returncode, error, listeners, *asked, int(counters.split()[9]), roles)
-
-
-def listening(hosts: Hosts, host: int) -> list[Listener]:
-    lines = hosts.run(host, "ss", "-Hltnp").stdout.splitlines()
-    found = []
-    for line in lines:
-        address, _, port = line.split()[3].rpartition(":")
-        process = re.search(r'users:\(\("([^"]+)"', line)
-        found.append(
-            Listener(host, address.partition("%")[0].removeprefix("[::ffff:").removesuffix("]"), int(port), process[1] if process else "?")
-        )
-    return found
 
 
 def commands(hosts: Hosts, host: int) -> str:

@@ -130,4 +130,9 @@ def metrics(run: Path) -> list[dict]:
 
 def timeless(run: Path) -> list[dict]:
     """Return the metrics that do not depend on the machine's speed."""
-    return [{k: v for k, v in step.items() if not k.startswith("seconds/") and not k.endswith("_per_s")} for step in metrics(run)]
+    return [without_timings(step) for step in metrics(run)]
+
+
+def without_timings(step: dict) -> dict:
+    """Return the metrics of a step that do not depend on the machine's speed."""
+    return {name: value for name, value in step.items() if not name.startswith("seconds/") and not name.endswith("_per_s")}

@@ -54,7 +54,7 @@ def run_eval(directory, *words):
         (["model", "--out", "o", "--protocol", "archer_lcb_v6", *SMALL], "there are no problems; name their files with --data"),
         (["model", "--out", "o", "--data", "data.jsonl", *SMALL], "nothing says how responses are graded; set data.reward"),
         (["model", "--out", "o", "--data", "data.jsonl"], "is more than the 1024 positions of"),
-        (["model", "--out", "o", "--data", "data.jsonl", "--protocol", "aime24", *SMALL], "k=32 needs that many samples and there are 2"),
+        (["model", "--out", "o", "--protocol", "aime24", *SMALL, "majority_at=[32]"], "k=32 needs that many samples and there are 2"),
         (["model", "--out", "o", *OWN, "problems=30"], "this evaluation has 30 problems, here are 3 (3 rows read); name all files"),
         (["model", "--out", "o", *OWN, "data.chat_template_kwargs={x: 1}"], "data.chat_template_kwargs.x"),
         (["none", "--out", "o", *OWN], "model=none"),

@@ -51,6 +51,14 @@ def test_a_replaced_value_is_recorded_and_one_about_speed_is_not():
     assert plan.settings.data.eval_path == ["a.jsonl"] and plan.settings.engine.engines == 2
 
 
+def test_fewer_samples_lower_the_ks_that_nobody_named():
+    plan = planned("archer_lcb_v5", "samples=2", data=["a.jsonl"])
+    assert plan.changed == {"samples": 2, "pass_at": [1, 2]}
+    assert planned("aime24", "samples=4", "pass_at=[1]", data=["a.jsonl"]).changed == {"samples": 4, "pass_at": [1], "majority_at": [4]}
+    with pytest.raises(UserError, match="k=4 needs that many samples and there are 2"):
+        planned("archer_lcb_v5", "samples=2", "pass_at=[4]")
+
+
 def test_a_recipe_is_evaluated_like_its_run():
     from megatron_aspo.config import load_config
 
@@ -67,7 +75,7 @@ def test_a_recipe_is_evaluated_like_its_run():
     ("overrides", "said"),
     [
         (["sample=2"], "unknown key sample; did you mean samples?"),
-        (["samples=2"], "pass_at=[1, 4]: k=4 needs that many samples and there are 2; raise samples, or drop it"),
+        (["samples=2", "pass_at=[1,4]"], "pass_at=[1, 4]: k=4 needs that many samples and there are 2; raise samples, or drop it"),
         (["majority_at=[5]"], "majority_at=[5]: k=5 needs that many samples and there are 4"),
         (["top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
         (["temperature=0"], "samples=4 with temperature=0 would draw the same response each time"),

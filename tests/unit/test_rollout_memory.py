@@ -8,7 +8,7 @@ import pytest
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.hf.model import HFModel, read_model
 from megatron_aspo.rollout.engine_settings import GIB
-from megatron_aspo.rollout.memory import cached_tokens, check_cache, worker_memory
+from megatron_aspo.rollout.memory import cached_tokens, check_cache, choose_cache, worker_memory
 from megatron_aspo.rollout.options import RolloutOptions
 from tests.models import save_tiny
 
@@ -42,6 +42,25 @@ def test_a_request_that_does_not_fit_is_refused_with_a_size_that_is_enough_and_n
     check_cache(model, RolloutOptions(tensor_parallel=workers, dtype="float32", kv_cache_gib=enough), longest)
     with pytest.raises(UserError):
         check_cache(model, RolloutOptions(tensor_parallel=workers, dtype="float32", kv_cache_gib=enough / 2), longest)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_chosen_cache_holds_eight_requests_of_full_length_or_all_that_may_run(model, workers):
+    for running, held in ((64, 8), (3, 3)):
+        options = RolloutOptions(tensor_parallel=workers, dtype="bfloat16", max_running_requests=running)
+        chosen = choose_cache(model, options, 10_000, None, on_cpu=True)
+        assert held * 10_000 <= cached_tokens(model, chosen) <= held * 10_000 + 64 * held + (1 << 20)
+        check_cache(model, chosen, 10_000)
+
+
+def test_a_chosen_cache_leaves_room_for_the_model_and_is_refused_where_no_request_fits(model):
+    options = RolloutOptions(dtype="float32", max_running_requests=16)
+    worker = worker_memory(model, options, 0, True, 100_000)
+    request = 100_064 * 2 * LAYERS * KV_HEADS * HEAD_DIM * 4
+    room = worker.weights + worker.batch + 3 * request
+    assert cached_tokens(model, choose_cache(model, options, 100_000, room, on_cpu=True)) // 100_064 == 3
+    with pytest.raises(UserError, match=r"one prompt and response of 100,000 tokens 0\.1; set engine\.tensor_parallel, or lower"):
+        choose_cache(model, options, 100_000, room - 3 * request + request // 2, on_cpu=True)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -36,13 +36,20 @@ class Server:
             token, _ = find_token(options.token_file, "", {}, make=False)
             self._session.headers["Authorization"] = f"Bearer {token}"
 
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the server's JSON object for a GET. Raises as `post`."""
+        return self._request("GET", path, None)
+
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Return the server's JSON object. Raises UserError if it refuses, or gives no answer for `give_up_s`."""
+        return self._request("POST", path, body)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         url = self._options.url.rstrip("/") + path
         deadline, pause = time.monotonic() + self._options.give_up_s, _FIRST_PAUSE_S
         while True:
             try:
-                reply = self._session.post(url, json=body, timeout=self._options.attempt_s, allow_redirects=False)
+                reply = self._session.request(method, url, json=body, timeout=self._options.attempt_s, allow_redirects=False)
                 if reply.status_code == 200:
                     return reply.json()
                 reason = f"status {reply.status_code}: {reply.text[:300].strip()}"

@@ -4,6 +4,7 @@
 |---|---|
 | `POST /grade`, a row in the format of `megatron-aspo grade` | `{score, reason, details, failure}` |
 | `POST /run_code`, in SandboxFusion's format | SandboxFusion's response |
+| `GET /rules` | the rules of `rules.py` by which it grades: key path → value |
 | `GET /health` (no token) | `{"status": "ok", …}` |
 | `GET /metrics` | counts and seconds in Prometheus' text format |
 
@@ -22,12 +23,14 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from megatron_aspo import __version__
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.rewards.response_row import ResponseRow
+from megatron_aspo.rewards.service.rules import PATH
 from megatron_aspo.rewards.service.workers import Busy, Workers
 
 SILENCE_S = 30.0
@@ -44,9 +47,10 @@ class GradingServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, address: tuple[str, int], token: str, workers: Workers, max_body_bytes: int, name: str):
-        """address: numeric. name: the reward's name in /health. Raises OSError if the address is not available."""
-        self.token, self.workers, self.max_body_bytes, self.name = token, workers, max_body_bytes, name
+    def __init__(self, address: tuple[str, int], token: str, workers: Workers, max_body_bytes: int, name: str, rules: Mapping[str, Any]):
+        """address: numeric. name: the reward's name in /health. rules: the answer of /rules. Raises OSError if the
+        address is not available."""
+        self.token, self.workers, self.max_body_bytes, self.name, self.rules = token, workers, max_body_bytes, name, rules
         self.statistics = Statistics()
         self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         super().__init__(address, Handler)
@@ -111,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        self._answer({"/health": self._health, "/metrics": self._metrics})
+        self._answer({"/health": self._health, "/metrics": self._metrics, PATH: lambda: dict(self.server.rules)})
 
     def do_POST(self) -> None:
         self._answer({"/grade": self._grade, "/run_code": self._run_code})
@@ -123,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
             if path != "/health" and not self._has_token():
                 raise _Refused(401, "a token is needed: Authorization: Bearer TOKEN")
             if path not in paths:
-                known = {"/health", "/metrics", "/grade", "/run_code"}
+                known = {"/health", "/metrics", PATH, "/grade", "/run_code"}
                 raise _Refused(405 if path in known else 404, f"{self.command} {path} is not answered here")
             status, body = 200, paths[path]()
         except _Refused as refusal:

@@ -1,0 +1,1 @@
+"""The rehearsal of `tools/rehearse.sh`: its data, its commands, its faults, and what is compared afterwards."""
