@@ -121,9 +121,9 @@ class Hosts:
 
     def boot(self, host: int) -> None:
         """Make a host, or make it again after `kill`."""
-        place = self.directory / f"host{host}"
-        place.mkdir(exist_ok=True)
-        log = (place / "log").open("ab")
+        host_directory = self.directory / f"host{host}"
+        host_directory.mkdir(exist_ok=True)
+        log = (host_directory / "log").open("ab")
         space = ["unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--mount-proc", "--kill-child"]
         self._processes[host] = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "--", *space, "bash", "-euc", self._init(host)],
@@ -133,17 +133,17 @@ class Hosts:
             start_new_session=True,
         )
         log.close()
-        self._wait(host, lambda: (place / "ready").exists(), "its namespaces")
-        (place / "ready").unlink()
+        self._wait(host, lambda: (host_directory / "ready").exists(), "its namespaces")
+        (host_directory / "ready").unlink()
         pid = self.pid(host)
         end = f"veth{host}"
         # The same hardware address each time, because the others remember it.
         inside = ["name", "eth0", "address", f"02:77:00:00:00:{host:02x}", "netns", str(pid)]
         self._in_lan("ip", "link", "add", end, "type", "veth", "peer", *inside)
         self._in_lan("ip", "link", "set", end, "master", "br0", "up")
-        (place / "plugged").touch()
+        (host_directory / "plugged").touch()
         self._wait(host, lambda: not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"bash"), "sshd")
-        (place / "plugged").unlink()
+        (host_directory / "plugged").unlink()
         self._wait(host, lambda: self.run(host, "ss", "-Hltn", "sport = :22").stdout, "sshd's port")
 
     def down(self) -> None:

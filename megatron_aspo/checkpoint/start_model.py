@@ -1,6 +1,6 @@
-"""A `torch_dist` checkpoint as the model that a run starts from: converted to Hugging Face at its first use, and kept.
+"""A `torch_dist` checkpoint as the initial model of a run: it is converted to Hugging Face at its first use, and the copy is kept.
 
-Engines and transformers load Hugging Face directories alone. The copy lies inside the checkpoint, and goes where that goes:
+Engines and transformers load only Hugging Face directories. The copy is inside the checkpoint and moves with it:
 
 release/ or iter_0000010/
   hugging_face_model/
@@ -19,9 +19,9 @@ _COPY, _SOURCE = "hugging_face_model", "source.json"
 
 
 def find_copy(torch_dist: Path) -> Path | None:
-    """Return the Hugging Face directory of this checkpoint, None where it was not converted yet.
+    """Return the Hugging Face directory of this checkpoint, None if it was not converted yet.
 
-    Raises UserError when the checkpoint has changed since.
+    Raises UserError if the checkpoint has changed since its conversion.
     """
     copy = torch_dist / _COPY
     if not copy.exists():
@@ -36,9 +36,9 @@ def find_copy(torch_dist: Path) -> Path | None:
 
 
 def hugging_face_copy(torch_dist: Path) -> Path:
-    """Return the Hugging Face directory of this checkpoint; convert it first where that was not done yet.
+    """Return the Hugging Face directory of this checkpoint, converting it first if necessary.
 
-    The conversion is atomic and compares what it wrote with the source. Of two runs that convert at once, one uses the other's copy.
+    The conversion is atomic and verified against the source. If two runs convert concurrently, one uses the other's copy.
     """
     if copy := find_copy(torch_dist):
         return copy
@@ -57,6 +57,6 @@ def hugging_face_copy(torch_dist: Path) -> Path:
 
 
 def _files(torch_dist: Path) -> dict[str, list[int]]:
-    """Name → [bytes, time of the last change in ns] of the checkpoint's files, config and tokenizer included."""
+    """Return name → [bytes, modification time in ns] of the checkpoint's files, config and tokenizer included."""
     files = [path for top in (torch_dist, torch_dist / "huggingface") if top.is_dir() for path in top.iterdir() if path.is_file()]
     return {str(path.relative_to(torch_dist)): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}

@@ -1,16 +1,16 @@
-"""Megatron-Core's distributed checkpoint, `torch_dist`: the model's tensors whole, whatever layout wrote them or will read them.
+"""Megatron-Core's distributed checkpoint, `torch_dist`: whole tensors of the model, independent of the layout that writes or reads them.
 
 TARGET/
   latest_checkpointed_iteration.txt   `release`, as Megatron-LM names a model without a training state, or the number of an iteration
   release/ or iter_0000010/
     metadata.json    the format's name and version
-    common.pt        what is no tensor: here Megatron-LM's arguments that describe the model
+    common.pt        everything but tensors: here Megatron-LM's arguments that describe the model
     .metadata        the table of tensors and shards (torch_dist_table.py)
     __0_0.distcp     the shards
-    huggingface/     config, tokenizer and the other small files of the model; written here, unknown to Megatron
+    huggingface/     config, tokenizer and the other small files of the model; our addition, unknown to Megatron
     hugging_face_sha256.json   the hash of each Hugging Face tensor; likewise
 
-A parameter of all layers is one tensor with the layers on its first axis, and the experts on the next.
+A parameter of all layers is one tensor with the layers on its first axis and, for experts, the experts on its second.
 """
 
 import argparse
@@ -48,30 +48,30 @@ _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
 @dataclass(frozen=True)
-class _Place:
-    """The location of one parameter of the whole model: the tensor `key`, at `index` along leading axes with these `extents`."""
+class _Location:
+    """Location of a parameter of the whole model: the tensor `key`, at `index` along its leading axes, which have these `extents`."""
 
     key: str
     index: tuple[int, ...] = ()
     extents: tuple[int, ...] = ()
 
 
-def _place(parameter: str, dims: ModelDims, naming: str) -> _Place:
-    """Return the location of a parameter that has the local layers' name.
+def _locate(parameter: str, dims: ModelDims, naming: str) -> _Location:
+    """Return the location of a parameter, given by the local layers' name.
 
-    Keys are Transformer Engine's but for the norm before experts: with local layers Megatron-Core files it under the name that it has
-    before a dense feed-forward network.
+    Keys are those of Transformer Engine's layers, except for the norm before experts: with local layers Megatron-Core stores it under the
+    name of the norm before a dense feed-forward network.
     """
     if (layer := _LAYER.fullmatch(parameter)) is None:
-        return _Place(parameter)
+        return _Location(parameter)
     index, extents, rest = (int(layer[1]),), (dims.layers,), layer[2]
     if expert := _EXPERT.fullmatch(rest):
-        return _Place(f"decoder.layers.mlp.experts.experts.{expert[2]}", (*index, int(expert[1])), (*extents, dims.experts))
+        return _Location(f"decoder.layers.mlp.experts.experts.{expert[2]}", (*index, int(expert[1])), (*extents, dims.experts))
     if rest == "input_layernorm.weight":
         rest = "self_attention.linear_qkv.layer_norm_weight"
     if rest == "pre_mlp_layernorm.weight" and not (dims.experts and naming == "transformer_engine"):
         rest = "mlp.linear_fc1.layer_norm_weight"
-    return _Place(f"decoder.layers.{rest}", index, extents)
+    return _Location(f"decoder.layers.{rest}", index, extents)
 
 
 def _whole_model(model: HFModel) -> Layout:
@@ -82,7 +82,7 @@ def _whole_model(model: HFModel) -> Layout:
 
 
 def read_hashes(directory: Path) -> dict[str, str]:
-    """Hugging Face tensor → SHA-256, where the checkpoint was written here; empty for others."""
+    """Return Hugging Face tensor → SHA-256; empty if Megatron wrote the checkpoint. Raises UserError for a damaged file."""
     path = directory / HASHES
     if not path.exists():
         return {}
@@ -93,44 +93,44 @@ def read_hashes(directory: Path) -> dict[str, str]:
 
 
 class TorchDistReader(LayoutReader):
-    """Boxes of Hugging Face tensors from a `torch_dist` directory. Memory holds a few shards at a time."""
+    """Reads boxes of Hugging Face tensors from a `torch_dist` directory. Memory holds a few shards at a time."""
 
     def __init__(self, directory: Path, model: HFModel):
-        """Reads the table alone; raises UserError unless it has exactly the tensors of the model, of these shapes."""
+        """Read only the table. Raises UserError unless it has exactly the model's tensors, with their shapes."""
         super().__init__({0: _whole_model(model)})
         self._table = read_table(directory)
-        self._places = self._find_places(directory, model)
-        used = {place.key for place in self._places.values()}
+        self._locations = self._find_locations(directory, model)
+        used = {location.key for location in self._locations.values()}
         for key in sorted(self._table.keys() - used):
             if key.startswith(_MODEL_KEYS):
                 raise UserError(f"{directory} has the tensor {key}, which a {model.architecture} with its config.json does not have")
-        types = {parameter: self._table[place.key].dtype for parameter, place in self._places.items()}
-        for key, dtype in ((self._places[parameter].key, dtype) for parameter, dtype in types.items()):
+        types = {parameter: self._table[location.key].dtype for parameter, location in self._locations.items()}
+        for key, dtype in ((self._locations[parameter].key, dtype) for parameter, dtype in types.items()):
             if dtype not in DTYPES.values():
                 raise UserError(f"{directory}: {key} has element type {dtype}; expected one of {', '.join(DTYPES.values())}")
         self.dtypes = {piece.tensor: types[piece.parameter] for piece in self._layouts[0].pieces}
         """Element type of each tensor, as torch names it."""
         self._shard = functools.lru_cache(maxsize=4)(lambda shard: shard.read())
 
-    def _find_places(self, directory: Path, model: HFModel) -> dict[str, _Place]:
-        places = {}
+    def _find_locations(self, directory: Path, model: HFModel) -> dict[str, _Location]:
+        locations = {}
         for parameter, shape in self._layouts[0].parameter_shapes.items():
-            found = [_place(parameter, model.dims, naming) for naming in ("local", "transformer_engine")]
-            place = next((place for place in found if place.key in self._table), None)
-            if place is None:
+            found = [_locate(parameter, model.dims, naming) for naming in ("local", "transformer_engine")]
+            location = next((location for location in found if location.key in self._table), None)
+            if location is None:
                 raise UserError(f"{directory} lacks {found[0].key}, which a {model.architecture} has; is it this model's checkpoint?")
-            expected, stored = (*place.extents, *shape), self._table[place.key].shape
-            # Rows that only pad the vocabulary may follow.
+            expected, stored = (*location.extents, *shape), self._table[location.key].shape
+            # Rows that pad the vocabulary may follow.
             rows = parameter.endswith(("word_embeddings.weight", "output_layer.weight")) and stored[0] >= expected[0]
             if stored != expected and not (rows and stored[1:] == expected[1:]):
-                raise UserError(f"{directory}: {place.key} has shape {stored}; config.json says {expected}: another model's")
-            places[parameter] = place
-        return places
+                raise UserError(f"{directory}: {location.key} has shape {stored}; config.json says {expected}: another model's")
+            locations[parameter] = location
+        return locations
 
     def _local(self, rank: int, parameter: str, box: Box) -> torch.Tensor:
-        place = self._places[parameter]
-        wanted = (*((i, i + 1) for i in place.index), *box)
-        stored = self._table[place.key]
+        location = self._locations[parameter]
+        wanted = (*((i, i + 1) for i in location.index), *box)
+        stored = self._table[location.key]
         result = torch.empty([stop - start for start, stop in wanted], dtype=getattr(torch, stored.dtype))
         found = 0
         for shard in stored.shards:
@@ -143,8 +143,8 @@ class TorchDistReader(LayoutReader):
             else:
                 result[_slices(shared, wanted)] = values
         if found != result.numel():
-            raise UserError(f"{stored.shards[0].file.parent}: the shards of {place.key} do not cover it exactly once")
-        return result[(0,) * len(place.index)] if place.index else result
+            raise UserError(f"{stored.shards[0].file.parent}: the shards of {location.key} do not cover it exactly once")
+        return result[(0,) * len(location.index)] if location.index else result
 
 
 def _slices(box: Box, inside: Box) -> tuple[slice, ...]:
@@ -157,12 +157,12 @@ def _slices(box: Box, inside: Box) -> tuple[slice, ...]:
 def write_torch_dist(target: Path, model: HFModel, reader: Reader, dtype: str, naming: str) -> Path:
     """Write the model's tensors, cast to `dtype`, one at a time, into `target`, which exists; return the directory that holds them.
 
-    naming: `local | transformer_engine`, the layers of the program that will read it.
+    naming: `local | transformer_engine`, the layer spec of the program that will read it.
     """
     directory = target / "release"
     directory.mkdir()
     planner = _Planner(model, reader, dtype, naming)
-    # Warned of: that one process writes alone, as it is meant to.
+    # torch warns that a single process writes, which is intended.
     with warnings.catch_warnings(action="ignore", category=UserWarning), _without_checksums():
         save({}, storage_writer=FileSystemWriter(directory, sync_files=False), planner=planner, no_dist=True)
     arguments = argparse.Namespace(**_arguments(model, dtype))
@@ -174,7 +174,7 @@ def write_torch_dist(target: Path, model: HFModel, reader: Reader, dtype: str, n
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """torch.save leaves out the CRC-32 of tensors: it takes 5 times as long as the rest of writing, and torch.load does not look at it."""
+    """Make torch.save omit the CRC-32 of tensors: it takes 5 times as long as the rest of writing, and torch.load does not check it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -184,18 +184,18 @@ def _without_checksums() -> Iterator[None]:
 
 
 class _Planner(DefaultSavePlanner):
-    """Makes each tensor when its turn comes, so that the model is never in memory as a whole."""
+    """Creates each tensor lazily, in the order of writing, so that the whole model is never in memory."""
 
     def __init__(self, model: HFModel, reader: Reader, dtype: str, naming: str):
         super().__init__(flatten_state_dict=False)
         whole, properties = _whole_model(model), TensorProperties(dtype=getattr(torch, dtype))
         self._items = []
         for parameter, shape in whole.parameter_shapes.items():
-            place = _place(parameter, model.dims, naming)
-            ones, zeros = (1,) * len(place.index), (0,) * len(shape)
-            offsets, sizes = torch.Size((*place.index, *zeros)), torch.Size((*ones, *shape))
-            data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), properties, torch.Size((*place.extents, *shape)))
-            self._items.append(WriteItem(MetadataIndex(place.key, offsets), WriteItemType.SHARD, tensor_data=data))
+            location = _locate(parameter, model.dims, naming)
+            ones, zeros = (1,) * len(location.index), (0,) * len(shape)
+            offsets, sizes = torch.Size((*location.index, *zeros)), torch.Size((*ones, *shape))
+            data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), properties, torch.Size((*location.extents, *shape)))
+            self._items.append(WriteItem(MetadataIndex(location.key, offsets), WriteItemType.SHARD, tensor_data=data))
         made = assemble(whole, reader, dict.fromkeys(whole.parameter_shapes, getattr(torch, dtype)))
         self._values = zip([*self._items], made, strict=True)
         self._items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in _extra_states(whole, model.dims, naming)]
@@ -206,9 +206,9 @@ class _Planner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            nothing = io.BytesIO()
-            torch.save([None], nothing)
-            return nothing
+            empty = io.BytesIO()
+            torch.save([None], empty)
+            return empty
         item, (_, values) = next(self._values)
         if item.index != write_item.index:
             raise RuntimeError(f"torch asked for {write_item.index} when it was the turn of {item.index}")
@@ -216,23 +216,23 @@ class _Planner(DefaultSavePlanner):
 
 
 def _extra_states(whole: Layout, dims: ModelDims, naming: str) -> list[str]:
-    """Keys of the FP8 state of each module, which Megatron-Core asks for by name and which is empty where nothing is FP8."""
+    """Return the keys of each module's FP8 state, which Megatron-Core requires by name and which is empty without FP8."""
     keys = {}
     for parameter in whole.parameter_shapes:
         module = parameter.rpartition(".")[0]
-        place = _place(parameter, dims, naming)
-        # A norm inside a linear layer has no state of its own.
-        own = place.key.rpartition(".")[0] if "layer_norm" not in place.key.rpartition(".")[2] else ""
+        location = _locate(parameter, dims, naming)
+        # A norm inside a linear layer has no separate state.
+        own = location.key.rpartition(".")[0] if "layer_norm" not in location.key.rpartition(".")[2] else ""
         modules = [own] if "linear_" in own or ("norm" in own and naming == "transformer_engine") else []
         if naming == "transformer_engine" and module.endswith("self_attention.linear_proj"):
             modules.append("decoder.layers.self_attention.core_attention")
-        offset, shape = (".".join(map(str, numbers)) for numbers in (place.index or (0,), place.extents or (1,)))
+        offset, shape = (".".join(map(str, numbers)) for numbers in (location.index or (0,), location.extents or (1,)))
         keys |= dict.fromkeys(f"{name}._extra_state/shard_{offset}_{shape}" for name in modules)
     return list(keys)
 
 
 def _arguments(model: HFModel, dtype: str) -> dict[str, Any]:
-    """Megatron-LM's arguments for this model, as `--use-checkpoint-args` reads them."""
+    """Return Megatron-LM's arguments for this model, as `--use-checkpoint-args` reads them."""
     dims = model.dims
     arguments = {
         "num_layers": dims.layers,

@@ -1,6 +1,6 @@
-"""The table of a `torch_dist` directory, `.metadata`: which tensors it holds, and where their shards lie. Read without running its code.
+"""Reads the table of a `torch_dist` directory, `.metadata`, with its tensors and the files of their shards, without running its code.
 
-The file is a pickle, which may call anything. Here it may build the records of torch.distributed.checkpoint and nothing else.
+The file is a pickle, which may call anything. This reader allows it to build the records of torch.distributed.checkpoint and nothing else.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ class Shard:
     box: Box
     file: Path
     offset: int
-    """Bytes before it in the file."""
+    """Bytes before the shard in the file."""
     length: int
-    """Bytes of it: a tensor as torch.save writes it."""
+    """Bytes of the shard, a tensor as torch.save writes it."""
 
     def read(self) -> torch.Tensor:
-        """Raises UserError when the file is not whole."""
+        """Return the shard's tensor. Raises UserError when the file is incomplete or damaged."""
         try:
             with self.file.open("rb", buffering=0) as file:
                 tensor = torch.load(_Window(file, self.offset, self.length), map_location="cpu", weights_only=True)
@@ -51,16 +51,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the table."""
+    """A tensor of the table with its shards."""
 
     shape: tuple[int, ...]
     dtype: str
-    """As torch names it."""
+    """torch's name of the element type."""
     shards: tuple[Shard, ...]
 
 
 def read_table(directory: Path) -> dict[str, StoredTensor]:
-    """Key → tensor, of everything in the directory that is a tensor. Raises UserError for a table that is damaged or not only a table."""
+    """Return key → tensor for all tensors of the directory. Raises UserError for a table that is damaged or refers to other code."""
     path = directory / ".metadata"
     try:
         with path.open("rb") as file:
@@ -69,7 +69,7 @@ def read_table(directory: Path) -> dict[str, StoredTensor]:
         tensors = {}
         for key, tensor in metadata.state_dict_metadata.items():
             if not hasattr(tensor, "chunks"):
-                continue  # an object that is no tensor
+                continue  # an object that is not a tensor
             shards = []
             for chunk in tensor.chunks:
                 info = stored[key, tuple(chunk.offsets)]
@@ -86,7 +86,7 @@ def read_table(directory: Path) -> dict[str, StoredTensor]:
 
 
 class _Window(io.RawIOBase):
-    """Bytes [start, start + length) of a file, as a file; torch.load reads from it into the tensor, without a copy between."""
+    """Bytes [start, start + length) of a file, as a file. torch.load reads from it directly into the tensor, without another copy."""
 
     def __init__(self, file: io.FileIO, start: int, length: int):
         self._file, self._start, self._length = file, start, length

@@ -1,4 +1,4 @@
-"""The recipe of an evaluation: which one it is, and the settings with which a run of it evaluates its held-out prompts."""
+"""The recipe of an evaluation, and the settings with which its runs evaluate their held-out prompts."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_aspo.evaluation.target import Target
 
 
 def recipe_of(target: Target, recipe: Path | None) -> Config | None:
-    """Return the recipe that is named, else that of the run which the target belongs to, if any."""
+    """Return the named recipe, else that of the target's run, if any."""
     path = recipe or (target.run / "config.yaml" if target.run else None)
     return load_config(path) if path else None
 

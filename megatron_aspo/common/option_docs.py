@@ -20,8 +20,9 @@ def meanings(kind: type) -> dict[str, str]:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(definition, ast.ClassDef)
         for declared, below in zip(definition.body, definition.body[1:], strict=False):
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name) and documented:
+            if not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)):
+                continue
+            if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name):
                 found[declared.target.id] = " ".join(str(below.value.value).split())
     return found
 
@@ -36,8 +37,9 @@ def _described(kind: type, schema: dict[str, Any], definitions: dict[str, Any]) 
     properties = {}
     for name, field in option_fields(kind).items():
         meaning = {"description": meanings(kind)[name]} if name in meanings(kind) else {}
-        if is_dataclass(field.annotation):
-            properties[name] = meaning | _described(field.annotation, definitions[field.annotation.__name__], definitions)
+        section: Any = field.annotation
+        if is_dataclass(section):
+            properties[name] = meaning | _described(section, definitions[section.__name__], definitions)
             continue
         value = {key: part for key, part in schema["properties"][name].items() if key not in ("title", "default")}
         if value.get("type") == "array":  # one entry may be without brackets

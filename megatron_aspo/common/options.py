@@ -94,9 +94,10 @@ def options(section: str) -> Callable[[type[Kind]], type[Kind]]:
     Constructing one raises UserError for the first value that is not of the field's type or breaks a bound.
     """
 
-    def decorate(kind: type[Kind]) -> type[Kind]:
+    def decorate(kind: Any) -> Any:
         kind.key_prefix = f"{section}." if section else ""
-        kind.refuse_in_one_line = model_validator(mode="wrap")(classmethod(_refuse_in_one_line))
+        validator: Any = classmethod(_refuse_in_one_line)
+        kind.refuse_in_one_line = model_validator(mode="wrap")(validator)
         return checked_dataclass(frozen=True, config=_CONFIG)(kind)
 
     return decorate
@@ -135,12 +136,12 @@ def build(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
 
     Raises UserError for an unknown key, with the nearest valid one, for a value of another type, and for one out of bounds.
     """
-    prefix, known = kind.key_prefix, option_fields(kind)
-    values = {}
+    prefix, known = getattr(kind, "key_prefix"), option_fields(kind)  # noqa: B009 (set by `options`)
+    values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
             raise UserError(f"unknown key {prefix}{key}; {nearest(str(key), known, prefix)}")
-        wanted = known[key].annotation
+        wanted: Any = known[key].annotation
         if dataclasses.is_dataclass(wanted):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section of keys, not the value {value!r}")
@@ -168,7 +169,7 @@ def _read(value: Any, wanted: Any) -> Any:
     return value
 
 
-def _refusal(kind: type, error: ErrorDetails, named: Mapping[str, Any]) -> str:
+def _refusal(kind: Any, error: ErrorDetails, named: Mapping[str, Any]) -> str:
     """Return pydantic's error about one option as one line. named: the values by option."""
     name = str(error["loc"][0])
     field, value, key = option_fields(kind)[name], named[name], f"{kind.key_prefix}{name}"

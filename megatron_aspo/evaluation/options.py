@@ -12,11 +12,11 @@ from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.tasks.options import DataOptions
 
 PART_PROBLEMS = 16
-"""Problems of a part by default. The same during training: in deterministic evaluations the parts decide what is computed in one batch."""
+"""Default number of problems per part, also during training: in deterministic evaluations the parts decide what is batched together."""
 
 Temperature = Annotated[
     NonNegative[float],
-    # vLLM would raise a smaller one to 0.01 by itself.
+    # vLLM would silently raise a smaller one to 0.01.
     Condition(lambda temperature: temperature == 0 or temperature >= 0.01, "must be 0 (greedy) or at least 0.01"),
 ]
 
@@ -33,7 +33,7 @@ class EvaluationOptions:
 
 @options("engine")
 class EngineChoice:
-    """The engines of an evaluation; each option as `rollout` has it."""
+    """The engines of an evaluation; each option has the meaning that it has in `rollout`."""
 
     engines: Positive[int] = 1
     """Number of vLLM engines. For an endpoint: none are started."""
@@ -42,7 +42,7 @@ class EngineChoice:
     dtype: Annotated[str, Choice("auto", "float32", "bfloat16")] = "auto"
     """`float32 | bfloat16`; `auto` takes that of the model's tensors."""
     max_running_requests: Positive[int] = 64
-    """Upper bound on the requests under way: on one engine, or at an endpoint."""
+    """Upper bound on the concurrent requests of one engine, or of an endpoint."""
     kv_cache_gib: NonNegative[float] = 0.0
     """Key-value cache of one engine, in GiB; 0 makes room for 8 responses of full length, or for as many as the memory has room for."""
     threads: NonNegative[int] = 0
@@ -54,17 +54,17 @@ class EvalSettings:
     """Prompts, sampling and grading of an evaluation. A named protocol sets these values; `key=value` on the command line replaces one."""
 
     task: str = "dataset"
-    """`dataset`, or the name of a task that makes its prompts, whose held-out prompts are asked."""
+    """`dataset`, or the name of a task that makes its prompts, whose held-out prompts are used."""
     kind: str = ""
     """Kind of the data files (`tools/prepare_data.py`), whose rows become prompts; empty: rows with prompt and ground_truth."""
     template: str = ""
     """Name of a prompt template, or the path of a file with one; empty: the kind's. Rows that have a prompt keep it."""
     problems: NonNegative[int] = 0
-    """Number of problems that there must be; 0: any."""
+    """Required number of problems; 0: any."""
     first_date: str = ""
-    """First contest date that is asked, inclusive; empty: the kind's."""
+    """First contest date, inclusive; empty: the kind's."""
     last_date: str = ""
-    """Last contest date that is asked, inclusive; empty: the kind's."""
+    """Last contest date, inclusive; empty: the kind's."""
     samples: Positive[int] = 1
     """Responses to each problem: the n of avg@n."""
     temperature: Temperature = 0.0
@@ -78,24 +78,24 @@ class EvalSettings:
     pass_at: list[int] = field(default_factory=list)
     """Each k of pass@k; none is more than `samples`."""
     majority_at: list[int] = field(default_factory=list)
-    """Each k of maj@k; none is more than `samples`. The reward must give the answer that it compares."""
+    """Each k of maj@k; none is more than `samples`. The reward must report the answer that it compares."""
     seed: int = 0
     """Seed of sampling, and of a task that makes its prompts."""
     deterministic: bool = False
-    """Generate one part after the other, each engine with a fixed share of it, so that a resumed evaluation gives the same tokens."""
+    """Generate one part after the other, with a fixed share for each engine, so that a resumed evaluation gives the same tokens."""
     part_problems: Positive[int] = PART_PROBLEMS
-    """Problems of one Parquet part: what a killed evaluation has to generate again."""
+    """Problems of one Parquet part, the unit that a killed evaluation has to generate again."""
     data: DataOptions = field(default_factory=DataOptions)
     """Data files (`data.eval_path`), chat template and reward, as in a recipe."""
     engine: EngineChoice = field(default_factory=EngineChoice)
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt plus response, in tokens."""
+        """The longest prompt plus response, in tokens."""
         return self.data.max_prompt_tokens + self.max_response_tokens
 
     def rollout(self, dtype: str) -> RolloutOptions:
-        """Return the options of an engine pool, without a cache that is still to be chosen. dtype: what `auto` stands for."""
+        """Return the options of an engine pool, without a cache that is still to be chosen. dtype: the value of `auto`."""
         engine = self.engine
         cache = {"kv_cache_gib": engine.kv_cache_gib} if engine.kv_cache_gib else {}
         return RolloutOptions(
@@ -110,7 +110,7 @@ class EvalSettings:
 
 
 def check_settings(settings: EvalSettings, server_reward: str = "") -> None:
-    """Raise UserError for settings that do not go together or have no effect. server_reward: as for `check_rewards`."""
+    """Raise UserError for settings that contradict each other or have no effect. server_reward: as for `check_rewards`."""
     require(
         settings.temperature > 0 or settings.samples == 1,
         f"samples={settings.samples} with temperature=0 would draw the same response each time; set temperature, or samples=1",

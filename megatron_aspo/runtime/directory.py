@@ -1,4 +1,4 @@
-"""The third step of a run: its directory, which is created, or brought back to the step that the run goes on from."""
+"""The third step of a run: creating its directory, or rolling it back to the step from which the run resumes."""
 
 import contextlib
 import shutil
@@ -23,7 +23,7 @@ from megatron_aspo.runtime.trainers import Trainers
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Open files of a run directory, and the trackers."""
+    """The open files of a run directory, and the trackers."""
 
     metrics: MetricsFile
     ledger: Ledger
@@ -32,9 +32,9 @@ class RunFiles:
 
 
 def own_existing_directory(config: Config, at_the_end: ExitStack) -> Ownership | None:
-    """Own a run directory that is to be resumed, and remove what killed processes left unfinished there; None if there is none.
+    """Own a run directory that is to be resumed and remove the unfinished files of killed processes; return None if there is none.
 
-    at_the_end: releases the directory, and is closed when no process of the run can write any more.
+    at_the_end: releases the directory; it is closed when no process of the run can write any more.
     """
     if config.resume == "never" or not directory_exists(config) or not (config.directory / ATTEMPT).is_file():
         return None
@@ -47,10 +47,10 @@ def own_existing_directory(config: Config, at_the_end: ExitStack) -> Ownership |
 def open_directory(
     config: Config, start: Start, owner: Ownership | None, trainers: Trainers, progress: Progress, at_the_end: ExitStack
 ) -> Iterator[RunFiles]:
-    """Create the run directory, or bring it back to the step that the run starts from, and open its files.
+    """Create the run directory, or roll it back to the step from which the run starts, and open its files.
 
-    owner: as `own_existing_directory` returned it. A UserError, also of the caller, removes a new directory in which no step is done: it is
-    a mistake that only the first responses show, such as a reward that fails, and the corrected run may have the name.
+    owner: the value that `own_existing_directory` returned. A UserError, also of the caller, removes a new directory without a completed
+    step: the error is one that only the first responses show, such as a failing reward, and the corrected run may use the name.
     """
     directory = config.directory
     if not start.in_place:
@@ -92,7 +92,7 @@ def _make_run_directory(directory: Path) -> None:
 
 
 def _prepare_directory(directory: Path, start: Start, config: Config, progress: Progress) -> None:
-    """Write the recipe, and set aside what an earlier process wrote after the step from which this one goes on."""
+    """Write the recipe, and set aside the files that an earlier process wrote after the step from which this one resumes."""
     with disk_errors(directory / "config.yaml"):
         write_text(directory / "config.yaml", to_yaml(config))
     if start.in_place:

@@ -1,4 +1,4 @@
-"""The first step of a run: everything that can be checked and read before a process of the run starts, in the order of its cost."""
+"""The first step of a run: everything that can be checked and read before its processes start, in order of cost."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -37,12 +37,12 @@ class Prepared:
     checked: CheckedRecipe
     tokenizer: "PreTrainedTokenizerBase"
     chat_template: str
-    """The one that `data.chat_template` named, as it was at the start; empty if it names none."""
+    """Text of the template that `data.chat_template` names, read at the start; empty if it names none."""
     task: Task
     identity: dict[str, Any]
     """Values that a resumed run must have in common with the one that wrote its checkpoint."""
     remarks: tuple[str, ...]
-    """Report lines about the data, for the user to read before the run."""
+    """Lines about the data that are printed before the run."""
 
     @property
     def model(self) -> HFModel:
@@ -60,7 +60,7 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Check a recipe, its model and its data, and find where the run starts.
 
-    Nothing is left running or written. Raises UserError with the rule and the cure. `plan` makes the part that needs no data (`check_run`).
+    Nothing is left running or written. Raises UserError with the rule and the cure. `plan` does the part without data (`check_run`).
     """
     start = find_start(config)
     check_packages(config.observe.trackers)
@@ -85,7 +85,7 @@ def prepare(config: Config) -> Prepared:
 
 
 def _identity(config: Config, task: Task, reader: TensorReader | TorchDistReader) -> dict[str, Any]:
-    """Return digests of the prompts in their order and of the model's small tensors, with the values that decide the order."""
+    """Return digests of the prompts in order and of the model's small tensors, with the values that determine the order."""
     digest = hashlib.sha256()
     vectors = [(name, home) for name in reader.dtypes for home in reader.homes(name) if len(home) == 1]
     model = sha256_of_parts(tensor for _, _, tensor in reader.read(vectors))

@@ -1,4 +1,4 @@
-"""The second step of a run: its processes, started in order and ended in reverse. Ray, reward workers, engines, training ranks."""
+"""The second step of a run: starting its processes in order (Ray, reward workers, engines, training ranks), and ending them in reverse."""
 
 import contextlib
 import signal
@@ -28,7 +28,7 @@ from megatron_aspo.trainer.settings import RankSettings
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, with the engines at the weights that the run starts from."""
+    """The processes of a run; the engines hold the weights from which the run starts."""
 
     rewards: RewardPool
     engines: EnginePool
@@ -36,9 +36,9 @@ class Processes:
     publisher: Publisher
     placement: Placement
     threads: dict[str, int]
-    """CPU threads of each training rank and of each engine: how sums are rounded depends on them."""
+    """CPU threads of each training rank and of each engine; the rounding of sums depends on them."""
     memory: PeakMemory | None
-    """None on a cluster that others started, whose processes are not visible from here."""
+    """None on a joined cluster, whose processes are not visible from here."""
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def start(prepared: Prepared, progress: Progress) -> Iterator[Processes]:
         check_recipe(config, prepared.model, settings, cluster.device)  # known only now for a joined cluster
         rewards = RewardPool(config.task, config.data, config.data.reward_workers, config.rollout.responses_per_prompt)
         stack.callback(call_with_signals_ignored, rewards.close)
-        if config.ray_address:  # whether its nodes can load the reward is not known yet: refuse before the long part of the start
+        if config.ray_address:  # it is not known yet whether its nodes can load the reward: refuse before the long part of the start
             with progress.waiting("starting reward workers"):
                 rewards.ready()
         engines = _engine_pool(prepared, cluster)
@@ -81,7 +81,7 @@ def _open_cluster(prepared: Prepared, progress: Progress) -> Cluster:
 
 
 def _engine_pool(prepared: Prepared, cluster: Cluster) -> EnginePool:
-    """Return the engines of the run, not started."""
+    """Return the run's engine pool, not started yet."""
     config, end = prepared.config, prepared.tokenizer.eos_token_id
     directory, stop = str(prepared.model.directory), () if end is None else (end,)
     return EnginePool(directory, config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, stop)
@@ -90,11 +90,11 @@ def _engine_pool(prepared: Prepared, cluster: Cluster) -> EnginePool:
 def _start_trainers_and_engines(
     prepared: Prepared, cluster: Cluster, engines: EnginePool, rewards: RewardPool, threads: int, progress: Progress, stack: ExitStack
 ) -> Trainers:
-    """Start both, and wait for the reward workers of a Ray of our own. stack: closes the training ranks, which are returned."""
+    """Start both, wait for the reward workers of a Ray that we started, and return the ranks. stack: closes the training ranks."""
     config, settings = prepared.config, prepared.settings
     colocated = config.placement == "colocated"
     with progress.waiting("starting engines, training ranks and reward workers"), ThreadPoolExecutor(1) as pool:
-        # On devices of their own the engines start in the background: both take long, and neither needs the other.
+        # On separate devices the engines start in the background: both sides take long, and neither needs the other.
         starting = None if colocated else pool.submit(engines.start)
         try:
             reserve = bool(config.checkpoint.every) and config.checkpoint.asynchronous
@@ -125,7 +125,7 @@ def _warn_of_slow_bfloat16(config: Config, cluster: Cluster, progress: Progress)
 
 
 def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> TransferSpec:
-    """Return what both sides of a run's weight transfers agree on."""
+    """Return the specification on which both sides of a run's weight transfers agree."""
     sides = settings.sizes, config.rollout.sizes
     return TransferSpec(
         model.architecture, model.dims, *sides, config.rollout.dtype, config.transfer_bucket_mib << 20, config.placement == "colocated"
@@ -133,7 +133,7 @@ def transfer_spec(config: Config, model: HFModel, settings: RankSettings) -> Tra
 
 
 def check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
-    """Raise UserError for more than the cluster has: Ray would wait for it for ever."""
+    """Raise UserError if the run needs more than the cluster has: Ray would wait for ever."""
     engines, per_engine = config.rollout.engines, config.rollout.tensor_parallel if cluster.device == "cuda" else 1
     shared = config.placement == "colocated"
     needed = ranks + (0 if shared else engines * per_engine)
@@ -160,7 +160,7 @@ def check_resources(config: Config, cluster: Cluster, ranks: int) -> None:
 def warn_if_not_bitwise_resumable(
     start: Start, config: Config, settings: RankSettings, threads: dict[str, int], progress: Progress
 ) -> None:
-    """Print why a deterministic run that is resumed cannot equal the undisturbed one bit for bit, if it cannot."""
+    """Print why a resumed deterministic run cannot equal the uninterrupted one bit for bit, if it cannot."""
     if start.manifest is None or not config.deterministic:
         return
     saved = start.manifest.training.get("threads", dict.fromkeys(threads, "not noted"))
@@ -172,7 +172,7 @@ def warn_if_not_bitwise_resumable(
 
 
 def call_with_signals_ignored(close: Callable[[], None]) -> None:
-    """Shut a part down to its end: a second Ctrl-C must not leave processes behind."""
+    """Call `close` with SIGINT and SIGTERM ignored: a second Ctrl-C must not leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         close()
         return

@@ -1,4 +1,4 @@
-"""A run: prepared, started, its directory opened; and what the loop asks of it as a whole."""
+"""A run that is prepared, started and has its directory open, with the operations that the loop needs."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LAST_CHECKPOINT_S = 60.0
-"""How long a run that ends waits for the checkpoint that is being written."""
+"""Seconds that an ending run waits for a checkpoint in progress."""
 
 
 @contextmanager
@@ -66,13 +66,13 @@ def open_run(config: Config) -> Iterator["Run"]:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether `resume: auto` finds the work done: the final model exists."""
+    """Return whether `resume: auto` finds the run complete: the final model exists."""
     return config.resume == "auto" and config.export_directory.is_dir()
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that is up."""
+    """The parts of a started run."""
 
     config: Config
     start: Start
@@ -100,16 +100,16 @@ class Run:
         return self.config.directory
 
     def evaluation_path(self, done: int) -> Path:
-        """Where the evaluation after `done` steps is kept."""
+        """Return the path of the evaluation after `done` steps."""
         return self.directory / "evaluations" / f"step_{done}.json"
 
     def evaluation(self, done: int) -> Evaluation | None:
-        """The evaluation after `done` steps, if this run directory has it."""
+        """Return the evaluation after `done` steps, if this run directory has it."""
         path = self.evaluation_path(done)
         return Evaluation.read(path) if path.exists() else None
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Write a step's metrics to metrics.jsonl and hand them to the trackers, which have had those of evaluations already."""
+        """Write a step's metrics to metrics.jsonl and send them to the trackers, which already have those of evaluations."""
         self.metrics.write(metrics)
         self.trackers.log(metrics["step"] + 1, {name: value for name, value in metrics.items() if not name.startswith("evaluation/")})
 
@@ -121,7 +121,7 @@ class Run:
         return evaluate_live(self.task.held_out(), sampling, responder, self.rewards, config.deterministic, phase, self.progress.say)
 
     def save_if_due(self, done: int) -> None:
-        """Start a checkpoint when the recipe wants one after `done` steps; what the run resumes from goes with it."""
+        """Start a checkpoint if the recipe requires one after `done` steps, with the state from which the run resumes."""
         if not self.checkpoints.is_due(done, last=done == self.config.steps):
             return
         self.progress.phase(done - 1, "saving a checkpoint")
@@ -134,7 +134,7 @@ class Run:
         self.progress.say(f"step {done}: checkpoint, training waited {time.perf_counter() - started:.2f} s")
 
     def report_checkpoint(self, wait: bool = False, timeout_s: float | None = None) -> None:
-        """Note a checkpoint that has become whole meanwhile."""
+        """Record a checkpoint that has been completed since the last call."""
         if path := self.checkpoints.completed(wait, timeout_s):
             self.ledger.append("checkpoint", name=path.name)
 
@@ -147,7 +147,7 @@ class Run:
         self.trainers.export(self.config.export_directory, self.config.trainer.dtype, files | {"README.md": card})
 
     def finish_checkpoint(self) -> None:
-        """However the run ends: what is in memory already gets the time to reach the disk."""
+        """Give a checkpoint in progress time to reach the disk, for whatever reason the run ends."""
         try:
             self.report_checkpoint(wait=True, timeout_s=_LAST_CHECKPOINT_S)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or at a checkpoint that is proved whole; and who owns the run directory."""
+"""The start of a run, from nothing or from a verified checkpoint, and the ownership of its directory."""
 
 import fcntl
 import os
@@ -18,24 +18,24 @@ from megatron_aspo.runtime.ledger import made_checkpoints, origin
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from."""
+    """The start of a run: a new run, or a checkpoint."""
 
     in_place: bool
-    """The run directory exists, and goes on."""
+    """Whether the run continues in its existing directory."""
     checkpoint: Path | None = None
     manifest: Manifest | None = None
 
     @property
     def step(self) -> int:
-        """Steps that are done already."""
+        """The number of steps that are already done."""
         return self.manifest.training["step"] if self.manifest else 0
 
 
 def find_start(config: Config, damage: bool = True) -> Start:
-    """By `resume`: `never`, `auto`, or the path of a checkpoint or a run. Changes nothing.
+    """Return the start that `resume` chooses: `never`, `auto`, or the path of a checkpoint or a run. Changes nothing.
 
-    Raises UserError when the run directory is in the way, when there is nothing to resume from, and when the checkpoint is damaged; then it
-    names the one before it. damage: whether to look for damage, which reads the whole checkpoint.
+    Raises UserError when the run directory must not exist, when there is nothing to resume from, and when the checkpoint is damaged; then
+    it names the previous one. damage: whether to check for damage, which reads the whole checkpoint.
     """
     exists = directory_exists(config)
     if config.resume == "never":
@@ -48,7 +48,7 @@ def find_start(config: Config, damage: bool = True) -> Start:
         if not exists:
             return Start(in_place=False)
         _check_ours(config.directory)
-        # Before its first checkpoint, a run that began from another's goes on from there.
+        # Before its first checkpoint, a run that branched from another's checkpoint starts there again.
         checkpoint = _newest(config.directory) or (Path(began) if (began := origin(config.directory / "ledger.jsonl")) else None)
         if checkpoint is None and made_checkpoints(config.directory / "ledger.jsonl"):
             raise UserError(
@@ -65,7 +65,7 @@ def find_start(config: Config, damage: bool = True) -> Start:
 
 
 def _named(path: Path) -> Path:
-    """resume=PATH: a checkpoint, or a run, of which the newest is meant."""
+    """Return the checkpoint of resume=PATH; PATH is a checkpoint, or a run, whose newest checkpoint it is."""
     checkpoint = path if is_checkpoint(path) else _newest(path)
     if checkpoint is None:
         raise UserError(f"resume={path}: there is no checkpoint; name a directory such as runs/NAME/checkpoints/step_10")
@@ -95,13 +95,13 @@ def _step(checkpoint: Path) -> int:
 
 def _check_ours(directory: Path) -> None:
     names = {path.name for path in directory.iterdir()}
-    # A process that was killed as it made the directory left no more than this.
+    # A process that was killed while creating the directory left no more than this.
     if ATTEMPT not in names and not names <= {"lock", f".{ATTEMPT}.unfinished"}:
         raise UserError(f"{directory} is no run's directory (it has no file {ATTEMPT}): resume=auto cannot go on there; choose another")
 
 
 def directory_exists(config: Config) -> bool:
-    """Whether the run directory exists. Raises UserError for a name or run_dir that is no path at all."""
+    """Return whether the run directory exists. Raises UserError for a name or run_dir that is not a valid path."""
     try:
         if longest := max((part for part in config.directory.parts if len(part.encode()) > 255), default=""):
             raise OSError(f"a part of it has {len(longest.encode())} bytes, over the 255 that file systems take")
@@ -111,7 +111,7 @@ def directory_exists(config: Config) -> bool:
 
 
 class Ownership:
-    """This process owns the run directory until it ends, however it ends. Raises UserError when another live process does."""
+    """Ownership of the run directory, until this process ends for any reason. Raises UserError while another live process owns it."""
 
     def __init__(self, directory: Path):
         self.attempt = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"

@@ -44,7 +44,7 @@ class TrainerOptions:
     """Shard the optimizer state over the data-parallel and context-parallel ranks."""
     micro_batch_tokens: Positive[int] = 16384
     """Upper bound on the tokens of a packed micro-batch, over all context-parallel ranks and before padding; a longer sample is a
-    micro-batch by itself."""
+    separate micro-batch."""
     shared_prompts: bool = False
     """Compute a group's prompt once for all its responses. Exact. It saves most of the work when answers are short; when they are long
     it costs attention over masked pairs. Needs the `local` layers (`layer_spec`)."""
@@ -52,8 +52,8 @@ class TrainerOptions:
     """Upper bound on the logits that exist at one time, in tokens: at most this many tokens × vocabulary elements. The vocabulary is
     walked in blocks."""
     recompute: Annotated[str, Choice("none", "selective", "full")] = "none"
-    """Activations that backward computes again instead of keeping them; the gradient is the same. `selective`: the insides of
-    feed-forward (or experts) and of core attention. `full`: whole layers, of which only the input is kept."""
+    """Activations that the backward pass recomputes instead of keeping them; the gradient is the same. `selective`: those inside
+    feed-forward (or experts) and core attention. `full`: whole layers, keeping only their inputs."""
     offload_optimizer: bool = False
     """Keep the optimizer state (Adam's moments, and with bfloat16 the float32 main weights) in host memory, and move it to the device
     for each optimizer step, when there are no activations. On a CPU it saves nothing."""
@@ -63,7 +63,7 @@ class TrainerOptions:
     threads: NonNegative[int] = 0
     """CPU threads of one rank; 0 shares the node's cores evenly among its ranks."""
     resource: str = ""
-    """Custom Ray resource of which each training rank takes 1: ranks run only on nodes that were started with it."""
+    """Custom Ray resource; each training rank takes 1, so ranks run only on nodes that were started with it."""
     timeout_s: Positive[float] = 600.0
     """Seconds after which a collective or a weight transfer fails and ends the run. Megatron rounds its own groups' timeout to whole
     minutes, at least one."""

@@ -64,7 +64,7 @@ class RankSettings:
         return {name: str(getattr(given, name)).lower() for name in names if getattr(given, name) != getattr(default, name)}
 
     def check_model(self, dims: ModelDims) -> None:
-        """Raises UserError when a model of these sizes cannot be trained with these options."""
+        """Raise UserError if a model of these sizes cannot be trained with these options."""
         try:
             check_divisible(dims, self.sizes)
         except LayoutError as error:

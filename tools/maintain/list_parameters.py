@@ -168,7 +168,7 @@ def describe(architecture: str, sizes, rank: int, layer_spec: str) -> dict:
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0)
-    place = {
+    coordinates = {
         "tensor": parallel_state.get_tensor_model_parallel_rank(),
         "data": parallel_state.get_data_parallel_rank(),
         "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
@@ -205,7 +205,7 @@ def describe(architecture: str, sizes, rank: int, layer_spec: str) -> dict:
     destroy()
     return {
         "rank": rank,
-        "place": place,
+        "place": coordinates,
         "layers": layer_numbers,
         "experts": list(experts),
         "parameters": dict(sorted(shapes.items())),

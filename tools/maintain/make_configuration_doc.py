@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Write docs/configuration.md, the table of every option, and docs/recipe.schema.json, by which editors complete recipes.
+"""Write docs/configuration.md, the table of every option, and docs/recipe.schema.json, with which editors complete recipes.
 
     python tools/maintain/make_configuration_doc.py
 
-Both are read off the options' fields: types, defaults, bounds, and the docstrings below. A test holds both current.
+Both come from the options' fields: types, defaults, bounds, and the docstrings below them. A test checks that both are current.
 """
 
 import re
@@ -57,7 +57,7 @@ def sections(section: str = "", kind: type = Config) -> Iterator[tuple[str, type
 
 
 def bounds(field: FieldInfo) -> str:
-    """Return the rule that holds for an option by itself, in a few words; empty when there is none. Choices are listed as "one of …"."""
+    """Return the rule for an option alone, in a few words; empty when there is none. Choices are listed as "one of …"."""
     rules = []
     for mark in field.metadata:
         if isinstance(mark, Choice):

@@ -4,8 +4,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_aspo.common.errors import UserError
+from megatron_aspo.rewards.options import RewardOptions
 from megatron_aspo.rewards.service.client import Server
-from megatron_aspo.tasks.options import DataOptions
 
 PATH = "/rules"
 """Path under which a server answers with its rules."""
@@ -13,7 +13,7 @@ _ANSWER_S, _GIVE_UP_S = 10.0, 50.0
 """An answer takes no grading, so that an attempt needs little time; the rest is for a server that is being started."""
 
 
-def grading_rules(data: DataOptions) -> dict[str, Any]:
+def grading_rules(data: RewardOptions) -> dict[str, Any]:
     """Return what a verdict depends on, as key path → value: the reward, its options, and time limits.
 
     The sandbox is left out: which packages a program may import is a matter of the machine that grades.
@@ -26,7 +26,7 @@ def grading_rules(data: DataOptions) -> dict[str, Any]:
     return rules
 
 
-def require_rules(data: DataOptions, wanted: dict[str, Any], cure: str) -> None:
+def require_rules(data: RewardOptions, wanted: dict[str, Any], cure: str) -> None:
     """Return if the server of `data.service` grades by these rules. cure: how such a server is started.
 
     Raises UserError naming the first rule that differs, for a server that cannot say, and as `Server` does.
