@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
         "grade-server": _grade_server,
         "convert": _convert,
         "config": _config,
+        "plan-sync": _plan_sync,
+        "verify-sync": _verify_sync,
     }
     command = known[parsed.command]
     if rest:
@@ -75,6 +77,8 @@ def command_parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="print the JSON Schema of a recipe", description="Describe recipes to other programs.")
     schema = "print the JSON Schema of a recipe, by which editors complete and check one"
     config.add_argument("--schema", action="store_true", required=True, help=schema)
+    _add_plan_sync(commands)
+    _add_verify_sync(commands)
     return parser
 
 
@@ -206,6 +210,50 @@ def _add_convert(commands) -> None:
     layout.add_argument("--naming", choices=("local", "transformer_engine"), help="whose parameter names (default local)")
 
 
+def _add_plan_sync(commands) -> None:
+    plan = commands.add_parser(
+        "plan-sync",
+        help="what a weight sync would send, from a config alone",
+        description="Plan a whole weight transfer from a Hugging Face config and add it up, exactly; the last line is a JSON object. "
+        "Training ranks fill nodes in order, engines fill further nodes.",
+    )
+    plan.add_argument("model", type=Path, metavar="CONFIG", help="directory with a config.json")
+    axes = "tensor, pipeline, data, virtual, expert, expert_tensor, context"
+    plan.add_argument("--train", nargs="*", default=[], metavar="AXIS=N", help=f"parallel sizes of the trainer; axes: {axes}")
+    plan.add_argument("--engines", type=_count, default=1, metavar="N", help="number of engines (default 1)")
+    plan.add_argument("--engine-tensor", type=_count, default=1, metavar="N", help="workers of each engine (default 1)")
+    plan.add_argument("--engine-expert-parallel", action="store_true", help="each worker holds whole experts")
+    plan.add_argument("--node-devices", type=_count, default=8, metavar="N", help="devices of a node (default 8)")
+    plan.add_argument("--colocated", action="store_true", help="engines share the devices of the training ranks, in order")
+    plan.add_argument("--dtype", default="bfloat16", help="element type of the engines (default bfloat16)")
+    plan.add_argument("--bucket-mb", type=_count, default=512, metavar="MB", help="size of a bucket (default 512)")
+    between = "GB/s of one device to other nodes (default 50: one link of 400 Gbit/s each)"
+    plan.add_argument("--between-gb-s", type=_speed, default=50.0, metavar="SPEED", help=between)
+    plan.add_argument("--within-gb-s", type=_speed, default=300.0, metavar="SPEED", help="GB/s of one device inside its node (default 300)")
+
+
+def _add_verify_sync(commands) -> None:
+    verify = commands.add_parser(
+        "verify-sync",
+        help="prove the weight sync of a recipe",
+        description="Start a recipe's training ranks and engines, publish the weights, and compare every number that engines received and "
+        "hold with the model's files. Prints each difference; the last line is a JSON object. Exit status: 0 nothing differs, 1 something "
+        "differs, 2 misuse.",
+    )
+    verify.add_argument("recipe", type=Path, help="YAML recipe, see examples/recipes")
+    verify.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
+
+
+def _speed(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
@@ -252,6 +300,18 @@ def _config(parsed: argparse.Namespace) -> None:
     from megatron_aspo.commands.config import print_schema
 
     print_schema()
+
+
+def _plan_sync(parsed: argparse.Namespace) -> None:
+    from megatron_aspo.commands.plan_sync import run_plan_sync
+
+    run_plan_sync(parsed)
+
+
+def _verify_sync(parsed: argparse.Namespace) -> int:
+    from megatron_aspo.commands.verify_sync import run_verify_sync
+
+    return run_verify_sync(parsed)
 
 
 def _train(parsed: argparse.Namespace) -> None:

@@ -16,9 +16,11 @@ from megatron_aspo.common.errors import UserError, require
 from megatron_aspo.common.options import Choice, NonNegative, Positive, build, options, suggested
 from megatron_aspo.common.recipe_values import flatten, merge, read_recipe, with_overrides
 from megatron_aspo.evaluation.options import EvaluationOptions, check_evaluation
-from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
+from megatron_aspo.losses import registry
+from megatron_aspo.losses.check import check_algorithm
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.presets import LOSS_DEFAULTS, PRESETS, Values
+from megatron_aspo.losses.presets import PRESETS, Values
+from megatron_aspo.losses.section import gather_loss_options, lift_loss_options
 from megatron_aspo.observe.options import ObserveOptions, check_observe
 from megatron_aspo.rewards.options import check_rewards
 from megatron_aspo.rollout.options import RolloutOptions
@@ -86,14 +88,20 @@ def load_config(recipe: Path, overrides: Sequence[str] = (), say: Callable[[str]
 
     say: called with one line if a preset among the overrides replaces values of the recipe.
     """
-    written, given = read_recipe(recipe), with_overrides({}, overrides)
+    written = _lift(read_recipe(recipe))
+    values, given = written, {}
+    for override in overrides:
+        values, given = (_lift(with_overrides(each, [override]), replace=True) for each in (values, given))
     _check_switch(written, given)
     fixed, replaced = _replaced_by_preset(written, given)
     if replaced:
         say(f"preset={given['preset']} replaces the recipe's {', '.join(replaced)}")
-    values = merge(with_overrides(written, overrides), fixed)
+    values = merge(values, fixed)
     implied = merge(_loss_defaults(values), PRESETS.get(str(values.get("preset", Config.preset)), {}))
-    config = build(Config, merge(implied, values))
+    values = merge(implied, values)
+    if isinstance(algorithm := values.get("algorithm", {}), dict):
+        values["algorithm"] = gather_loss_options(algorithm, implied.get("algorithm", {}))
+    config = build(Config, values)
     _check_preset(config)
     check(config, implied)
     return config
@@ -162,17 +170,28 @@ def _check_switch(written: dict, given: dict) -> None:
     that a preset fixes are none of these when it is the new one: they replace the recipe's.
     """
     written, given = flatten(written), flatten(given)
-    for key, default, sets in (
-        ("algorithm.policy_loss", AlgorithmOptions().policy_loss, LOSS_DEFAULTS),
-        ("preset", Config.preset, PRESETS),
+    for key, default, sets_of in (
+        ("algorithm.policy_loss", AlgorithmOptions.policy_loss, _own_defaults),
+        ("preset", Config.preset, lambda preset: PRESETS.get(preset, {})),
     ):
         old, new = str(written.get(key, default)), str(given.get(key, written.get(key, default)))
         for name in ((old,) if key == "preset" else (old, new)) if old != new else ():
-            for stale in sorted(flatten(sets.get(name, {})).keys() & written.keys() - given.keys()):
+            for stale in sorted(flatten(sets_of(name)).keys() & written.keys() - given.keys()):
                 raise UserError(
                     f"{key}={new} takes the place of {old}, but the recipe sets {stale}={written[stale]}, which goes with {name}; "
                     "set it too, or remove it from the recipe"
                 )
+
+
+def _lift(values: dict, *, replace: bool = False) -> dict:
+    """Return the recipe with the options of the policy loss beside the other keys of `algorithm`."""
+    algorithm = values.get("algorithm")
+    return values | {"algorithm": lift_loss_options(algorithm, replace=replace)} if isinstance(algorithm, dict) else values
+
+
+def _own_defaults(policy_loss: str) -> Values:
+    own = registry.own_defaults(policy_loss)
+    return {"algorithm": own} if own else {}
 
 
 def _replaced_by_preset(written: dict, given: dict) -> tuple[Values, list[str]]:
@@ -197,18 +216,19 @@ def _replaced_by_preset(written: dict, given: dict) -> tuple[Values, list[str]]:
 
 def _loss_defaults(values: dict) -> Values:
     algorithm = values.get("algorithm")
-    return LOSS_DEFAULTS.get(str(algorithm.get("policy_loss")), {}) if isinstance(algorithm, dict) else {}
+    return _own_defaults(str(algorithm.get("policy_loss"))) if isinstance(algorithm, dict) else {}
 
 
 def _check_preset(config: Config) -> None:
     require(
-        not PRESETS[config.preset] or reads_entropy_classes(config.algorithm),
-        f"preset={config.preset} fixes ε by entropy class, which policy_loss={config.algorithm.policy_loss} does not know; take aspo or "
-        "archer, or set preset=paper",
+        not PRESETS[config.preset] or registry.declaration(config.algorithm.policy_loss).entropy_classes,
+        f"preset={config.preset} fixes ε by entropy class, which policy_loss={config.algorithm.policy_loss} does not know; take "
+        f"{' or '.join(registry.losses_that_declare('entropy_classes'))}, or set preset=paper",
     )
     for section, keys in PRESETS[config.preset].items():
         for key, fixed in keys.items():
-            value = getattr(getattr(config, section), key)
+            options = getattr(config, section)
+            value = getattr(options, key) if hasattr(options, key) else config.algorithm.policy_loss_options.get(key, fixed)
             require(
                 value == fixed, f"preset={config.preset} fixes {section}.{key}={fixed}, not {value}; remove the key, or set preset=paper"
             )

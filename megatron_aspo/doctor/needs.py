@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_aspo.rewards.code.options import CodeOptions
-from megatron_aspo.weights.holdings import EngineSizes
+from megatron_aspo.rollout.engine_layout import EngineSizes
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class EngineChoice:
     max_running_requests: Positive[int] = 64
     """Upper bound on the concurrent requests of one engine, or of an endpoint."""
     kv_cache_gib: NonNegative[float] = 0.0
-    """Key-value cache of one engine, in GiB; 0 makes room for 8 responses of full length, or for as many as the memory has room for."""
+    """Key-value cache of one engine, in GiB; 0 makes room for 8 responses of full length, or for as many as fit the memory."""
     threads: NonNegative[int] = 0
     """CPU threads of one engine; 0 shares the node's cores evenly."""
 

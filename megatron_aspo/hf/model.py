@@ -1,4 +1,4 @@
-"""What a Hugging Face model directory describes, checked before anything is loaded."""
+"""The description of a Hugging Face model directory, checked before anything is loaded."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_aspo.weights.rope import RopeScaling, read_rope_scaling
 
 @dataclass(frozen=True)
 class HFModel:
-    """What a model directory describes."""
+    """The description of a model directory."""
 
     directory: Path
     architecture: str
@@ -24,14 +24,14 @@ class HFModel:
     tensor_shapes: dict[str, tuple[int, ...]]
     experts_per_token: int = 0
     norm_topk_prob: bool = True
-    """The weights of a token's experts are divided by their sum."""
+    """Whether the weights of a token's experts are divided by their sum."""
     rope_scaling: RopeScaling | None = None
-    """None: the rotary frequencies are those of `rope_theta`."""
+    """None: the rotary frequencies follow from `rope_theta`."""
 
     @property
     def pair_cost(self) -> float:
-        """What attention of one token to one other costs over all else that a token costs, in floating-point operations:
-        4 · layers · heads · head dimension over 2 · the parameters that a token meets.
+        """The cost of attention between two tokens relative to all other cost of a token, in floating-point operations:
+        4 · layers · heads · head dimension over 2 · the parameters that a token passes through.
         """
         dims = self.dims
         share = self.experts_per_token / dims.experts if dims.experts else 1.0
@@ -49,17 +49,17 @@ _MODEL_TYPES = {
     "MixtralForCausalLM": "mixtral",
     "SeedOssForCausalLM": "seed_oss",
 }
-"""What `model_type` must say: transformers chooses the class that reads the rest of the config by it."""
+"""The `model_type` of each architecture: transformers chooses the class that reads the rest of the config by it."""
 
 
 def read_sizes(directory: Path) -> tuple[str, ModelDims]:
-    """Architecture and sizes, from which the shapes of all tensors follow. Whether the model can be trained is not asked."""
+    """Return architecture and sizes, which determine the shapes of all tensors. Whether the model can be trained is not checked."""
     config, architecture = _read_config(directory)
     return architecture, _dims(config, architecture)
 
 
 def _read_config(directory: Path) -> tuple[Any, str]:
-    """`config.json` and its architecture. Raises UserError for one that cannot be read or is not in the table."""
+    """Return `config.json` and its architecture. Raises UserError for one that cannot be read or is not in the table."""
     from transformers import AutoConfig
 
     try:
@@ -103,7 +103,7 @@ def read_model(directory: Path) -> HFModel:
 
 
 def _settings(config: Any, architecture: str) -> list[tuple[str, Any, tuple]]:
-    """(setting, its value, the supported values) of what transformers or vLLM reads in these families and we have one way for."""
+    """Return (setting, its value, the supported values) for every setting that transformers or vLLM reads in these families."""
     rope = dict(config.rope_parameters or {})
     settings = [
         ("model_type", config.model_type, (_MODEL_TYPES[architecture],)),
@@ -129,7 +129,7 @@ def _settings(config: Any, architecture: str) -> list[tuple[str, Any, tuple]]:
             ("shared_expert_intermediate_size", getattr(config, "shared_expert_intermediate_size", None) or None, (None,)),
         ]
     if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
-        # A window that no sequence outgrows changes nothing.
+        # A window as long as the longest sequence has no effect.
         window = config.sliding_window
         idle = window is None or window >= config.max_position_embeddings
         settings.append(("sliding_window", None if idle else window, (None,)))
@@ -158,7 +158,7 @@ def _dims(config: Any, architecture: str) -> ModelDims:
 
 
 def _check_top_k(directory: Path, top_k: int, experts: int, norm_topk_prob: bool) -> None:
-    # A single expert whose weight is divided by itself: the router has no gradient, and Megatron refuses it.
+    # With a single expert, whose weight is divided by itself, the router has no gradient, and Megatron refuses it.
     least = 2 if norm_topk_prob else 1
     if not least <= top_k <= experts:
         raise UserError(

@@ -1,11 +1,11 @@
-"""From the name of a model to the local directory that every process loads it from."""
+"""Resolving the name of a model to the local directory from which every process loads it."""
 
 import json
 from pathlib import Path
 
 from megatron_aspo.common.errors import UserError
 
-# Files at the top of a repository; not the copies in other formats that some keep in subfolders.
+# Files at the top level of a repository; some keep copies in other formats in subfolders.
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 LATEST = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file beside the iterations of a checkpoint; it names the newest."""

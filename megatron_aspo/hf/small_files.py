@@ -1,4 +1,4 @@
-"""The files beside the weights: config, generation config, tokenizer, chat template; carried through every conversion."""
+"""The files beside the weights (config, generation config, tokenizer, chat template), which every conversion copies."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.ind
 
 
 _TEMPLATES = "additional_chat_templates"
-"""Folder in which transformers keeps the chat templates beyond the first."""
+"""Folder in which transformers keeps further chat templates."""
 
 
 def copy_small_files(source: Path, target: Path, dtype: str | None, *, skip: tuple[str, ...] = ()) -> None:
-    """Copy every file of a model directory that holds no weights, byte for byte, but that config.json then says `dtype`, if one is given.
+    """Copy every file of a model directory that holds no weights, byte for byte, and set `dtype` in config.json if one is given.
 
-    A SHA256SUMS is left out: it speaks of files that the target cuts otherwise.
+    SHA256SUMS is left out: it lists files that the target divides differently.
     """
     target.mkdir(exist_ok=True)
     for file in source.iterdir():
@@ -25,13 +25,13 @@ def copy_small_files(source: Path, target: Path, dtype: str | None, *, skip: tup
     if dtype in (None, stated_dtype(target)):
         return
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    # Older configs say torch_dtype; readers of either take `dtype`.
+    # Older configs have torch_dtype; readers of either accept `dtype`.
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def stated_dtype(directory: Path) -> str | None:
-    """The element type that a model's config.json states, as torch names it."""
+    """Return the element type in a model's config.json, as torch names it."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return config.get("dtype", config.get("torch_dtype"))

@@ -1,6 +1,6 @@
-"""Writing a safetensors file one tensor at a time: memory holds a single tensor, and the file's SHA-256 is known when it closes.
+"""Writing a safetensors file one tensor at a time: memory holds a single tensor, and the file's SHA-256 is known when it is closed.
 
-The safetensors library writes only what is in memory as a whole. The format (https://huggingface.co/docs/safetensors): 8 bytes with the
+The safetensors library writes only complete files from memory. The format (https://huggingface.co/docs/safetensors): 8 bytes with the
 header's length, the header in JSON, the tensors' bytes in the order of their offsets, with no gap.
 """
 
@@ -27,22 +27,22 @@ _DTYPE_CODES = {
 
 
 _WRITE = 1 << 18
-"""Bytes handed over at once: few enough to stay in the cache between the fault that maps them in and the copy. A third faster than 4 MB."""
+"""Bytes per write: few enough to stay in the cache between the page fault and the copy. A third faster than 4 MB."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was written."""
+    """The hash and the size of a written file."""
 
     sha256: str
     nbytes: int
 
 
 class TensorFileWriter:
-    """`write` the tensors of `metas` in their order, then `close`; as a context, leaving it with an exception closes without a record."""
+    """`write` the tensors of `metas` in order, then `close`. As a context manager it closes without a record on an exception."""
 
     def __init__(self, path: Path, metas: Sequence[TensorMeta], metadata: dict[str, str] | None = None, *, hashed: bool = True):
-        """Raises FileExistsError when `path` is there, ValueError when an offset would be misaligned for its element type."""
+        """Create the file. Raises FileExistsError if it exists, ValueError when an offset would be misaligned for its element type."""
         header, offset = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
         for meta in metas:
             stop = offset + meta.nbytes
@@ -61,7 +61,7 @@ class TensorFileWriter:
         self._append(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, *parts: torch.Tensor) -> None:
-        """The next tensor, or the parts that stand one below another in it. Raises ValueError when it is not the one announced."""
+        """Write the next tensor, or its parts from top to bottom. Raises ValueError when it is not the next one in `metas`."""
         meta = next(self._expected, None)
         dtype = "/".join(sorted({str(part.dtype).removeprefix("torch.") for part in parts}))
         shape = tuple(parts[0].shape) if len(parts) == 1 else (sum(len(part) for part in parts), *parts[0].shape[1:])
@@ -87,22 +87,22 @@ class TensorFileWriter:
 
     def _append(self, data: bytes | memoryview) -> None:
         if self._hashing is not None:
-            self._hashing.result()  # one piece lags behind, no more
+            self._hashing.result()  # at most one piece lags behind
         if self._digest is not None:
             self._hashing = self._beside.submit(self._digest.update, data)
         self._nbytes += len(data)
         view = memoryview(data)
-        while view:  # an unbuffered file may take less than it is given
+        while view:  # an unbuffered write may be partial
             view = view[self._file.write(view[:_WRITE]) :]
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements of a tensor on the CPU, in order, as bytes; no copy when it is contiguous."""
+    """Return the elements of a CPU tensor, in order, as bytes; without a copy if it is contiguous."""
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def sha256_of_parts(parts: Iterable[torch.Tensor]) -> str:
-    """Of the bytes of a tensor that is given from top to bottom."""
+    """Return the SHA-256 of the bytes of a tensor that is given in parts from top to bottom."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(raw_bytes(part))

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face model directory: strict accounting first, then boxes of them, without loading whole files."""
+"""The tensors of a Hugging Face model directory: checked completely first, then read box by box, without loading whole files."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.hf.model import HFModel
-from megatron_aspo.weights.layout import Box
+from megatron_aspo.weights.layout import Box, slices
 
-# Buffers that old checkpoints carry although every reader computes them.
+# Buffers in old checkpoints that every reader computes anyway.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _HEAD_CHUNK_ROWS = 4096
-"""Vocabulary rows of the head and the embedding that are compared at once: a few MB of each."""
+"""Vocabulary rows of head and embedding that are compared at a time: a few MB of each."""
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -24,20 +24,20 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class Reader(Protocol):
-    """Where boxes of Hugging Face tensors come from: a Hugging Face directory, or a checkpoint at any layout."""
+    """A source of boxes of Hugging Face tensors: a Hugging Face directory, or a checkpoint at any layout."""
 
     def read(self, wanted: Sequence[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
-        """Yields (name, box, tensor) for each request, in any order, in the dtype that is stored."""
+        """Yield (name, box, tensor) for each request, in any order, in the stored dtype."""
 
     def homes(self, name: str) -> list[Box]:
-        """The boxes in which a tensor is stored; together they are the tensor."""
+        """Return the boxes in which a tensor is stored; together they cover it."""
 
 
 class TensorReader:
-    """Reads boxes of a model directory's tensors, whichever file holds them, without loading whole files."""
+    """Reads boxes of the tensors in a model directory, from whichever file holds them, without loading whole files."""
 
     def __init__(self, model: HFModel):
-        """Reads the headers only; raises UserError when tensors are missing, unknown, doubled, or of the wrong shape or element type."""
+        """Read the headers only. Raises UserError when tensors are missing, unknown, duplicate, or of a wrong shape or element type."""
         self._model = model
         self._files = _tensor_files(model.directory)
         expected = model.tensor_shapes
@@ -71,7 +71,7 @@ class TensorReader:
 
     @classmethod
     def checked(cls, model: HFModel) -> "TensorReader":
-        """A reader of files that every program loads alike: `__init__`'s checks of the headers, and the head of a tied model.
+        """Return a reader after checking that every program loads the same weights: headers, and the output head of a tied model.
 
         Every command that starts from a model's files opens them here first.
         """
@@ -80,7 +80,7 @@ class TensorReader:
         return reader
 
     def _check_head(self) -> None:
-        """Some exporters write a tied model's matrix twice. Raises UserError when the copies differ: one of them would be lost."""
+        """Raise UserError when the two copies of a tied model's matrix, which some exporters write, differ: one would be lost."""
         if self._second_head is None:
             return
         head = open_tensors(self._second_head).get_slice(_HEAD)
@@ -93,14 +93,14 @@ class TensorReader:
 
     def read(self, wanted: Sequence[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
         for name, box in wanted:
-            yield name, box, self._handles[self._files[name]].get_slice(name)[tuple(slice(*edge) for edge in box)]
+            yield name, box, self._handles[self._files[name]].get_slice(name)[slices(box)]
 
     def homes(self, name: str) -> list[Box]:
         return [tuple((0, extent) for extent in self._model.tensor_shapes[name])]
 
 
 def open_tensors(file: Path) -> safe_open:
-    """A safetensors file, mapped into memory. Raises UserError when it is not whole."""
+    """Map a safetensors file into memory. Raises UserError when it is incomplete."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -108,12 +108,12 @@ def open_tensors(file: Path) -> safe_open:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether the directory holds weights in any format, or an index of them; a directory with only a config.json does not."""
+    """Whether the directory has weights in any format, or an index of them."""
     return any(any(directory.glob(pattern)) for pattern in ("*.safetensors", _INDEX, "*.bin", "*.pth", "*.gguf", *_ADAPTER_FILES))
 
 
 def _equal_rows(one, other) -> bool:
-    """Whether two stored matrices hold the same values, whatever the element types of weights they are stored in."""
+    """Whether two stored matrices have the same values, whatever their element types."""
     if one.get_shape() != other.get_shape() or not {one.get_dtype(), other.get_dtype()} <= DTYPES.keys():
         return False
     same_type = one.get_dtype() == other.get_dtype()
@@ -125,7 +125,7 @@ def _equal_rows(one, other) -> bool:
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name → file, from the index or the single file; checks the index against the files."""
+    """Return tensor name → file, from the index or the single file, after comparing the index with the files."""
     files, claimed = _model_files(directory)
     found: dict[str, Path] = {}
     for file in files:
@@ -142,10 +142,10 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def _model_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that the model consists of, and the index, tensor name → file name, which is empty where there is none.
+    """Return the files of the model, and the index, tensor name → file name, which is empty if there is none.
 
-    Training ranks, engines and transformers must read the same files. With an index vLLM reads those that it names, without one every
-    .safetensors file; transformers reads model.safetensors where it exists. Raises UserError, naming the file, where they would differ.
+    Training ranks, engines and transformers must read the same files. With an index vLLM reads the files in it, without one every
+    .safetensors file; transformers reads model.safetensors if it exists. Raises UserError, naming the file, where they would differ.
     """
     for name in _ADAPTER_FILES:
         if (directory / name).exists():

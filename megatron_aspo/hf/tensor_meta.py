@@ -1,4 +1,4 @@
-"""Tensors in bounded buckets of bytes: how the files of a model are filled."""
+"""Names, types and shapes of tensors, and their division into buckets of bounded size, such as the files of a model."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class TensorMeta:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch element type called `name`; ValueError when there is none."""
+    """Return the torch element type called `name`. Raises ValueError if there is none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is not an element type of torch; expected a name such as 'float32' or 'bfloat16'")
@@ -30,12 +30,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
-    """The meta of a tensor at hand."""
+    """Return the meta of a tensor."""
     return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 def plan_buckets(metas: Sequence[TensorMeta], bucket_bytes: int) -> list[list[TensorMeta]]:
-    """Split `metas`, in their order, into consecutive buckets of at most `bucket_bytes` each.
+    """Divide `metas`, in order, into consecutive buckets of at most `bucket_bytes` each.
 
     A tensor larger than the bound is a bucket of its own. Raises ValueError for a bound below 1 or a name that appears twice.
     """

@@ -1,4 +1,4 @@
-"""Weights between files and training ranks, read off the layouts: loading, and gathering whole tensors on one rank."""
+"""Moving weights between files and training ranks by their layouts: loading, and gathering whole tensors on one rank."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,18 +7,14 @@ import torch.distributed as dist
 
 from megatron_aspo.hf.tensor_files import Reader
 from megatron_aspo.hf.tensor_meta import TensorMeta
-from megatron_aspo.weights.layout import Box, Layout, Piece, stacked, volume
-
-
-def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    return tensor[tuple(slice(*edge) for edge in box)]
+from megatron_aspo.weights.layout import Box, Layout, Piece, slices, stacked, volume
 
 
 @torch.no_grad()
 def in_parts(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """The parameters named by `dtypes`, one at a time, as the tensors that stand one below another in it, cast to its element type.
+    """Yield the parameters named by `dtypes`, one at a time, each as its parts from top to bottom, cast to its element type.
 
-    They are as the reader gives them, on the CPU and without a copy, unless pieces stand side by side. Padding is zero.
+    The parts are the reader's own CPU tensors, without a copy, unless pieces lie side by side. Padding is zero.
     """
     pieces: dict[str, list[Piece]] = {}
     for piece in layout.pieces:
@@ -31,7 +27,7 @@ def in_parts(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) 
         if order is None:
             parameter = torch.zeros(shape, dtype=dtype)
             for tensor, box, values in reader.read(list(homes)):
-                _view(parameter, homes[tensor, box]).copy_(values)
+                parameter[slices(homes[tensor, box])].copy_(values)
             yield name, [parameter]
             continue
         parts = [values.to(dtype) for box in order for _, _, values in reader.read([bands[box]])]
@@ -40,21 +36,21 @@ def in_parts(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) 
 
 
 def assemble(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, each parameter as one tensor."""
+    """Yield the same as `in_parts`, each parameter as one tensor."""
     for name, parts in in_parts(layout, reader, dtypes):
         yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @torch.no_grad()
 def load(layout: Layout, parameters: dict[str, torch.Tensor], reader: Reader) -> None:
-    """Fill this rank's parameters, casting to each parameter's dtype."""
+    """Fill this rank's parameters, cast to each parameter's dtype."""
     check_parameters(layout, parameters)
     for name, values in assemble(layout, reader, {name: parameter.dtype for name, parameter in parameters.items()}):
         parameters[name].copy_(values)
 
 
 def check_parameters(layout: Layout, parameters: dict[str, torch.Tensor]) -> None:
-    """Raise unless the model's parameters are exactly the layout's, by name and shape."""
+    """Raise RuntimeError unless the model's parameters are exactly the layout's, by name and shape."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes != layout.parameter_shapes:
         differing = sorted(set(shapes.items()) ^ set(layout.parameter_shapes.items()))
@@ -62,10 +58,10 @@ def check_parameters(layout: Layout, parameters: dict[str, torch.Tensor]) -> Non
 
 
 class Gather:
-    """Collects whole Hugging Face tensors on the first rank from the ranks of the first data-parallel replica.
+    """Gathers whole Hugging Face tensors on rank 0 from the ranks of the first data-parallel replica.
 
-    Every rank that takes part builds it from the same layouts, so that senders and receiver agree on who sends what with no coordinator.
-    Each element is sent once: of identical boxes the lowest rank sends. Rank 0 must be part of the replica.
+    Every rank that takes part builds it from the same layouts, so that all ranks derive the same sends without a coordinator. Each element
+    is sent once: the lowest rank sends a replicated box. Rank 0 must be part of the replica.
     """
 
     def __init__(self, layouts: dict[int, Layout], rank: int, parameters: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None):
@@ -82,13 +78,13 @@ class Gather:
 
     @torch.no_grad()
     def whole(self, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Collective over the replica: yields (name, whole tensor in the meta's dtype) on rank 0, nothing elsewhere."""
+        """Yield (name, whole tensor in the meta's dtype) on rank 0, nothing elsewhere. Collective over the replica."""
         for meta in metas:
             dtype = getattr(torch, meta.dtype)
             whole = None
             for source, pieces in self._sources[meta.name].items():
                 if self._rank == source:
-                    values = torch.cat([_view(self._parameters[p.parameter], p.local).reshape(-1) for p in pieces]).to(dtype)
+                    values = torch.cat([self._parameters[p.parameter][slices(p.local)].reshape(-1) for p in pieces]).to(dtype)
                     if source != 0:
                         dist.send(values, dst=0, group=self._group)
                         continue
@@ -100,8 +96,8 @@ class Gather:
                     continue
                 if whole is None:
                     whole = torch.empty(meta.shape, dtype=dtype, device=values.device)
-                for piece, run in zip(pieces, values.split([volume(p.box) for p in pieces]), strict=True):
-                    target = _view(whole, piece.box)
-                    target.copy_(run.view(target.shape))
+                for piece, part in zip(pieces, values.split([volume(p.box) for p in pieces]), strict=True):
+                    target = whole[slices(piece.box)]
+                    target.copy_(part.view(target.shape))
             if whole is not None:
                 yield meta.name, whole

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face directory that transformers and vLLM load as it is: sharded safetensors, index, small files."""
+"""Writing a model as a Hugging Face directory that transformers and vLLM load unchanged: sharded safetensors and their index."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from megatron_aspo.hf.tensor_meta import TensorMeta, plan_buckets
 SHARD_BYTES = 5 * 10**9
 
 Tensors = Callable[[Sequence[TensorMeta]], Iterator[tuple[str, Sequence[torch.Tensor]]]]
-"""Yields (name, the parts of the tensor from top to bottom, in the meta's dtype) in the order of the metas."""
+"""Metas → iterator over (name, the parts of the tensor from top to bottom, in the meta's dtype), in the order of the metas."""
 
 
 def write_weights(
@@ -22,9 +22,9 @@ def write_weights(
     shard_bytes: int = SHARD_BYTES,
     hashes: dict[str, str] | None = None,
 ) -> None:
-    """Write all tensors into `directory`, one in memory at a time. hashes: receives Hugging Face tensor → SHA-256 of its bytes.
+    """Write all tensors into `directory`, with one in memory at a time. hashes: receives Hugging Face tensor → SHA-256 of its bytes.
 
-    With no directory `tensors` is only run through: the part in a collective of the ranks that do not write.
+    directory=None: only iterate over `tensors`, as ranks that take part in the collective without writing do.
     """
     shards = plan_buckets(metas, shard_bytes)
     index = {}

@@ -1,4 +1,4 @@
-"""The one normalisation: from per-token losses to the loss of a mini-batch, whatever micro-batches and ranks it is cut into."""
+"""The one normalisation: from per-token losses to the loss of a mini-batch, however it is split into micro-batches and ranks."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +11,7 @@ from megatron_aspo.losses.options import AlgorithmOptions
 
 @dataclass(frozen=True)
 class Totals:
-    """What is known of the whole mini-batch, over all micro-batches and ranks, before the first micro-batch runs."""
+    """Counts of the whole mini-batch, over all micro-batches and ranks, known before the first micro-batch runs."""
 
     tokens: int
     """Counted tokens."""
@@ -25,12 +25,12 @@ class Totals:
 
 
 def token_weights(mask: Tensor, offsets: list[int], options: AlgorithmOptions, totals: Totals) -> Tensor:
-    """w, float64 [tokens], such that Σ w_t·L_t over all tokens of all micro-batches is the mini-batch's loss; 0 where no token counts.
+    """Return w, float64 [tokens], 0 where no token counts, such that Σ w_t·L_t over all micro-batches is the mini-batch's loss.
 
     With N responses (`sequence_count`), n_i counted tokens in response i and M = max_response_tokens, w of its counted tokens is
     token_mean 1 / Σn · seq_mean_token_mean 1 / (N·n_i) · seq_mean_token_sum 1 / N · seq_mean_token_sum_norm 1 / (N·M) (Dr.GRPO,
     arXiv 2503.20783). Denominators come from the whole mini-batch; contributions are added and never averaged, so neither loss nor gradient
-    depends on the cut.
+    depends on how it is split.
     """
     if options.aggregation == "token_mean":
         return mask.double() / max(totals.tokens, 1)

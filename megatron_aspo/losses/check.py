@@ -5,47 +5,31 @@ from typing import Any
 
 from megatron_aspo.common.errors import UserError, nearest, require
 from megatron_aspo.common.options import default_of, option_fields
-from megatron_aspo.losses import names
+from megatron_aspo.losses import registry
+from megatron_aspo.losses.declaration import Declaration
 from megatron_aspo.losses.options import AlgorithmOptions
-
-_CLASSES = ("low_entropy_quantile", "entropy_quantile_scope", "high_entropy_clip_low", "high_entropy_clip_high")
-_CLIP = ("clip_low", "clip_high")
-_READ_BY_LOSS = {
-    "aspo": {*_CLIP, *_CLASSES, "dual_clip_neg", "dual_clip_pos"},
-    "ppo_clip": {*_CLIP, "dual_clip_neg"},
-    "archer": {*_CLIP, *_CLASSES, "dual_clip_neg", "high_entropy_kl_coef"},
-    "gspo": {*_CLIP},
-    "cispo": {*_CLIP},
-    "reinforce": set(),
-    "no_is": {*_CLIP},
-}
-"""Which options of a policy loss each one looks at."""
-
-
-def reads_entropy_classes(options: AlgorithmOptions) -> bool:
-    """Whether the policy loss may tell low-entropy tokens from others: two of ours do, and one of the user's own may."""
-    return options.policy_loss in names.ENTROPY_CLASS_LOSSES or ":" in options.policy_loss
+from megatron_aspo.losses.section import check_loss_options
 
 
 def check_algorithm(
     options: AlgorithmOptions, responses_per_prompt: int, max_response_tokens: int, implied: Mapping[str, Any] | None = None
 ) -> None:
-    """Raises UserError for values and combinations that cannot work or would have no effect, with the rule and the cure.
+    """Raise UserError for combinations that cannot work or would have no effect, with the rule and the cure.
 
-    implied: values that a preset or the policy loss set, which may stand without effect.
+    implied: values that a preset or the policy loss set; they may be without effect.
     """
     loss = options.policy_loss
-    own = ":" in loss
     require(
-        own or loss in names.POLICY_LOSS_NAMES,
-        f"algorithm.policy_loss={loss} is not known; {nearest(loss, names.POLICY_LOSS_NAMES)}; one of your own is package.module:function",
+        registry.is_custom(loss) or loss in registry.POLICY_LOSSES,
+        f"algorithm.policy_loss={loss} is not known; {nearest(loss, registry.POLICY_LOSSES)}; one of your own is package.module:function",
     )
-    _check_effect(options, own, implied or {})
+    check_loss_options(options)
+    _check_effect(options, registry.declaration(loss), implied or {})
     _check_combinations(options, responses_per_prompt, max_response_tokens)
 
 
-def _check_effect(options: AlgorithmOptions, own: bool, implied: Mapping[str, Any]) -> None:
-    """An option that nothing would read is a mistake of whoever set it."""
+def _check_effect(options: AlgorithmOptions, declared: Declaration, implied: Mapping[str, Any]) -> None:
+    """Refuse an option that nothing would read: whoever set it was mistaken."""
 
     def needs(reason: str, *unread: str) -> None:
         for name in (name for name in option_fields(options) if name in unread):
@@ -53,16 +37,16 @@ def _check_effect(options: AlgorithmOptions, own: bool, implied: Mapping[str, An
             if value not in (default_of(AlgorithmOptions, name), implied.get(name)):
                 raise UserError(f"algorithm.{name}={value} has no effect: it needs {reason}; remove it")
 
-    if own:
-        needs("policy_loss=archer", "high_entropy_kl_coef")
-    else:
-        needs("a policy loss of your own", "policy_loss_options")
-        read = _READ_BY_LOSS[options.policy_loss]
-        for name in sorted(set().union(*_READ_BY_LOSS.values()) - read):
-            readers = [loss for loss, its in _READ_BY_LOSS.items() if name in its]
-            needs(f"policy_loss {' or '.join(readers)}, not {options.policy_loss}", name)
-    if options.policy_loss == "reinforce":
-        needs("a policy loss with a ratio, not reinforce", "old_logprobs")
+    def losses_that_declare(what: str) -> str:
+        names = " or ".join(registry.losses_that_declare(what))
+        return f"policy_loss={names}" if registry.is_custom(options.policy_loss) else f"policy_loss {names}, not {options.policy_loss}"
+
+    if not declared.entropy_classes:
+        needs(losses_that_declare("entropy_classes"), "entropy_quantile_scope", "low_entropy_quantile")
+    if not declared.kl_by_entropy_class:
+        needs(losses_that_declare("kl_by_entropy_class"), "high_entropy_kl_coef")
+    if not declared.ratio:
+        needs(f"a policy loss with a ratio, not {options.policy_loss}", "old_logprobs")
     if options.aggregation == "token_mean":
         needs("a seq_mean aggregation", "sequence_count")
     if options.advantage != "grpo":
@@ -85,8 +69,8 @@ def _check_combinations(options: AlgorithmOptions, responses_per_prompt: int, ma
         "algorithm.kl_estimator=k1 in the loss has no useful gradient: its mean over samples is zero; take k2 or k3, or kl_in=reward",
     )
     require(
-        not (options.policy_loss == "archer" and options.kl_in == "reward"),
-        "algorithm.policy_loss=archer weights the KL term by token, which a reward cannot; set kl_in=loss",
+        not (registry.declaration(options.policy_loss).kl_by_entropy_class and options.kl_in == "reward"),
+        f"algorithm.policy_loss={options.policy_loss} weights the KL term by token, which a reward cannot; set kl_in=loss",
     )
     require(
         options.old_logprobs == "recompute" or options.rollout_correction == "none",

@@ -1,14 +1,8 @@
-"""Sets of values under one name: what a policy loss brings along, and what a preset fixes. Section → key → value."""
+"""Presets: sets of values under one name. Section → key → value."""
 
 from typing import Any
 
 Values = dict[str, dict[str, Any]]
-
-LOSS_DEFAULTS: dict[str, Values] = {
-    "gspo": {"algorithm": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq_mean_token_mean"}},
-    "cispo": {"algorithm": {"clip_low": 1.0}},
-}
-"""Defaults of a policy loss that are not those of the others; a recipe may set other values."""
 
 PRESETS: dict[str, Values] = {
     "paper": {},

@@ -17,10 +17,9 @@ import yaml
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.strict_yaml import number_if_one
 from megatron_aspo.losses.check import check_algorithm
-from megatron_aspo.losses.custom import find_policy_loss
-from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.find import find_policy_loss
 from megatron_aspo.losses.policy import PolicyLoss
-from megatron_aspo.losses.presets import LOSS_DEFAULTS
+from megatron_aspo.losses.section import algorithm_options
 from megatron_aspo.losses.trial_batches import (
     Broken,
     Stops,
@@ -49,16 +48,15 @@ def check_loss(name: str, given: Sequence[str] = ()) -> bool:
 
     Returns whether all checks passed. Raises UserError if there is no such loss, or it does not take these options.
     """
-    implied = LOSS_DEFAULTS.get(name, {}).get("algorithm", {})
-    options = AlgorithmOptions(policy_loss=name, policy_loss_options=dict(map(_option, given)), **implied)
-    check_algorithm(options, responses_per_prompt=2, max_response_tokens=1, implied=implied)
+    options = algorithm_options(policy_loss=name, policy_loss_options=dict(map(_option, given)))
+    check_algorithm(options, responses_per_prompt=2, max_response_tokens=1)
     loss = find_policy_loss(options)
     passed: dict[str, bool] = {}
     # What torch.compile made must run where its calls of .detach() can be seen.
     with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():
         for check, function in CHECKS.items():
             try:
-                said, passed[check] = f"ok      {function(loss, options)}", True
+                said, passed[check] = f"ok      {function(loss)}", True
             except Broken as broken:
                 said, passed[check] = "FAILED  " + str(broken).replace("\n", f"\n{'':19}"), False
             print(f"{check:10} {said}", flush=True)
@@ -82,9 +80,9 @@ def _option(text: str) -> tuple[str, object]:
     return name, number_if_one(read)
 
 
-def _result(loss: PolicyLoss, options: AlgorithmOptions) -> str:
+def _result(loss: PolicyLoss) -> str:
     for dtype in (torch.float64, torch.float32):
-        tokens = cast(ordinary(options), dtype)
+        tokens = cast(ordinary(), dtype)
         with telling("ordinary tokens", "Correct the function, or the options that it is given."):
             term = loss(fresh(tokens)[0])
         if term.loss.dtype != dtype:
@@ -96,15 +94,15 @@ def _result(loss: PolicyLoss, options: AlgorithmOptions) -> str:
     return "one finite loss for each token, in the tokens' dtype, the same at every call"
 
 
-def _extremes(loss: PolicyLoss, options: AlgorithmOptions) -> str:
+def _extremes(loss: PolicyLoss) -> str:
     for dtype in (torch.float64, torch.float32):
-        tokens = cast(extreme(options), dtype)
+        tokens = cast(extreme(), dtype)
         require_finite(tokens, evaluate(loss, tokens, "extreme tokens"))
     return "finite with A = 0, r = 1, log-ratios of ±100, logprobs of 0 and −100, and where no token counts"
 
 
-def _gradient(loss: PolicyLoss, options: AlgorithmOptions) -> str:
-    tokens, base = ordinary(options), Stops()
+def _gradient(loss: PolicyLoss) -> str:
+    tokens, base = ordinary(), Stops()
     weights = sum_weights(tokens)
     losses, gradient = evaluate(base.around(loss), tokens)
     if not gradient.any():
@@ -135,16 +133,16 @@ def _gradient(loss: PolicyLoss, options: AlgorithmOptions) -> str:
     return f"autograd agrees with finite differences in float64 at {len(losses)} tokens, what .detach() returns held constant"
 
 
-def _float32(loss: PolicyLoss, options: AlgorithmOptions) -> str:
-    tokens = ordinary(options)
+def _float32(loss: PolicyLoss) -> str:
+    tokens = ordinary()
     cure = "Avoid differences of large numbers and of exponentials: torch.expm1, torch.log1p, logsigmoid."
     single = evaluate(loss, cast(tokens, torch.float32))
     require_equal(tokens, single, evaluate(loss, tokens), 1e-4, ("in float32", "in float64"), cure)
     return "agrees with float64 to 1e-4"
 
 
-def _splitting(loss: PolicyLoss, options: AlgorithmOptions) -> str:
-    tokens = some(ordinary(options))
+def _splitting(loss: PolicyLoss) -> str:
+    tokens = some(ordinary())
     whole = evaluate(loss, tokens)
     last = len(tokens.offsets) - 1
     for edges in (range(last + 1), (0, 2, last), (0, 1, 4, last)):
@@ -158,8 +156,8 @@ def _splitting(loss: PolicyLoss, options: AlgorithmOptions) -> str:
     return "each response has the same losses and gradients alone and in every company"
 
 
-def _mask(loss: PolicyLoss, options: AlgorithmOptions) -> str:
-    full = ordinary(options)
+def _mask(loss: PolicyLoss) -> str:
+    full = ordinary()
     tokens = some(full)
     other = replace(full, mask=tokens.mask, low_entropy=tokens.low_entropy ^ ~tokens.mask)
     names = ("with zeros on the tokens that do not count", "with other numbers there")
@@ -168,8 +166,8 @@ def _mask(loss: PolicyLoss, options: AlgorithmOptions) -> str:
     return "what stands on tokens that do not count changes no other token"
 
 
-def _empty(loss: PolicyLoss, options: AlgorithmOptions) -> str:
-    tokens = ordinary(options)
+def _empty(loss: PolicyLoss) -> str:
+    tokens = ordinary()
     cure = "Let it give no loss, not an error or nan: divide by max(count, 1), take no maximum of nothing."
     last, end = len(tokens.offsets) - 2, tokens.offsets[-2]
     hollow = counting(tokens, torch.arange(len(tokens.mask)) < end)
@@ -187,8 +185,8 @@ def _empty(loss: PolicyLoss, options: AlgorithmOptions) -> str:
     return "responses without tokens, without counted tokens, and no response at all"
 
 
-def _inputs(loss: PolicyLoss, options: AlgorithmOptions) -> str:
-    tokens = some(ordinary(options))
+def _inputs(loss: PolicyLoss) -> str:
+    tokens = some(ordinary())
     given, _ = fresh(tokens)
     handed = tensors(given)
     versions = {name: values._version for name, values in handed.items()}

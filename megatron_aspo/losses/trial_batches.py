@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_aspo.common.import_path import one_line
-from megatron_aspo.losses import custom
+from megatron_aspo.losses import find
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import LOG_RATIO_BOUND, PolicyLoss, PolicyTerm, PolicyTokens
 from megatron_aspo.losses.terms import low_entropy_tokens
@@ -33,7 +33,7 @@ class Broken(Exception):
 # --- batches ------------------------------------------------------------------------------------------------------------------------------
 
 
-def ordinary(options: AlgorithmOptions) -> PolicyTokens:
+def ordinary() -> PolicyTokens:
     """Six responses, all 40 tokens counted, r from 0.08 to 12 for both signs of A; float64, of values that float32 holds too."""
     responses = {6: 1.3, 1: -0.4, 9: 0.6, 4: 0.9, 12: -1.7, 8: -0.8}  # length: advantage
     n = sum(responses)
@@ -42,21 +42,21 @@ def ordinary(options: AlgorithmOptions) -> PolicyTokens:
     old = -2.6 - 3 * torch.rand(n, generator=random)
     advantages = torch.tensor([advantage for length, advantage in responses.items() for _ in range(length)])
     entropy = 2 * torch.rand(n, generator=random)
-    return _tokens(old + log_ratio, old, advantages, entropy, torch.ones(n, dtype=torch.bool), [0, *accumulate(responses)], options)
+    return _tokens(old + log_ratio, old, advantages, entropy, torch.ones(n, dtype=torch.bool), [0, *accumulate(responses)])
 
 
-def extreme(options: AlgorithmOptions) -> PolicyTokens:
+def extreme() -> PolicyTokens:
     """Of A = 1, −1 and 0 each: r = 1, certain tokens, hopeless ones, and log-ratios over the bound; after each a token not counted."""
     pairs = [(-1.0, -1.0), (0.0, 0.0), (-100.0, -100.0), (-0.001, -100.0), (-100.0, -0.001), (-1.0, -26.0), (-26.0, -1.0)]
     logprobs, old = torch.tensor([pair for pair in pairs for _ in range(2)] * 3).unbind(1)
     n = len(logprobs)
     advantages = torch.tensor([advantage for advantage in (1.0, -1.0, 0.0) for _ in range(2 * len(pairs))])
-    return _tokens(logprobs, old, advantages, (logprobs != 0).float(), torch.arange(n) % 2 == 0, list(range(0, n + 1, 2)), options)
+    return _tokens(logprobs, old, advantages, (logprobs != 0).float(), torch.arange(n) % 2 == 0, list(range(0, n + 1, 2)))
 
 
 def counting(tokens: PolicyTokens, mask: Tensor) -> PolicyTokens:
     """The same batch when only `mask` counts, bool [tokens]."""
-    return _tokens(*(getattr(tokens, name) for name in FLOATS), mask, tokens.offsets, tokens.options)
+    return _tokens(*(getattr(tokens, name) for name in FLOATS), mask, tokens.offsets)
 
 
 def some(tokens: PolicyTokens) -> PolicyTokens:
@@ -87,11 +87,11 @@ def fresh(tokens: PolicyTokens) -> tuple[PolicyTokens, Tensor]:
     return replace(tokens, **copies | {"logprobs": leaf.clone()}, offsets=list(tokens.offsets)), leaf
 
 
-def _tokens(logprobs, old_logprobs, advantages, entropy, mask: Tensor, offsets: list[int], options: AlgorithmOptions) -> PolicyTokens:
+def _tokens(logprobs, old_logprobs, advantages, entropy, mask: Tensor, offsets: list[int]) -> PolicyTokens:
     """As the trainer hands them over: zeros where no token counts."""
     floats = [torch.where(mask, values.float().double(), 0.0) for values in (logprobs, old_logprobs, advantages, entropy)]
-    low = low_entropy_tokens(floats[3], mask, offsets, options.low_entropy_quantile)
-    return PolicyTokens(*floats, low, mask, offsets, options)
+    low = low_entropy_tokens(floats[3], mask, offsets, AlgorithmOptions.low_entropy_quantile)
+    return PolicyTokens(*floats, low, mask, offsets)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def telling(given: str, cure: str = "Correct the function.") -> Iterator[None]:
         raise
     except BaseException as error:  # the user's own code may raise anything, SystemExit too
         frames = traceback.extract_tb(error.__traceback__)
-        if frames[-1].filename == custom.__file__:  # says itself what is wrong with the result
+        if frames[-1].filename == find.__file__:  # says itself what is wrong with the result
             raise Broken(f"given {given}, {error}", "Return the loss of every token; it is the trainer that takes the mean.") from error
         libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
         own = [frame for frame in frames if not frame.filename.startswith(libraries)]

@@ -1,4 +1,4 @@
-"""From prompts to scored groups: what the loop asks of the engines and the reward workers."""
+"""From prompts to scored groups: the loop's use of engines and reward workers."""
 
 import hashlib
 import time
@@ -23,40 +23,50 @@ if TYPE_CHECKING:
     from megatron_aspo.tasks.task import Task
 
 _MAX_NAMED = 3
-"""Responses on which the reward failed, and lost reward workers, that are reported one by one; the rest are counted."""
+"""Failed rewards and lost reward workers that are reported one by one; the others are counted."""
 
 
 def request_seed(*parts: object) -> int:
-    """A seed in [0, 2**31) that depends on nothing but the parts: the same request draws the same tokens in every run."""
+    """Return a seed in [0, 2**31), a pure function of the parts: the same request draws the same tokens in every run."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 @dataclass
 class Collected:
-    """Scored groups and how long their parts took."""
+    """Scored groups and the seconds that they took."""
 
+    first: int
+    """Position of the first group's prompt among all training prompts of the run."""
     groups: list[Group]
-    """Everything that was generated."""
+    """All groups that were generated."""
     kept: list[Group]
-    """What is trained on."""
+    """The groups that are trained on."""
     resampled: int = 0
-    """Groups generated in place of others."""
+    """Groups generated to replace others."""
     missing: int = 0
-    """Groups still wanted when the bound on extra generations was reached."""
+    """Groups still missing after the last extra generation."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """`generate`: until the last response was there. `reward`: from then until the last score was there."""
+    """`generate`: until the last response. `reward`: from then until the last score."""
     tokens: int = 0
     """Response tokens generated."""
     worker_restarts: int = 0
     """Reward workers that were lost and replaced."""
 
+    def prompts(self) -> dict[str, int]:
+        """Return which of the run's training prompts the groups answer, as the ledger records it."""
+        return {"first": self.first, "count": len(self.groups)}
+
+    def used(self) -> list[int]:
+        """Return the positions, among the run's training prompts, of those whose groups are trained on."""
+        return [self.first + position for position, group in enumerate(self.groups) if any(group is kept for kept in self.kept)]
+
 
 class Rollouts:
-    """Draws prompts of the task, has the engines respond and the reward workers score each response as soon as it is finished.
+    """Draws prompts from the task, lets engines respond, and reward workers score each response as soon as it is finished.
 
-    say: prints a line; used for responses on which the reward fails. drawn: how many training prompts were taken so far; a resumed run goes
-    on from there.
+    say: logs a line, such as a response on which the reward fails. drawn: number of training prompts taken so far, from which a resumed
+    run goes on.
     """
 
     def __init__(
@@ -76,10 +86,10 @@ class Rollouts:
         self.drawn = drawn
 
     def collect(self, step: int, phase: Callable[[str], None]) -> Collected:
-        """Return G scored responses to each of the next prompts_per_step prompts, and which groups the filter keeps.
+        """Return G scored responses to each of the next prompts_per_step prompts, and the groups that the filter keeps.
 
-        With `resample` another prompt is drawn for each group that it does not, in at most resample_rounds further generations. `phase` is
-        called with "generating" and "scoring" when either begins. Raises UserError if the reward gave a score for no response at all.
+        With `resample` another prompt is drawn for each group that is filtered out, in at most resample_rounds further generations. `phase`
+        is called with "generating" and "scoring" when either begins. Raises UserError if the reward failed on every response.
         """
         collected = self._collect_kept(step, phase)
         self._require_scores(collected.groups)
@@ -96,6 +106,7 @@ class Rollouts:
                 break
             more = self._collect(missing, f"step {step}, extra {extra}", phase)
             collected = Collected(
+                first=collected.first,
                 groups=collected.groups + more.groups,
                 kept=collected.kept + more.kept,
                 resampled=collected.resampled + missing,
@@ -107,20 +118,21 @@ class Rollouts:
         return collected
 
     def _collect(self, count: int, purpose: str, phase: Callable[[str], None]) -> Collected:
-        prompts = [self._task.prompt(self.drawn + i) for i in range(count)]
+        first = self.drawn
+        prompts = [self._task.prompt(first + i) for i in range(count)]
         self.drawn += count
-        collected = self._respond(prompts, self._options.responses_per_prompt, self._options.temperature, purpose, phase)
+        collected = self._respond(first, prompts, self._options.responses_per_prompt, self._options.temperature, purpose, phase)
         collected.kept = [group for group in collected.groups if is_trained_on(group.shaped_rewards, self._algorithm.group_filter)]
         return collected
 
     def _respond(
-        self, prompts: Sequence[Prompt], responses: int, temperature: float, purpose: str, phase: Callable[[str], None]
+        self, first: int, prompts: Sequence[Prompt], responses: int, temperature: float, purpose: str, phase: Callable[[str], None]
     ) -> Collected:
         requests = [
             Request(
                 id=f"{purpose}, prompt {position} ({prompt.id}), response {i}",
                 prompt_ids=prompt.token_ids,
-                # The position tells apart two draws of the same prompt in one step.
+                # The position distinguishes two draws of the same prompt in one step.
                 seed=request_seed(self._seed, purpose, position, prompt.id, i),
                 max_tokens=self._options.max_response_tokens,
                 temperature=temperature,
@@ -147,6 +159,7 @@ class Rollouts:
         ]
         groups = [Group(prompt, tuple(samples[n * responses : (n + 1) * responses])) for n, prompt in enumerate(prompts)]
         return Collected(
+            first,
             groups,
             groups,
             seconds=seconds,
@@ -157,9 +170,9 @@ class Rollouts:
     def _generate_and_score(
         self, requests: Sequence[Request], owners: Sequence[Prompt], responses: int, phase: Callable[[str], None]
     ) -> tuple[list[Generation], list[str], list["RewardResult"], dict[str, float]]:
-        """Return of each request the response, its text and its result, and the seconds of `Collected`.
+        """Return the response, its text and its result for each request, and the seconds of `Collected`.
 
-        Each response is scored while others are generated. If either fails, what has not begun is not scored any more.
+        Each response is scored while others are generated. If either fails, scoring that has not begun is cancelled.
         """
         texts = [""] * len(requests)
         scores: dict[int, Future[RewardResult]] = {}
@@ -182,7 +195,7 @@ class Rollouts:
         return generations, texts, results, {"generate": generated - start, "reward": time.perf_counter() - generated}
 
     def _results(self, scores: Sequence["Future[RewardResult]"], owners: Sequence[Prompt], responses: int) -> list["RewardResult"]:
-        """Wait for all scores, `responses` to each owner; report which ones the reward failed on."""
+        """Wait for all scores, `responses` for each owner; report those on which the reward failed."""
         failed: list[int] = []
         results = []
         for position, future in enumerate(scores):
@@ -198,7 +211,7 @@ class Rollouts:
         return results
 
     def _report_losses(self) -> int:
-        """Report the reward workers that were lost and replaced; return how many."""
+        """Report the reward workers that were lost and replaced; return their number."""
         losses = self._rewards.take_losses()
         for line in losses[:_MAX_NAMED]:
             self._say(line)

@@ -1,7 +1,7 @@
-"""One engine: vLLM's async engine behind a narrow protocol, made to be a Ray actor.
+"""One engine: vLLM's async engine behind a narrow protocol, designed as a Ray actor.
 
-The pool turns `Engine` into an actor; every method is asynchronous and may run beside the others. Importing this module imports neither
-vLLM nor torch: vLLM is imported by `start`, in the actor's process.
+The pool turns `Engine` into an actor; every method is asynchronous and may run concurrently with the others. Importing this module
+imports neither vLLM nor torch: `start` imports vLLM, in the actor's process.
 """
 
 import asyncio
@@ -26,26 +26,26 @@ from megatron_aspo.rollout.output_tail import OutputTail, second_hand
 if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    from megatron_aspo.sync.schedule import TransferSpec
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
     from megatron_aspo.weights.layout import Box
 
 INITIAL_VERSION = 0
-"""Version of the weights an engine starts with."""
+"""Version of the weights with which an engine starts."""
 _VLLM_INITIAL_VERSION = "default"
 _LIVENESS_PERIOD_S = 0.5
 _OUTPUT_LAG_S = 0.3
-"""The last lines of a process that died may still be on their way through the pipe; give them this long before quoting them."""
+"""The last lines of a dead process may still be in the pipe; wait this long before quoting them."""
 _SHUTDOWN_GRACE_S = 5.0
-"""Time that the engine core has to end by itself before it is killed."""
+"""Time that the engine core has to end before it is killed."""
 _REPLY_GRACE_S = 1.0
-"""Time between noticing a dead engine core and the actor's exit, so that calls under way can still answer why."""
+"""Time between noticing a dead engine core and the actor's exit, so that pending calls can still answer why."""
 
 _MEMORY = {"weights", "kv_cache"}
 """vLLM's names for the memory that a sleeping engine gives back."""
 
 
 class EngineError(RuntimeError):
-    """An engine failed after it had started; names the engine and its own words."""
+    """An engine failed after it had started; names the engine and quotes its error."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class Request:
     """One response to sample. The logprob of every sampled token is always returned."""
 
     id: str
-    """Unique among the requests under way; names it in errors."""
+    """Unique among the pending requests; names it in errors."""
     prompt_ids: tuple[int, ...]
     seed: int
     max_tokens: int
     temperature: float
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0: the most likely token is taken."""
     top_p: float = 1.0
     """Tokens are drawn from the smallest set of most likely ones that has this probability; 1: from all."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a started engine says of itself."""
+    """A started engine's report about itself."""
 
     index: int
     pid: int
@@ -78,11 +78,11 @@ class EngineInfo:
     threads: int
     """Per worker process."""
     seconds: float
-    """From the call of `start` until it could answer."""
+    """From the call of `start` until the engine could answer."""
 
 
 class Engine:
-    """Calls, in order: `start` once; then any; `shutdown` last."""
+    """Call `start` once, then any method, then `shutdown`."""
 
     def __init__(self, spec: EngineSpec):
         self._spec = spec
@@ -104,7 +104,7 @@ class Engine:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     async def start(self) -> EngineInfo:
-        """Start vLLM. Raises UserError with the engine's own last error when it does not come up."""
+        """Start vLLM. Raises UserError with the engine's own last error when it does not start."""
         started = time.monotonic()
         spec = self._spec
         if not (Path(spec.model) / "config.json").is_file():
@@ -118,7 +118,7 @@ class Engine:
 
             from megatron_aspo.common.network import interface_of  # imports torch
 
-            # The workers inherit it; which interface it is, only the engine's own node knows.
+            # The workers inherit it; only the engine's own node knows which interface it is.
             os.environ.update(engine_environment(interface_of(ray.util.get_node_ip_address()), os.environ))
         try:
             import vllm
@@ -150,7 +150,7 @@ class Engine:
         )
 
     async def generate(self, request: Request) -> Generation:
-        """The sampled response. Waits as long as the engine is paused.
+        """Return the sampled response. Waits while the engine is paused.
 
         Raises ValueError for a request that cannot fit, EngineError when the engine died, was spoiled by a failed weight update, or
         returned a logprob that is not finite.
@@ -160,8 +160,8 @@ class Engine:
     async def generate_many(self, requests: Sequence[Request], together: bool = False) -> AsyncIterator[tuple[int, Generation]]:
         """Yield (position in `requests`, response) for each response as soon as it is finished; the first failure ends them all.
 
-        With `together` the requests reach a halted engine with an empty prefix cache, in their order, and start in the same step: then what
-        is computed in one batch, and so the last bits of the logprobs, depends on the requests alone.
+        With `together` the requests reach a halted engine with an empty prefix cache, in their order, and start in the same step, so that
+        the composition of batches, and with it the last bits of the logprobs, depends on the requests alone.
         """
         tasks: list[asyncio.Task] = []
         try:
@@ -183,7 +183,7 @@ class Engine:
             raise
 
     async def pause(self) -> None:
-        """Halt decoding after the current step; requests under way are kept, new ones wait. Pausing twice is pausing once."""
+        """Halt decoding after the current step; running requests are kept, new ones wait. Idempotent."""
         await self._hold("pause", clear_cache=False)
 
     async def resume(self) -> None:
@@ -191,52 +191,53 @@ class Engine:
         await self._release("pause")
 
     async def sleep(self, level: int = 1) -> None:
-        """Halt decoding and give the memory of weights and cache back to the device; on CPU it only halts.
+        """Halt decoding and free the device memory of weights and cache; on CPU only halt. Idempotent.
 
-        Level 1 keeps the weights in host memory. Level 2 keeps nothing: they have to be sent again. Sleeping twice is sleeping once.
+        Level 1 keeps the weights in host memory. Level 2 keeps nothing: they must be sent again.
         """
         async with self._holding:
             if self._asleep == _MEMORY:
                 return
-            if self._asleep:  # half awake, and vLLM's allocator sleeps whole
+            if self._asleep:  # half awake, but vLLM's allocator only sleeps as a whole
                 await self._llm.wake_up(sorted(self._asleep))
             self._holds.add("sleep")
             self._asleep = set(_MEMORY)
             await self._llm.sleep(level=level, mode="keep")
 
     async def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
-        """Take the memory back: `weights`, `kv_cache` or both. Decoding goes on once both are there and nothing else holds it.
+        """Allocate the memory of `weights`, `kv_cache` or both again, as far as it was freed.
 
-        What is there already is left alone.
+        Decoding goes on once both are allocated and nothing else holds it.
         """
         async with self._holding:
             missing = [tag for tag in tags if tag in self._asleep]
             self._asleep.difference_update(missing)
-            if missing and await self._llm.wake_up(missing):  # fully awake: vLLM has resumed by itself
+            if missing and await self._llm.wake_up(missing):  # fully awake: vLLM has resumed
                 self._holds.discard("sleep")
                 if self._holds:
                     await self._llm.pause_generation(mode="keep", clear_cache=False)
 
     async def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float, apart: bool) -> None:
-        """Join the group over which weights come as the spec says, which training rank 0 opens at `host:port`; apart: as the pool's.
+        """Join the group of a weight transfer, which training rank 0 opens at `host:port`; apart: as `EnginePool.connect`'s.
 
-        Returns when every rank of the group is there. Raises EngineError when one does not come within `timeout_s`.
+        Returns once every rank of the group is there. Raises EngineError when one does not come within `timeout_s`, or disagrees about the
+        transfer.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        place = self._name if apart else None
-        where = {"host": host, "port": port, "place": place, "timeout_s": timeout_s}
-        info = where | {"engine": self._spec.index, "spec": spec.as_dict()}
+        own_host = self._name if apart else None
+        meeting = {"host": host, "port": port, "own_host": own_host, "timeout_s": timeout_s}
+        info = meeting | {"engine": self._spec.index, "spec": spec.as_dict()}
         try:
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
         except Exception as error:
             raise EngineError(f"{self._name} could not connect to the trainer: {_one_line(error)}") from error
 
     async def receive_weights(self, version: int, verify: bool) -> None:
-        """Replace all weights by those that the training ranks send; `verify` as they do.
+        """Replace all weights by those that the training ranks send as `version`; `verify` must be the same on both sides.
 
-        Requests under way are halted for it and go on under the new weights, their caches computed anew. Afterwards `version` is the
-        engine's. When it fails the engine stays halted and refuses to generate: part of its weights may be new. Raises EngineError then.
+        Running requests are halted and go on under the new weights, with their caches recomputed. On failure the engine stays halted and
+        refuses to generate, because part of its weights may be new. Raises EngineError then.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -246,7 +247,7 @@ class Engine:
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version, "verify": verify}))
             await self._llm.finish_weight_update(str(version))
-            # Keys and values of the old weights must answer no prompt of the new ones.
+            # Keys and values of the old weights must not serve a prompt under the new ones.
             if not await self._llm.reset_prefix_cache():
                 raise EngineError("the prefix cache could not be emptied")
         except Exception as error:
@@ -256,19 +257,19 @@ class Engine:
         await self._release("weights")
 
     async def stored_digests(self) -> list[list[tuple[str, "Box", str]]]:
-        """Of each worker: (tensor, box, SHA-256) of the weights in its memory, as far as that can be read (`EngineSpec.readable`)."""
+        """Return, for each worker, (tensor, box, SHA-256) of the weights in its memory that can be read (`EngineSpec.readable`)."""
         return await self._llm.collective_rpc("stored_digests")
 
     async def received_digests(self) -> list[list[tuple[str, "Box", str]]]:
-        """Of each worker: (tensor, box, SHA-256) of the pieces that came with the last version; empty unless it was verified."""
+        """Return, for each worker, (tensor, box, SHA-256) of the boxes of the last version; empty unless it was verified."""
         return await self._llm.collective_rpc("received_digests")
 
     async def version(self) -> int:
-        """Version of the weights in use, as vLLM reports it."""
+        """Return the version of the weights in use, as vLLM reports it."""
         return _version_number(await self._llm.get_weight_version())
 
     async def health(self) -> dict[str, Any]:
-        """Version, requests under way and what holds the engine. Raises EngineError when it is dead or spoiled."""
+        """Return version, number of unfinished requests and what holds the engine. Raises EngineError when it is dead or spoiled."""
         self._refuse_if_unfit()
         return {
             "version": await self.version(),
@@ -277,7 +278,7 @@ class Engine:
         }
 
     async def shutdown(self) -> None:
-        """End vLLM. The actor itself, and what then is left of its processes, is the pool's to end."""
+        """End vLLM. The pool ends the actor itself, and what is left of its processes."""
         if self._watcher is not None:
             self._watcher.cancel()
         if self._llm is not None:
@@ -285,7 +286,7 @@ class Engine:
             self._llm = None
 
     async def _submit(self, request: Request) -> "RequestOutputCollector":
-        """Hand a request to the engine core; returns, once it is on its way, where its output will arrive.
+        """Send a request to the engine core; return the collector of its output.
 
         Messages to the engine core keep their order: a request submitted before a resume takes part in the first step after it.
         """
@@ -317,7 +318,7 @@ class Engine:
             raise EngineError(self._death()) from error
 
     async def _collect(self, request: Request, collector: "RequestOutputCollector") -> Generation:
-        """Wait for the output of a submitted request; cancelling this aborts the request in the engine."""
+        """Return the output of a submitted request; cancelling this call aborts the request in the engine."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -335,7 +336,7 @@ class Engine:
         return self._generation(request, output.outputs[0])
 
     def _generation(self, request: Request, output: Any) -> Generation:
-        """vLLM's CompletionOutput as our record, checked."""
+        """Convert vLLM's CompletionOutput to a Generation, and check it."""
         if output.finish_reason not in ("stop", "length"):
             raise EngineError(f"{self._name} ended request {request.id} with reason {output.finish_reason!r}")
         token_ids = list(output.token_ids)
@@ -358,7 +359,7 @@ class Engine:
         )
 
     async def _hold(self, reason: str, clear_cache: bool) -> None:
-        """Halt decoding for `reason`. vLLM knows paused or not; here several may hold the engine, and the last to let go resumes it."""
+        """Halt decoding for `reason`. Several reasons may hold the engine at a time; it resumes when the last is released."""
         async with self._holding:
             self._holds.add(reason)
             await self._llm.pause_generation(mode="keep", clear_cache=clear_cache)
@@ -378,6 +379,7 @@ class Engine:
             raise EngineError(self._spoiled)
 
     def _death(self) -> str:
+        """Return what is known about why the engine died."""
         last = self._tail.cause()
         return f"{self._name} died: " + (
             f"the last error that it printed is {last!r}"
@@ -386,7 +388,7 @@ class Engine:
         )
 
     async def _exit_with_engine_core(self) -> None:
-        """End the actor when its engine core has died: it could answer nothing, and Ray would go on taking it for alive."""
+        """End the actor when its engine core has died: it could answer nothing, but Ray would consider it alive."""
         while not self._llm.errored:
             await asyncio.sleep(_LIVENESS_PERIOD_S)
         print(self._death(), flush=True)
@@ -397,7 +399,7 @@ class Engine:
 def _engine_core_start(device: str) -> contextlib.AbstractContextManager[None]:
     """Return the context in which vLLM starts its engine core.
 
-    On a CPU the core is forked, so this process must not have computed with OpenMP threads: the core would wait for them for ever.
+    On a CPU the core is forked, so this process must not have computed with OpenMP threads: the core would wait for them forever.
     """
     if not FORKS_ENGINE_CORE[device]:
         return contextlib.nullcontext()

@@ -1,6 +1,6 @@
-"""What an engine is made of, and the vLLM settings that follow from it, per device.
+"""The specification of an engine, and the vLLM settings that follow from it on each device.
 
-Pure data: nothing here imports vLLM, torch or Ray, so the driver can set an engine's environment before its process imports anything.
+Pure data: nothing here imports vLLM, torch or Ray, so that the driver can set an engine's environment before its process imports anything.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ TRANSFER_BACKEND = "megatron_aspo"
 READABLE = "MEGATRON_ASPO_READABLE_WEIGHTS"
 """Environment variable that `EngineSpec.readable` sets."""
 FORKS_ENGINE_CORE = {"cpu": True, "cuda": False}
-"""Whether an engine's process forks vLLM's engine core, by device; else vLLM spawns it. A process that uses CUDA cannot be forked."""
+"""Device → whether an engine's process forks vLLM's engine core; otherwise vLLM spawns it. A process that uses CUDA cannot be forked."""
 _START_SHARE = 0.01
-"""Share of a GPU's memory that vLLM checks to be free when an engine starts. 0.92 by default, which no two engines and no colocated engine
-find free. With `kv_cache_memory_bytes`, which fixes the cache's size, vLLM 0.32 uses the share for nothing else."""
+"""Share of a GPU's memory that must be free when vLLM starts an engine. The default, 0.92, is never free for a second or a colocated
+engine. With `kv_cache_memory_bytes`, which fixes the cache's size, vLLM 0.32 uses the share for nothing else."""
 _MIN_BATCHED_TOKENS = 2048
-"""Tokens that one step of a CPU engine may compute, at least."""
+"""Lower bound on the tokens that one step of a CPU engine may compute."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class EngineSpec:
     """One engine."""
 
     index: int
-    """Its place in the pool; names it in errors."""
+    """Its position in the pool; names it in errors."""
     model: str
     """Directory of a Hugging Face model: config.json, safetensors and, where it has one, generation_config.json."""
     device: str
@@ -47,7 +47,7 @@ class EngineSpec:
     stop_token_ids: tuple[int, ...]
     """End-of-sequence ids of the tokenizer. Those of the model's generation config stop a response as well."""
     readable: bool = False
-    """CPU kernels pack weights beyond reading; with this they stay as they are, at the price of speed."""
+    """Keep the weights unpacked, so that they can be read back. CPU kernels otherwise pack them irreversibly, and are faster."""
 
     @property
     def threads_per_worker(self) -> int:
@@ -56,14 +56,14 @@ class EngineSpec:
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    """Environment variables that the engine's processes must find when they start."""
+    """Return the environment variables that the engine's processes need when they start."""
     common = {
         "HF_HUB_OFFLINE": "1",  # models are directories; read when huggingface_hub is imported
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # An engine lives on one node: its processes talk over loopback, never over an interface others can reach.
+        # An engine runs on one node: its processes use loopback, never an interface that others can reach.
         "VLLM_HOST_IP": "127.0.0.1",
-        # Ray sets this from num_cpus on its own; what an engine uses has to be stated.
+        # Otherwise Ray would set this from num_cpus.
         "OMP_NUM_THREADS": str(spec.threads_per_worker),
     }
     if spec.readable:
@@ -72,20 +72,20 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         common |= KEEP_FREED_MEMORY
         return common | {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine of a node to the same cores
-            # vLLM 0.32 turns the uni-process executor into a multi-process one on CPU (one process more) unless this is 0. AsyncLLM keeps
-            # its engine core in a process of its own all the same.
+            # vLLM 0.32 turns the uni-process executor into a multi-process one on CPU (one more process) unless this is 0. AsyncLLM still
+            # runs its engine core in a separate process.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if spec.tensor_parallel == 1 else "1",
-            # Eager engines still compile a helper of the logprobs, in the first batch that asks for them: 10 s for nothing on CPU.
+            # Eager engines still compile a helper for logprobs, in the first batch that requires them: 10 s for nothing on CPU.
             "TORCHDYNAMO_DISABLE": "1",
         }
     return common
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
-    """Keyword arguments of vLLM's AsyncEngineArgs."""
+    """Return the keyword arguments of vLLM's AsyncEngineArgs."""
     common = {
         "model": spec.model,
-        # The files that the training ranks read. By default vLLM prefers Mistral's own format where a consolidated*.safetensors is there.
+        # The files that the training ranks read. By default vLLM prefers Mistral's own format if there is a consolidated*.safetensors.
         "config_format": "hf",
         "load_format": "safetensors",
         "dtype": spec.dtype,
@@ -97,10 +97,10 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(spec.kv_cache_gib * GIB) // spec.tensor_parallel,
         "seed": spec.seed,
         "enable_prefix_caching": True,
-        # log-softmax(logits / temperature): the distribution that was sampled from. `raw_logprobs` ignores the temperature.
+        # log-softmax(logits / temperature): the distribution that is sampled from. `raw_logprobs` ignores the temperature.
         "logprobs_mode": "processed_logprobs",
-        # Sampling is what the request says: defaults of the model's generation_config.json (top_p, top_k, …) stay out. Its
-        # end-of-sequence ids are still honoured, vLLM reads those separately.
+        # The request alone determines the sampling: defaults of the model's generation_config.json (top_p, top_k, …) are ignored. Its
+        # end-of-sequence ids still apply; vLLM reads those separately.
         "generation_config": "vllm",
         # Token ids go in and come out.
         "skip_tokenizer_init": True,
@@ -112,11 +112,12 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     if spec.device == "cpu":
         return common | {
             "enforce_eager": True,  # compiling takes a minute to start on CPU and decodes slower
-            # A prompt is computed in one step, whole. When a step computes part of the prompt of a request with a seed, vLLM 0.32 winds the
-            # request's generator back, in a way that only CUDA generators know: on CPU the engine core dies of it.
+            # A prompt is computed in a single step. When a step computes part of the prompt of a seeded request, vLLM 0.32 rewinds the
+            # request's generator in a way that only CUDA generators support: on CPU the engine core crashes.
             "enable_chunked_prefill": False,
-            # The responses of a group share whole blocks of their prompt. vLLM takes 128 tokens, more than short prompts have: each is then
-            # computed once per response, twice the time of generation with 44 and 12 tokens. Its fast kernels ask for multiples of 32.
+            # The responses of a group share whole blocks of their prompt. vLLM's default is 128 tokens, more than short prompts have: each
+            # is then computed once per response, which doubles the time of generation with 44 and 12 tokens. Its fast kernels require
+            # multiples of 32.
             "block_size": 32,
             "max_num_batched_tokens": batched_tokens(spec.max_model_len, spec.max_running_requests),
         }
@@ -124,5 +125,5 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
 
 
 def batched_tokens(max_model_len: int, max_running_requests: int) -> int:
-    """Tokens that one step of a CPU engine may compute: whole prompts have to fit."""
+    """Return the tokens that one step of a CPU engine may compute: whole prompts must fit."""
     return max(_MIN_BATCHED_TOKENS, max_model_len, max_running_requests)

@@ -1,4 +1,4 @@
-"""Memory of one worker of an engine by formula, and whether its key-value cache can hold a request. In bytes; no vLLM."""
+"""A formula for the memory of one engine worker, and whether its key-value cache can hold a request. In bytes; no vLLM."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.host_memory import HEAP_HOLES
 from megatron_aspo.hf.model import HFModel
+from megatron_aspo.rollout.engine_layout import EngineHoldings
 from megatron_aspo.rollout.engine_settings import GIB, batched_tokens
 from megatron_aspo.rollout.options import RolloutOptions
-from megatron_aspo.weights.holdings import EngineHoldings
 from megatron_aspo.weights.layout import ITEMSIZE, volume
 
 _FLOAT32, _MIB = 4, 1 << 20
@@ -20,33 +20,33 @@ _BLOCKS_TOKENS = 64
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """Of the first worker of an engine, the one that has most."""
+    """Memory of the first worker of an engine, which holds the most, in bytes."""
 
     weights: int
-    """As vLLM's loaders cut them. On a CPU a tied output head is there twice: as the embedding, and packed for its product."""
+    """As vLLM's loaders shard them. On a CPU a tied output head is stored twice: as the embedding, and packed for its product."""
     kv_cache: int
     incoming: int
-    """Buckets of weights on their way in, at most two, in their whole shape, and the largest tensor once more: vLLM makes a layer anew
-    before it gives up the old one."""
+    """At most two incoming buckets of weights, in whole shape, and the largest tensor once more: vLLM creates a new layer before it frees
+    the old one."""
     batch: int
-    """The largest batch: one layer's activations of its tokens, and the logits of all running requests in float32, five times: as they are,
-    copied, log-probabilities, probabilities, random numbers. On a CPU with the holes that it leaves in the heap."""
+    """The largest batch: one layer's activations, and float32 of the size of the logits of all running requests five times: logits, a copy,
+    log-probabilities, probabilities, random numbers. On a CPU including the holes that it leaves in the heap."""
 
     @property
     def total(self) -> int:
-        """Engines generate and take weights by turns, but allocators keep what a batch took until they need it for something else."""
+        """The sum, although engines do not generate and load weights at the same time: allocators keep what a batch used."""
         return self.weights + self.kv_cache + self.incoming + self.batch
 
 
 def kv_bytes_per_token(model: HFModel, options: RolloutOptions) -> int:
-    """Keys and values of one token on one worker."""
+    """Return the bytes of the keys and values of one token on one worker."""
     dims = model.dims
     heads = max(1, dims.kv_heads // options.tensor_parallel)
     return 2 * dims.layers * heads * dims.head_dim * ITEMSIZE[options.dtype]
 
 
 def cached_tokens(model: HFModel, options: RolloutOptions) -> int:
-    """Tokens that the key-value cache of an engine holds."""
+    """Return the number of tokens that the key-value cache of an engine holds."""
     return int(options.kv_cache_gib * GIB) // options.tensor_parallel // kv_bytes_per_token(model, options)
 
 
@@ -73,7 +73,7 @@ def choose_cache(model: HFModel, options: RolloutOptions, max_model_len: int, ro
 
 
 def check_cache(model: HFModel, options: RolloutOptions, max_model_len: int, section: str = "rollout.") -> None:
-    """Raises UserError when the cache cannot hold one request: vLLM would refuse to start. section: of the option, for the message."""
+    """Raise UserError when the cache cannot hold one request: vLLM would refuse to start. section: the option's, for the message."""
     if (room := cached_tokens(model, options)) < max_model_len:
         needed = max_model_len * kv_bytes_per_token(model, options) * options.tensor_parallel / GIB
         raise UserError(
@@ -84,11 +84,12 @@ def check_cache(model: HFModel, options: RolloutOptions, max_model_len: int, sec
 
 
 def worker_memory(model: HFModel, options: RolloutOptions, bucket_bytes: int, on_cpu: bool, max_model_len: int) -> WorkerMemory:
+    """Compute the memory of one worker; bucket_bytes: size of a transfer bucket."""
     holdings, itemsize = EngineHoldings(model.architecture, model.dims, options.sizes), ITEMSIZE[options.dtype]
     elements = 0
     for name in model.tensor_shapes:
-        held = holdings.of(name)
-        elements += sum(volume(box) for box, ranks in zip(held.boxes, held.ranks, strict=True) if 0 in ranks)
+        owners = holdings.of(name)
+        elements += sum(volume(box) for box, ranks in zip(owners.boxes, owners.ranks, strict=True) if 0 in ranks)
     largest = max(math.prod(shape) for shape in model.tensor_shapes.values()) * itemsize
     whole = sum(math.prod(shape) for shape in model.tensor_shapes.values()) * itemsize
     dims = model.dims

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_aspo.common.options import Choice, NonNegative, Positive, options
-from megatron_aspo.weights.holdings import EngineSizes, check_engine, check_engine_on
+from megatron_aspo.rollout.engine_layout import EngineSizes, check_engine, check_engine_on
 from megatron_aspo.weights.layout import LayoutError, ModelDims
 
 
@@ -45,7 +45,7 @@ class RolloutOptions:
 
     @property
     def sizes(self) -> EngineSizes:
-        """How the engines' workers cut the model."""
+        """The parallel sizes of all engines."""
         return EngineSizes(self.tensor_parallel, self.expert_parallel, self.engines)
 
 

@@ -1,4 +1,4 @@
-"""The last lines a process and its children printed, kept so that a failure can be told in their own words."""
+"""The last lines that a process and its children printed, kept so that an error can quote them."""
 
 import collections
 import os
@@ -10,12 +10,12 @@ _SECOND_HAND = ("Engine core initialization failed", "WorkerProc initialization 
 
 
 def second_hand(message: str) -> bool:
-    """Whether this error of vLLM only says that another of its processes failed, and to look above."""
+    """Whether this error of vLLM only reports that another of its processes failed."""
     return any(text in message for text in _SECOND_HAND)
 
 
 class OutputTail:
-    """Reads what is written to this process's standard output and error, children included, and passes it on to where it went before."""
+    """Reads what this process and its children write to standard output and error, and passes it on to the original destination."""
 
     def __init__(self, lines: int = 400):
         self._lines: collections.deque[str] = collections.deque(maxlen=lines)
@@ -23,7 +23,7 @@ class OutputTail:
             self._tee(descriptor)
 
     def cause(self) -> str | None:
-        """The last line that states an error first-hand, from the error's name on; None when no such line was printed."""
+        """Return the last line that reports an original error, from the error's name on; None if there is none."""
         for line in reversed(self._lines):
             found = _ERROR.search(line)
             if found and not second_hand(line):

@@ -1,4 +1,4 @@
-"""The engines of a run, as the driver sees them: one object that starts them, feeds them, brings them new weights and ends them."""
+"""The engines of a run, seen from the driver: one object that starts them, feeds them, gives them new weights and ends them."""
 
 import contextlib
 import os
@@ -28,34 +28,34 @@ from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.share import share
 
 if TYPE_CHECKING:
-    from megatron_aspo.sync.schedule import TransferSpec
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
 
 _MAX_CONCURRENT_CALLS = 4096
 _SHUTDOWN_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 10.0
-"""An engine that does not say in this time how it is counts as dead."""
+"""An engine that does not report its health within this time counts as dead."""
 _MAX_LOSSES = 3
-"""Losses of engines in one generation after which a request is taken for their cause."""
+"""Lost engines in one generation, above which a request is assumed to be the cause."""
 _START_TRIES = 3
-"""Tries to start a lost engine again."""
+"""Upper bound on the attempts to restart a lost engine."""
 _RESTART_FACTOR, _RESTART_S = 5.0, 60.0
-"""An engine that starts again may take so many times what the first start took, and at least so many seconds: its files are cached by then,
-but the node may be busier. Without this bound a start that freezes would hold up the run for `start_timeout_s`."""
+"""A restart may take this multiple of the first start's time, and at least this many seconds: its files are cached by then, but the node
+may be busier. Without this bound a start that freezes would hold up the run for `start_timeout_s`."""
 
 
 @dataclass
 class _Member:
-    """One engine, from the driver's side."""
+    """One engine, seen from the driver."""
 
     spec: EngineSpec
     actor: Any
     home: ray.ObjectRef | None = None
     """The actor's answer of where it lives."""
     info: EngineInfo | None = None
-    place: tuple[str, str] | None = None
-    """Node and devices that it shares with others."""
+    shared_devices: tuple[str, str] | None = None
+    """Ray's id of the node, and the devices on it, that it shares with training ranks; None: it has its own."""
     load: int = 0
-    """Requests under way on it."""
+    """Its number of unfinished requests."""
 
     @property
     def name(self) -> str:
@@ -63,16 +63,16 @@ class _Member:
 
 
 _Streams = dict[ObjectRefGenerator, tuple[_Member, Sequence[int]]]
-"""Calls of `Engine.generate_many` under way, with the engine and the positions of the requests that it was given."""
+"""Running calls of `Engine.generate_many`, with the engine and the positions of the requests that it was given."""
 _Lost = dict[int, tuple[Any, list[int]]]
-"""Engines that were lost: index → actor, and positions of the requests that it had."""
+"""Lost engines: index → actor, and positions of the requests that it had."""
 
 
 class EnginePool:
-    """`start`, then anything, `shutdown` last. Methods may be called from several threads of the driver.
+    """Call `start`, then any method, then `shutdown`. Methods may be called from several threads of the driver.
 
-    A dead engine ends every call that depends on it with an EngineError, until `restart_dead` puts a new one in its place. Generation goes
-    on by itself where `restore` is set.
+    Every call that depends on a dead engine raises EngineError until `restart_dead` has replaced it. Generation recovers automatically if
+    `restore` is set.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class EnginePool:
         stop_token_ids: Sequence[int] = (),
         readable: bool = False,
     ):
-        """Nothing is started yet; Ray must be running.
+        """Prepare the engines without starting them; Ray must be running.
 
-        `model` is a directory; `max_model_len` bounds prompt plus response in tokens; `stop_token_ids` are the tokenizer's end-of-sequence
-        ids, added to those of the model's generation config. `readable`: as EngineSpec's.
+        model: its directory. max_model_len: upper bound on prompt plus response, in tokens. stop_token_ids: the tokenizer's end-of-sequence
+        ids, in addition to those of the model's generation config. readable: as EngineSpec's.
         """
         if device not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r} is not known; expected 'cpu' or 'cuda'")
@@ -97,8 +97,8 @@ class EnginePool:
         self.deterministic = deterministic
         """May be changed between calls of `generate`."""
         self.restore: Callable[[str], None] | None = None
-        """Called with the reason when an engine was lost while it generated: starts it again and brings all engines to the weights in use.
-        Without it a loss ends the generation."""
+        """Called with the reason when an engine is lost while it generates: must restart it and bring all engines to the weights in use.
+        None: a loss ends the generation."""
         self._lock, self._restoring = threading.Lock(), threading.Lock()
         self.threads = options.threads or _even_threads(options.engines, options.resource)
         """CPU threads of each engine."""
@@ -124,15 +124,15 @@ class EnginePool:
             )
         ]
 
-    def start(self, places: Sequence[tuple[str, str]] | None = None) -> list[EngineInfo]:
-        """Start all engines at the same time; returns when all are up.
+    def start(self, shared_devices: Sequence[tuple[str, str]] | None = None) -> list[EngineInfo]:
+        """Start all engines concurrently; return once all have started.
 
-        places: of each engine Ray's id of the node and the devices on it that it shares with others; by default Ray gives it its own.
-        Raises UserError with the cause when one does not start or is not up after `start_timeout_s`; then none is left running.
+        shared_devices: for each engine, Ray's id of the node and the devices on it that it shares; by default Ray gives it its own. Raises
+        UserError with the cause when one does not start within `start_timeout_s`; then none is left running.
         """
         require_cluster()
-        for member, place in zip(self._members, places or (), strict=False):
-            member.place = place
+        for member, devices in zip(self._members, shared_devices or (), strict=False):
+            member.shared_devices = devices
         began = time.monotonic()
         try:
             self._start(self._members, self._options.start_timeout_s)
@@ -150,14 +150,14 @@ class EnginePool:
 
     @property
     def infos(self) -> list[EngineInfo]:
-        """What each engine said when it had started."""
+        """The report of each engine from its start."""
         return [member.info for member in self._members]
 
     def restart_dead(self) -> list[str]:
-        """Start anew the engines that died or answer no more, and with them those that hold a mixture of weights; returns all their names.
+        """Restart the engines that are dead or silent, and those that hold a mixture of weights; return the names of all restarted engines.
 
-        None is touched, and none named, unless one is dead. The new ones hold the weights of the model's directory. Raises EngineError when
-        they do not start in three tries, each bounded by the time that the first start took.
+        A no-op unless one is dead. New engines hold the weights of the model's directory. Raises EngineError when they do not start in
+        three attempts, each bounded by the time of the first start.
         """
         unfit, dead = [], []
         for member in self._members:
@@ -209,13 +209,13 @@ class EnginePool:
         group_size: int = 1,
         on_response: Callable[[int, Generation], None] = lambda position, generation: None,
     ) -> list[Generation]:
-        """One response per request, in their order. Every `group_size` consecutive requests share a prompt and stay on one engine.
+        """Return one response per request, in order. Every `group_size` consecutive requests share a prompt and stay on one engine.
 
-        Deterministic: each engine gets its fixed share in one piece and starts it in one step. Otherwise each group goes to the engine with
-        the fewest requests under way, at the moment that engine has room for it. on_response: called in this thread with the position and
-        the response of each request as soon as it is finished. Raises EngineError when an engine fails, and what on_response raises; the
-        requests that are still under way are then withdrawn. With `restore` the requests of an engine that dies or freezes are given out
-        again, in a deterministic pool its whole share to the engine in its place.
+        Deterministic: each engine gets its fixed share at once and starts it in one step. Otherwise each group goes to the engine with the
+        fewest unfinished requests, as soon as that engine has room for it. on_response: called in this thread with the position and the
+        response of each request as soon as it is finished. Raises EngineError when an engine fails, and what on_response raises; unfinished
+        requests are then cancelled. With `restore` the requests of an engine that dies or freezes are sent again; in a deterministic pool,
+        its whole share to its replacement.
         """
         generations: dict[int, Generation] = {}
         with contextlib.closing(self.stream(requests, group_size)) as responses:
@@ -225,17 +225,17 @@ class EnginePool:
         return [generations[position] for position in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], group_size: int = 1) -> Iterator[tuple[int, Generation]]:
-        """Yield (position in `requests`, response) for each response as soon as it is finished, and keep none; the rest as `generate`.
+        """Yield (position in `requests`, response) for each response as soon as it is finished; otherwise as `generate`.
 
-        Requests under way are withdrawn when the generator is closed.
+        Unfinished requests are cancelled when the generator is closed.
         """
-        placement = share(len(requests), len(self._members), group_size)
-        return self._generate_fixed(requests, placement) if self.deterministic else self._generate_least_loaded(requests, group_size)
+        engine_of = share(len(requests), len(self._members), group_size)
+        return self._generate_fixed(requests, engine_of) if self.deterministic else self._generate_least_loaded(requests, group_size)
 
     def connect(self, host: str, port: int, spec: "TransferSpec", timeout_s: float, apart: bool = False) -> Pending:
-        """Let every engine's workers join the group of the spec, which training rank 0 opens at `host:port`.
+        """Let the workers of every engine join the group of the spec, which training rank 0 opens at `host:port`.
 
-        apart: as if each engine were on a machine of its own, for measurements.
+        apart: as if each engine were on a separate machine, for measurements.
         """
         return self._on_all("connect", host, port, spec, timeout_s, apart)
 
@@ -244,51 +244,51 @@ class EnginePool:
         return self._on_all("receive_weights", version, verify)
 
     def stored_digests(self) -> list:
-        """Of each engine, of each of its workers: (tensor, box, SHA-256) of the weights in its memory that can be read."""
+        """Return, for each worker of each engine, (tensor, box, SHA-256) of the weights in its memory that can be read."""
         return self._on_all("stored_digests").result()
 
     def received_digests(self) -> list:
-        """Of each engine, of each of its workers: (tensor, box, SHA-256) of the pieces of the last version, if it was verified."""
+        """Return, for each worker of each engine, (tensor, box, SHA-256) of the boxes of the last version, if it was verified."""
         return self._on_all("received_digests").result()
 
     def pause(self) -> None:
-        """Halt decoding on every engine; returns when all have halted."""
-        self._answers("pause")
+        """Halt decoding on every engine; return once all have halted."""
+        self._answers_of_all("pause")
 
     def resume(self) -> None:
         """Undo `pause`."""
-        self._answers("resume")
+        self._answers_of_all("resume")
 
     def sleep(self, level: int = 1) -> None:
-        """Let every engine give its device memory back; of level 2 it forgets its weights."""
-        self._answers("sleep", level)
+        """Let every engine free its device memory; at level 2 it drops its weights."""
+        self._answers_of_all("sleep", level)
 
     def wake(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
-        """Let every engine take back the memory of its `weights`, its `kv_cache` or both."""
-        self._answers("wake", tags)
+        """Let every engine allocate the memory of its `weights`, its `kv_cache` or both again."""
+        self._answers_of_all("wake", tags)
 
     def versions(self) -> list[int]:
-        """Version of the weights in use on each engine; 0 are those it started with."""
-        return self._answers("version")
+        """Return the version of the weights in use on each engine; 0: those with which it started."""
+        return self._answers_of_all("version")
 
     def health(self) -> list[dict[str, Any]]:
-        """What each engine says of its state. Raises EngineError for a dead one."""
-        return self._answers("health")
+        """Return the state that each engine reports. Raises EngineError for a dead one."""
+        return self._answers_of_all("health")
 
     @property
     def size(self) -> int:
-        """Number of engines."""
+        """The number of engines."""
         return len(self._members)
 
     def shutdown(self) -> None:
-        """End all engines, the processes below them and their shared memory. May be called at any moment, and twice."""
+        """End all engines, their child processes and shared memory. Idempotent; may be called at any time."""
         self._end([member for member in self._members if member.actor is not None])
 
     def _end(self, running: Sequence[_Member], ask: bool = True) -> None:
-        """ask: give each the time to end by itself, which one that is dead or frozen would never use."""
+        """ask: give each the time to shut down, which a dead or frozen engine would not use."""
         if not running:
             return
-        # An engine that is still starting answers once it is up: ended halfway, its engine core would notice only later.
+        # An engine that is still starting answers once it has started: killed before, its engine core would notice only later.
         stopping = [member.actor.shutdown.remote() for member in running] if ask else []
         if stopping:
             ray.wait(stopping, num_returns=len(stopping), timeout=_SHUTDOWN_TIMEOUT_S)
@@ -305,9 +305,9 @@ class EnginePool:
             member.info = None
         ray.get(sweeps, timeout=_SHUTDOWN_TIMEOUT_S)
 
-    def _generate_fixed(self, requests: Sequence[Request], placement: list[int]) -> Iterator[tuple[int, Generation]]:
+    def _generate_fixed(self, requests: Sequence[Request], engine_of: list[int]) -> Iterator[tuple[int, Generation]]:
         shares: dict[int, list[int]] = {}
-        for position, engine in enumerate(placement):
+        for position, engine in enumerate(engine_of):
             shares.setdefault(engine, []).append(position)
         given: set[int] = set()
         losses: list[EngineError] = []
@@ -322,7 +322,7 @@ class EnginePool:
             try:
                 while under_way:
                     for position, generation in self._responses(under_way, liveness, lost, losses):
-                        # The share of an engine that was lost is generated again from its beginning, with the same result.
+                        # The share of a lost engine is generated again from its beginning, with the same result.
                         if position not in given:
                             given.add(position)
                             yield position, generation
@@ -337,7 +337,7 @@ class EnginePool:
         given: set[int] = set()
         losses: list[EngineError] = []
         gone: dict[int, Any] = {}
-        """Engines that were lost, and their actors; they get no more requests before they are started again."""
+        """Lost engines and their actors; they get no more requests before they are restarted."""
         under_way: _Streams = {}
         liveness = Liveness(self._options.answer_timeout_s)
         try:
@@ -375,12 +375,12 @@ class EnginePool:
     def _responses(
         self, under_way: _Streams, liveness: Liveness, lost: _Lost, losses: list[EngineError]
     ) -> Iterator[tuple[int, Generation]]:
-        """Wait a moment; yield positions and responses that are ready. Streams that have ended are under way no more.
+        """Wait a moment; yield positions and responses that are ready. Removes the streams that have ended from `under_way`.
 
-        Streams of an engine that is dead or frozen are not either: their positions are added to `lost`, the reason to `losses`.
-        Raises what an engine fails with that is not dead, and the loss of an engine where nothing can replace it.
+        Streams of a dead or frozen engine are removed too: their positions are added to `lost`, the reason to `losses`. Raises the error of
+        an engine that is alive, and the loss of an engine where nothing can replace it.
         """
-        # Woken now and then, as another caller's requests may have made room meanwhile, and an engine may be frozen.
+        # With a timeout, because another caller may have made room meanwhile, and an engine may be frozen.
         done, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
         for stream in done:
             member, positions = under_way[stream]
@@ -407,10 +407,10 @@ class EnginePool:
         losses.append(reason)
         for stream in [stream for stream, (owner, _) in under_way.items() if owner is member]:
             lost.setdefault(member.spec.index, (member.actor, []))[1].extend(under_way.pop(stream)[1])
-            _withdraw([stream])  # it may be frozen for a while only
+            _withdraw([stream])  # it may be frozen only temporarily
 
     def _recover(self, lost: Iterable[Any], losses: list[EngineError]) -> None:
-        """Let engines be replaced whose actors were lost, unless another caller saw to it.
+        """Let `restore` replace the engines whose actors were lost, unless another caller has done so.
 
         Raises the last loss when there were too many in one call.
         """
@@ -421,7 +421,7 @@ class EnginePool:
                 self.restore(str(losses[-1]))
 
     def _claim(self, count: int, gone: Collection[int]) -> _Member | None:
-        """Count `count` requests on the least loaded engine that is not gone, or None when that one has all it can run and a group more."""
+        """Reserve `count` requests on the least loaded engine that is not gone; None if it has all it can run and a group more."""
         with self._lock:
             left = [member for member in self._members if member.spec.index not in gone]
             member = min(left, key=lambda member: (member.load, member.spec.index), default=None)
@@ -434,8 +434,8 @@ class EnginePool:
         with self._lock:
             member.load -= count
 
-    def _answers(self, method: str, *arguments: Any) -> list[Any]:
-        """Each engine's answer. Raises EngineError for one that does not give it in time."""
+    def _answers_of_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Return each engine's answer. Raises EngineError for an engine that does not answer in time."""
         try:
             return self._on_all(method, *arguments).result(self._options.answer_timeout_s)
         except TimeoutError as error:
@@ -451,7 +451,7 @@ class EnginePool:
         return Pending(tuple(member.name for member in members), tuple(refs), tuple(partial(self._explain, member) for member in members))
 
     def _explain(self, member: _Member, error: Exception) -> Exception:
-        """The exception to raise for a failed call: the engine's own where it could still speak."""
+        """Return the exception to raise for a failed call: the engine's own if it could still raise one."""
         if isinstance(error, RayTaskError):
             cause = error.cause
             return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{member.name}: {cause}")
@@ -463,22 +463,22 @@ class EnginePool:
 
 def _actor_options(member: _Member, resource: str) -> dict[str, Any]:
     spec = member.spec
-    # vLLM's child processes import this package too, also where it runs from a checkout that is not installed.
+    # vLLM's child processes import this package too, even from a checkout that is not installed.
     root = str(Path(megatron_aspo.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = environment(spec) | {"PYTHONPATH": path}
     gpus, cpus = spec.tensor_parallel if spec.device == "cuda" else 0, 1
     options: dict[str, Any] = {}
-    if member.place is not None:
-        node, devices = member.place
+    if member.shared_devices is not None:
+        node, devices = member.shared_devices
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         cpus = 0  # the rank whose device it shares has the token
         if devices:
-            # They are another actor's in Ray's books.
+            # Ray has assigned them to another actor.
             gpus = 0
             variables |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     return options | {
-        # One CPU is a token, not a count of threads: engines and training ranks of one node take turns, and both use all its cores.
+        # One CPU is a token, not a number of threads: engines and training ranks of a node take turns, and both use all its cores.
         "num_cpus": cpus,
         "num_gpus": gpus,
         "resources": {resource: 1} if resource else {},
@@ -489,7 +489,7 @@ def _actor_options(member: _Member, resource: str) -> dict[str, Any]:
 
 
 def _even_threads(engines: int, resource: str) -> int:
-    """This node's cores divided by the engines that a node carries, at least 1. resource: what such a node must have, if anything."""
+    """Return this node's cores divided by the engines of a node, at least 1. resource: what such a node must have, if anything."""
     nodes = sum(1 for node in ray.nodes() if node["Alive"] and (not resource or node["Resources"].get(resource)))
     per_node = -(-engines // max(1, nodes))
     return max(1, len(os.sched_getaffinity(0)) // per_node)
@@ -509,6 +509,6 @@ def _run_on(node_id: str, function: Callable[..., None], *arguments: Any) -> ray
 
 
 def _withdraw(streams: Iterable[ObjectRefGenerator]) -> None:
-    """Cancel calls under way; one that is done already, or whose engine is dead, is left as it is."""
+    """Cancel running calls; a no-op for calls that are done or whose engine is dead."""
     for stream in streams:
         ray.cancel(stream)

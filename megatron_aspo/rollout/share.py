@@ -1,10 +1,10 @@
-"""Which engine answers which request, when that must not depend on the moment."""
+"""A deterministic assignment of requests to engines."""
 
 
 def share(n_requests: int, n_engines: int, group_size: int) -> list[int]:
-    """The engine of each request: groups of `group_size` consecutive requests, one prompt each, are dealt out in turn.
+    """Return the engine of each request: groups of `group_size` consecutive requests, one prompt each, are assigned round-robin.
 
-    A group stays on one engine, whose prefix cache then computes its prompt once. Depends on nothing but its arguments.
+    A group stays on one engine, whose prefix cache then computes its prompt once. A pure function.
     Raises ValueError for sizes below one or requests that do not fill their last group.
     """
     if n_engines < 1 or group_size < 1 or n_requests < 0:

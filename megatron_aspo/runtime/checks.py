@@ -1,6 +1,6 @@
 """The one list of what a recipe and its model can be refused for before any process is started.
 
-`train` (resumed or not), `plan` and tools/verify_sync.py call `check_run`; what the model's files must be, `convert` checks by the same
+`train` (resumed or not), `plan` and `verify-sync` call `check_run`; what the model's files must be, `convert` checks by the same
 `read_model` and `TensorReader.checked`. Not in the list, as only `train` reads them: tokenizer, prompts and the checkpoint to resume from.
 """
 
@@ -58,7 +58,7 @@ def check_run(config: Config, device: str, *, weights_required: bool = True) -> 
     else:
         reader = TensorReader.checked(model) if weights_required or has_weights(model.directory) else None
     if ":" in config.algorithm.policy_loss:
-        from megatron_aspo.losses.custom import find_policy_loss
+        from megatron_aspo.losses.find import find_policy_loss
 
         find_policy_loss(config.algorithm)
     return CheckedRecipe(model, settings, reader, torch_dist)

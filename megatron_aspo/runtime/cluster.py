@@ -15,9 +15,9 @@ from ray._private import ray_constants
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
+from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.runtime.guard import Guard, environment_set
 from megatron_aspo.runtime.machine import check_machine
-from megatron_aspo.weights.holdings import EngineSizes
 
 _OBJECT_STORE_BYTES = 512 << 20
 """Object store of a Ray that we start: batches of tokens pass through it, weights never do."""

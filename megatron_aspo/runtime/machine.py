@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.weights.holdings import EngineSizes
+from megatron_aspo.rollout.engine_layout import EngineSizes
 
 _SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.weights.holdings import EngineSizes
+from megatron_aspo.rollout.engine_layout import EngineSizes
 
 
 def ranks_by_node(processes: Sequence[tuple[str, str]], tensor: int) -> list[int]:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.rollout.engine import EngineError
+from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.runtime.publisher import Publisher
-from megatron_aspo.weights.holdings import EngineSizes
 
 if TYPE_CHECKING:
     from megatron_aspo.rollout.pool import EnginePool

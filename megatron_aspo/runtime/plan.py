@@ -15,15 +15,16 @@ from megatron_aspo.checkpoint.start_model import find_copy
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, to_yaml
 from megatron_aspo.hf.model import HFModel
+from megatron_aspo.rollout.engine_layout import EngineHoldings
 from megatron_aspo.rollout.memory import WorkerMemory, cached_tokens, worker_memory
 from megatron_aspo.runtime.checks import check_run, expected_device
 from megatron_aspo.runtime.nodes import NodeShare, shares_of_nodes
 from megatron_aspo.runtime.start import directory_exists, find_start
-from megatron_aspo.sync.plan import Where, in_buckets, least_traffic
+from megatron_aspo.sync.plan import RankNodes, count_least_traffic, fill_buckets
 from megatron_aspo.trainer.memory import Load, RankMemory, rank_memory
 from megatron_aspo.trainer.settings import RankSettings
 from megatron_aspo.weights.families import layout
-from megatron_aspo.weights.holdings import EngineHoldings, TrainingHoldings
+from megatron_aspo.weights.holdings import TrainingHoldings
 from megatron_aspo.weights.layout import ITEMSIZE
 
 _AXES = ("tensor", "context", "data", "pipeline", "expert")
@@ -99,9 +100,9 @@ class Plan:
         source = TrainingHoldings(model.architecture, model.dims, self.settings.sizes)
         target = EngineHoldings(model.architecture, model.dims, sizes)
         itemsize, order = ITEMSIZE[self.config.rollout.dtype], source.in_turns()
-        moved = least_traffic(order, source, target, Where((0,) * (source.world + target.world), {})) * itemsize
+        moved = count_least_traffic(order, source, target, RankNodes((0,) * (source.world + target.world), {})) * itemsize
         nbytes = {name: math.prod(shape) * itemsize for name, shape in model.tensor_shapes.items()}
-        return moved, len(in_buckets(order, target, nbytes.__getitem__, self.config.transfer_bucket_mib << 20))
+        return moved, len(fill_buckets(order, target, nbytes.__getitem__, self.config.transfer_bucket_mib << 20))
 
     @property
     def needs(self) -> int:

@@ -15,6 +15,7 @@ from megatron_aspo.observe.memory import PeakMemory
 from megatron_aspo.observe.progress import Progress
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.runtime.checks import check_recipe
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
 from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_places
@@ -22,7 +23,6 @@ from megatron_aspo.runtime.prepare import Prepared
 from megatron_aspo.runtime.publisher import Publisher
 from megatron_aspo.runtime.start import Start
 from megatron_aspo.runtime.trainers import Trainers
-from megatron_aspo.sync.schedule import TransferSpec
 from megatron_aspo.trainer.settings import RankSettings
 
 

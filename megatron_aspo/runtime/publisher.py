@@ -1,4 +1,4 @@
-"""New weights from the training ranks to the engines: connect once, publish after every update, start again what dies."""
+"""Publishing new weights from the training ranks to the engines: connect once, publish after every update, restart what dies."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -6,30 +6,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_aspo.common.actors import Pending
     from megatron_aspo.rollout.pool import EnginePool
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
     from megatron_aspo.runtime.trainers import Trainers
-    from megatron_aspo.sync.schedule import TransferSpec
 
 
 _GRACE_S = 30.0
-"""Who is not frozen fails within this time after the first failure, as the ranks that fail leave the group."""
-_FAILURES_TOLD = 4
+"""After a first failure every live peer fails within this time, because failing ranks leave the group. A silent peer is frozen."""
+_MAX_NAMED = 4
 _REPEATS = 3
 """Retries of a transfer after dead engines were replaced."""
 
 
 class PublishError(RuntimeError):
-    """A transfer, or joining for it, failed; says how each of the first that failed did."""
+    """A transfer, or connecting for it, failed; names the first processes that failed, with their errors."""
 
     def __init__(self, what: str, failures: dict[str, Exception]):
-        told = [f"{name}: {failure}" for name, failure in list(failures.items())[:_FAILURES_TOLD]]
-        more = f"; and {len(failures) - _FAILURES_TOLD} more" if len(failures) > _FAILURES_TOLD else ""
-        super().__init__(f"{what}: {'; '.join(told)}{more}")
+        reasons = [f"{name}: {failure}" for name, failure in list(failures.items())[:_MAX_NAMED]]
+        more = f"; and {len(failures) - _MAX_NAMED} more" if len(failures) > _MAX_NAMED else ""
+        super().__init__(f"{what}: {'; '.join(reasons)}{more}")
         self.silent = [name for name, failure in failures.items() if isinstance(failure, TimeoutError)]
-        """Who did not even fail."""
+        """The processes that neither answered nor failed."""
 
 
 class Publisher:
-    """The driver's part: it starts both ends of a transfer and moves no weights itself."""
+    """The driver's part of weight transfers: it starts both ends and moves no weights itself."""
 
     def __init__(
         self,
@@ -40,22 +40,22 @@ class Publisher:
         verify_every: int,
         say: Callable[[str], None] = print,
     ):
-        """Forms the process group of all training ranks and every engine worker.
+        """Form the process group of all training ranks and engine workers. Raises PublishError.
 
-        timeout_s: how long a rank waits for another; verify_every: as config.transfer_verify_every; say: told what happens to engines.
+        timeout_s: how long a rank waits for another; verify_every: as config.transfer_verify_every; say: logs what happens to engines.
         """
         self._trainers, self._engines, self._spec, self._timeout_s = trainers, engines, spec, timeout_s
         self._verify_every, self.say = verify_every, say
         self._published = 0
         self.version = 0
-        """What the engines have now; 0 is what they started with."""
+        """The version that the engines hold; 0: the weights with which they started."""
         self._connect()
 
     def publish(self, version: int, verify: bool = False) -> int:
-        """Bring every engine to the current weights as `version`; returns the bytes sent. verify: now, whatever the recipe says.
+        """Bring every engine to the current weights as `version`; return the bytes sent. verify: this time, whatever the recipe says.
 
-        When an engine dies meanwhile, or answers no more, it is started again, with those that its death left half-way, and all are brought
-        to `version`, verified. Raises PublishError when no engine is dead, a training rank is, or it fails too often.
+        When an engine dies or stops answering, it is restarted together with the engines whose update it interrupted, and all are brought
+        to `version`, verified. Raises PublishError when no engine is dead, when a training rank is, or when it fails too often.
         """
         verify |= self._published % self._verify_every == 0 if self._verify_every else self._published == 0
         self._published += 1
@@ -70,7 +70,7 @@ class Publisher:
         return sent
 
     def _repeat(self, version: int, failure: PublishError) -> int:
-        """After a transfer that failed: replace what is dead, and send all of it again."""
+        """Replace dead engines after a failed transfer, and send everything again."""
         for _ in range(_REPEATS):
             self.say(str(failure))
             try:
@@ -82,7 +82,7 @@ class Publisher:
         raise failure
 
     def replace_dead(self) -> bool:
-        """Start again the engines that are dead or answer no more, and let all meet anew; returns whether there were any.
+        """Restart the engines that are dead or silent, and form the group again; return whether there were any.
 
         The new engines hold the weights of the model's directory until the next version is published.
         """
@@ -95,16 +95,16 @@ class Publisher:
     def _connect(self) -> None:
         host, port = self._trainers.address(self._timeout_s)
         joining = self._engines.connect(host, port, self._spec, self._timeout_s)
-        self._both("training ranks and engines did not meet", self._trainers.connect(host, port, self._spec), joining)
+        self._wait_for_both("training ranks and engines did not meet", self._trainers.connect(host, port, self._spec), joining)
 
     def _transfer(self, version: int, verify: bool) -> int:
         receiving = self._engines.receive_weights(version, verify)
         sending = self._trainers.publish(version, verify)
-        answers = self._both(f"the weights of version {version} did not arrive", sending, receiving)
+        answers = self._wait_for_both(f"the weights of version {version} did not arrive", sending, receiving)
         return sum(answers[name] for name in sending.names)
 
-    def _both(self, failed: str, ranks: "Pending", engines: "Pending") -> dict[str, Any]:
-        # Each end gives up by itself after the timeout, counted from when it began to wait.
+    def _wait_for_both(self, failed: str, ranks: "Pending", engines: "Pending") -> dict[str, Any]:
+        # Each end times out by itself, counted from when it began to wait.
         answers, failures = (ranks + engines).outcomes(2 * self._timeout_s, min(_GRACE_S, self._timeout_s))
         if failures:
             raise PublishError(failed, failures)

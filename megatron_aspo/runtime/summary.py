@@ -10,12 +10,21 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_aspo.evaluation.accuracy import Answer, Evaluation
-from megatron_aspo.observe.metrics import count_updates, untrained_warning
+from megatron_aspo.observe.metrics import count_updates, read_metrics, untrained_warning
 
 if TYPE_CHECKING:
+    from megatron_aspo.config import Config
     from megatron_aspo.runtime.run import Run
 
 _SHOWN_CHARACTERS = 60
+
+
+def print_complete(config: "Config") -> None:
+    """Print that the run was complete already, and one JSON object as the last line."""
+    print(f"run {config.directory} is complete")
+    updates = count_updates(read_metrics(config.directory / "metrics.jsonl"))
+    paths = {"run_dir": str(config.directory), "hf_model": str(config.export_directory)}
+    print(json.dumps({"steps": config.steps, "updates": updates, **paths}))
 
 
 def print_summary(run: "Run", before: Evaluation | None, after: Evaluation | None, minutes: float, tokens: int, export: Path) -> None:

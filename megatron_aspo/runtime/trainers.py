@@ -1,4 +1,4 @@
-"""The training ranks as Ray actors, and the driver's side of them."""
+"""The training ranks as Ray actors, and their handle in the driver."""
 
 import os
 import sys
@@ -21,27 +21,27 @@ from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 
 if TYPE_CHECKING:
     from megatron_aspo.data.batch import TrainBatch
-    from megatron_aspo.sync.schedule import TransferSpec
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
 
 
 class TrainerError(RuntimeError):
-    """A training rank failed; names the rank and carries its own traceback."""
+    """A training rank failed; names the rank and includes its traceback."""
 
 
 class TrainerActor:
-    """One training rank in a process of its own. Megatron and torch are imported here, never in the driver."""
+    """One training rank in a separate process. Megatron and torch are imported here, never in the driver."""
 
     def address(self) -> tuple[str, int]:
-        """This node's private address, and a free port on it."""
+        """Return this node's private address, and a free port on it."""
         host = ray.util.get_node_ip_address()
         return host, free_port(host)
 
     def start(
         self, settings: RankSettings, rank: int, host: str, port: int, working_directory: str, checkpoint: Path | None, reserve: bool
     ) -> dict[str, str]:
-        """Build the rank; the ranks meet at rank 0's `host:port`. Modules of the driver's working directory are found as in the driver.
+        """Build the rank; the ranks meet at rank 0's `host:port`. Modules of the driver's working directory can be imported.
 
-        checkpoint: what its state is filled from, known to be whole. reserve: take the memory for asynchronous checkpoints. Returns what
+        checkpoint: a complete one, from which its state is loaded. reserve: allocate the memory for asynchronous checkpoints. Returns what
         was chosen.
         """
         if working_directory not in sys.path:
@@ -71,7 +71,7 @@ class TrainerActor:
         return self._rank.publish(version, verify)
 
     def place(self) -> tuple[str, str]:
-        """Ray's id of this node, and of the device on it that this rank has ("" on CPU)."""
+        """Return Ray's id of this node, and of this rank's device on it ("" on CPU)."""
         context = ray.get_runtime_context()
         return context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", []))
 
@@ -95,16 +95,16 @@ class TrainerActor:
 
 @dataclass
 class Trainers:
-    """All training ranks. Every method is a collective over them; one failing rank ends the call with its reason."""
+    """All training ranks. Every method is a collective over them; a failing rank ends the call with its error."""
 
     _actors: list
     described: dict[str, str]
 
     @classmethod
     def start(cls, settings: RankSettings, device: str, threads: int, checkpoint: Path | None, reserve: bool) -> "Trainers":
-        """Create and start every rank, from the model or from a checkpoint; reserve: memory for asynchronous checkpoints.
+        """Create and start every rank, from the model or from a checkpoint; reserve: as `TrainerActor.start`'s.
 
-        Raises UserError when the model or the layout is at fault; then none is left running.
+        Raises UserError when the model or the layout is wrong; then none is left running.
         """
         require_cluster()
         options = {
@@ -128,30 +128,30 @@ class Trainers:
 
     @property
     def world(self) -> int:
-        """Number of training ranks."""
+        """The number of training ranks."""
         return len(self._actors)
 
     def update(self, batch: "TrainBatch", step: int) -> UpdateReport:
-        """One step's training; figures of all ranks in one report."""
+        """Train one step; return the metrics of all ranks in one report."""
         shared = ray.put(batch)
         reports = self._get([actor.update.remote(shared, step) for actor in self._actors])
         # Complete on the last pipeline stage, whose last rank is the last of all.
         return reports[-1]
 
     def address(self, timeout_s: float) -> tuple[str, int]:
-        """Private address of rank 0's node, and a free port on it."""
+        """Return the private address of rank 0's node, and a free port on it."""
         return self._get([self._actors[0].address.remote()], timeout_s)[0]
 
     def connect(self, host: str, port: int, spec: "TransferSpec") -> Pending:
-        """Form the group of the spec with the engines' workers, which must be connecting."""
+        """Form the group of the spec with the engine workers, which must be connecting at the same time."""
         return self._pending([actor.connect.remote(host, port, spec) for actor in self._actors])
 
     def publish(self, version: int, verify: bool) -> Pending:
-        """Send the current weights to the engines, which must be receiving; each rank says how many bytes it sent."""
+        """Send the current weights to the engines, which must be receiving; each rank answers with the bytes that it sent."""
         return self._pending([actor.publish.remote(version, verify) for actor in self._actors])
 
     def places(self) -> list[tuple[str, str]]:
-        """Of each rank: Ray's id of its node, and of its device on it ("" on CPU)."""
+        """Return, for each rank, Ray's id of its node, and of its device on it ("" on CPU)."""
         return self._get([actor.place.remote() for actor in self._actors])
 
     def offload(self, part: str) -> None:
@@ -163,11 +163,11 @@ class Trainers:
         self._get([actor.reload.remote() for actor in self._actors])
 
     def save(self, request: SaveRequest) -> float:
-        """Start a checkpoint, once the one under way is done; returns the seconds until training can go on."""
+        """Start a checkpoint once the current one is done; return the seconds until training can go on."""
         return max(self._get([actor.save.remote(request) for actor in self._actors]))
 
     def saved(self, wait: bool, timeout_s: float | None = None) -> bool:
-        """Whether no checkpoint is being written any more. Raises what kept one from being written, and TimeoutError."""
+        """Whether no checkpoint is being written. Raises the error of a checkpoint that failed, and TimeoutError."""
         return all(self._get([actor.saved.remote(wait) for actor in self._actors], timeout_s))
 
     def export(self, directory: Path, dtype: str, files: dict[str, str]) -> dict[str, str]:
@@ -180,7 +180,7 @@ class Trainers:
             ray.kill(actor)
 
     def _get(self, refs: list, timeout_s: float | None = None) -> list:
-        """Answers in order. The first failure is raised at once: the other ranks may be waiting for the failed one."""
+        """Return the answers in order. The first failure is raised at once: the other ranks may be waiting for the failed one."""
         return self._pending(refs).result(timeout_s)
 
     def _pending(self, refs: list) -> Pending:

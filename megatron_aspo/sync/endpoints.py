@@ -1,10 +1,10 @@
-"""The two ends of a transfer: training ranks send what the schedule says, the workers of engines put whole-shaped tensors together.
+"""The two ends of a transfer: training ranks send what their schedule lists, engine workers assemble tensors of whole shape.
 
-A bucket is packed, sent, received and passed on while the ones before it are still being loaded: senders are two buckets ahead at the most,
-and what a worker receives next is on its way while it loads. What a tensor's elements are cast to, they are cast to before they travel.
-On one machine a worker loads whole tensors right out of the sender's memory: their elements are copied once.
+Buckets are pipelined: a bucket is packed, sent, received and passed on while the ones before it are still being loaded. Senders are at most
+two buckets ahead, and a worker's next bucket is in flight while it loads the current one. Elements are cast to the engine's type before
+they travel. On one machine a worker loads whole tensors straight from the sender's memory, so that their elements are copied once.
 
-Verified, both ends take the SHA-256 of every box: the sender of what it packed, the worker of what it hands on to be loaded.
+In verified transfers both ends compute the SHA-256 of every box: the sender of what it packed, the worker of what it hands to be loaded.
 """
 
 from collections import Counter
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_aspo.hf.tensor_meta import torch_dtype
+from megatron_aspo.sync.connection import connect_transports
 from megatron_aspo.sync.group import StatelessGroup
-from megatron_aspo.sync.messages import Arrival, Outbox, Read, label_of, view
+from megatron_aspo.sync.messages import ExpectedMessage, Outbox, ReadBox, message_label
 from megatron_aspo.sync.schedule import Schedule
-from megatron_aspo.weights.layout import Box, Layout, Piece, overlap, volume
+from megatron_aspo.weights.layout import Box, Layout, Piece, overlap, slices, volume
 
 
 class LocalTensors:
@@ -31,7 +32,7 @@ class LocalTensors:
             self._pieces.setdefault(piece.tensor, []).append(piece)
 
     def __call__(self, tensor: str, box: Box) -> Tensor:
-        """Raises KeyError unless one piece holds the whole box."""
+        """Return a view of the box. Raises KeyError unless one piece holds all of it."""
         for piece in self._pieces.get(tensor, []):
             if overlap(piece.box, box) == box:
                 offsets = [own - begin for (own, _), (begin, _) in zip(piece.local, piece.box, strict=True)]
@@ -41,21 +42,21 @@ class LocalTensors:
 
 
 class WeightSender:
-    """A training rank's end."""
+    """The end of a training rank."""
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
+        """Connect with the peers, collectively over the group. Raises TransferError when a peer's plan differs or it does not come."""
         self._schedule, self._group = schedule, group
-        group.connect(schedule.routes)
-        self._outbox = Outbox(schedule, group, device)
+        self._outbox = Outbox(group, connect_transports(schedule, group, device))
 
-    def send(self, read: Read, version: int, verify: bool) -> int:
-        """Send this rank's part of `version`; returns the bytes of weights.
+    def send_version(self, read: ReadBox, version: int, verify: bool) -> int:
+        """Send this rank's part of `version`; return the bytes of weights.
 
-        Whatever it raises, it has left the group then: the ranks that wait for this one fail too, at once and not after their timeout.
+        On any exception it leaves the group first, so that the ranks that wait for it fail at once instead of after their timeout.
         """
         try:
-            sent = sum(self._outbox.send(bucket, read, version, verify) for bucket in self._schedule.buckets if bucket.sends)
-            self._outbox.finish()
+            sent = sum(self._outbox.post_bucket(bucket, read, version, verify) for bucket in self._schedule.buckets if bucket.sends)
+            self._outbox.wait_until_received()
         except BaseException:
             self._outbox.drop()
             self._group.close()
@@ -64,91 +65,93 @@ class WeightSender:
 
 
 class WeightReceiver:
-    """A worker's end. For each version: `begin`, then `bucket` as long as any are `left`."""
+    """The end of an engine worker. For each version: `begin_version`, then `next_bucket` while there are `buckets_left`."""
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, device: torch.device):
+        """Connect with the peers, collectively over the group. Raises TransferError when a peer's plan differs or it does not come."""
         self._schedule, self._group, self._device = schedule, group, device
-        self._dtype = torch_dtype(schedule.spec.dtype)
-        group.connect(schedule.routes)
-        self._outbox = Outbox(schedule, group, device)
-        self._segments: dict[int, Tensor] = {}
+        self._dtype = torch_dtype(schedule.dtype)
+        self._transports = connect_transports(schedule, group, device)
+        self._outbox = Outbox(group, self._transports)
         self.received_bytes = 0
-        """Of weights, in all versions so far."""
-        self.begin(0, False)
+        """Bytes of weights received in all versions so far."""
+        self.begin_version(0, False)
 
     @property
-    def tensors(self) -> set[str]:
-        """Those of which this worker gets a part."""
+    def tensor_names(self) -> set[str]:
+        """The tensors of which this worker receives a part."""
         return {move.tensor for bucket in self._schedule.buckets for message in bucket.receives for move in message.moves}
 
-    def begin(self, version: int, verify: bool) -> None:
-        """A new version comes."""
+    def begin_version(self, version: int, verify: bool) -> None:
+        """Start a new version."""
         self._version, self._verify = version, verify
         self.digests: list[tuple[str, Box, bytes]] = []
-        """(tensor, box, SHA-256) of all that came with this version; empty unless it is verified."""
+        """(tensor, box, SHA-256) of everything received with this version; empty unless it is verified."""
         self._next = 0
-        self._expected: dict[int, list[Arrival]] = {}
+        self._expected: dict[int, list[ExpectedMessage]] = {}
 
     @property
-    def left(self) -> int:
-        """Buckets of this version that are still to come."""
+    def buckets_left(self) -> int:
+        """The number of buckets of this version that have not been received."""
         return len(self._schedule.buckets) - self._next
 
-    def borrowed(self, tensor: Tensor) -> bool:
-        """Whether it lies in memory of a sender, which writes something else there once the bucket is left."""
-        return tensor.untyped_storage().data_ptr() in {segment.untyped_storage().data_ptr() for segment in self._segments.values()}
+    def is_borrowed(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in memory of a sender, which reuses it after the bucket."""
+        return any(transport.lends(tensor) for transport in set(self._transports.values()))
 
     @contextmanager
-    def bucket(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """The next one: every tensor of which this worker has a part, in its whole shape, NaN where the worker has no part.
+    def next_bucket(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Receive a bucket: every tensor of which this worker holds a part, in its whole shape, NaN outside that part.
 
-        They are to be read inside the block only (`borrowed`). Raises TransferError when a peer does not send, or when what came is not
-        what was sent.
+        The tensors may be read inside the block only (`is_borrowed`). Raises TransferError when a peer does not send, or when what arrived
+        is not what was sent.
         """
         number, self._next = self._next, self._next + 1
         self._expect(number)
         self._expect(number + 1)
         bucket = self._schedule.buckets[number]
-        given = Counter()
+        received_elements = Counter()
         for message in bucket.receives:
             for move in message.moves:
-                given[move.tensor] += volume(move.box)
+                received_elements[move.tensor] += volume(move.box)
         tensors: dict[str, Tensor] = {}
-        arrivals = self._expected.pop(number)
+        expected = self._expected.pop(number)
         for step in (0, 1):
-            for arrival in arrivals:
-                if arrival.message.step == step:
-                    self._take(arrival, tensors, given)
+            for message in expected:
+                if message.message.step == step:
+                    self._assemble(message, tensors, received_elements)
             if step == 0:
-                self._outbox.send(bucket, lambda tensor, box: view(tensors[tensor], box), self._version, self._verify)
+                self._outbox.post_bucket(bucket, lambda tensor, box: tensors[tensor][slices(box)], self._version, self._verify)
         yield [(name, tensors[name]) for name in bucket.tensors if name in tensors]
-        # First let go of what others sent, then wait for them to let go: they do the same.
-        for arrival in arrivals:
-            arrival.release()
-        self._outbox.finish()
+        # Release what others sent before waiting for them to release what this worker sent: they do the same.
+        for message in expected:
+            message.release()
+        self._outbox.wait_until_received()
 
     def _expect(self, number: int) -> None:
-        """Let the messages of a bucket come in."""
+        """Start receiving the messages of a bucket."""
         if number < len(self._schedule.buckets) and number not in self._expected:
             bucket = self._schedule.buckets[number]
             self._expected[number] = [
-                Arrival(m, self._group, label_of(bucket, m, self._version), self._dtype, self._device, self._verify, self._segments)
-                for m in bucket.receives
+                ExpectedMessage(
+                    message, self._group, self._transports[message.source], message_label(bucket, message, self._version), self._verify
+                )
+                for message in bucket.receives
             ]
 
-    def _take(self, arrival: Arrival, tensors: dict[str, Tensor], given: Mapping[str, int]) -> None:
-        """Put a message's boxes where they belong."""
-        self.received_bytes += arrival.message.elements * self._dtype.itemsize
-        for (tensor, box), values in arrival.boxes():
+    def _assemble(self, expected: ExpectedMessage, tensors: dict[str, Tensor], received_elements: Mapping[str, int]) -> None:
+        """Wait for a message and put its boxes into tensors of whole shape."""
+        self.received_bytes += expected.message.elements * self._dtype.itemsize
+        for (tensor, box), values in expected.wait_for_boxes():
             shape = self._schedule.shapes[tensor]
             if box == tuple((0, extent) for extent in shape):
                 tensors[tensor] = values
                 continue
             if tensor not in tensors:
                 tensors[tensor] = torch.empty(shape, dtype=self._dtype, device=self._device)
-                if given[tensor] < tensors[tensor].numel():
-                    # Poison: should an engine's loader read what the plan says it does not, no number comes out.
+                if received_elements[tensor] < tensors[tensor].numel():
+                    # Poison: if an engine's loader reads what the plan does not send, NaN comes out.
                     tensors[tensor].fill_(torch.nan)
-            view(tensors[tensor], box).copy_(values)
+            tensors[tensor][slices(box)].copy_(values)
         if self._verify:
-            self.digests += arrival.verify(lambda tensor, box: view(tensors[tensor], box))
+            self.digests += expected.verify(lambda tensor, box: tensors[tensor][slices(box)])

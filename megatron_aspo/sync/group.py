@@ -1,13 +1,15 @@
-"""A process group between trainer and engines, outside torch's global one.
+"""A process group of training ranks and engine workers, apart from torch's global one.
 
-Engines are not ranks of the trainer's world, so the weights travel over a group of their own, from rank to rank. Nothing here needs vLLM.
-Every socket is bound to the address that leads to the other ranks, never to all interfaces.
+Engines are not ranks of the trainer's world, so weights travel through a group of their own, from rank to rank. Ranks meet at a key-value
+store that rank 0 serves; there they also compare what both sides must agree on (`terms`, and later the plan), so that a mismatch is named
+at once instead of ending in a timeout. Every socket is bound to the address that leads to the other ranks, never to all interfaces.
 """
 
 import contextlib
+import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -16,22 +18,28 @@ import torch.distributed as dist
 from megatron_aspo.common.network import address_towards, machine
 
 Names = Callable[[int], str]
-"""What a rank is called."""
+"""Rank → its name for errors."""
+_POLL_S = 0.02
+"""Seconds between two looks at the store while the ranks meet."""
+_REFUSAL_GRACE_S = 10.0
+"""Upper bound on the time for which rank 0 waits until the others have read why the ranks do not connect."""
+_MAX_NAMED = 4
+"""Terms that an error names one by one."""
 
 
 class TransferError(RuntimeError):
-    """A transfer between ranks failed or outlasted its timeout; names this rank, the peer and what was being moved."""
+    """A transfer between ranks, or connecting for it, failed or timed out; names this rank, its peer and what was being moved."""
 
 
 class Transfer:
-    """A tensor on its way to or from another rank. It must not be touched, nor freed, before `wait` has returned."""
+    """A tensor in flight to or from another rank. It must be neither touched nor freed before `wait` has returned."""
 
     def __init__(self, group: "StatelessGroup", work: dist.Work, tensor: torch.Tensor, description: str):
         self._group, self._work, self._tensor, self._description = group, work, tensor, description
 
     def wait(self) -> None:
-        """Returns when a received tensor is there, or a sent one may be changed. Raises TransferError after the group's timeout."""
-        with self._group.explained(self._description):
+        """Wait until a received tensor has arrived, or a sent one may be changed. Raises TransferError after the group's timeout."""
+        with self._group.errors_explained(self._description):
             self._work.wait(timedelta(seconds=self._group.timeout_s))
             if self._tensor.is_cuda:  # NCCL's wait orders streams only; the caller reads the bytes next
                 torch.cuda.current_stream(self._tensor.device).synchronize()
@@ -45,39 +53,39 @@ class StatelessGroup:
         groups: tuple[dist.Backend, dist.Backend],
         store: dist.TCPStore,
         rank: int,
-        places: Sequence[str],
+        hosts: Sequence[str],
         timeout_s: float,
         address: str,
         names: Names,
         device: torch.device,
         connects_lazily: bool,
     ):
-        self._groups = groups  # for what goes to higher ranks, and to lower ones
+        self._groups = groups  # for transfers to higher ranks, and to lower ranks
         self._store = store  # rank 0's store serves the others: it must live as long as the group
         self.rank = rank
         self.name_of = names
-        """What a rank is called in errors."""
-        self.places = tuple(places)
-        """Where each rank lives."""
-        self.world_size = len(places)
+        """Rank → its name for errors."""
+        self.hosts = tuple(hosts)
+        """The host of each rank."""
+        self.world_size = len(hosts)
         self.timeout_s = timeout_s
         self.address = address
         self.device = device
-        """Where tensors that it moves lie."""
+        """The device of the tensors that it moves."""
         self.connects_lazily = connects_lazily
-        """Whether two ranks connect at their first transfer, in a call that returns only when both have made it."""
+        """Whether two ranks connect at their first transfer, in a call that blocks until both have made it."""
 
-    def connect(self, routes: Iterable[tuple[int, int]]) -> None:
-        """Connect the (source, target) pairs of `routes`, in each of which this rank is one. All ranks must call it before any transfer.
+    def connect(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Connect the (source, target) pairs of ranks that include this rank. All ranks must call it before any transfer.
 
-        At a pair's first transfer NCCL makes a communicator, for which either rank waits for the other (pytorch#108378). Engines that pass
-        weights on to one another begin to receive before they send, so each would wait for the other to send. Here every rank takes its
-        routes in the same order: both ranks of the first route that is left are at it, and no circle of waiting ranks can form.
+        At a pair's first transfer NCCL creates a communicator, for which each rank waits for the other (pytorch#108378). Engines that pass
+        weights on to one another start receiving before they send, so each would wait for the other to send. Here every rank takes its
+        pairs in the same order: both ranks of the first pair that is left are at it, so no cycle of waiting ranks can form.
         Raises TransferError when a peer does not come.
         """
         if not self.connects_lazily:
             return
-        for source, target in sorted(routes):
+        for source, target in sorted(pairs):
             byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
             if source == self.rank:
                 self.send(byte, target, "the first connection").wait()
@@ -85,7 +93,7 @@ class StatelessGroup:
                 self.receive(byte, source, "the first connection").wait()
 
     def send(self, tensor: torch.Tensor, target: int, what: str, lane: int = 0) -> Transfer:
-        """Start sending a contiguous `tensor`; `what` names it in errors. Between two ranks, those of one lane arrive as they were sent.
+        """Start sending a contiguous `tensor`; `what` names it in errors. Between two ranks, the tensors of a lane arrive in order.
 
         NCCL has one lane only.
         """
@@ -93,17 +101,32 @@ class StatelessGroup:
         return self._start("send", target > self.rank, tensor, target, lane, description)
 
     def receive(self, tensor: torch.Tensor, source: int, what: str, lane: int = 0) -> Transfer:
-        """Start receiving into a contiguous `tensor`, which has as many bytes as were sent."""
+        """Start receiving into a contiguous `tensor` of as many bytes as were sent."""
         description = f"{what} ({tensor.nbytes:,} bytes) from {self.name_of(source)}"
         return self._start("recv", source < self.rank, tensor, source, lane, description)
 
-    def note(self, key: str, value: str) -> None:
-        """Leave a word for all ranks."""
+    def compare_with_peers(self, what: str, values: Mapping[int, str]) -> None:
+        """Compare a value for each peer with the peer's value for this rank. All ranks must call it.
+
+        Raises TransferError, naming both ranks, when two values differ, and when a peer does not come.
+        """
+        self.set_value(f"{what} of {self.name_of(self.rank)}", json.dumps({str(peer): value for peer, value in values.items()}))
+        for peer, own in values.items():
+            others = json.loads(self.wait_for_value(f"{what} of {self.name_of(peer)}"))
+            if (other := others.get(str(self.rank), "none")) != own:
+                raise TransferError(
+                    f"{self.name_of(self.rank)} and {self.name_of(peer)} of the group at {self.address} have derived different {what}s for "
+                    f"the messages between them: SHA-256 {own[:12]} here, {other[:12]} there; run the same version of megatron_aspo on "
+                    "both nodes"
+                )
+
+    def set_value(self, key: str, value: str) -> None:
+        """Make a value known to all ranks under this key."""
         self._store.set(key, value)
 
-    def noted(self, key: str) -> str:
-        """The word that some rank leaves under this key; waits for it. Raises TransferError after the group's timeout."""
-        with self.explained(f"waiting for {key}"):
+    def wait_for_value(self, key: str) -> str:
+        """Return the value that some rank sets under this key. Raises TransferError after the group's timeout."""
+        with self.errors_explained(f"waiting for the {key}"):
             self._refuse_if_left()
             return self._store.get(key).decode()
 
@@ -112,8 +135,8 @@ class StatelessGroup:
         self._groups = self._store = None
 
     @contextlib.contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Turn what torch raises into a TransferError that says what was being moved."""
+    def errors_explained(self, what: str) -> Iterator[None]:
+        """Turn torch's exceptions into a TransferError that names what was being moved."""
         started = time.monotonic()
         try:
             yield
@@ -126,7 +149,7 @@ class StatelessGroup:
     def _start(self, operation: str, upward: bool, tensor: torch.Tensor, peer: int, lane: int, description: str) -> Transfer:
         if not tensor.is_contiguous():
             raise ValueError(f"{description}: only a contiguous tensor can be moved, this one has strides {tensor.stride()}")
-        with self.explained(description):
+        with self.errors_explained(description):
             self._refuse_if_left()
             return Transfer(self, getattr(self._groups[not upward], operation)([tensor], peer, lane), tensor, description)
 
@@ -142,15 +165,17 @@ def stateless_group(
     world_size: int,
     timeout_s: float,
     backend: str = "gloo",
-    place: str | None = None,
+    own_host: str | None = None,
     names: Names = "rank {}".format,
+    terms: Mapping[str, object] | None = None,
 ) -> StatelessGroup:
-    """Join the group that meets at rank 0's `host:port`; returns when all `world_size` ranks are there.
+    """Join the group that meets at rank 0's `host:port`; return once all `world_size` ranks are there.
 
-    `host` is an address of rank 0 on the private network (127.0.0.1 on one machine). `backend` is `gloo` (CPU tensors) or `nccl` (CUDA
-    tensors on the current device). `timeout_s` bounds the meeting and later each transfer. `place` says where this rank lives, by default
-    on which machine; `names` what a rank is called in errors.
-    Raises TransferError naming the ranks that did not come, ValueError for an unknown backend or a rank outside the world.
+    host: an address of rank 0 on the private network (127.0.0.1 on one machine). timeout_s: bounds the meeting, and later each transfer.
+    backend: `gloo` (CPU tensors) or `nccl` (CUDA tensors on the current device). own_host: what identifies the machine of this rank;
+    default: its machine id. names: rank → its name for errors. terms: names and JSON values that must be equal on all ranks.
+    Raises TransferError naming the ranks that did not come, or the rank and the terms that differ from rank 0's; ValueError for an unknown
+    backend or a rank outside the world.
     """
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"backend {backend!r} is not known; expected 'gloo' or 'nccl'")
@@ -158,9 +183,9 @@ def stateless_group(
         raise ValueError(f"rank {rank} is outside a world of {world_size}")
     timeout = timedelta(seconds=timeout_s)
     address = f"{host}:{port}"
-    who = f"{names(rank)} of {world_size}"
+    title = f"{names(rank)} of {world_size}"
     store = meeting_store(host, port, rank, world_size, timeout_s)
-    places = _meet(store, rank, world_size, timeout_s, who, address, place or machine(), names)
+    hosts = _Meeting(store, rank, world_size, timeout_s, address, names).hold(own_host or machine(), terms or {})
     device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
     try:
         if backend == "gloo":
@@ -172,40 +197,40 @@ def stateless_group(
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _watchdog_timeout(timeout)
-            # NCCL does one after the other what two ranks of a communicator do: two that send each other something, and receive first,
-            # would wait for each other for ever.
+            # NCCL serialises the operations of two ranks of a communicator: two that send to each other, and receive first, would wait
+            # for each other for ever.
             prefixes = ("weights upward", "weights downward")
             groups = tuple(dist.ProcessGroupNCCL(dist.PrefixStore(name, store), rank, world_size, options) for name in prefixes)
     except RuntimeError as error:
         raise TransferError(
-            f"{who}: connecting to the peers of the group at {address} failed (timeout {timeout_s:g} s): {_first_line(error)}"
+            f"{title}: connecting to the peers of the group at {address} failed (timeout {timeout_s:g} s): {_first_line(error)}"
         ) from error
-    return StatelessGroup(groups, store, rank, places, timeout_s, address, names, device, connects_lazily=backend == "nccl")
+    return StatelessGroup(groups, store, rank, hosts, timeout_s, address, names, device, connects_lazily=backend == "nccl")
 
 
 def _watchdog_timeout(timeout: timedelta) -> timedelta:
-    """After how long torch's watchdog ends the whole process for an NCCL operation that is not done.
+    """Return the time after which torch's watchdog ends the whole process because of an unfinished NCCL operation.
 
-    Both count from when the operation was begun, which may be buckets before anyone waits for it. A wait has to give up first, and raise a
+    It counts from the start of the operation, which may be buckets before anyone waits for it. A wait has to give up first, and raise a
     TransferError that names tensor and peer.
     """
     return 2 * timeout + timedelta(seconds=60)
 
 
 def meeting_store(host: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
-    """The key-value store through which the ranks find each other; rank 0 serves it, at `host` only.
+    """Return the key-value store through which the ranks find each other; rank 0 serves it, at `host` only.
 
     Raises TransferError when rank 0 cannot listen there or does not answer within the timeout.
     """
     timeout = timedelta(seconds=timeout_s)
-    who = f"rank {rank} of {world_size}"
+    title = f"rank {rank} of {world_size}"
     common = {"world_size": world_size, "timeout": timeout, "wait_for_workers": False}
     if rank != 0:
         try:
             return dist.TCPStore(host, port, is_master=False, **common)
         except dist.DistError as error:
             raise TransferError(
-                f"{who}: rank 0 did not answer at {host}:{port} within {timeout.total_seconds():g} s: {_first_line(error)}"
+                f"{title}: rank 0 did not answer at {host}:{port} within {timeout.total_seconds():g} s: {_first_line(error)}"
             ) from error
     # TCPStore on its own listens on every interface; a socket bound beforehand keeps it on the one named by `host`.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -215,30 +240,80 @@ def meeting_store(host: str, port: int, rank: int, world_size: int, timeout_s: f
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise TransferError(f"{who}: cannot listen at {host}:{port}: {error}") from error
+            raise TransferError(f"{title}: cannot listen at {host}:{port}: {error}") from error
         listener.listen()
         undo.pop_all()
     return dist.TCPStore(host, port, is_master=True, master_listen_fd=listener.detach(), **common)
 
 
-def _meet(
-    store: dist.TCPStore, rank: int, world_size: int, timeout_s: float, who: str, address: str, place: str, names: Names
-) -> list[str]:
-    """Wait until every rank has signed in, so that a missing one is named here and not by a failing connection later; all their places."""
-    deadline = time.monotonic() + timeout_s
-    try:
-        store.set(f"here/{rank}", place)
-        missing = set(range(world_size))
+class _Meeting:
+    """The sign-in of all ranks at the store, so that a missing or differing rank is named here and not by a failing connection later."""
+
+    def __init__(self, store: dist.TCPStore, rank: int, world_size: int, timeout_s: float, address: str, names: Names):
+        self._store, self._rank, self._world_size, self._timeout_s = store, rank, world_size, timeout_s
+        self._address, self._names = address, names
+        self._title = f"{names(rank)} of {world_size}"
+
+    def hold(self, host: str, terms: Mapping[str, object]) -> list[str]:
+        """Sign in and wait for all ranks; return the host of each. Rank 0's terms are those that the others' must equal."""
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            if self._rank == 0:
+                self._store.set("terms", json.dumps(terms))
+            else:
+                self._wait_for({0: "terms"}, deadline)
+                self._compare(terms, json.loads(self._store.get("terms")))
+            self._store.set(f"here/{self._rank}", host)
+            keys = {peer: f"here/{peer}" for peer in range(self._world_size)}
+            self._wait_for(keys, deadline)
+            return [found.decode() for found in self._store.multi_get(list(keys.values()))]
+        except dist.DistError as error:
+            raise TransferError(
+                f"{self._title}: {self._names(0)} left the group at {self._address} while the ranks were meeting: {_first_line(error)}"
+            ) from error
+
+    def _wait_for(self, keys: Mapping[int, str], deadline: float) -> None:
+        """Wait until each of these ranks has set its key, or some rank has refused the terms."""
+        missing = set(keys)
         while missing:
-            missing = {peer for peer in missing if not store.check([f"here/{peer}"])}
+            missing = {peer for peer in missing if not self._store.check([keys[peer]])}
+            if self._store.check(["refusal"]):
+                self._raise_refusal()
             if missing and time.monotonic() > deadline:
-                absent = ", ".join(names(peer) for peer in sorted(missing))
-                raise TransferError(f"{who}: {absent} did not join the group at {address} within {timeout_s:g} s")
+                absent = ", ".join(self._names(peer) for peer in sorted(missing))
+                raise TransferError(f"{self._title}: {absent} did not join the group at {self._address} within {self._timeout_s:g} s")
             if missing:
-                time.sleep(0.02)
-        return [found.decode() for found in store.multi_get([f"here/{peer}" for peer in range(world_size)])]
-    except dist.DistError as error:
-        raise TransferError(f"{who}: {names(0)} left the group at {address} while the ranks were meeting: {_first_line(error)}") from error
+                time.sleep(_POLL_S)
+
+    def _raise_refusal(self) -> None:
+        """Raise the reason why some rank refused. Rank 0 serves the store a little longer, so that the others can read it too."""
+        reason = self._store.get("refusal").decode()
+        self._store.set(f"read/{self._rank}", "")
+        unread = set(range(self._world_size)) if self._rank == 0 else set()
+        deadline = time.monotonic() + min(_REFUSAL_GRACE_S, self._timeout_s)
+        while unread := {peer for peer in unread if not self._store.check([f"read/{peer}"])}:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        raise TransferError(reason)
+
+    def _compare(self, own: Mapping[str, object], first: Mapping[str, object]) -> None:
+        """Raise TransferError, on all ranks, unless this rank's terms are those of rank 0."""
+        own = json.loads(json.dumps(own))
+        differing = [
+            f"{name} is {first.get(name, 'absent')} there and {own.get(name, 'absent')} here"
+            for name in dict.fromkeys((*first, *own))
+            if first.get(name, "absent") != own.get(name, "absent")
+        ]
+        if not differing:
+            return
+        more = f", and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
+        reason = (
+            f"{self._names(0)} and {self._title} of the group at {self._address} disagree on the transfer: "
+            f"{', '.join(differing[:_MAX_NAMED])}{more}; start both sides from the same recipe, with the same version of megatron_aspo"
+        )
+        self._store.set("refusal", reason)
+        self._raise_refusal()
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,62 +1,20 @@
-"""One rank's part of a transfer: which buckets there are, and in each which messages it sends and receives.
+"""The part of one rank in a transfer: the buckets, and the messages that it sends and receives in each.
 
-Pure. Every rank derives it for itself from the same `TransferSpec` and from where the ranks live; one message holds all that goes from one
-rank to another in one bucket.
+Pure. Every rank derives its own schedule from the same inputs. One message holds everything that one rank sends another in one bucket.
 """
 
-import dataclasses
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_aspo.sync.plan import Move, Where, in_buckets, moves_of
-from megatron_aspo.weights.families import tensor_shapes
-from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
-from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes, volume
-
-
-@dataclass(frozen=True)
-class TransferSpec:
-    """What both sides of a transfer have to agree on."""
-
-    architecture: str
-    dims: ModelDims
-    training: ParallelSizes
-    engines: EngineSizes
-    dtype: str
-    """Of the engines, in which weights travel."""
-    bucket_bytes: int
-    """At most so many bytes of whole tensors are on their way into an engine's worker at one time, and as many come next."""
-    colocated: bool = False
-    """Ranks share devices, which NCCL refuses: the group is gloo's. On a machine weights lie in memory of the device then (CUDA IPC), and
-    between machines they travel through the hosts' memory."""
-
-    @property
-    def world(self) -> int:
-        """Ranks of the group: the training ranks first, then the workers, engine by engine."""
-        return self.training.world + self.engines.world
-
-    def name(self, rank: int) -> str:
-        """What a rank of the group is called in errors."""
-        if rank < self.training.world:
-            return f"training rank {rank}"
-        engine, worker = divmod(rank - self.training.world, self.engines.tensor)
-        return f"engine {engine}" + (f" worker {worker}" if self.engines.tensor > 1 else "")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Numbers and words only, for `from_dict` in another process."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, known: dict[str, Any]) -> "TransferSpec":
-        rooms = {"dims": ModelDims, "training": ParallelSizes, "engines": EngineSizes}
-        return cls(**{key: rooms[key](**value) if key in rooms else value for key, value in known.items()})
+from megatron_aspo.sync.plan import Holdings, Move, RankNodes, fill_buckets, plan_moves
+from megatron_aspo.weights.layout import ITEMSIZE, Box, volume
 
 
 @dataclass(frozen=True)
 class Message:
-    """All that one rank sends another in one bucket, move after move without gaps."""
+    """Everything that one rank sends another in one bucket, packed move after move without gaps."""
 
     source: int
     target: int
@@ -64,12 +22,12 @@ class Message:
 
     @property
     def step(self) -> int:
-        """0 from a training rank, 1 passed on by a worker."""
+        """0: sent by a training rank. 1: passed on by a worker."""
         return self.moves[0].step
 
     @property
     def content(self) -> tuple[tuple[str, Box], ...]:
-        """What is in it, whoever gets it."""
+        """The (tensor, box) pairs in it, regardless of the target."""
         return tuple((move.tensor, move.box) for move in self.moves)
 
     @property
@@ -82,7 +40,7 @@ class Bucket:
     """Tensors that travel together, and this rank's messages among them."""
 
     label: str
-    """Names it in errors."""
+    """Names the bucket in errors."""
     tensors: tuple[str, ...]
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
@@ -91,32 +49,45 @@ class Bucket:
 class Schedule:
     """The part of rank `rank` in every transfer of a group."""
 
-    def __init__(self, spec: TransferSpec, rank: int, where: Where):
-        """Raises UserError when the engines cannot cut the model as the spec says."""
-        self.spec, self.rank = spec, rank
-        self.shapes = tensor_shapes(spec.architecture, spec.dims)
-        source = TrainingHoldings(spec.architecture, spec.dims, spec.training)
-        target = EngineHoldings(spec.architecture, spec.dims, spec.engines)
-        order = source.in_turns()
-        by_tensor: dict[str, list[Move]] = {}
-        for move in moves_of(rank, order, source, target, where):
-            by_tensor.setdefault(move.tensor, []).append(move)
-        runs = self._in_buckets(order, target)
+    def __init__(
+        self,
+        rank: int,
+        source: Holdings,
+        target: Holdings,
+        nodes: RankNodes,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: str,
+        bucket_bytes: int,
+    ):
+        """shapes: shape of every whole tensor, in the order in which they are sent; dtype: the element type in which they travel."""
+        self.rank, self.shapes, self.dtype = rank, shapes, dtype
+        moves: dict[str, list[Move]] = {}
+        for move in plan_moves(rank, list(shapes), source, target, nodes):
+            moves.setdefault(move.tensor, []).append(move)
+        buckets = fill_buckets(list(shapes), target, lambda tensor: math.prod(shapes[tensor]) * ITEMSIZE[dtype], bucket_bytes)
         self.buckets = tuple(
-            self._bucket(f"bucket {number} of {len(runs)}", tensors, [move for tensor in tensors for move in by_tensor.get(tensor, [])])
-            for number, tensors in enumerate(runs, start=1)
+            self._bucket(f"bucket {number} of {len(buckets)}", tensors, [move for tensor in tensors for move in moves.get(tensor, [])])
+            for number, tensors in enumerate(buckets, start=1)
         )
 
     @property
-    def routes(self) -> set[tuple[int, int]]:
-        """(source, target) of every message that this rank sends or receives."""
+    def peers(self) -> set[int]:
+        """The ranks with which this rank exchanges messages."""
+        return {rank for connection in self.connections for rank in connection} - {self.rank}
+
+    def digests(self) -> dict[int, str]:
+        """Return, for each peer, the SHA-256 of all messages between it and this rank. The peer must compute the same for this rank."""
+        hashes = {peer: hashlib.sha256() for peer in self.peers}
+        for bucket in self.buckets:
+            for message in sorted((*bucket.sends, *bucket.receives), key=lambda message: (message.step, message.source, message.target)):
+                peer = message.target if message.source == self.rank else message.source
+                hashes[peer].update(repr((bucket.label, message.step, message.source, message.target, message.content)).encode())
+        return {peer: found.hexdigest() for peer, found in hashes.items()}
+
+    @property
+    def connections(self) -> set[tuple[int, int]]:
+        """The (source, target) ranks of every message that this rank sends or receives."""
         return {(message.source, message.target) for bucket in self.buckets for message in (*bucket.sends, *bucket.receives)}
-
-    def _in_buckets(self, order: Sequence[str], target: EngineHoldings) -> list[list[str]]:
-        from megatron_aspo.hf.tensor_meta import torch_dtype  # torch stays out of the driver, which knows the spec
-
-        itemsize = torch_dtype(self.spec.dtype).itemsize
-        return in_buckets(order, target, lambda tensor: math.prod(self.shapes[tensor]) * itemsize, self.spec.bucket_bytes)
 
     def _bucket(self, label: str, tensors: Sequence[str], moves: Sequence[Move]) -> Bucket:
         between: dict[tuple[int, int, int], list[Move]] = {}
@@ -127,7 +98,7 @@ class Schedule:
         return Bucket(label, tuple(tensors), sends, tuple(message for message in messages if message.target == self.rank))
 
 
-def where_of(places: Sequence[str]) -> Where:
-    """One node per place."""
-    known = {place: node for node, place in enumerate(dict.fromkeys(places))}
-    return Where(tuple(known[place] for place in places), {})
+def node_map(hosts: Sequence[str]) -> RankNodes:
+    """Return the nodes of ranks that live on these hosts: one node per host, no shared devices."""
+    numbers = {host: node for node, host in enumerate(dict.fromkeys(hosts))}
+    return RankNodes(tuple(numbers[host] for host in hosts), {})

@@ -1,6 +1,6 @@
-"""Memory that processes of one machine share, gone with the last process that uses it, however that one ends.
+"""Memory shared by processes of one machine, freed with the last process that uses it, however that process ends.
 
-On a CPU an anonymous file; on a GPU an allocation opened through CUDA IPC, which is not yet run on hardware.
+On a CPU it is an anonymous file; on a GPU an allocation opened through CUDA IPC, which has not run on hardware yet.
 """
 
 import json
@@ -15,28 +15,28 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from megatron_aspo.common.errors import UserError
 
 _HANDLE = 7
-"""Place in what `reduce_tensor` gives of a CUDA tensor from which on it names the memory."""
+"""Position in what `reduce_tensor` returns for a CUDA tensor from which on it describes the memory."""
 
 
 class Segment:
-    """Memory of this process that others of the same user may open."""
+    """Memory of this process that other processes of the same user may open."""
 
     def __init__(self, nbytes: int, what: str, device: torch.device):
-        """Raises UserError, naming `what` it is for, when the device has no room."""
+        """Allocate it. Raises UserError, naming `what` it is for, when the device has no room."""
         self._file = -1
         self.bytes = self._on_gpu(nbytes, what, device) if device.type == "cuda" else self._on_host(nbytes, what)
         """uint8 [nbytes]."""
 
     def share(self) -> str:
-        """A word with which one other process can open it."""
+        """Return a handle for `open_segment` (file path, or CUDA IPC handle), valid for one process."""
         if self._file >= 0:
             return f"/proc/{os.getpid()}/fd/{self._file}"
-        # torch keeps count of the users of the memory: one for each of these.
+        # torch counts the users of the memory, one for each handle.
         handle = reduce_tensor(self.bytes)[1][_HANDLE:]
         return json.dumps([part.hex() if isinstance(part, bytes) else part for part in handle])
 
     def close(self) -> None:
-        """Let nobody open it any more; who has it open keeps it."""
+        """Refuse further processes; those that have opened it keep it. Idempotent."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -44,8 +44,8 @@ class Segment:
     __del__ = close
 
     def _on_host(self, nbytes: int, what: str) -> torch.Tensor:
-        """Taken from the machine at once, not when touched."""
-        # The kernel itself would end processes to make room.
+        """Allocate all pages now rather than when they are touched."""
+        # The kernel would end processes to make room.
         if nbytes > (room := psutil.virtual_memory().available):
             raise UserError(
                 f"{what}: {nbytes:,} bytes of shared memory are needed, the machine has {room:,} left; lower transfer_bucket_mib, or give "
@@ -56,7 +56,7 @@ class Segment:
             os.posix_fallocate(self._file, 0, nbytes)
         except OSError as error:
             raise UserError(
-                f"{what}: {nbytes:,} bytes of shared memory cannot be had: {error.strerror}; lower transfer_bucket_mib"
+                f"{what}: {nbytes:,} bytes of shared memory cannot be allocated: {error.strerror}; lower transfer_bucket_mib"
             ) from error
         return torch.frombuffer(mmap.mmap(self._file, nbytes), dtype=torch.uint8)
 
@@ -89,20 +89,23 @@ def unshareable_allocator(environment: Mapping[str, str]) -> str:
     return ""
 
 
-def open_segment(word: str, device: torch.device) -> torch.Tensor:
-    """uint8 [bytes of the segment], shared with the process that made it; seen from `device`, of the same kind. Raises OSError."""
+def open_segment(handle: str, device: torch.device) -> torch.Tensor:
+    """Return uint8 [bytes of the segment], shared with the process that created it. Raises OSError.
+
+    handle: from `Segment.share`; device: of the same kind as the segment's.
+    """
     if device.type == "cuda":
-        return _opened_on_gpu(word, device)
-    file = os.open(word, os.O_RDWR | os.O_CLOEXEC)
+        return _open_on_gpu(handle, device)
+    file = os.open(handle, os.O_RDWR | os.O_CLOEXEC)
     try:
         return torch.frombuffer(mmap.mmap(file, os.fstat(file).st_size), dtype=torch.uint8)
     finally:
         os.close(file)
 
 
-def _opened_on_gpu(word: str, device: torch.device) -> torch.Tensor:
-    handle = [bytes.fromhex(part) if isinstance(part, str) else part for part in json.loads(word)]
-    nbytes = handle[1]
-    # The sender's number of its device means nothing here, where other devices may be visible.
+def _open_on_gpu(handle: str, device: torch.device) -> torch.Tensor:
+    memory = [bytes.fromhex(part) if isinstance(part, str) else part for part in json.loads(handle)]
+    nbytes = memory[1]
+    # The sender's device number means nothing here, where other devices may be visible.
     of_tensor = torch.Tensor, (nbytes,), (1,), 0, torch.storage.TypedStorage, torch.uint8, device.index
-    return rebuild_cuda_tensor(*of_tensor, *handle)
+    return rebuild_cuda_tensor(*of_tensor, *memory)

@@ -1,14 +1,13 @@
-"""The one table per model family: for each Hugging Face tensor, its Megatron parameter and how tensor parallelism cuts it.
+"""The one table per model family: for each Hugging Face tensor, its Megatron parameter and how tensor parallelism shards it.
 
 Transformer Engine's layers keep the weight of a norm inside the linear layer that follows, and number their experts in the name of the
-weight: hence two namings. docs/add_a_family.md walks through a new family.
+weight, so there are two namings. docs/add_a_family.md walks through a new family.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_aspo.weights.cuts import Cut, even, gate_up_rows, head_rows, qkv_rows, vocab_rows, whole
 from megatron_aspo.weights.layout import (
     Box,
     Coordinates,
@@ -19,38 +18,35 @@ from megatron_aspo.weights.layout import (
     check_exact_cover,
     check_parameters_filled,
 )
+from megatron_aspo.weights.shard_rules import ShardRule, even, gate_up_rows, qkv_rows, vocab_rows, whole
 
 NAMINGS = ("local", "transformer_engine")
-VLLM_VOCAB_MULTIPLE = 64
-"""vLLM pads the vocabulary to a multiple of this before it shares it out (DEFAULT_VOCAB_PADDING_SIZE)."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Hugging Face tensor and its home. `{layer}` and `{expert}` in the names stand for each layer and each expert.
+    """One Hugging Face tensor and its Megatron parameter. `{layer}` and `{expert}` in the names stand for each layer and each expert.
 
-    Hugging Face counts both over the whole model, Megatron over what the rank holds.
+    Hugging Face numbers both over the whole model, Megatron over what the rank holds.
     """
 
     tensor: str
     parameter: str
-    """Name under Megatron's local layers."""
+    """Its name under Megatron's local layers."""
     shape: Callable[[ModelDims], Shape]
     """Shape of the whole Hugging Face tensor."""
-    cut: Cut
+    shard_rule: ShardRule
     te_parameter: str = ""
-    """Name under Transformer Engine's layers, where it differs."""
+    """Its name under Transformer Engine's layers, where that differs."""
     when: Callable[[ModelDims], bool] = lambda dims: True
     stage: str = "layer"
     """`first | layer | last | last_if_apart`: which pipeline stage holds it."""
-    engine_cut: Cut | None = None
-    """How vLLM's tensor-parallel workers share it, where that differs from `cut`."""
 
     @property
     def of_experts(self) -> bool:
-        """Spread and cut over the ranks by their expert coordinates."""
+        """Whether it is distributed and sharded by the expert coordinates of the ranks."""
         return "{expert}" in self.tensor
 
     def parameter_name(self, naming: str) -> str:
@@ -65,14 +61,13 @@ _ATTENTION = _MCORE + "self_attention."
 
 
 def _qkv(part: str, heads: Callable[[ModelDims], int]) -> tuple[Rule, ...]:
-    """The projection to query, key or value, and what some families add to it."""
+    """Return the rules of the query, key or value projection: its weight, and the bias that some families have."""
     return (
         Rule(
             f"{_HF}self_attn.{part}_proj.weight",
             _ATTENTION + "linear_qkv.weight",
             lambda d: (heads(d) * d.head_dim, d.hidden),
             qkv_rows(part),
-            engine_cut=head_rows(heads),
         ),
         Rule(
             f"{_HF}self_attn.{part}_proj.bias",
@@ -80,7 +75,6 @@ def _qkv(part: str, heads: Callable[[ModelDims], int]) -> tuple[Rule, ...]:
             lambda d: (heads(d) * d.head_dim,),
             qkv_rows(part),
             when=lambda d: d.qkv_bias,
-            engine_cut=head_rows(heads),
         ),
     )
 
@@ -101,7 +95,6 @@ _EMBEDDING = Rule(
     lambda d: (d.vocab, d.hidden),
     vocab_rows(),
     stage="first",
-    engine_cut=vocab_rows(VLLM_VOCAB_MULTIPLE),
 )
 
 # Grouped-query attention with the norm before it; optional bias of query, key and value; optional norm of query and key heads.
@@ -135,9 +128,8 @@ _OUTPUT = (
         vocab_rows(),
         stage="last",
         when=lambda d: not d.tied,
-        engine_cut=vocab_rows(VLLM_VOCAB_MULTIPLE),
     ),
-    # Tied and cut into stages: the last stage keeps its own copy of the embedding as its output matrix.
+    # Tied, with several pipeline stages: the last stage keeps its own copy of the embedding as its output matrix.
     Rule(
         "model.embed_tokens.weight",
         "output_layer.weight",
@@ -150,7 +142,7 @@ _OUTPUT = (
 
 
 def _swiglu(hf: str, gate: str, up: str, down: str, mcore: str, ffn: Callable[[ModelDims], int], te: str = "") -> tuple[Rule, ...]:
-    """Gate, up and down projection under these names; `mcore` and `te` have a place `{linear}` for linear_fc1 or linear_fc2."""
+    """Return the rules of gate, up and down projection; in `mcore` and `te`, `{linear}` stands for linear_fc1 or linear_fc2."""
 
     def named(name: str, linear: str) -> str:
         return name.replace("{linear}", linear)
@@ -177,7 +169,7 @@ def _swiglu(hf: str, gate: str, up: str, down: str, mcore: str, ffn: Callable[[M
 
 
 def _decoder() -> tuple[Rule, ...]:
-    """Llama, Mistral, Qwen2, Qwen3, Seed-OSS."""
+    """Return the rules of a dense decoder: Llama, Mistral, Qwen2, Qwen3, Seed-OSS."""
     return (
         _EMBEDDING,
         *_ATTENTION_RULES,
@@ -194,11 +186,11 @@ def _decoder() -> tuple[Rule, ...]:
 
 
 def _moe_decoder(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """Every layer has a router and experts. `block`: what the family calls that part of a layer."""
+    """Return the rules of a decoder with a router and experts in every layer. block: the family's name for that part of a layer."""
     return (
         _EMBEDDING,
         *_ATTENTION_RULES,
-        # Router and experts both read the norm's output: it is a module of its own under either naming.
+        # Router and experts both read the norm's output, so it is a separate module under either naming.
         Rule(
             _HF + "post_attention_layernorm.weight",
             _MCORE + "pre_mlp_layernorm.weight",
@@ -228,7 +220,7 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     "MixtralForCausalLM": _moe_decoder("block_sparse_moe", "w1", "w3", "w2"),
     "SeedOssForCausalLM": _decoder(),
 }
-"""By the `architectures` entry of a Hugging Face config."""
+"""`architectures` entry of a Hugging Face config → the rules of its tensors."""
 
 
 # --- reading the table --------------------------------------------------------------------------------------------------------------------
@@ -236,7 +228,7 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
 
 @dataclass(frozen=True)
 class Home:
-    """One rule of the table, at one layer and expert."""
+    """A rule of the table at one layer and expert."""
 
     rule: Rule
     layer: int = 0
@@ -245,9 +237,9 @@ class Home:
 
 @cache
 def homes(architecture: str, dims: ModelDims) -> dict[str, tuple[Home, ...]]:
-    """Name → where the table speaks of it, of every tensor of the Hugging Face checkpoint, in the table's order.
+    """Return name → homes of every tensor of the Hugging Face checkpoint, in the table's order.
 
-    A tied embedding has two homes: the last pipeline stage keeps a copy of its own.
+    A tied embedding has two homes: the last pipeline stage keeps its own copy.
     """
     found: dict[str, tuple[Home, ...]] = {}
     rules = [rule for rule in FAMILIES[architecture] if rule.when(dims)]
@@ -263,12 +255,12 @@ def homes(architecture: str, dims: ModelDims) -> dict[str, tuple[Home, ...]]:
 
 
 def tensor_shapes(architecture: str, dims: ModelDims) -> dict[str, Shape]:
-    """Name → shape of every tensor of the Hugging Face checkpoint, in the table's order."""
-    return {name: places[0].rule.shape(dims) for name, places in homes(architecture, dims).items()}
+    """Return name → shape of every tensor of the Hugging Face checkpoint, in the table's order."""
+    return {name: found[0].rule.shape(dims) for name, found in homes(architecture, dims).items()}
 
 
 def layout(architecture: str, dims: ModelDims, sizes: ParallelSizes, at: Coordinates, naming: str = "local") -> Layout:
-    """What the rank at these coordinates holds. Parameter names count layers and experts from the first that is here.
+    """Return what the rank at these coordinates holds. Parameter names number layers and experts from the first that it holds.
 
     A rank with several model chunks prefixes each name with its chunk, `model0.`, `model1.`, …, as Megatron's checkpoints do.
     """
@@ -280,29 +272,29 @@ def layout(architecture: str, dims: ModelDims, sizes: ParallelSizes, at: Coordin
         if not rule.when(dims):
             continue
         ways, share = (sizes.expert_tensor_size, at.expert_tensor) if rule.of_experts else (sizes.tensor, at.tensor)
-        shape, axis = rule.shape(dims), rule.cut.axis
-        local_shape = _replace(shape, axis, rule.cut.local_extent(dims, ways))
-        runs = rule.cut.runs(dims, ways, share)
-        boxes = [(slab(shape, axis, run.start, run.length), slab(local_shape, axis, run.local, run.length)) for run in runs]
-        for prefix, there, here in _places(rule, dims, sizes, at):
+        shape, axis = rule.shape(dims), rule.shard_rule.axis
+        local_shape = _replace(shape, axis, rule.shard_rule.local_extent(dims, ways))
+        ranges = rule.shard_rule.ranges(dims, ways, share)
+        boxes = [(slab(shape, axis, r.start, r.length), slab(local_shape, axis, r.local, r.length)) for r in ranges]
+        for prefix, there, here in _occurrences(rule, dims, sizes, at):
             parameter = prefix + rule.parameter_name(naming).format(**here)
             tensor = rule.tensor.format(**there)
             shapes[parameter] = local_shape
             pieces += [Piece(tensor, box, parameter, local) for box, local in boxes]
             if rule.of_experts:
                 experts.add(parameter)
-            if rule.cut.padded:
-                padding[parameter] = (local_shape[axis] - sum(run.length for run in runs)) * dims.hidden
+            if rule.shard_rule.padded:
+                padding[parameter] = (local_shape[axis] - sum(r.length for r in ranges)) * dims.hidden
     result = Layout(tuple(pieces), shapes, frozenset(experts))
     check_parameters_filled(result, padding)
     return result
 
 
 def replica_layouts(architecture: str, dims: ModelDims, sizes: ParallelSizes, naming: str = "local") -> dict[int, Layout]:
-    """Rank → what it holds of the first copy of the model, proved to hold the model exactly once.
+    """Return rank → what it holds of the first copy of the model, proved to cover the model exactly once.
 
-    The first copy of the experts' parameters lies on the ranks whose `expert_data` is 0, of all others on those whose `data` and
-    `context` are 0. With experts these may be different ranks; one that holds nothing of either is left out.
+    The first copy of the experts' parameters is on the ranks whose `expert_data` is 0, that of all others on the ranks whose `data` and
+    `context` are 0. With experts these may be different ranks; a rank that holds nothing of either is left out.
     """
     layouts = {}
     for rank in range(sizes.world):
@@ -315,6 +307,7 @@ def replica_layouts(architecture: str, dims: ModelDims, sizes: ParallelSizes, na
 
 
 def _part(full: Layout, dense: bool, experts: bool) -> Layout:
+    """Return a layout reduced to the parameters of experts, to all others, or to both."""
     names = {name for name in full.parameter_shapes if (experts if name in full.expert_parameters else dense)}
     return Layout(
         tuple(piece for piece in full.pieces if piece.parameter in names),
@@ -323,8 +316,10 @@ def _part(full: Layout, dense: bool, experts: bool) -> Layout:
     )
 
 
-def _places(rule: Rule, dims: ModelDims, sizes: ParallelSizes, at: Coordinates) -> Iterator[tuple[str, dict[str, int], dict[str, int]]]:
-    """(prefix of the parameter, numbers of layer and expert in Hugging Face's names, in Megatron's) of each that this rank holds."""
+def _occurrences(
+    rule: Rule, dims: ModelDims, sizes: ParallelSizes, at: Coordinates
+) -> Iterator[tuple[str, dict[str, int], dict[str, int]]]:
+    """Yield (prefix of the parameter, layer and expert in Hugging Face's names, in Megatron's) for each tensor that this rank holds."""
     layers = dims.layers // (sizes.pipeline * sizes.virtual)
     local_experts = dims.experts // sizes.expert if rule.of_experts else 1
     for chunk in range(sizes.virtual):
@@ -335,7 +330,7 @@ def _places(rule: Rule, dims: ModelDims, sizes: ParallelSizes, at: Coordinates) 
             if {"first": first, "last": last, "last_if_apart": last and not first}[rule.stage]:
                 yield prefix, {}, {}
             continue
-        # Chunk by chunk, the stages take their turns.
+        # Chunk by chunk, the stages follow one another.
         before = (chunk * sizes.pipeline + at.pipeline) * layers
         for layer in range(layers):
             for expert in range(local_experts):
@@ -351,4 +346,5 @@ def _replace(shape: Shape, axis: int, extent: int) -> Shape:
 
 
 def slab(shape: Shape, axis: int, start: int, length: int) -> Box:
+    """Return the box of `length` indices of one axis, whole along the others."""
     return tuple((start, start + length) if i == axis else (0, extent) for i, extent in enumerate(shape))

@@ -45,7 +45,7 @@ class ModelDims:
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How many ways the model is cut. Ranks are numbered tensor fastest, then context, data, pipeline (Megatron's default order).
+    """The parallel sizes of the training ranks, numbered tensor fastest, then context, data, pipeline (Megatron's default order).
 
     The tensor × context × data ranks of a stage are numbered a second time for the experts: expert tensor fastest, then expert, then expert
     data.
@@ -57,11 +57,11 @@ class ParallelSizes:
     virtual: int = 1
     """Model chunks of each pipeline stage (interleaved schedule)."""
     expert: int = 1
-    """Ranks over which the experts of a layer are spread."""
+    """Ranks over which the experts of a layer are distributed."""
     expert_tensor: int | None = None
-    """Ways in which each expert is cut; None: as `tensor`."""
+    """Ranks over which each expert is sharded; None: as `tensor`."""
     context: int = 1
-    """Ranks over which the tokens of a sequence are spread; they hold the same weights."""
+    """Ranks over which the tokens of a sequence are divided; they hold the same weights."""
 
     @property
     def world(self) -> int:
@@ -69,7 +69,7 @@ class ParallelSizes:
 
     @property
     def stage(self) -> int:
-        """Ranks of one pipeline stage."""
+        """The number of ranks of one pipeline stage."""
         return self.tensor * self.context * self.data
 
     @property
@@ -77,6 +77,7 @@ class ParallelSizes:
         return self.tensor if self.expert_tensor is None else self.expert_tensor
 
     def coordinates(self, rank: int) -> "Coordinates":
+        """Return the coordinates of a rank. Raises ValueError for a rank outside the world."""
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is outside the {self.world} ranks of {self}")
         pipeline, inside = divmod(rank, self.stage)
@@ -93,7 +94,7 @@ class ParallelSizes:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank stands along each axis. Those of the experts follow from the others, by which equality goes."""
+    """A rank's coordinate on each parallel axis. Expert coordinates are derived, and ignored by ==."""
 
     tensor: int
     data: int
@@ -116,13 +117,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """What one rank holds."""
+    """All pieces of one rank."""
 
     pieces: tuple[Piece, ...]
     parameter_shapes: dict[str, tuple[int, ...]]
     """Shape of every parameter of this rank, padding included."""
     expert_parameters: frozenset[str] = frozenset()
-    """Those of them that belong to experts."""
+    """The parameters that belong to experts."""
 
 
 class LayoutError(UserError):
@@ -143,7 +144,7 @@ class LayoutError(UserError):
 
 
 def padded_vocab(vocab: int, tensor_parallel: int) -> int:
-    """Rows of the embedding in Megatron: the vocabulary rounded up to a multiple of the tensor-parallel size."""
+    """Return the rows of Megatron's embedding: the vocabulary rounded up to a multiple of the tensor-parallel size."""
     return math.ceil(vocab / tensor_parallel) * tensor_parallel
 
 
@@ -225,17 +226,28 @@ def _check_experts(dims: ModelDims, sizes: ParallelSizes) -> None:
 
 
 def volume(box: Box) -> int:
+    """Return the number of elements of a box."""
     return math.prod(stop - start for start, stop in box)
 
 
+def slices(box: Box) -> tuple[slice, ...]:
+    """Return the index that selects a box of an array or tensor, without a copy."""
+    return tuple(slice(*edge) for edge in box)
+
+
+def format_box(box: Box) -> str:
+    """Return a box as Python slices, such as [0:4, 0:8]."""
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
+
+
 def overlap(a: Box, b: Box) -> Box | None:
-    """The elements that both boxes hold; None where there are none."""
+    """Return the box of the elements that both boxes hold; None if there are none."""
     shared = tuple((max(start, begin), min(stop, end)) for (start, stop), (begin, end) in zip(a, b, strict=True))
     return None if any(start >= stop for start, stop in shared) else shared
 
 
 def stacked(boxes: Iterable[Box], shape: tuple[int, ...]) -> list[Box] | None:
-    """The boxes from top to bottom, when they are bands of whole rows that follow one another from the first row on; None otherwise."""
+    """Return the boxes from top to bottom if they are bands of whole rows, without a gap from the first row on; else None."""
     bands, row = sorted(boxes), 0
     for (start, stop), *others in bands:
         if start != row or any(edge != (0, extent) for edge, extent in zip(others, shape[1:], strict=True)):
@@ -245,10 +257,10 @@ def stacked(boxes: Iterable[Box], shape: tuple[int, ...]) -> list[Box] | None:
 
 
 def check_exact_cover(layouts: Iterable[Layout], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise unless the layouts of one model replica hold every element of every Hugging Face tensor, and each in one home only.
+    """Raise UserError unless the layouts of one model replica hold every element of every Hugging Face tensor, each in one home only.
 
-    Identical boxes are replicas (norms over tensor-parallel ranks, the two copies of a tied embedding) and count once; boxes that
-    overlap without being identical, a hole, or a tensor the table does not know are errors.
+    Equal boxes are replicas (norms over tensor-parallel ranks, the two copies of a tied embedding) and count once. Boxes that overlap
+    without being equal, a gap, or a tensor that the table does not know are errors.
     """
     boxes: dict[str, set[Box]] = {name: set() for name in shapes}
     for layout in layouts:
@@ -266,9 +278,9 @@ def check_exact_cover(layouts: Iterable[Layout], shapes: dict[str, tuple[int, ..
 
 
 def _cover_errors(boxes: set[Box], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Elements that no box holds; elements that several boxes hold, or that lie outside `shape`.
+    """Return the elements that no box holds, and those that several boxes hold or that lie outside `shape`.
 
-    Exact: the edges of all boxes cut the space into cells, each of which a box holds whole or not at all.
+    Exact: the edges of all boxes divide the space into cells, each of which a box holds entirely or not at all.
     """
     whole = tuple((0, extent) for extent in shape)
     if boxes == {whole}:
@@ -288,7 +300,7 @@ def _cover_errors(boxes: set[Box], shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def check_parameters_filled(layout: Layout, padding: dict[str, int]) -> None:
-    """Raise unless the pieces fill every parameter of the rank exactly, but for `padding` elements per parameter name."""
+    """Raise UserError unless the pieces fill every parameter of the rank exactly, except for `padding` elements per parameter name."""
     filled = dict.fromkeys(layout.parameter_shapes, 0)
     for piece in layout.pieces:
         filled[piece.parameter] += volume(piece.local)

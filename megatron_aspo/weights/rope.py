@@ -1,6 +1,6 @@
-"""Rotary embeddings of a model whose context was stretched beyond the length that it was first trained on.
+"""Scaled rotary embeddings, of models whose context was extended beyond the length of their pretraining.
 
-The frequencies are those that transformers computes from the config. Megatron-Core's own options cannot hold them all: its `rope_scaling`
+The frequencies are those that transformers computes from the config. Megatron-Core's options cannot express them all: its `rope_scaling`
 is Llama 3.1's with a fixed original length and band, and linear interpolation scales positions, which rounds differently.
 """
 
@@ -15,8 +15,8 @@ _SETTINGS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings", *_YARN_OPTIONS},
 }
-"""Parameters that both transformers and vLLM read, by rope_type."""
-_OF_EVERY_TYPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+"""rope_type → the parameters that both transformers and vLLM read."""
+_COMMON_SETTINGS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class RopeScaling:
     frequencies: tuple[float, ...]
     """Radians per position of each pair of channels [head size / 2]; values of float32."""
     attention_factor: float
-    """Factor of cosines and sines, by whose square the attention scores grow."""
+    """Factor of cosines and sines; attention scores are multiplied by its square."""
     longest: int | None
-    """Positions for which engines make cosines and sines; None: as many as the config's max_position_embeddings."""
+    """Positions for which engines compute cosines and sines; None: the config's max_position_embeddings."""
 
 
 def read_rope_scaling(config: Any, where: str) -> RopeScaling | None:
-    """Return the rotary frequencies that a transformers config asks for, None where they are those of rope_theta.
+    """Return the rotary frequencies that a transformers config requires, None if they follow from rope_theta alone.
 
-    where: names the file in errors. Raises UserError for a type or setting that transformers and vLLM do not read alike.
+    where: names the file in errors. Raises UserError for a type or setting that transformers and vLLM interpret differently.
     """
     rope = dict(config.rope_parameters or {})
     kind = rope.get("rope_type", "default")
@@ -42,7 +42,7 @@ def read_rope_scaling(config: Any, where: str) -> RopeScaling | None:
         return None
     if kind not in _SETTINGS:
         raise UserError(f"{where}: rope_type={kind} is not supported; expected one of {', '.join(['default', *_SETTINGS])}")
-    for key in rope.keys() - _SETTINGS[kind] - _OF_EVERY_TYPE:
+    for key in rope.keys() - _SETTINGS[kind] - _COMMON_SETTINGS:
         raise UserError(f"{where}: {key}={rope[key]} is not a setting of rope_type={kind}; remove it")
     for key in sorted(_SETTINGS[kind] - _YARN_OPTIONS | rope.keys() & _YARN_OPTIONS - {"truncate"}):
         least = 1 if key == "factor" else 0

@@ -24,14 +24,14 @@ from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.rewards.pool import RewardPool
 from megatron_aspo.rollout.collector import Rollouts
 from megatron_aspo.rollout.engine import EngineError, EngineInfo, Request
+from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import WeightSender
 from megatron_aspo.sync.group import stateless_group
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.tasks.options import DataOptions
-from megatron_aspo.weights.holdings import EngineSizes
-from megatron_aspo.weights.layout import ModelDims, ParallelSizes
+from megatron_aspo.weights.layout import ModelDims, ParallelSizes, slices
 from tests.models import perturbed, save_tiny
 
 pytestmark = pytest.mark.long
@@ -95,15 +95,15 @@ class Rig:
         spec = TransferSpec(self.architecture, dims, ParallelSizes(), self.engines, "float32", BUCKET_BYTES)
         port = free_port("127.0.0.1")
         pending = self.pool.connect("127.0.0.1", port, spec, timeout_s=30)
-        group = stateless_group("127.0.0.1", port, 0, spec.world, timeout_s=30, names=spec.name)
+        group = stateless_group("127.0.0.1", port, 0, spec.world, timeout_s=30, names=spec.rank_name, terms=spec.terms())
         pending.result(60)
-        schedule = Schedule(spec, 0, where_of(group.places))
+        schedule = spec.schedule(0, group.hosts)
         self.sender = WeightSender(schedule, group, torch.device("cpu"))
 
     def update(self, state: dict[str, torch.Tensor]) -> None:
         self.version += 1
         pending = self.pool.receive_weights(self.version, verify=self.version % 2 == 0)
-        self.sender.send(lambda name, box: state[name][tuple(slice(*edge) for edge in box)], self.version, self.version % 2 == 0)
+        self.sender.send_version(lambda name, box: state[name][slices(box)], self.version, self.version % 2 == 0)
         pending.result(60)
         self.state = state
 

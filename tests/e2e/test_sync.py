@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,23 +18,23 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from megatron_aspo.commands.verify_sync import compare_digests, read_expected
 from megatron_aspo.hf.model import read_model, read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.rollout import pool as pool_module
 from megatron_aspo.rollout.engine import EngineError, Request
+from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.pool import EnginePool
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.runtime.placement import Split
 from megatron_aspo.runtime.publisher import Publisher, PublishError
 from megatron_aspo.runtime.trainers import Trainers
-from megatron_aspo.sync.schedule import TransferSpec
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.holdings import EngineSizes
 from megatron_aspo.weights.layout import ParallelSizes
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
-from tests.unit.test_packaging import load_tool
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
@@ -52,13 +53,14 @@ RECIPE = {
 
 
 def verify_sync(directory: Path, family: str, *overrides: str) -> tuple[int, dict, str]:
-    """Run the tool on a small model of this family; return its exit status, last line and whole output."""
+    """Run the command on a small model of this family; return its exit status, last line and whole output."""
     tokenizer = byte_tokenizer()
     save_tiny(family, directory / "model", tied=family == "qwen2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     tokenizer.save_pretrained(directory / "model")
     (directory / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    command = [sys.executable, str(ROOT / "tools/verify_sync.py"), "recipe.yaml", *overrides]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "megatron_aspo", "verify-sync", "recipe.yaml", *overrides]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
     lines = done.stdout.strip().splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stdout + done.stderr
 
@@ -74,7 +76,7 @@ def verify_sync(directory: Path, family: str, *overrides: str) -> tuple[int, dic
         pytest.param("seed_oss", (*TP2_PP2, "rollout.tensor_parallel=4"), marks=pytest.mark.nightly),
     ],
 )
-def test_the_tool_reads_every_value_of_a_model_back_from_the_engines(tmp_path, family, overrides):
+def test_the_command_reads_every_value_of_a_model_back_from_the_engines(tmp_path, family, overrides):
     status, figures, said = verify_sync(tmp_path, family, *overrides)
     assert status == 0, said
     assert figures["differences"] == 0
@@ -150,12 +152,11 @@ def core_of(engines: EnginePool, index: int) -> psutil.Process:
 
 
 def test_every_value_of_the_model_is_read_back_from_the_engines(publisher, engines, trained):
-    """The tool's result for a recipe, on the engines that the next tests share."""
+    """The result of the command for a recipe, on the engines that the next tests share."""
     publisher.publish(1)
-    tool = load_tool("verify_sync")
-    wrong: list[str] = []
-    figures = tool.compare(tool.truth(trained, ["float32"]), engines, wrong)
-    assert wrong == []
+    differences: list[str] = []
+    figures = compare_digests(read_expected(trained, ["float32"]), engines, differences)
+    assert differences == []
     assert min(figures["received"], figures["stored"]) >= len(engines.infos) * len(read_model(trained).tensor_shapes)
     assert figures["unreadable"] == 0
     assert logprob_error(engines, trained) < 1e-4

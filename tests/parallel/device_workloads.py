@@ -44,10 +44,10 @@ def host_waits(rank: int, meeting: str, settings, batch, samples: list[int]) -> 
     from tests.parallel.workloads import _trainer
 
     with _trainer(rank, meeting, settings) as trainer:
-        scores = trainer.prepare(batch)[0]
+        scores = trainer.updater.prepare(batch)[0]
         waits = _Waits()
         with waits, waits.methods():
-            trainer.accumulate_gradients(batch, np.array(samples), scores)
+            trainer.updater.accumulate_gradients(batch, np.array(samples), scores)
         return waits.found
 
 

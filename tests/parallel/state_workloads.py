@@ -95,15 +95,15 @@ def unequal(left: dict, right: dict) -> list[str]:
 def gradients_of_every_update(trainer):
     """Return a list that each update extends by {parameter: float64 gradient before clipping}, of at least this rank's own shard."""
     seen: list[dict[str, np.ndarray]] = []
-    apply = trainer.apply_gradients
+    apply = trainer.updater.apply_gradients
 
     def recording():
         seen.append({name: array(parameter.main_grad.double()).ravel() for name, parameter in trainer.model.named_parameters()})
         return apply()
 
-    trainer.apply_gradients = recording
+    trainer.updater.apply_gradients = recording
     yield seen
-    trainer.apply_gradients = apply
+    trainer.updater.apply_gradients = apply
 
 
 def mixed_dtypes(rank: int, meeting: str, distributed: bool) -> list[tuple[str, int, int, bool]]:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_aspo.hf.model import read_sizes
+from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
 from megatron_aspo.weights.families import tensor_shapes
-from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes
 from tests.models import FAMILIES, save_tiny
 
 pytestmark = pytest.mark.long

@@ -8,12 +8,14 @@ import torch
 
 from megatron_aspo.data.batch import TrainBatch
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.section import algorithm_options
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
 from tests.models import save_tiny
 from tests.parallel import workloads
 from tests.reference import losses
 from tests.reference.decoder import Decoder, token_logprobs
+from tests.unit.loss_cases import by_name
 
 pytestmark = pytest.mark.long
 
@@ -40,7 +42,7 @@ ALGORITHMS = {
 
 
 def options(name: str) -> AlgorithmOptions:
-    return AlgorithmOptions(policy_loss=name.split(",")[0], mini_batch_prompts=MINI_BATCH_PROMPTS, **ALGORITHMS[name])
+    return algorithm_options(policy_loss=name.split(",")[0], mini_batch_prompts=MINI_BATCH_PROMPTS, **ALGORITHMS[name])
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def truth(case: Case, name: str) -> tuple[float, dict]:
             )
             for (logprob, entropy), part, advantage in zip(pairs, parts, case.advantages)
         ]
-        result = losses.mini_batch(responses, options(name), MINI_BATCH_PROMPTS * RESPONSES_PER_PROMPT, MAX_TOKENS)
+        result = losses.mini_batch(responses, by_name(options(name)), MINI_BATCH_PROMPTS * RESPONSES_PER_PROMPT, MAX_TOKENS)
         outputs = [torch.cat(column) for column in zip(*pairs)]
         upstream = [torch.from_numpy(result.logp_gradient), torch.from_numpy(result.entropy_gradient)]
         torch.autograd.backward(outputs, upstream)

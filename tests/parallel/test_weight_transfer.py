@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from megatron_aspo.common.network import free_port
 from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.rollout.engine_layout import EngineSizes
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import WeightReceiver
 from megatron_aspo.sync.group import stateless_group
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
 from megatron_aspo.trainer.settings import RankSettings
-from megatron_aspo.weights.holdings import EngineSizes
 from tests.models import save_tiny
 from tests.parallel import workloads
 
@@ -28,15 +28,15 @@ def received(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of this worker, on this device, after the last version."""
     rank = spec.training.world + worker
-    group = stateless_group(HOST, port, rank, spec.world, 150.0, backend, names=spec.name)
-    schedule = Schedule(spec, rank, where_of(group.places))
+    group = stateless_group(HOST, port, rank, spec.world, 150.0, backend, names=spec.rank_name, terms=spec.terms())
+    schedule = spec.schedule(rank, group.hosts)
     assert len(schedule.buckets) > 3
     receiver = WeightReceiver(schedule, group, torch.device(device))
     for version in versions:
-        receiver.begin(version, verify=True)
+        receiver.begin_version(version, verify=True)
         tensors = {}
         for _ in schedule.buckets:
-            with receiver.bucket() as given:
+            with receiver.next_bucket() as given:
                 tensors |= {name: tensor.to("cpu", copy=True) for name, tensor in given}
     return tensors
 

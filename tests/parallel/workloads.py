@@ -27,20 +27,21 @@ def on_device(trainer, values: np.ndarray) -> torch.Tensor:
 
 def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarray, reference: np.ndarray | None, advantages: np.ndarray):
     """Return gradients and weights (Hugging Face names) and the tally of one optimizer step over the batch; rank 0's result counts."""
-    from megatron_aspo.trainer.rank import Scores, set_learning_rate  # rank.py before what imports Megatron-Core
-
     with _trainer(rank, meeting, settings) as trainer:
-        scored, _ = trainer.score(trainer.model, batch, np.arange(batch.samples))
+        from megatron_aspo.trainer.optimizer import set_learning_rate  # after rank.py, which prepares Megatron-Core
+        from megatron_aspo.trainer.update import Scores
+
+        scored, _ = trainer.updater.score(trainer.model, batch, np.arange(batch.samples))
         per_token = np.repeat(advantages, np.diff(batch.response_offsets)).astype(np.float32)
         scores = Scores(*(None if values is None else on_device(trainer, values) for values in (old, reference, per_token)))
         set_learning_rate(trainer.optimizer, settings.optimizer, step=0)
-        tally = trainer.accumulate_gradients(batch, np.arange(batch.samples), scores)
+        tally = trainer.updater.accumulate_gradients(batch, np.arange(batch.samples), scores)
         metas = trainer.tensor_metas("float32")
         gradients = None
         if not settings.trainer.distributed_optimizer:
             gradients = arrays(trainer.whole_tensors(metas, lambda parameter: parameter.main_grad))
         gradient_dtypes = {parameter.main_grad.dtype for parameter in trainer.model.parameters()}
-        _, norm = trainer.apply_gradients()
+        _, norm = trainer.updater.apply_gradients()
         weights = arrays(trainer.whole_tensors(metas))
         last = trainer.parallel.is_last_stage
         return {
@@ -49,7 +50,7 @@ def one_step(rank: int, meeting: str, settings, batch: TrainBatch, old: np.ndarr
             "gradient dtypes": gradient_dtypes,
             "weights": weights,
             "norm": norm,
-            "tally": trainer._sum_over_replicas(tally) if last else None,
+            "tally": trainer.updater.sum_over_replicas(tally) if last else None,
         }
 
 
@@ -65,10 +66,10 @@ def kept_for_backward(rank: int, meeting: str, settings, batch: TrainBatch) -> i
 
         trainer.model.register_forward_hook(lambda *_: readings.append(sum(kept[key] for key in kept.keys() - weights)))
         samples = np.arange(batch.samples)
-        scores = trainer.prepare(batch)[0]
+        scores = trainer.updater.prepare(batch)[0]
         readings.clear()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            trainer.accumulate_gradients(batch, samples, scores)
+            trainer.updater.accumulate_gradients(batch, samples, scores)
         (reading,) = readings
         return reading
 
@@ -256,7 +257,7 @@ def prepare(rank: int, meeting: str, settings, batch: TrainBatch, scale: float) 
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 parameter.mul_(scale)
-        scores, mismatch, tally = trainer.prepare(batch)
+        scores, mismatch, tally = trainer.updater.prepare(batch)
         held = {name: None if t is None else array(t) for name, t in vars(scores).items()}
         return held | {"mismatch": mismatch, "tally": tally}
 

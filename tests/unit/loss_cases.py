@@ -3,16 +3,23 @@
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import settings, strategies as st
 
+from megatron_aspo.losses import registry
 from megatron_aspo.losses.aggregation import Totals
-from megatron_aspo.losses.objective import ObjectiveTokens, objective
+from megatron_aspo.losses.find import find_policy_loss
+from megatron_aspo.losses.objective import Objective, ObjectiveTokens
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.policy import PolicyTokens
+from megatron_aspo.losses.policy import PolicyLoss, PolicyTokens
+from megatron_aspo.losses.section import FIELDS
+from megatron_aspo.losses.tally import Tally
 from tests.reference import losses as reference
 from tests.reference.losses import Response, Result
 
@@ -21,6 +28,38 @@ AGGREGATIONS = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_
 CORRECTIONS = ["none", "tis", "mask"]
 SCOPES = ["response", "mini_batch"]
 FULL_RESPONSES, MAX_RESPONSE_TOKENS = 16, 64
+
+
+COMMON = {
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "high_entropy_clip_low": 0.4,
+    "high_entropy_clip_high": 0.4,
+    "dual_clip_neg": 3.0,
+    "dual_clip_pos": 3.0,
+}
+"""Options of the policy losses, with values that tests give to each loss that reads them, also where its own default differs."""
+
+
+def algorithm(**given: Any) -> AlgorithmOptions:
+    """Options under the names of a recipe, over COMMON. The policy loss gets the options that it reads."""
+    loss = given.get("policy_loss", AlgorithmOptions.policy_loss)
+    chosen = {name: (COMMON | given).get(name, option.default) for name, option in registry.signature(loss).options.items()}
+    return AlgorithmOptions(policy_loss_options=chosen, **{name: value for name, value in given.items() if name in FIELDS})
+
+
+def by_name(options: AlgorithmOptions) -> SimpleNamespace:
+    """The same options in one namespace, as the reference reads them."""
+    return SimpleNamespace(**COMMON | asdict(options) | options.policy_loss_options)
+
+
+def policy_loss(name: str, **given: Any) -> PolicyLoss:
+    """The built-in loss with its options bound."""
+    return find_policy_loss(algorithm(policy_loss=name, **given))
+
+
+def objective(tokens: ObjectiveTokens, options: AlgorithmOptions, totals: Totals) -> tuple[torch.Tensor, Tally]:
+    return Objective(options)(tokens, totals)
 
 
 def few(examples: int) -> settings:
@@ -82,9 +121,7 @@ def options_of(**given) -> st.SearchStrategy[AlgorithmOptions]:
         "entropy_coef": [0.0, 0.01],
         "rollout_correction_cap": [2.0, 1.3],
     }
-    return st.builds(
-        AlgorithmOptions, **{name: st.sampled_from(of) for name, of in choices.items()} | {n: st.just(v) for n, v in given.items()}
-    )
+    return st.builds(algorithm, **{name: st.sampled_from(of) for name, of in choices.items()} | {n: st.just(v) for n, v in given.items()})
 
 
 def float32(responses: Sequence[Response]) -> list[Response]:
@@ -112,7 +149,7 @@ def as_tokens(responses: Sequence[Response], dtype: torch.dtype = torch.float64)
     )
 
 
-def policy_tokens(responses: Sequence[Response], low: Sequence[bool], options: AlgorithmOptions, dtype=torch.float64) -> PolicyTokens:
+def policy_tokens(responses: Sequence[Response], low: Sequence[bool], dtype=torch.float64) -> PolicyTokens:
     """What a policy loss gets; `low` marks low-entropy tokens. Uncounted tokens hold zeros."""
     tokens = as_tokens([r.map(lambda array, mask=r.mask: np.where(mask, array, 0.0)) for r in responses], dtype)
     return PolicyTokens(
@@ -123,7 +160,6 @@ def policy_tokens(responses: Sequence[Response], low: Sequence[bool], options: A
         low_entropy=torch.tensor(low, dtype=torch.bool),
         mask=tokens.mask,
         offsets=tokens.offsets,
-        options=options,
     )
 
 
@@ -133,12 +169,12 @@ def totals(responses: Sequence[Response], options: AlgorithmOptions) -> Totals:
         responses=sum(bool(r.mask.any()) for r in responses),
         full_responses=FULL_RESPONSES,
         max_response_tokens=MAX_RESPONSE_TOKENS,
-        entropy_threshold=reference.entropy_threshold(responses, options),
+        entropy_threshold=reference.entropy_threshold(responses, by_name(options)),
     )
 
 
 def truth(responses: Sequence[Response], options: AlgorithmOptions) -> Result:
-    return reference.mini_batch(responses, options, FULL_RESPONSES, MAX_RESPONSE_TOKENS)
+    return reference.mini_batch(responses, by_name(options), FULL_RESPONSES, MAX_RESPONSE_TOKENS)
 
 
 def assert_close(got, want, allowed, what: str = "") -> None:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.losses import names
-from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import PolicyTerm, PolicyTokens
+from megatron_aspo.losses.registry import POLICY_LOSSES
 from megatron_aspo.losses.tester import check_loss
 from megatron_aspo.losses.trial_batches import extreme, ordinary
 
@@ -25,7 +24,7 @@ ALL = {"result", "extremes", "gradient", "float32", "mask", "empty", "splitting"
 
 def report(capsys, name: str, *given: str) -> tuple[str, set[str]]:
     """What was printed, and the names of the checks that failed."""
-    passed = check_loss(name if name in names.POLICY_LOSS_NAMES else f"{__name__}:{name}", given)
+    passed = check_loss(name if name in POLICY_LOSSES else f"{__name__}:{name}", given)
     text = capsys.readouterr().out
     last = json.loads(text.splitlines()[-1])
     assert last["passed"] == passed == all(last["checks"].values())
@@ -95,7 +94,7 @@ def whole_term(tokens: PolicyTokens) -> PolicyTerm:
     return PolicyTerm(plain(tokens), tokens.log_ratio.exp().detach(), none, none)
 
 
-@pytest.mark.parametrize("name", names.POLICY_LOSS_NAMES)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_every_loss_of_ours_passes(capsys, name):
     assert report(capsys, name)[1] == set()
 
@@ -365,7 +364,7 @@ def test_a_broken_loss_fails_the_check_that_is_about_it(capsys, loss, failed, sa
 def test_a_failure_names_the_token_and_both_numbers(capsys):
     """The loss −A·s·r with s the token's own logprob, whose gradient is −A·s·r, and −A·r·(s + 1) if s is not held constant."""
     text, failed = report(capsys, "one_item")
-    tokens = ordinary(AlgorithmOptions())
+    tokens = ordinary()
     a, s, r = (float(x[7]) for x in (tokens.advantages, tokens.logprobs, tokens.log_ratio.exp()))
     assert failed >= {"gradient"} and "token 0 of response 2 (" in text
     line = next(line for line in text.splitlines() if "autograd gives" in line)
@@ -375,13 +374,13 @@ def test_a_failure_names_the_token_and_both_numbers(capsys):
 
 
 def test_the_batches_cover_what_they_are_for():
-    tokens = ordinary(AlgorithmOptions())
+    tokens = ordinary()
     ratio, positive = tokens.log_ratio.exp(), tokens.advantages > 0
     for sign in (positive, ~positive):
         assert ratio[sign].min() < 0.2 and ratio[sign].max() > 5 and ((ratio[sign] > 0.8) & (ratio[sign] < 1.2)).any()
         assert tokens.low_entropy[sign].any() and not tokens.low_entropy[sign].all()
     assert tokens.mask.all() and (tokens.logprobs < 0).all() and (tokens.advantages != 0).all()
-    far = extreme(AlgorithmOptions())
+    far = extreme()
     delta = (far.logprobs - far.old_logprobs)[far.mask]
     for advantage in (1, -1, 0):
         chosen = far.advantages[far.mask] == advantage

@@ -1,8 +1,6 @@
 """One list of checks: a mistake in a model or recipe is refused in the same words by every command, before anything is started."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megatron_aspo import cli
 from megatron_aspo.checkpoint.convert import open_source
+from megatron_aspo.commands import verify_sync as verify_sync_command
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import load_config
 from megatron_aspo.hf.model import read_model
@@ -19,6 +19,7 @@ from megatron_aspo.hf.tensor_files import TensorReader
 from megatron_aspo.runtime import processes, run
 from megatron_aspo.runtime.plan import make_plan
 from megatron_aspo.runtime.start import Ownership
+from tests.in_process import run_main
 from tests.models import save_tiny
 from tests.unit.test_plan_command import RECIPE
 
@@ -64,19 +65,12 @@ def convert(*_: str) -> None:
 
 
 def verify_sync(*overrides: str) -> None:
-    """Call the tool's own `main`, as a user does."""
-    file = Path(__file__).parents[2] / "tools" / "verify_sync.py"
-    spec = importlib.util.spec_from_file_location("verify_sync", file)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    tool.open_cluster = processes.open_cluster
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        messages: list[str] = []
-        patch.setattr(sys, "argv", ["verify_sync", "recipe.yaml", *overrides])
-        patch.setattr("argparse.ArgumentParser.exit", lambda _, status, message: messages.append(message) or sys.exit(status))
-        tool.main()
-    assert ended.value.code == 2
-    raise UserError(messages[0].removeprefix("verify_sync: error: ").strip())
+    """Call the command as a user does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_sync_command, "open_cluster", processes.open_cluster)
+        done = run_main(cli.main, "verify-sync", "recipe.yaml", *overrides, cwd=Path.cwd())
+    assert done.returncode == 2
+    raise UserError(done.stderr.removeprefix("megatron-aspo: error: ").strip())
 
 
 def refusals(commands: list[Callable], *overrides: str) -> set[str]:

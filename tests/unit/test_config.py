@@ -27,7 +27,7 @@ def test_values_come_from_defaults_recipe_and_overrides_in_that_order(recipe):
 def test_a_preset_does_not_give_a_loss_the_bounds_of_another(recipe, loss):
     with pytest.raises(UserError, match=f"preset=archer_reference fixes ε by entropy class, which policy_loss={loss} does not know"):
         load_config(recipe, ["preset=archer_reference", f"algorithm.policy_loss={loss}"])
-    assert load_config(recipe, ["preset=archer_reference", "algorithm.policy_loss=archer"]).algorithm.clip_low == 0.2
+    assert load_config(recipe, ["preset=archer_reference", "algorithm.policy_loss=archer"]).algorithm.policy_loss_options["clip_low"] == 0.2
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_a_resolved_recipe_does_not_carry_the_values_of_one_loss_over_to_another
 def test_a_loss_may_be_changed_with_the_values_that_go_with_it(recipe, tmp_path):
     (tmp_path / "again.yaml").write_text(to_yaml(load_config(recipe)))
     bounds = ["algorithm.clip_low=3e-4", "algorithm.clip_high=4e-4", "algorithm.aggregation=seq_mean_token_mean"]
-    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=gspo", *bounds]).algorithm.clip_low == 3e-4
-    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=ppo_clip"]).algorithm.clip_low == 0.2
-    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=aspo"]).algorithm.clip_low == 0.2
+    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=gspo", *bounds]).algorithm.policy_loss_options["clip_low"] == 3e-4
+    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=ppo_clip"]).algorithm.policy_loss_options["clip_low"] == 0.2
+    assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=aspo"]).algorithm.policy_loss_options["clip_low"] == 0.2
 
 
 def test_a_preset_among_the_overrides_replaces_what_the_recipe_writes_and_says_so(recipe):

@@ -19,13 +19,14 @@ import megatron_aspo
 from megatron_aspo import cli
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config, to_yaml
+from megatron_aspo.losses.registry import builtin_options
 from tests.unit.test_packaging import ROOT, load_tool
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/listings/README.md", ROOT / "docker/README.md", ROOT / "tools/README.md"]
 )
 QUICKSTART = ROOT / "examples/recipes/quickstart.yaml"
-TAKES_OVERRIDES = {"tools/verify_sync.py", "tools/prove/torture.py", "tools/quickstart.sh"}
+TAKES_OVERRIDES = {"tools/prove/torture.py", "tools/quickstart.sh"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def option_keys() -> set[str]:
-    return set(flat(yaml.safe_load(to_yaml(Config())), ""))
+    """Keys of a recipe, with the options of every built-in loss."""
+    return {*flat(yaml.safe_load(to_yaml(Config())), ""), *(f"algorithm.{name}" for name in builtin_options())}
 
 
 def flat(values: dict, prefix: str) -> Iterator[str]:
@@ -113,6 +115,15 @@ RUN = [fence for fence in ALL_FENCES if fence.mark == "<!-- run -->"]
 
 def test_the_readme_fits_on_one_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_what_a_reader_who_changes_the_algorithm_reads_is_at_most_1500_lines():
+    page = (ROOT / "docs/architecture.md").read_text()
+    table = re.findall(r"^\| \[`([\w./]+)`\]\(\.\./megatron_aspo/\1\) \| (\d+) \|", page, re.MULTILINE)
+    lines = {file: len((ROOT / "megatron_aspo" / file).read_text().splitlines()) for file, _ in table}
+    assert {"train.py", "trainer/update.py", "losses/objective.py", "losses/builtin/aspo.py"} <= lines.keys()
+    assert sum(lines.values()) <= 1500 and lines["train.py"] <= 110
+    assert {file: (int(stated), lines[file]) for file, stated in table if abs(int(stated) - lines[file]) > 20} == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -187,7 +198,7 @@ def check_command(words: list[str]) -> None:
         with pytest.raises(SystemExit) as ended, open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
             cli.main(arguments)
         assert ended.value.code == 0, words
-        if arguments[0] in ("train", "plan"):
+        if arguments[0] in ("train", "plan", "verify-sync"):
             check_overrides(arguments[1], arguments[2:])
         return
     if program in ("bash", "python", ".venv/bin/python"):
@@ -220,7 +231,7 @@ def flags_of(tool: Path) -> set[str]:
         "megatron-aspo train RECIPE --restart auto",
         "megatron-aspo fly RECIPE",
         "python tools/no_such_tool.py",
-        "python tools/plan_sync.py examples/models/qwen2.5-1.5b --trian tensor=2",
+        "megatron-aspo plan-sync examples/models/qwen2.5-1.5b --trian tensor=2",
         "bash tools/test.sh tests/unit/test_no_such.py",
         "curl example.org",
         "NNODES=2 bash examples/run_aspo_qwen3_8b_code.sh --resume",

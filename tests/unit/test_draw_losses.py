@@ -1,16 +1,15 @@
 """The pictures of docs/losses.md: their curves are the published formulas, and the files are those that the script draws."""
 
-import re
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
-from megatron_aspo.common.errors import UserError
-from megatron_aspo.losses import names
-from megatron_aspo.losses.check import check_algorithm
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.presets import LOSS_DEFAULTS
+from megatron_aspo.losses.registry import POLICY_LOSSES, builtin_options
+from megatron_aspo.losses.section import algorithm_options
+from tests.reference.losses import POLICY
+from tests.unit import loss_cases as cases
 from tests.unit.test_packaging import ROOT, load_tool
 
 TOOL = load_tool("draw_losses")
@@ -64,8 +63,18 @@ def test_a_curve_is_the_published_weight(case):
     assert np.allclose(weight, FORMULAS[case](r), rtol=1e-9, atol=1e-12)
 
 
-def test_every_loss_has_a_formula_here_and_a_jump_is_drawn_upright():
-    assert {name for name, *_ in FORMULAS} == set(TOOL.DRAWN) >= set(names.POLICY_LOSS_NAMES)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_every_curve_of_a_built_in_loss_is_the_reference(name):
+    for sign, low in ((1, True), (1, False), (-1, True), (-1, False)):
+        r, weight = TOOL.curve(name, sign, low)
+        options = cases.by_name(algorithm_options(policy_loss=name))
+        old, classes = np.full(1, -3.0), np.full(1, low)
+        gradients = [POLICY[name](old + np.log(ratio), old, float(sign), classes, options).gradient[0] for ratio in r]
+        assert np.allclose(weight, -np.array(gradients) / sign, rtol=1e-9, atol=1e-12)
+
+
+def test_every_formula_is_of_a_loss_that_is_drawn_and_a_jump_is_drawn_upright():
+    assert {name for name, *_ in FORMULAS} <= set(TOOL.DRAWN) == {*POLICY_LOSSES, "examples.losses.sapo:sapo"}
     for name, sign, low_entropy in FORMULAS:
         r, weight = TOOL.curve(name, sign, low_entropy)
         for left, right in zip(np.flatnonzero(np.abs(np.diff(weight)) > 0.3), np.flatnonzero(np.abs(np.diff(weight)) > 0.3) + 1):
@@ -99,28 +108,7 @@ def test_a_custom_loss_can_be_drawn(tmp_path, capsys, monkeypatch):
     assert np.allclose(TOOL.curve("own_to_draw:halved", -1)[1], 0.5)
 
 
-def test_the_page_lists_the_options_of_each_loss_with_their_defaults():
-    page = (ROOT / "docs" / "losses.md").read_text()
-    sections = dict(re.findall(r"^### `(\w+)`$(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
-    assert set(sections) == set(names.POLICY_LOSS_NAMES)
-    for name, section in sections.items():
-        sentence = re.search(r"^Reads: (.*?)\.(?=\s)", section, re.MULTILINE | re.DOTALL)[1]
-        said = {} if sentence == "nothing" else dict(re.findall(r"`(\w+)` (\S+?)(?:,|$)", sentence))
-        options = TOOL.loss_options(name)
-        assert said == {option: f"{getattr(options, option)}".replace("0.0003", "3e-4").replace("0.0004", "4e-4") for option in said}
-        for option in said:
-            check_algorithm(
-                replace(options, **{option: other(getattr(options, option))}), 8, 100, LOSS_DEFAULTS.get(name, {}).get("algorithm")
-            )
-        for option in {f.name for f in fields(options) if "clip" in f.name or "entropy_" in f.name} - set(said) - {"entropy_coef"}:
-            with pytest.raises(UserError, match="has no effect"):
-                check_algorithm(replace(options, **{option: other(getattr(options, option))}), 8, 100)
-
-
-def other(value):
-    return "mini_batch" if value == "response" else value * 0.9 + 0.05 if value < 1.5 else value + 1
-
-
 def test_the_page_names_every_option_of_the_algorithm():
     page = (ROOT / "docs" / "losses.md").read_text()
-    assert [f.name for f in fields(AlgorithmOptions) if f"`{f.name}" not in page] == []
+    names = [*(f.name for f in fields(AlgorithmOptions)), *builtin_options()]
+    assert [name for name in names if f"`{name}" not in page] == []

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.hf.model import read_sizes
+from megatron_aspo.rollout.engine_layout import CPU_HEAD_SIZES, EngineSizes, check_engine, check_engine_on
 from megatron_aspo.rollout.engine_settings import GIB, READABLE, EngineSpec, engine_arguments, environment
-from megatron_aspo.weights.holdings import CPU_HEAD_SIZES, EngineSizes, check_engine, check_engine_on
 from tests.models import save_tiny
 
 SPEC = EngineSpec(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from examples.losses.sapo import sapo
-from megatron_aspo.losses.custom import find_policy_loss
+from megatron_aspo.losses.find import find_policy_loss
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.policy import PolicyTokens
 from megatron_aspo.losses.tester import check_loss
@@ -16,11 +16,11 @@ from tests.unit.test_packaging import ROOT
 NAME = "examples.losses.sapo:sapo"
 
 
-def tokens(logprobs: np.ndarray, old: np.ndarray, advantages: np.ndarray, options: AlgorithmOptions) -> PolicyTokens:
+def tokens(logprobs: np.ndarray, old: np.ndarray, advantages: np.ndarray) -> PolicyTokens:
     n = len(old)
     flags = torch.ones(n, dtype=torch.bool)
     given = [torch.from_numpy(x) for x in (logprobs, old, advantages)]
-    return PolicyTokens(given[0].requires_grad_(), *given[1:], torch.ones(n, dtype=torch.float64), flags, flags, [0, n], options)
+    return PolicyTokens(given[0].requires_grad_(), *given[1:], torch.ones(n, dtype=torch.float64), flags, flags, [0, n])
 
 
 @pytest.mark.parametrize("taus", [{}, {"tau_pos": 2.0, "tau_neg": 0.3}])
@@ -35,7 +35,7 @@ def test_sapo_is_the_papers_formula_with_its_derivative(monkeypatch, taus):
     gate = 1 / (1 + np.exp(-tau * (r - 1)))
 
     options = AlgorithmOptions(policy_loss=NAME, policy_loss_options=taus)
-    given = tokens(logprobs, old, advantages, options)
+    given = tokens(logprobs, old, advantages)
     term = find_policy_loss(options)(given)
     assert np.allclose(term.loss.detach().numpy(), -advantages * gate * 4 / tau, rtol=1e-12, atol=0)
     term.loss.sum().backward()
@@ -48,7 +48,7 @@ def test_sapo_is_the_papers_formula_with_its_derivative(monkeypatch, taus):
 
 def test_sapo_weighs_tokens_on_policy_by_one_and_lets_the_far_ones_fade():
     r = np.array([1.0, 8.0, 1e-3])
-    given = tokens(np.log(r) - 3, np.full(3, -3.0), np.ones(3), AlgorithmOptions())
+    given = tokens(np.log(r) - 3, np.full(3, -3.0), np.ones(3))
     sapo(given).sum().backward()
     weight = -given.logprobs.grad.numpy()
     assert weight[0] == pytest.approx(1, rel=1e-12) and weight[1] < 0.04 and weight[2] < 1e-3

@@ -1,4 +1,4 @@
-"""Transfers from end to end over real gloo groups, one thread per rank, against the rules of both frameworks told without the table."""
+"""End-to-end transfers over real gloo groups, one thread per rank, compared with the rules of both frameworks written without the table."""
 
 import re
 import time
@@ -14,13 +14,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.network import free_port
+from megatron_aspo.rollout.engine_layout import EngineSizes
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import WeightReceiver, WeightSender
 from megatron_aspo.sync.group import StatelessGroup, TransferError, stateless_group
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
+from megatron_aspo.sync.schedule import Schedule
 from megatron_aspo.sync.segment import Segment
+from megatron_aspo.sync.shared_memory_transport import SharedMemoryTransport
 from megatron_aspo.weights.families import tensor_shapes
-from megatron_aspo.weights.holdings import EngineSizes
-from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes
+from megatron_aspo.weights.layout import Box, ModelDims, ParallelSizes, slices
 from tests.unit.test_layout import numbered
 from tests.unit.test_plan import engine_ids, training_ids, transfers
 
@@ -28,16 +30,16 @@ HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 
 
-def together(
-    spec: TransferSpec, places: list[str], work: Callable[[int, StatelessGroup, Schedule], object], timeout_s: float = 20.0
+def run_ranks(
+    spec: TransferSpec, hosts: list[str], work: Callable[[int, StatelessGroup, Schedule], object], timeout_s: float = 20.0
 ) -> list:
-    """Runs `work` on every rank of a real group; results, or what was raised, by rank."""
+    """Run `work` on every rank of a real group; return the result of each, or the TransferError that it raised."""
     port = free_port(HOST)
 
     def run(rank: int):
-        group = stateless_group(HOST, port, rank, spec.world, timeout_s, place=places[rank], names=spec.name)
+        group = stateless_group(HOST, port, rank, spec.world, timeout_s, own_host=hosts[rank], names=spec.rank_name, terms=spec.terms())
         try:
-            return work(rank, group, Schedule(spec, rank, where_of(group.places)))
+            return work(rank, group, spec.schedule(rank, group.hosts))
         except TransferError as error:
             return error
         finally:
@@ -46,16 +48,16 @@ def together(
     groups: list[StatelessGroup] = []
     with ThreadPoolExecutor(spec.world) as ranks:
         results = list(ranks.map(run, range(spec.world)))
-    for group in groups:  # not before all have done: rank 0 serves the store
+    for group in groups:  # only when all are done: rank 0 serves the store
         group.close()
     return results
 
 
 def source_of(whole: dict[str, np.ndarray], has: dict[str, set[int]]) -> Callable[[str, Box], torch.Tensor]:
-    """The values of this rank; asked for anything else, it fails."""
+    """Return a function that reads this rank's values, and fails for any others."""
 
     def read(tensor: str, box: Box) -> torch.Tensor:
-        values = whole[tensor][tuple(slice(*edge) for edge in box)]
+        values = whole[tensor][slices(box)]
         assert set(values.ravel().tolist()) <= has[tensor]
         return torch.from_numpy(values)
 
@@ -63,10 +65,10 @@ def source_of(whole: dict[str, np.ndarray], has: dict[str, set[int]]) -> Callabl
 
 
 def receive_all(receiver: WeightReceiver, version: int, verify: bool, buckets: int) -> dict[str, torch.Tensor]:
-    receiver.begin(version, verify)
+    receiver.begin_version(version, verify)
     found = {}
     for _ in range(buckets):
-        with receiver.bucket() as tensors:
+        with receiver.next_bucket() as tensors:
             found |= {name: tensor.clone() for name, tensor in tensors}
     return found
 
@@ -84,14 +86,14 @@ def test_every_worker_gets_its_part_bit_for_bit_and_nan_elsewhere(transfer, buck
         if rank < sizes.world:
             sender = WeightSender(schedule, group, CPU)
             read = source_of(whole, training_ids(family, d, whole, sizes, rank))
-            sent = [sender.send(read, version, verify) for version in (1, 2)]
+            sent = [sender.send_version(read, version, verify) for version in (1, 2)]
             assert sent[0] == sent[1]
             return sent[0]
         receiver = WeightReceiver(schedule, group, CPU)
-        assert receive_all(receiver, 1, verify, len(schedule.buckets)).keys() == receiver.tensors
+        assert receive_all(receiver, 1, verify, len(schedule.buckets)).keys() == receiver.tensor_names
         return receive_all(receiver, 2, verify, len(schedule.buckets)), receiver.received_bytes
 
-    results = together(spec, [f"node {node}" for node in where.nodes], work)
+    results = run_ranks(spec, [f"node {node}" for node in where.node_of], work)
     errors = [result for result in results if isinstance(result, TransferError)]
     assert not errors, errors
     needed = 0
@@ -121,28 +123,28 @@ def values(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 
 
 def view(tensors: dict[str, torch.Tensor]) -> Callable[[str, Box], torch.Tensor]:
-    return lambda name, box: tensors[name][tuple(slice(*edge) for edge in box)]
+    return lambda name, box: tensors[name][slices(box)]
 
 
-@pytest.mark.parametrize("places", [["here"] * 4, ["a", "a", "b", "b"]], ids=["one node", "passed on"])
-def test_elements_are_cast_before_they_travel_and_pass_nodes_once(places):
+@pytest.mark.parametrize("hosts", [["here"] * 4, ["a", "a", "b", "b"]], ids=["one node", "passed on"])
+def test_elements_are_cast_before_they_travel_and_are_sent_to_a_node_once(hosts):
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
         if rank < 2:
-            return WeightSender(schedule, group, CPU).send(view(state), 1, True)
+            return WeightSender(schedule, group, CPU).send_version(view(state), 1, True)
         received = receive_all(WeightReceiver(schedule, group, CPU), 1, True, len(schedule.buckets))
         assert all(torch.equal(received[name], tensor.bfloat16()) for name, tensor in state.items())
         return None
 
-    results = together(PAIR, places, work)
+    results = run_ranks(PAIR, hosts, work)
     assert not [r for r in results if isinstance(r, TransferError)], results
-    copies = 2 if places[0] == places[2] else 1
+    copies = 2 if hosts[0] == hosts[2] else 1
     assert sum(results[:2]) == copies * 2 * sum(tensor.numel() for tensor in state.values())
 
 
 class LazyConnections:
-    """Lets two ranks of a gloo group connect as NCCL's do: the first transfer from one to the other begins when both are at it."""
+    """Makes two ranks of a gloo group connect as under NCCL: the first transfer between them blocks until both have started it."""
 
     def __init__(self, timeout_s: float):
         self._meetings: defaultdict[tuple[int, int], Barrier] = defaultdict(lambda: Barrier(2, timeout=timeout_s))
@@ -157,41 +159,42 @@ class LazyConnections:
                 met.add(route)
                 with self._lock:
                     meeting = self._meetings[route]
-                with group.explained(description):
+                with group.errors_explained(description):
                     meeting.wait()
             return start(operation, upward, tensor, peer, lane, description)
 
         group._start, group.connects_lazily = meet_and_start, True
 
 
-def test_ranks_that_connect_at_their_first_transfer_do_not_wait_in_a_circle():
+def test_ranks_that_connect_at_their_first_transfer_do_not_deadlock():
     state, connections = values(tensor_shapes("Qwen2ForCausalLM", QWEN2)), LazyConnections(5.0)
 
     def work(rank, group, _):
         connections.install(group)
         # Both engines on one node of which no training rank is: each passes on to the other, as on GPUs through the group.
-        schedule = Schedule(PAIR, rank, where_of(["a", "a", "b", "b"]))
+        schedule = PAIR.schedule(rank, ["a", "a", "b", "b"])
         if rank < 2:
-            return WeightSender(schedule, group, CPU).send(view(state), 1, True)
+            return WeightSender(schedule, group, CPU).send_version(view(state), 1, True)
         receiver = WeightReceiver(schedule, group, CPU)
-        assert {(2, 3), (3, 2)} <= schedule.routes
+        assert {(2, 3), (3, 2)} <= schedule.connections
         received = receive_all(receiver, 1, True, len(schedule.buckets))
         assert all(torch.equal(received[name], tensor.bfloat16()) for name, tensor in state.items())
         return None
 
-    # Places that differ: nothing goes through shared memory.
-    results = together(PAIR, ["1", "2", "3", "4"], work)
+    # Different hosts: nothing goes through shared memory.
+    results = run_ranks(PAIR, ["1", "2", "3", "4"], work)
     assert not [result for result in results if isinstance(result, TransferError)], results
 
 
-@pytest.mark.parametrize("places", [["here"] * 4, ["a", "a", "b", "c"]], ids=["shared memory", "network"])
-def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
+@pytest.mark.parametrize("hosts", [["here"] * 4, ["a", "a", "b", "c"]], ids=["shared memory", "network"])
+def test_corrupted_elements_are_named(hosts):
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
         if rank >= 2:
             return receive_all(WeightReceiver(schedule, group, CPU), 7, True, len(schedule.buckets))
         sender, original = WeightSender(schedule, group, CPU), group.send
+        transport = sender._outbox._transports.get(3)
 
         def send(tensor, target, what, lane=0):
             # A bit flips on the way to engine 1: on the wire, or where it lies after its digest was taken.
@@ -199,58 +202,57 @@ def test_what_arrives_otherwise_than_it_was_sent_is_named(places):
                 if "digests" not in what and tensor.dtype == torch.bfloat16:
                     tensor = tensor.clone()
                     tensor.view(torch.uint8)[-1] ^= 1
-                elif "digests" in what and sender._outbox._segment:
-                    sender._outbox._segment.bytes ^= 1
+                elif "digests" in what and isinstance(transport, SharedMemoryTransport):
+                    transport._memory ^= 1
             return original(tensor, target, what, lane)
 
         group.send = send
-        return sender.send(view(state), 7, True)
+        return sender.send_version(view(state), 7, True)
 
-    results = together(PAIR, places, work, timeout_s=5.0)
+    results = run_ranks(PAIR, hosts, work, timeout_s=5.0)
     assert isinstance(results[3], TransferError)
     assert "engine 1 received model." in str(results[3])
     assert "otherwise than training rank 1 sent it" in str(results[3])
     assert "version 7" in str(results[3])
 
 
-def test_a_machine_without_room_for_the_shared_memory_says_so():
+def test_too_little_shared_memory_is_refused_with_the_cure():
     with pytest.raises(UserError, match=r"training rank 3: 1,0.* bytes of shared memory are needed.*; lower transfer_bucket_mib"):
         Segment(10**15, "training rank 3", CPU)
 
 
-def test_a_silent_rank_is_named_with_what_it_owes_and_the_step():
+def test_a_silent_rank_is_named_with_the_tensor_that_it_owes():
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
-        if rank == 1:  # stage 1 never sends
-            return None
-        if rank == 0:
-            return WeightSender(schedule, group, CPU).send(view(state), 3, False)
+        if rank < 2:
+            sender = WeightSender(schedule, group, CPU)
+            return sender.send_version(view(state), 3, False) if rank == 0 else None  # stage 1 connects and never sends
         return receive_all(WeightReceiver(schedule, group, CPU), 3, False, len(schedule.buckets))
 
-    results = together(PAIR, ["here"] * 4, work, timeout_s=1.5)
+    results = run_ranks(PAIR, ["here"] * 4, work, timeout_s=1.5)
     assert all(isinstance(result, TransferError) for result in results[2:])
-    # Others fail because those who waited have left; the driver reports them all.
+    # Others fail because the waiting ranks have left; the driver reports them all.
     owed = r"engine [01] of the group at .*: bucket \d of 6 of version 3, step 0: model\..* from training rank 1 failed .*timeout 1.5 s"
     assert any(re.match(owed, str(result)) for result in results)
 
 
-@pytest.mark.parametrize("places", [["here"] * 4, ["here", "here", "there", "elsewhere"]], ids=["one machine", "three"])
-def test_when_one_rank_leaves_all_others_fail_long_before_the_timeout(places):
+@pytest.mark.parametrize("hosts", [["here"] * 4, ["here", "here", "there", "elsewhere"]], ids=["one machine", "three"])
+def test_all_ranks_fail_long_before_the_timeout_when_one_leaves(hosts):
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def work(rank, group, schedule):
         started = time.monotonic()
         try:
             if rank < 2:
-                WeightSender(schedule, group, CPU).send(view(state), 3, False)
+                WeightSender(schedule, group, CPU).send_version(view(state), 3, False)
             else:
                 receiver = WeightReceiver(schedule, group, CPU)
-                receiver.begin(3, False)
+                receiver.begin_version(3, False)
                 for number, _ in enumerate(schedule.buckets):
                     if rank == 3 and number == 1:
                         group.close()
-                    with receiver.bucket():
+                    with receiver.next_bucket():
                         pass
         except TransferError as error:
             group.close()
@@ -258,12 +260,12 @@ def test_when_one_rank_leaves_all_others_fail_long_before_the_timeout(places):
             return failure, time.monotonic() - started
         return None
 
-    results = together(PAIR, places, work, timeout_s=40.0)
+    results = run_ranks(PAIR, hosts, work, timeout_s=40.0)
     assert all(result is not None and result[1] < 10.0 for result in results), results
     assert "this rank has left the group" in results[3][0]
 
 
-def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before_the_timeout():
+def test_all_ranks_fail_long_before_the_timeout_when_a_sender_fails():
     state = values(tensor_shapes("Qwen2ForCausalLM", QWEN2))
 
     def read(name: str, box: Box) -> torch.Tensor:
@@ -276,7 +278,7 @@ def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before
         try:
             if rank < 2:
                 senders.append(sender := WeightSender(schedule, group, CPU))
-                sender.send(read, 3, False)
+                sender.send_version(read, 3, False)
             else:
                 receive_all(WeightReceiver(schedule, group, CPU), 3, False, len(schedule.buckets))
         except MemoryError as error:
@@ -287,6 +289,6 @@ def test_a_rank_that_cannot_go_on_sending_leaves_and_all_others_fail_long_before
         return None
 
     senders: list[WeightSender] = []  # they live on, as in a training rank
-    results = together(PAIR, ["here"] * 4, work, timeout_s=40.0)
+    results = run_ranks(PAIR, ["here"] * 4, work, timeout_s=40.0)
     assert all(result is not None and result[1] < 10.0 for result in results), results
     assert [said for said, _ in results] == ["failed with it", "no room", "failed with it", "failed with it"]

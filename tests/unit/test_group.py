@@ -21,11 +21,11 @@ def join_all(world_size: int, timeout_s: float = 20.0):
         return list(ranks.map(lambda rank: stateless_group(HOST, port, rank, world_size, timeout_s), range(world_size)))
 
 
-def test_tensors_arrive_in_their_order_and_two_groups_do_not_meet():
+def test_tensors_arrive_in_order_and_groups_do_not_mix():
     groups, others = join_all(3), join_all(2)
 
     def pass_round(group, value: float) -> list[torch.Tensor]:
-        """Two tensors to each other rank; returns what came from each."""
+        """Send two tensors to every other rank; return what each of them sent."""
         peers = [rank for rank in range(group.world_size) if rank != group.rank]
         outgoing = [group.send(torch.full((1000,), value + group.rank + part), peer, "part") for peer in peers for part in (0.0, 0.5)]
         incoming = {peer: (torch.empty(1000), torch.empty(1000)) for peer in peers}
@@ -44,11 +44,11 @@ def test_tensors_arrive_in_their_order_and_two_groups_do_not_meet():
         group.close()
 
 
-def test_every_rank_knows_where_all_live():
+def test_every_rank_knows_the_host_of_every_rank():
     port = free_port(HOST)
     with ThreadPoolExecutor(3) as ranks:
-        groups = list(ranks.map(lambda rank: stateless_group(HOST, port, rank, 3, 20.0, place=["east", None, "west"][rank]), range(3)))
-    assert {group.places for group in groups} == {("east", machine(), "west")}
+        groups = list(ranks.map(lambda rank: stateless_group(HOST, port, rank, 3, 20.0, own_host=["east", None, "west"][rank]), range(3)))
+    assert {group.hosts for group in groups} == {("east", machine(), "west")}
     for group in groups:
         group.close()
 
@@ -63,14 +63,14 @@ def test_sockets_listen_on_the_named_address_only():
         group.close()
 
 
-def test_who_is_missing_is_named_when_the_timeout_passes():
+def test_missing_ranks_are_named_after_the_timeout():
     with pytest.raises(TransferError, match=r"rank 0 of 3: rank 1, rank 2 did not join the group at 127.0.0.1:\d+ within 0.5 s"):
         stateless_group(HOST, free_port(HOST), 0, 3, 0.5)
     with pytest.raises(TransferError, match=r"rank 2 of 3: rank 0 did not answer at 127.0.0.1"):
         stateless_group(HOST, free_port(HOST), 2, 3, 0.5)
 
 
-def test_what_nobody_sends_or_takes_ends_with_an_error_that_names_it():
+def test_a_transfer_that_the_peer_never_starts_fails_and_is_named():
     sender, receiver = join_all(2, timeout_s=1.0)
     with pytest.raises(TransferError, match=r"rank 1 of the group at .*: bucket 3 \(400 bytes\) from rank 0 failed .* \(timeout 1 s\)"):
         receiver.receive(torch.zeros(100), 0, "bucket 3").wait()
@@ -78,7 +78,7 @@ def test_what_nobody_sends_or_takes_ends_with_an_error_that_names_it():
         sender.send(torch.zeros(10**8), 1, "bucket 4").wait()
 
 
-def test_a_wait_gives_up_before_the_watchdog_of_nccl_ends_the_process(monkeypatch):
+def test_a_wait_times_out_before_the_watchdog_of_nccl_ends_the_process(monkeypatch):
     given = []
 
     class Options:
@@ -95,7 +95,7 @@ def test_a_wait_gives_up_before_the_watchdog_of_nccl_ends_the_process(monkeypatc
     assert group.timeout_s == 20 and given == [timedelta(seconds=100)] * 2
 
 
-def test_what_cannot_work_is_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="rank 2 is outside a world of 2"):
         stateless_group(HOST, 1, 2, 2, 1.0)
     with pytest.raises(ValueError, match="backend 'mpi' is not known"):

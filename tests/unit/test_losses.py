@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from megatron_aspo.losses.aggregation import Totals
-from megatron_aspo.losses.objective import objective
-from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.policy import POLICY_LOSSES
+from megatron_aspo.losses.find import find_policy_loss
 from tests.reference import losses as reference
 from tests.reference.losses import Response
 from tests.unit import loss_cases as cases
@@ -25,8 +23,8 @@ def one_token(ratio: float, A: float) -> Response:
 
 def of_one_token(loss: str, ratio: float, A: float, low: bool = True, **options):
     """(term, ∂L/∂logp); logp is −1."""
-    tokens = cases.policy_tokens([one_token(ratio, A)], [low], AlgorithmOptions(**options))
-    term = POLICY_LOSSES[loss](tokens)
+    tokens = cases.policy_tokens([one_token(ratio, A)], [low])
+    term = cases.policy_loss(loss, **options)(tokens)
     (gradient,) = torch.autograd.grad(term.loss.sum(), tokens.logprobs)
     return term, float(gradient)
 
@@ -126,7 +124,7 @@ def test_the_sequence_ratio_is_of_the_counted_tokens_of_its_own_response():
         Response(logp[part], old[part], old[part], None, np.zeros(3), mask[part], A)
         for part, A in ((slice(0, 3), 1.0), (slice(3, 6), -1.0))
     ]
-    term = POLICY_LOSSES["gspo"](cases.policy_tokens(responses, [False] * 6, AlgorithmOptions(clip_low=0.05)))
+    term = cases.policy_loss("gspo", clip_low=0.05)(cases.policy_tokens(responses, [False] * 6))
     assert term.weight.numpy() == pytest.approx(np.repeat([1.1, 0.95], 3), rel=1e-12)  # √(1.21·1), and 0.9 cut at 0.95
     assert term.masked.tolist() == [False] * 3 + [True] * 3
 
@@ -142,13 +140,13 @@ def test_an_advantage_of_zero_gives_neither_loss_nor_gradient_nor_mask(loss):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", cases.LOSSES)
 def test_policy_loss_is_the_reference(loss, dtype):
-    options = AlgorithmOptions(clip_low=0.3, high_entropy_clip_high=0.5, dual_clip_neg=2.5, dual_clip_pos=1.5)
+    options = cases.algorithm(policy_loss=loss, clip_low=0.3, high_entropy_clip_high=0.5, dual_clip_neg=2.5, dual_clip_pos=1.5)
     responses = cases.one_of_each(1)
     if dtype == torch.float32:
         responses = cases.float32(responses)
     low = np.random.default_rng(2).random(sum(len(r.mask) for r in responses)) < 0.6
-    tokens = cases.policy_tokens(responses, low, options, dtype)
-    term = POLICY_LOSSES[loss](tokens)
+    tokens = cases.policy_tokens(responses, low, dtype)
+    term = find_policy_loss(options)(tokens)
     (gradient,) = torch.autograd.grad(term.loss.sum(), tokens.logprobs)
     relative, least = (1e-12, 0.0) if dtype == torch.float64 else (2e-6, 1.0)
     for i, response in enumerate(responses):
@@ -156,7 +154,7 @@ def test_policy_loss_is_the_reference(loss, dtype):
         if not mask.any():
             continue
         part = slice(tokens.offsets[i], tokens.offsets[i + 1])
-        want = reference.POLICY[loss](response.logp[mask], response.old[mask], response.A, low[part][mask], options)
+        want = reference.POLICY[loss](response.logp[mask], response.old[mask], response.A, low[part][mask], cases.by_name(options))
         of_response = (term.loss[part].detach(), gradient[part], term.weight[part])
         for got, truth in zip(of_response[: 3 if response.A else 2], (want.value, want.gradient, want.weight)):
             cases.assert_close(got[mask], truth, relative * np.maximum(np.abs(truth), least), f"{loss}, response {i}")
@@ -169,8 +167,8 @@ def test_policy_loss_is_the_reference(loss, dtype):
 def test_only_the_loss_of_a_term_carries_a_gradient_and_all_of_it_keeps_the_dtype(loss):
     for dtype in DTYPES:
         responses = cases.one_of_each()
-        tokens = cases.policy_tokens(responses, [True] * sum(len(r.mask) for r in responses), AlgorithmOptions(), dtype)
-        term = POLICY_LOSSES[loss](tokens)
+        tokens = cases.policy_tokens(responses, [True] * sum(len(r.mask) for r in responses), dtype)
+        term = cases.policy_loss(loss)(tokens)
         assert term.loss.requires_grad and not (term.weight.requires_grad or term.masked.requires_grad or term.capped.requires_grad)
         assert (term.loss.dtype, term.weight.dtype, term.masked.dtype, term.capped.dtype) == (dtype, dtype, torch.bool, torch.bool)
         assert {tensor.shape for tensor in (term.loss, term.weight, term.masked, term.capped)} == {tokens.logprobs.shape}
@@ -182,9 +180,9 @@ def test_aggregation_of_two_responses_written_out(aggregation, sequence_count):
     """REINFORCE: the gradient is −A·w, with 2 of 3 and 1 of 2 tokens counted, and a response of which none is."""
     masks = [np.array([True, True, False]), np.array([False, True]), np.array([False]), np.zeros(0, bool)]
     responses = [Response(*[np.full(len(m), -1.0)] * 3, None, np.zeros(len(m)), m, A) for m, A in zip(masks, [1.0, -2.0, 5.0, 5.0])]
-    options = AlgorithmOptions(policy_loss="reinforce", aggregation=aggregation, sequence_count=sequence_count)
+    options = cases.algorithm(policy_loss="reinforce", aggregation=aggregation, sequence_count=sequence_count)
     tokens = cases.as_tokens(responses)
-    loss, _ = objective(tokens, options, Totals(tokens=3, responses=2, full_responses=8, max_response_tokens=10))
+    loss, _ = cases.objective(tokens, options, Totals(tokens=3, responses=2, full_responses=8, max_response_tokens=10))
     loss.backward()
     n = 8 if sequence_count == "full_mini_batch" else 2
     first, second = {
@@ -204,7 +202,7 @@ def test_a_mini_batch_of_which_nothing_counts_is_a_loss_of_zero_with_a_gradient_
         masks = [np.zeros(n, bool) for n in lengths]
         for loss in cases.LOSSES:
             tokens = cases.as_tokens([cases.random_response(np.random.default_rng(3), mask) for mask in masks])
-            value, tally = objective(tokens, AlgorithmOptions(policy_loss=loss, aggregation=aggregation), totals)
+            value, tally = cases.objective(tokens, cases.algorithm(policy_loss=loss, aggregation=aggregation), totals)
             value.backward()
             assert value.item() == 0
             assert tokens.logprobs.grad.tolist() == tokens.entropy.grad.tolist() == [0] * sum(lengths)
@@ -216,12 +214,13 @@ def test_groups_of_two_push_in_opposite_directions():
     A = float(np.sqrt(0.5))
     responses = [one_token(1.0, A), one_token(1.0, -A)]
     tokens = cases.as_tokens(responses)
-    objective(tokens, AlgorithmOptions(), Totals(2, 2, 2, 8))[0].backward()
+    cases.objective(tokens, cases.algorithm(), Totals(2, 2, 2, 8))[0].backward()
     assert tokens.logprobs.grad.numpy() == pytest.approx(np.array([-A / 2, A / 2]), rel=1e-12)
 
 
 def test_the_records_of_the_losses_cannot_be_changed():
-    tokens = cases.policy_tokens([one_token(1.0, 1.0)], [True], AlgorithmOptions())
-    for record in (tokens, POLICY_LOSSES["aspo"](tokens), AlgorithmOptions(), Totals(1, 1, 1, 1), cases.as_tokens([one_token(1.0, 1.0)])):
+    tokens = cases.policy_tokens([one_token(1.0, 1.0)], [True])
+    term, whole = cases.policy_loss("aspo")(tokens), cases.as_tokens([one_token(1.0, 1.0)])
+    for record in (tokens, term, cases.algorithm(), Totals(1, 1, 1, 1), whole):
         with pytest.raises(FrozenInstanceError):
             setattr(record, fields(record)[0].name, None)

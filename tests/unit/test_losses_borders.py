@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from megatron_aspo.losses.aggregation import Totals
-from megatron_aspo.losses.objective import objective
-from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.policy import POLICY_LOSSES
+from megatron_aspo.losses.find import find_policy_loss
 from megatron_aspo.losses.terms import kl_estimate, low_entropy_tokens, quantile, rollout_correction
 from tests.reference.losses import Response
 from tests.unit import loss_cases as cases
@@ -48,16 +46,16 @@ def response(difference: float, A: float) -> Response:
     return Response(one + difference, one, one, None, np.ones(1), np.ones(1, bool), A)
 
 
-def term_and_gradient(loss: str, difference: float, A: float, low: bool, options: AlgorithmOptions, dtype: torch.dtype):
+def term_and_gradient(loss: str, difference: float, A: float, low: bool, given: dict[str, float], dtype: torch.dtype):
     """At the border, by the policy loss; in float64 the objective is held to the reference there, too."""
     one = response(difference, A)
-    options = replace(options, policy_loss=loss, low_entropy_quantile=1.0 if low else 0.0)
+    options = cases.algorithm(policy_loss=loss, low_entropy_quantile=1.0 if low else 0.0, **given)
     if dtype == torch.float64 and low:
         cases.assert_objective_is_the_reference([one], options, what=f"{loss} {options}")
-        tally = objective(cases.as_tokens([one]), options, cases.totals([one], options))[1]
+        tally = cases.objective(cases.as_tokens([one]), options, cases.totals([one], options))[1]
         cases.assert_tally_is_the_reference(tally, cases.truth([one], options), with_kl=False)
-    tokens = cases.policy_tokens([one], [low], options, dtype)
-    term = POLICY_LOSSES[loss](tokens)
+    tokens = cases.policy_tokens([one], [low], dtype)
+    term = find_policy_loss(options)(tokens)
     (gradient,) = torch.autograd.grad(term.loss.sum(), tokens.logprobs)
     return term, gradient.item()
 
@@ -74,10 +72,10 @@ def test_the_hard_mask_begins_strictly_outside_one_plus_or_minus_epsilon(loss, A
     weight = {"aspo": 1 / r if A > 0 else r, "no_is": 1.0}.get(loss, r)
     # The ε of the other class is far away, so that it cannot be the one that decides.
     for other in (0.0, 1.0):
-        on = AlgorithmOptions(**{f"clip_{side}": other, f"high_entropy_clip_{side}": other} | {option: abs(r - 1)})
+        on = {f"clip_{side}": other, f"high_entropy_clip_{side}": other} | {option: abs(r - 1)}
         term, gradient = term_and_gradient(loss, difference, A, low, on, dtype)
         assert gradient == pytest.approx(-A * weight, rel=EXACT[dtype]) and not term.masked.item()
-        term, gradient = term_and_gradient(loss, difference, A, low, replace(on, **{option: abs(inner - 1)}), dtype)
+        term, gradient = term_and_gradient(loss, difference, A, low, on | {option: abs(inner - 1)}, dtype)
         assert gradient == 0 and term.masked.item()
 
 
@@ -87,9 +85,9 @@ def test_with_epsilon_zero_a_token_on_policy_is_not_masked(loss, dtype):
     none = dict.fromkeys(("clip_low", "clip_high", "high_entropy_clip_low", "high_entropy_clip_high"), 0.0)
     for low in (True, False):
         for A in (1.5, -1.5):
-            term, gradient = term_and_gradient(loss, 0.0, A, low, AlgorithmOptions(**none), dtype)
+            term, gradient = term_and_gradient(loss, 0.0, A, low, none, dtype)
             assert gradient == -A and term.weight.item() == 1 and not term.masked.item()
-            _, gradient = term_and_gradient(loss, 2.0**-10 if A > 0 else -(2.0**-10), A, low, AlgorithmOptions(**none), dtype)
+            _, gradient = term_and_gradient(loss, 2.0**-10 if A > 0 else -(2.0**-10), A, low, none, dtype)
             assert gradient == 0
 
 
@@ -99,10 +97,10 @@ def test_asposs_cap_is_passed_strictly_above_c_and_keeps_the_gradient(A, dtype):
     difference, r = ratio_between(0.3, 0.45, dtype) if A > 0 else ratio_between(2.2, 3.0, dtype)
     weight = float(NUMPY[dtype](1) / NUMPY[dtype](r)) if A > 0 else r
     option = "dual_clip_pos" if A > 0 else "dual_clip_neg"
-    term, gradient = term_and_gradient("aspo", difference, A, True, AlgorithmOptions(**{option: weight}), dtype)
+    term, gradient = term_and_gradient("aspo", difference, A, True, {option: weight}, dtype)
     assert (term.weight.item(), term.capped.item()) == (weight, False) and gradient == pytest.approx(-A * weight, rel=EXACT[dtype])
     lower = below(weight, dtype)
-    term, gradient = term_and_gradient("aspo", difference, A, True, AlgorithmOptions(**{option: lower}), dtype)
+    term, gradient = term_and_gradient("aspo", difference, A, True, {option: lower}, dtype)
     assert (term.weight.item(), term.capped.item()) == (lower, True) and gradient == pytest.approx(-A * lower, rel=EXACT[dtype])
 
 
@@ -110,11 +108,11 @@ def test_asposs_cap_is_passed_strictly_above_c_and_keeps_the_gradient(A, dtype):
 @pytest.mark.parametrize("loss", ["ppo_clip", "archer"])
 def test_the_dual_clip_cuts_the_gradient_strictly_above_c(loss, dtype):
     difference, r = ratio_between(2.2, 3.0, dtype)
-    term, gradient = term_and_gradient(loss, difference, -1.5, True, AlgorithmOptions(dual_clip_neg=r), dtype)
+    term, gradient = term_and_gradient(loss, difference, -1.5, True, {"dual_clip_neg": r}, dtype)
     assert (term.weight.item(), term.capped.item()) == (r, False)
     assert (term.loss.item(), gradient) == pytest.approx((1.5 * r, 1.5 * r), rel=EXACT[dtype])
     lower = below(r, dtype)
-    term, gradient = term_and_gradient(loss, difference, -1.5, True, AlgorithmOptions(dual_clip_neg=lower), dtype)
+    term, gradient = term_and_gradient(loss, difference, -1.5, True, {"dual_clip_neg": lower}, dtype)
     assert (term.weight.item(), term.capped.item()) == (lower, True)
     assert (term.loss.item(), gradient) == (pytest.approx(1.5 * lower, rel=EXACT[dtype]), 0)
 
@@ -125,21 +123,21 @@ def test_cispo_counts_a_weight_as_capped_strictly_outside_its_bounds(dtype):
         (ratio_between(1.05, 1.95, dtype), below, "clip_high"),
         (ratio_between(0.55, 0.95, dtype), above, "clip_low"),
     ):
-        term, gradient = term_and_gradient("cispo", difference, 1.5, True, AlgorithmOptions(**{option: abs(r - 1)}), dtype)
+        term, gradient = term_and_gradient("cispo", difference, 1.5, True, {option: abs(r - 1)}, dtype)
         assert (term.weight.item(), term.capped.item()) == (r, False) and gradient == pytest.approx(-1.5 * r, rel=EXACT[dtype])
         bound = inward(r, dtype)
-        term, gradient = term_and_gradient("cispo", difference, 1.5, True, AlgorithmOptions(**{option: abs(bound - 1)}), dtype)
+        term, gradient = term_and_gradient("cispo", difference, 1.5, True, {option: abs(bound - 1)}, dtype)
         assert (term.weight.item(), term.capped.item()) == (bound, True) and gradient == pytest.approx(-1.5 * bound, rel=EXACT[dtype])
 
 
 def test_the_log_ratio_has_its_gradient_up_to_20_and_none_beyond():
-    wide = AlgorithmOptions(clip_low=1.0, clip_high=1e12, dual_clip_neg=1e12)
+    wide = cases.policy_loss("ppo_clip", clip_low=1.0, clip_high=1e12, dual_clip_neg=1e12)
     old = torch.zeros(1, dtype=torch.float64)
     for difference, moves in ((20.0, True), (above(20.0, torch.float64), False), (-20.0, True), (below(-20.0, torch.float64), False)):
         for A in (1.5, -1.5):
-            tokens = cases.policy_tokens([response(0.0, A)], [True], wide)
+            tokens = cases.policy_tokens([response(0.0, A)], [True])
             tokens = replace(tokens, logprobs=(old + difference).requires_grad_(), old_logprobs=old)
-            (gradient,) = torch.autograd.grad(POLICY_LOSSES["ppo_clip"](tokens).loss.sum(), tokens.logprobs)
+            (gradient,) = torch.autograd.grad(wide(tokens).loss.sum(), tokens.logprobs)
             assert gradient.item() == pytest.approx(-A * np.exp(difference) * moves, rel=1e-12)
 
 
@@ -166,7 +164,7 @@ def test_the_objective_at_the_correction_s_cap_is_the_reference(name):
         one = np.full(1, -1.0)
         given = Response(one + 0.05, one, one - difference, None, np.ones(1), np.ones(1, bool), 1.5)
         for border in (max(u, 1 / u), below(max(u, 1 / u), torch.float64), above(max(u, 1 / u), torch.float64)):
-            options = AlgorithmOptions(rollout_correction=name, rollout_correction_cap=border)
+            options = cases.algorithm(rollout_correction=name, rollout_correction_cap=border)
             cases.assert_objective_is_the_reference([given], options)
 
 
@@ -220,11 +218,11 @@ def test_low_entropy_takes_in_the_quantile_itself(entropy, q, low, dtype):
         arrays = np.full((3, n), -1.0)
         # r = 1.31 passes with the ε of high entropy alone.
         given = Response(arrays[0] + 0.27, *arrays[1:], None, np.array(entropy), np.ones(n, bool), 1.0)
-        options = AlgorithmOptions(low_entropy_quantile=q)
+        options = cases.algorithm(low_entropy_quantile=q)
         for scope in cases.SCOPES:
             cases.assert_objective_is_the_reference([given], replace(options, entropy_quantile_scope=scope), dtype)
         tokens = cases.as_tokens([given], dtype)
-        objective(tokens, options, Totals(n, 1, 1, n))[0].backward()
+        cases.objective(tokens, options, Totals(n, 1, 1, n))[0].backward()
         assert [g == 0 for g in tokens.logprobs.grad.tolist()] == [bool(x) for x in low]
 
 

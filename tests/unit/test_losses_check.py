@@ -8,21 +8,17 @@ from typing import Any
 import pytest
 
 from megatron_aspo.common.errors import UserError, nearest
-from megatron_aspo.losses.check import check_algorithm, reads_entropy_classes
+from megatron_aspo.losses import registry
+from megatron_aspo.losses.check import check_algorithm
 from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.section import algorithm_options, gather_loss_options, lift_loss_options
 
 OWN = "my_losses:mine"
 RECIPE = {
     "policy_loss": "aspo",
     "policy_loss_options": {},
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "high_entropy_clip_low": 0.4,
-    "high_entropy_clip_high": 0.4,
     "low_entropy_quantile": 0.8,
     "entropy_quantile_scope": "response",
-    "dual_clip_neg": 3.0,
-    "dual_clip_pos": 3.0,
     "aggregation": "token_mean",
     "sequence_count": "counted",
     "advantage": "grpo",
@@ -48,8 +44,34 @@ RECIPE = {
 }
 
 
+LOSS_OPTIONS = {
+    "aspo": {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "high_entropy_clip_low": 0.4,
+        "high_entropy_clip_high": 0.4,
+        "dual_clip_neg": 3.0,
+        "dual_clip_pos": 3.0,
+    },
+    "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip_neg": 3.0},
+    "archer": {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "high_entropy_clip_low": 0.4,
+        "high_entropy_clip_high": 0.4,
+        "dual_clip_neg": 3.0,
+    },
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"clip_low": 1.0, "clip_high": 0.2},
+    "reinforce": {},
+    "no_is": {"clip_low": 0.2, "clip_high": 0.2},
+}
+"""Which options each built-in loss reads, with their defaults."""
+
+
 def check(*, responses: int = 16, longest: int = 100, implied: dict[str, Any] | None = None, **given) -> None:
-    check_algorithm(AlgorithmOptions(**given), responses, longest, implied)
+    """As a recipe with these keys in `algorithm` is checked."""
+    check_algorithm(AlgorithmOptions(**gather_loss_options(lift_loss_options(given), implied or {})), responses, longest, implied)
 
 
 def refusal(**given) -> str:
@@ -62,6 +84,11 @@ def test_the_defaults_are_the_recipe_s():
     assert {field.name: getattr(AlgorithmOptions(), field.name) for field in fields(AlgorithmOptions)} == RECIPE
     assert AlgorithmOptions().policy_loss_options is not AlgorithmOptions().policy_loss_options
     check()
+
+
+@pytest.mark.parametrize("loss", LOSS_OPTIONS)
+def test_a_built_in_loss_gets_all_its_options_and_no_others(loss):
+    assert algorithm_options(policy_loss=loss).policy_loss_options == LOSS_OPTIONS[loss]
 
 
 def test_every_name_of_a_table_is_taken():
@@ -115,7 +142,7 @@ def test_an_unknown_policy_loss_is_refused_with_the_nearest_and_the_form_of_one_
         "algorithm.policy_loss=asbo is not known; did you mean aspo?; one of your own is package.module:function"
     )
     assert refusal(policy_loss="") == (
-        "algorithm.policy_loss= is not known; valid: archer, aspo, cispo, gspo, no_is, ppo_clip, reinforce; "
+        f"algorithm.policy_loss= is not known; valid: {', '.join(sorted(registry.POLICY_LOSSES))}; "
         "one of your own is package.module:function"
     )
 
@@ -130,12 +157,12 @@ def test_the_nearest_name_is_given_with_its_prefix():
 
 @pytest.mark.parametrize("loss", ["aspo", "archer", OWN])
 def test_losses_that_may_tell_entropy_classes_apart(loss):
-    assert reads_entropy_classes(AlgorithmOptions(policy_loss=loss)) is True
+    assert registry.declaration(loss).entropy_classes is True
 
 
 @pytest.mark.parametrize("loss", ["ppo_clip", "gspo", "cispo", "reinforce", "no_is"])
 def test_losses_that_do_not_read_entropy_classes(loss):
-    assert reads_entropy_classes(AlgorithmOptions(policy_loss=loss)) is False
+    assert registry.declaration(loss).entropy_classes is False
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Policy losses of the user's own, by path."""
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,10 @@ import pytest
 import torch
 
 from megatron_aspo.common.errors import UserError
+from megatron_aspo.losses import registry
 from megatron_aspo.losses.aggregation import Totals
-from megatron_aspo.losses.custom import find_policy_loss
-from megatron_aspo.losses.objective import objective
+from megatron_aspo.losses.find import find_policy_loss
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.policy import POLICY_LOSSES
 from tests.reference.losses import Response
 from tests.unit import loss_cases as cases, user_losses
 
@@ -31,7 +31,7 @@ def three_responses() -> list[Response]:
 
 def term_of(name: str, **given):
     settings = options(name, **given)
-    return find_policy_loss(settings)(cases.policy_tokens(three_responses(), [True] * 6, settings))
+    return find_policy_loss(settings)(cases.policy_tokens(three_responses(), [True] * 6))
 
 
 def refusal(settings: AlgorithmOptions) -> str:
@@ -41,16 +41,22 @@ def refusal(settings: AlgorithmOptions) -> str:
 
 
 @pytest.mark.parametrize("name", cases.LOSSES)
-def test_ours_are_found_by_name(name):
-    assert find_policy_loss(AlgorithmOptions(policy_loss=name)) is POLICY_LOSSES[name]
+def test_a_built_in_loss_is_found_by_name_and_gets_its_options(name):
+    options = cases.algorithm(policy_loss=name)
+    module, _, function = registry.POLICY_LOSSES[name].partition(":")
+    tokens = cases.policy_tokens(three_responses(), [True] * 6)
+    direct = getattr(importlib.import_module(module), function)(tokens, **options.policy_loss_options)
+    found = find_policy_loss(options)(tokens)
+    same = {"loss": direct} if isinstance(direct, torch.Tensor) else vars(direct)
+    assert all(torch.equal(values, getattr(found, part)) for part, values in same.items())
 
 
 def test_a_bare_loss_is_taken_as_it_is_with_its_options():
     tokens = cases.as_tokens(three_responses())
-    objective(tokens, options("weighted"), Totals(5, 3, 3, 8))[0].backward()
+    cases.objective(tokens, options("weighted"), Totals(5, 3, 3, 8))[0].backward()
     assert tokens.logprobs.grad.tolist() == pytest.approx([-0.2, -0.2, -0.2, 0.05, 0, 0], rel=1e-12)
     tokens = cases.as_tokens(three_responses())
-    loss, _ = objective(tokens, options("weighted", weight=3.0, floor=-2.5), Totals(5, 3, 3, 8))
+    loss, _ = cases.objective(tokens, options("weighted", weight=3.0, floor=-2.5), Totals(5, 3, 3, 8))
     loss.backward()
     assert tokens.logprobs.grad.tolist() == pytest.approx([-1.2, -1.2, 0, 0, 0, 0], rel=1e-12)
     assert loss.item() == pytest.approx((6 * (1 + 2 + 2.5) + 1.5 * -2.5) / 5, rel=1e-12)
@@ -68,7 +74,7 @@ def test_the_figures_of_a_bare_loss_are_those_of_its_gradient():
 
 def test_the_figures_of_a_bare_loss_leave_its_graph_for_the_backward_pass():
     settings = options("weighted")
-    tokens = cases.policy_tokens(three_responses(), [True] * 6, settings)
+    tokens = cases.policy_tokens(three_responses(), [True] * 6)
     find_policy_loss(settings)(tokens).loss.sum().backward()
     assert tokens.logprobs.grad.tolist() == [-1.0, -1.0, -1.0, 0.25, 0.25, 0.0]
 
@@ -77,13 +83,13 @@ def test_a_loss_over_whole_responses_gets_the_means_of_their_counted_tokens():
     term = term_of("per_response")
     assert term.loss.tolist() == pytest.approx([-0.25] * 3 + [0.0625] * 2 + [0], rel=1e-12)
     tokens = cases.as_tokens(three_responses())
-    objective(tokens, options("per_response"), Totals(5, 3, 3, 8))[0].backward()
+    cases.objective(tokens, options("per_response"), Totals(5, 3, 3, 8))[0].backward()
     assert tokens.logprobs.grad.tolist() == pytest.approx([-0.4] * 3 + [0.1, 0, 0], rel=1e-12)
 
 
 def test_a_policy_term_is_taken_with_its_own_figures():
     tokens = cases.as_tokens(three_responses())
-    _, tally = objective(tokens, options("with_figures"), Totals(5, 3, 3, 8))
+    _, tally = cases.objective(tokens, options("with_figures"), Totals(5, 3, 3, 8))
     assert tally["weight/positive"] == (0.75, 3) and tally["weight/negative"] == (0.25, 1)
     assert tally["soft_cap_share/positive"] == (3, 3) and tally["soft_cap_share/negative"] == (0, 1)
     assert tally["hard_mask_share/positive"] == (0, 3)
@@ -99,7 +105,7 @@ def test_a_loss_without_gradient_masks_every_token_with_an_advantage_that_has_an
 def test_figures_need_no_gradient():
     settings, tokens = options("weighted"), cases.as_tokens(three_responses())
     with torch.no_grad():
-        loss, tally = objective(tokens, settings, Totals(5, 3, 3, 8))
+        loss, tally = cases.objective(tokens, settings, Totals(5, 3, 3, 8))
     assert loss.item() == pytest.approx((7 - 0.75) / 5, rel=1e-12) and tally["weight/positive"] == (0, 3)
 
 
@@ -132,7 +138,7 @@ def test_anything_but_one_loss_for_each_token_is_refused(name, got):
 def test_what_goes_wrong_in_training_is_said_in_one_line(name, said):
     tokens = replace(cases.as_tokens(three_responses()), names=("a", "b", "c"))
     with pytest.raises(UserError) as error:
-        objective(tokens, options(name), Totals(5, 3, 3, 8))
+        cases.objective(tokens, options(name), Totals(5, 3, 3, 8))
     cure = "correct it, and try it with megatron-aspo check-loss"
     assert str(error.value) == f"algorithm.policy_loss={HERE}:{name}: {said}; {cure}"
 
@@ -145,7 +151,7 @@ def test_a_gradient_that_is_not_the_policy_s_masks_every_token_with_an_advantage
 
 def test_a_group_without_advantage_needs_no_gradient():
     tokens = cases.as_tokens(three_responses())
-    loss, _ = objective(replace(tokens, advantages=torch.zeros_like(tokens.advantages)), options("stopped"), Totals(5, 3, 3, 8))
+    loss, _ = cases.objective(replace(tokens, advantages=torch.zeros_like(tokens.advantages)), options("stopped"), Totals(5, 3, 3, 8))
     assert float(loss.detach()) == 0
 
 
@@ -179,11 +185,11 @@ def test_a_loss_sees_zeros_where_no_token_counts_and_the_entropy_classes_of_the_
     responses[1] = responses[1].map(lambda array: np.array([array[0], np.nan]))
     tokens, settings = cases.as_tokens(responses), options("keep")
     user_losses.seen.clear()
-    objective(tokens, settings, Totals(5, 3, 3, 8))
+    cases.objective(tokens, settings, Totals(5, 3, 3, 8))
     (got,) = user_losses.seen
     for name in ("logprobs", "old_logprobs", "advantages", "entropy"):
         assert torch.equal(getattr(got, name), torch.where(tokens.mask, getattr(tokens, name), torch.zeros(6).double()))
     assert got.logprobs.requires_grad and not got.entropy.requires_grad
-    assert torch.equal(got.mask, tokens.mask) and got.offsets == [0, 3, 5, 6] and got.options is settings
+    assert torch.equal(got.mask, tokens.mask) and got.offsets == [0, 3, 5, 6]
     # 0.8-quantile of 0.5, 1, 1.5: 1.3. Of one value: itself.
     assert got.low_entropy[tokens.mask].tolist() == [True, False, True, True, True]

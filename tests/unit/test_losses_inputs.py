@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from megatron_aspo.losses.aggregation import Totals
-from megatron_aspo.losses.objective import ObjectiveTokens, objective
-from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.objective import ObjectiveTokens
 from tests.unit import loss_cases as cases
 
 INPUTS = {
@@ -40,7 +39,7 @@ def test_a_non_finite_number_on_a_counted_token_is_an_error_that_names_the_sampl
     for at, sample, token in ((0, 0, 0), (2, 0, 2), (3, 2, 0), (4, 2, 1), (5, 3, 0), (6, 4, 0), (9, 4, 3)):
         tokens = spoiled(five_responses(), name, at, BAD[written])
         with pytest.raises(FloatingPointError) as error:
-            objective(tokens, AlgorithmOptions(), Totals(10, 4, 8, 8))
+            cases.objective(tokens, cases.algorithm(), Totals(10, 4, 8, 8))
         assert str(error.value) == f"sample p{sample}[0]: {what} of response token {token} is {written}"
 
 
@@ -48,32 +47,32 @@ def test_the_message_is_made_of_plain_numbers():
     """A number taken from a tensor with a gradient would warn."""
     tokens = spoiled(five_responses(), "logprobs", 4, BAD["nan"])
     with cases.warnings_are_errors(), pytest.raises(FloatingPointError):
-        objective(tokens, AlgorithmOptions(), Totals(10, 4, 8, 8))
+        cases.objective(tokens, cases.algorithm(), Totals(10, 4, 8, 8))
 
 
 def test_inputs_are_looked_at_where_there_is_no_reference():
     tokens = replace(spoiled(five_responses(), "advantages", 4, BAD["nan"]), ref_logprobs=None)
     with pytest.raises(FloatingPointError, match=r"^sample p2\[0\]: advantage of response token 1 is nan$"):
-        objective(tokens, AlgorithmOptions(), Totals(10, 4, 8, 8))
+        cases.objective(tokens, cases.algorithm(), Totals(10, 4, 8, 8))
 
 
 def test_the_first_non_finite_number_is_the_one_reported():
     tokens = spoiled(spoiled(five_responses(), "logprobs", 7, BAD["nan"]), "logprobs", 4, BAD["inf"])
     with pytest.raises(FloatingPointError, match=r"^sample p2\[0\]: logprob of response token 1 is inf$"):
-        objective(tokens, AlgorithmOptions(), Totals(10, 4, 8, 8))
+        cases.objective(tokens, cases.algorithm(), Totals(10, 4, 8, 8))
 
 
 @pytest.mark.parametrize("written", BAD)
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_non_finite_number_on_an_uncounted_token_harms_neither_loss_nor_gradient_nor_figures(name, written):
     for loss in cases.LOSSES:
-        options = AlgorithmOptions(
+        options = cases.algorithm(
             policy_loss=loss, aggregation="seq_mean_token_mean", rollout_correction="tis", entropy_coef=0.01, kl_coef=0.1
         )
         outcomes = []
         for value in (BAD[written], 0.25):
             tokens = spoiled(five_responses(), name, 4, value, counted=False)
-            total, tally = objective(tokens, options, Totals(9, 4, 8, 8))
+            total, tally = cases.objective(tokens, options, Totals(9, 4, 8, 8))
             total.backward()
             outcomes.append((total.item(), tokens.logprobs.grad.tolist(), tokens.entropy.grad.tolist(), tally))
         assert np.isfinite(outcomes[0][1]).all() and outcomes[0][1][4] == outcomes[0][2][4] == 0
@@ -82,7 +81,7 @@ def test_a_non_finite_number_on_an_uncounted_token_harms_neither_loss_nor_gradie
 
 def test_a_reference_is_not_needed():
     tokens = replace(five_responses(), ref_logprobs=None)
-    _, tally = objective(tokens, AlgorithmOptions(kl_coef=0.0), Totals(10, 4, 8, 8))
+    _, tally = cases.objective(tokens, cases.algorithm(kl_coef=0.0), Totals(10, 4, 8, 8))
     assert "kl" not in tally
 
 
@@ -90,9 +89,9 @@ def test_a_reference_is_not_needed():
 def test_only_log_probabilities_and_the_entropy_bonus_take_a_gradient(loss):
     """Ratio weights, entropy classes, corrections and KL pass none to anything else."""
     for coefficient in (0.0, 0.01):
-        options = AlgorithmOptions(policy_loss=loss, entropy_coef=coefficient, rollout_correction="tis", kl_coef=0.1)
+        options = cases.algorithm(policy_loss=loss, entropy_coef=coefficient, rollout_correction="tis", kl_coef=0.1)
         tokens = five_responses()
-        total, _ = objective(tokens, options, Totals(10, 4, 8, 8))
+        total, _ = cases.objective(tokens, options, Totals(10, 4, 8, 8))
         total.backward()
         assert tokens.entropy.grad.tolist() == pytest.approx([-coefficient / 10] * 10, rel=1e-12)
         assert tokens.logprobs.grad.abs().sum() > 0
@@ -100,12 +99,12 @@ def test_only_log_probabilities_and_the_entropy_bonus_take_a_gradient(loss):
 
 def test_without_gradients_the_objective_has_the_same_value():
     """As in an evaluation."""
-    tokens, options = five_responses(), AlgorithmOptions()
+    tokens, options = five_responses(), cases.algorithm()
     with torch.no_grad():
-        value, _ = objective(tokens, options, Totals(10, 4, 8, 8))
+        value, _ = cases.objective(tokens, options, Totals(10, 4, 8, 8))
     assert not value.requires_grad
     responses = [cases.Response(**r.__dict__) for r in rebuilt(tokens)]
-    assert value.item() == pytest.approx(cases.reference.mini_batch(responses, options, 8, 8).loss, rel=1e-12)
+    assert value.item() == pytest.approx(cases.reference.mini_batch(responses, cases.by_name(options), 8, 8).loss, rel=1e-12)
 
 
 def rebuilt(tokens: ObjectiveTokens) -> list[cases.Response]:

@@ -9,14 +9,13 @@ import pytest
 import yaml
 
 from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.options import Choice, option_fields
 from megatron_aspo.config import Config, load_config
-from megatron_aspo.losses import names
 from megatron_aspo.losses.advantages import ADVANTAGES
 from megatron_aspo.losses.aggregation import Totals
-from megatron_aspo.losses.objective import objective
 from megatron_aspo.losses.options import AlgorithmOptions
-from megatron_aspo.losses.policy import POLICY_LOSSES
-from megatron_aspo.losses.presets import LOSS_DEFAULTS, PRESETS
+from megatron_aspo.losses.presets import PRESETS
+from megatron_aspo.losses.registry import POLICY_LOSSES, own_defaults
 from megatron_aspo.losses.shaping import is_trained_on
 from tests.reference.losses import POLICY, Response
 from tests.unit import loss_cases as cases
@@ -51,19 +50,23 @@ def load(tmp_path: Path):
 
 
 def test_names_that_a_configuration_may_use_are_the_tables_keys():
-    assert list(POLICY_LOSSES) == list(POLICY) == list(names.POLICY_LOSS_NAMES)
-    assert tuple(ADVANTAGES) == names.ADVANTAGE_NAMES == ("grpo", "rloo", "reinforce_plus_plus")
-    assert {name: function.__name__ for name, function in POLICY_LOSSES.items()} == {name: name for name in POLICY}
-    assert names.ENTROPY_CLASS_LOSSES == ("aspo", "archer")
-    assert list(names.AGGREGATIONS) == cases.AGGREGATIONS
-    assert list(names.ROLLOUT_CORRECTIONS) == cases.CORRECTIONS
-    assert list(names.ENTROPY_SCOPES) == cases.SCOPES
-    assert names.SEQUENCE_COUNTS == ("counted", "full_mini_batch")
-    assert names.KL_ESTIMATORS == ("k1", "k2", "k3")
-    assert names.KL_PLACES == ("loss", "reward")
-    assert names.OLD_LOGPROBS == ("recompute", "rollout")
-    assert names.BATCH_ORDERS == ("shuffled", "data_index")
-    assert names.GROUP_FILTERS == ("none", "drop", "resample", "drop_zero_or_one")
+    assert list(POLICY_LOSSES) == list(POLICY)
+    assert {name: path.rpartition(":")[2] for name, path in POLICY_LOSSES.items()} == {name: name for name in POLICY}
+    marks = ((name, mark) for name, field in option_fields(AlgorithmOptions).items() for mark in field.metadata)
+    choices = {name: mark.values for name, mark in marks if isinstance(mark, Choice)}
+    assert tuple(ADVANTAGES) == choices["advantage"]
+    assert choices == {
+        "advantage": ("grpo", "rloo", "reinforce_plus_plus"),
+        "aggregation": tuple(cases.AGGREGATIONS),
+        "sequence_count": ("counted", "full_mini_batch"),
+        "entropy_quantile_scope": tuple(cases.SCOPES),
+        "kl_estimator": ("k1", "k2", "k3"),
+        "kl_in": ("loss", "reward"),
+        "old_logprobs": ("recompute", "rollout"),
+        "rollout_correction": tuple(cases.CORRECTIONS),
+        "batch_order": ("shuffled", "data_index"),
+        "group_filter": ("none", "drop", "resample", "drop_zero_or_one"),
+    }
 
 
 def test_archer_reference_differs_from_paper_exactly_where_the_table_says(load):
@@ -72,12 +75,12 @@ def test_archer_reference_differs_from_paper_exactly_where_the_table_says(load):
     assert {key: (paper[key], archer[key]) for key in paper if paper[key] != archer[key]} == TABLE | {
         "preset": ("paper", "archer_reference")
     }
-    assert {key: archer[key] for key in FIXED_ALIKE} == FIXED_ALIKE
+    assert {key: archer[key.replace("algorithm.", "algorithm.policy_loss_options.")] for key in FIXED_ALIKE} == FIXED_ALIKE
 
 
 def test_paper_is_the_default(load):
     assert load() == load(preset="paper")
-    assert PRESETS["paper"] == {} and load().algorithm == AlgorithmOptions()
+    assert PRESETS["paper"] == {} and load().algorithm == cases.algorithm()
 
 
 def test_archer_reference_fixes_what_it_sets_and_nothing_else(load):
@@ -89,7 +92,7 @@ def test_archer_reference_fixes_what_it_sets_and_nothing_else(load):
             load(f"{key}={value}", preset="archer_reference")
         assert str(error.value) == (f"preset=archer_reference fixes {key}={fixed[key]}, not {value}; remove the key, or set preset=paper")
         load(f"{key}={fixed[key]}", preset="archer_reference")
-    assert load("algorithm.dual_clip_neg=2.0", preset="archer_reference").algorithm.dual_clip_neg == 2
+    assert load("algorithm.dual_clip_neg=2.0", preset="archer_reference").algorithm.policy_loss_options["dual_clip_neg"] == 2
 
 
 def test_a_preset_s_values_may_stand_without_effect(load):
@@ -99,11 +102,14 @@ def test_a_preset_s_values_may_stand_without_effect(load):
 
 def test_gspo_and_cispo_bring_bounds_and_aggregation_of_their_own(load):
     gspo, cispo = (load(f"algorithm.policy_loss={loss}").algorithm for loss in ("gspo", "cispo"))
-    assert (gspo.clip_low, gspo.clip_high, gspo.aggregation) == (3e-4, 4e-4, "seq_mean_token_mean")
-    assert (cispo.clip_low, cispo.clip_high, cispo.aggregation) == (1.0, 0.2, "token_mean")
-    assert set(LOSS_DEFAULTS) == {"gspo", "cispo"}
+    assert (gspo.policy_loss_options, gspo.aggregation) == ({"clip_low": 3e-4, "clip_high": 4e-4}, "seq_mean_token_mean")
+    assert (cispo.policy_loss_options, cispo.aggregation) == ({"clip_low": 1.0, "clip_high": 0.2}, "token_mean")
+    assert {loss: own_defaults(loss) for loss in POLICY_LOSSES if own_defaults(loss)} == {
+        "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq_mean_token_mean"},
+        "cispo": {"clip_low": 1.0},
+    }
     own = load("algorithm.policy_loss=gspo", "algorithm.clip_low=0.1", "algorithm.aggregation=token_mean").algorithm
-    assert (own.clip_low, own.clip_high, own.aggregation) == (0.1, 4e-4, "token_mean")
+    assert (own.policy_loss_options, own.aggregation) == ({"clip_low": 0.1, "clip_high": 4e-4}, "token_mean")
 
 
 def test_archer_reference_drops_groups_that_are_all_zero_or_all_one(load):
@@ -138,7 +144,7 @@ def five_of_six_responses() -> list[Response]:
 
 def gradient(options: AlgorithmOptions) -> tuple[float, list[float]]:
     tokens = cases.as_tokens(five_of_six_responses())
-    loss, _ = objective(tokens, options, Totals(tokens=11, responses=4, full_responses=2 * 3, max_response_tokens=100))
+    loss, _ = cases.objective(tokens, options, Totals(tokens=11, responses=4, full_responses=2 * 3, max_response_tokens=100))
     loss.backward()
     return loss.item(), tokens.logprobs.grad.tolist()
 

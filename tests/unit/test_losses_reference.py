@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, strategies as st
 
 from megatron_aspo.losses.aggregation import Totals
-from megatron_aspo.losses.objective import objective
 from megatron_aspo.losses.options import AlgorithmOptions
 from tests.reference.losses import Response
 from tests.unit import loss_cases as cases
@@ -20,8 +19,8 @@ DTYPES = [torch.float64, torch.float32]
 @pytest.mark.parametrize("loss", cases.LOSSES)
 def test_log_ratios_beyond_20_do_not_overflow(loss):
     """Opened bounds let the bounded ratio through."""
-    wide = AlgorithmOptions(policy_loss=loss, clip_low=1.0, clip_high=1e12, dual_clip_neg=1e12, dual_clip_pos=1e12, kl_coef=0.0)
-    wide = replace(wide, high_entropy_clip_low=1.0, high_entropy_clip_high=1e12)
+    open_bounds = {"clip_low": 1.0, "clip_high": 1e12, "high_entropy_clip_low": 1.0, "high_entropy_clip_high": 1e12}
+    wide = cases.algorithm(policy_loss=loss, dual_clip_neg=1e12, dual_clip_pos=1e12, kl_coef=0.0, **open_bounds)
     for dtype, difference, A in product(DTYPES, (19.5, 20.5, 300.0, -19.5, -20.5, -300.0), (1.0, -1.0)):
         old = np.full(1, -1.0)
         response = Response(old + difference, old, old, None, np.ones(1), np.ones(1, bool), A)
@@ -34,7 +33,7 @@ def of_difference(options: AlgorithmOptions, difference: float) -> tuple[float, 
     """The logged ratio and its count, of one token of A = 1."""
     old = np.full(1, -1.0)
     response = Response(old + difference, old, old, None, np.ones(1), np.ones(1, bool), 1.0)
-    return objective(cases.as_tokens([response]), options, Totals(1, 1, 1, 1))[1]["ratio/positive"]
+    return cases.objective(cases.as_tokens([response]), options, Totals(1, 1, 1, 1))[1]["ratio/positive"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,7 +44,7 @@ def test_objective_is_the_reference(loss, aggregation, dtype):
     if dtype == torch.float32:
         responses = cases.float32(responses)
     for correction, scope in product(cases.CORRECTIONS, cases.SCOPES):
-        options = AlgorithmOptions(
+        options = cases.algorithm(
             policy_loss=loss,
             aggregation=aggregation,
             rollout_correction=correction,

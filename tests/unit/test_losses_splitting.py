@@ -7,13 +7,12 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from megatron_aspo.losses.objective import objective
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import add_tallies
 from tests.reference.losses import Response
 from tests.unit import loss_cases as cases
 
-OPTIONS = AlgorithmOptions(kl_coef=0.1, high_entropy_kl_coef=0.25, entropy_coef=0.01, rollout_correction="tis", kl_value_clamp=1.5)
+OPTIONS = {"kl_coef": 0.1, "high_entropy_kl_coef": 0.25, "entropy_coef": 0.01, "rollout_correction": "tis", "kl_value_clamp": 1.5}
 
 
 def assert_cuts_add_up(responses: list[Response], micro_batches: list[list[int]], options: AlgorithmOptions) -> None:
@@ -21,7 +20,7 @@ def assert_cuts_add_up(responses: list[Response], micro_batches: list[list[int]]
     tokens, totals, want = cases.as_tokens(responses), cases.totals(responses, options), cases.truth(responses, options)
     shares, tallies = [], []
     for chosen in micro_batches:
-        loss, tally = objective(cases.cut(tokens, chosen), options, totals)
+        loss, tally = cases.objective(cases.cut(tokens, chosen), options, totals)
         loss.backward()
         shares.append(loss.detach())
         tallies.append(tally)
@@ -42,7 +41,8 @@ CUTS = [
 @pytest.mark.parametrize("loss", cases.LOSSES)
 def test_gradient_loss_and_figures_do_not_depend_on_the_cut(loss, aggregation):
     for micro_batches, (count, scope) in zip(CUTS, product(("counted", "full_mini_batch"), cases.SCOPES)):
-        options = replace(OPTIONS, policy_loss=loss, aggregation=aggregation, sequence_count=count, entropy_quantile_scope=scope)
+        given = {"policy_loss": loss, "aggregation": aggregation, "sequence_count": count, "entropy_quantile_scope": scope}
+        options = cases.algorithm(**OPTIONS, **given)
         assert_cuts_add_up(cases.one_of_each(7), micro_batches, options)
 
 

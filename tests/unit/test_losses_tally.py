@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from megatron_aspo.losses.aggregation import Totals
-from megatron_aspo.losses.objective import objective
-from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import add_tallies, means
 from tests.reference.losses import Response
 from tests.unit import loss_cases as cases
@@ -27,8 +25,9 @@ def test_figures_written_out():
         Response(*(a[part] for a in arrays), mask=mask, A=A)
         for part, mask, A in ((slice(0, 2), masks[0], 2.0), (slice(2, 5), masks[1], -1.0))
     ]
-    options = AlgorithmOptions(rollout_correction="tis", kl_coef=0.5, kl_estimator="k2", entropy_coef=0.25)
-    loss, tally = objective(cases.as_tokens(responses), options, Totals(tokens=8, responses=3, full_responses=3, max_response_tokens=9))
+    options = cases.algorithm(rollout_correction="tis", kl_coef=0.5, kl_estimator="k2", entropy_coef=0.25)
+    totals = Totals(tokens=8, responses=3, full_responses=3, max_response_tokens=9)
+    loss, tally = cases.objective(cases.as_tokens(responses), options, totals)
     # w = min(4, 3), 1 / 1.2, 0.8, min(4, 3); u = 1, 4 → 2, 0.5, 1; k2 = x² / 2.
     policy = (-2 * 3 * 1 - 2 / 1.2 * 2 + 0.8 * 0.5 + 3 * 1) / 8
     total = policy + (0.5 * (0.5 + 0.5 + 2 + 0) - 0.25 * 6) / 8
@@ -64,7 +63,7 @@ def test_every_figure_is_the_reference(loss):
     for correction, kl_in, estimator, aggregation in product(
         cases.CORRECTIONS, ("loss", "reward"), ("k1", "k2", "k3"), cases.AGGREGATIONS[:2]
     ):
-        options = AlgorithmOptions(
+        options = cases.algorithm(
             policy_loss=loss,
             rollout_correction=correction,
             kl_in=kl_in,
@@ -73,7 +72,7 @@ def test_every_figure_is_the_reference(loss):
             entropy_coef=0.01,
             aggregation=aggregation,
         )
-        _, tally = objective(cases.as_tokens(responses), options, cases.totals(responses, options))
+        _, tally = cases.objective(cases.as_tokens(responses), options, cases.totals(responses, options))
         cases.assert_tally_is_the_reference(tally, cases.truth(responses, options), with_kl=True, what=f"{correction} {kl_in} {estimator}")
 
 
@@ -81,8 +80,8 @@ def test_figures_are_plain_numbers_and_sums_run_in_float64():
     """2²⁴ + 1 is no float32: two entropies of which the bonus is the loss."""
     old = np.array([0.0, 0.0])
     responses = [Response(old, old, old, None, np.array([2.0**24, 1.0]), np.ones(2, bool), 0.0)]
-    options = AlgorithmOptions(entropy_coef=1.0)
-    loss, tally = objective(cases.as_tokens(responses, torch.float32), options, Totals(1, 1, 1, 2))
+    options = cases.algorithm(entropy_coef=1.0)
+    loss, tally = cases.objective(cases.as_tokens(responses, torch.float32), options, Totals(1, 1, 1, 2))
     assert tally["entropy"] == (2.0**24 + 1, 2)
     assert loss.item() == -(2.0**24) - 1
     assert all(type(x) is float for figure in tally.values() for x in figure)
@@ -90,8 +89,8 @@ def test_figures_are_plain_numbers_and_sums_run_in_float64():
 
 def test_tokens_without_an_advantage_have_no_sign():
     responses = [replace(r, A=0.0) for r in cases.one_of_each(5)]
-    options = AlgorithmOptions()
-    _, tally = objective(cases.as_tokens(responses), options, cases.totals(responses, options))
+    options = cases.algorithm()
+    _, tally = cases.objective(cases.as_tokens(responses), options, cases.totals(responses, options))
     assert all(figure == (0, 0) for name, figure in tally.items() if name.endswith(("/positive", "/negative", "weight_distance")))
     assert tally["entropy"][1] == sum(r.mask.sum() for r in responses)
 

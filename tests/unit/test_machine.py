@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_aspo.common.errors import UserError
+from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.runtime import machine
 from megatron_aspo.runtime.machine import check_can_be_made, check_machine
-from megatron_aspo.weights.holdings import EngineSizes
 
 ONE = EngineSizes()
 

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from megatron_aspo.common.errors import UserError
+from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.runtime.nodes import NodeShare, ranks_by_node, shares_of_nodes
-from megatron_aspo.weights.holdings import EngineSizes
 
 
 @pytest.mark.parametrize("seed", range(5))

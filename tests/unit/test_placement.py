@@ -4,8 +4,8 @@ import pytest
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.rollout.engine import EngineError
+from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.runtime.placement import Colocated, Split, check_places, shared_places
-from megatron_aspo.weights.holdings import EngineSizes
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""When transfers are verified, what both ends are handed, and what happens when one fails. The ends: test_exchange.py, test_sync.py."""
+"""When transfers are verified, what both ends are given, and what happens when one fails. The ends: test_exchange.py, test_sync.py."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from megatron_aspo.runtime.publisher import Publisher, PublishError
 
 @dataclass(frozen=True)
 class Ended:
-    """Calls that have ended."""
+    """Finished calls."""
 
     names: tuple[str, ...]
     failures: dict[str, Exception] = field(default_factory=dict)
@@ -23,10 +23,10 @@ class Ended:
 
 
 class Ends:
-    """Trainers and engines that write down what they are asked, and fail as they are told."""
+    """Trainers and engines that record their calls, and fail as specified."""
 
     def __init__(self, *failures: dict[str, Exception], dead: list[str] = ()):
-        """failures: of one transfer after the other; dead: engines."""
+        """failures: of one transfer after another; dead: names of dead engines."""
         self.failures, self.dead = list(failures), list(dead)
         self.sent: list[tuple] = []
         self.received: list[tuple] = []
@@ -62,7 +62,7 @@ class Ends:
 
 
 @pytest.mark.parametrize(("every", "verified"), [(0, [1]), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 4, 7])])
-def test_the_first_transfer_and_every_so_many_are_verified_at_both_ends(every, verified):
+def test_the_first_and_every_nth_transfer_are_verified_at_both_ends(every, verified):
     ends = Ends()
     publisher = ends.publisher(every)
     assert [publisher.publish(version) for version in range(1, 8)] == [100] * 7
@@ -70,7 +70,7 @@ def test_the_first_transfer_and_every_so_many_are_verified_at_both_ends(every, v
     assert ends.sent == ends.received == [(version, version in verified) for version in range(1, 8)]
 
 
-def test_after_a_restart_all_meet_again_and_the_transfer_is_verified():
+def test_after_a_restart_the_group_forms_again_and_the_transfer_is_verified():
     ends = Ends({}, {"engine 0": RuntimeError("died")}, dead=["engine 0"])
     publisher = ends.publisher()
     assert [publisher.publish(version) for version in (1, 2, 3)] == [100] * 3
@@ -79,7 +79,7 @@ def test_after_a_restart_all_meet_again_and_the_transfer_is_verified():
     assert ends.said == ["the weights of version 2 did not arrive: engine 0: died", "started again: engine 0"]
 
 
-def test_an_engine_that_dies_while_it_is_brought_up_to_date_is_replaced_too():
+def test_an_engine_that_dies_during_the_repeated_transfer_is_replaced_too():
     ends = Ends(*[{"engine 0": RuntimeError("died")}] * 3, dead=["engine 0"] * 3)
     assert ends.publisher().publish(1) == 100
     assert ends.sent == [(1, True)] * 4 and ends.connected == 4
@@ -93,7 +93,7 @@ def test_an_engine_that_dies_while_it_is_brought_up_to_date_is_replaced_too():
         ([{"engine 0": RuntimeError("died")}] * 4, ["engine 0"] * 4),  # again and again
     ],
 )
-def test_what_a_restart_cannot_cure_is_raised(failures, dead):
+def test_failures_that_a_restart_cannot_cure_are_raised(failures, dead):
     publisher = Ends(*failures, dead=dead).publisher()
     with pytest.raises(PublishError, match=r"the weights of version 1 did not arrive: (engine 0: died|training rank 1: of one's own)"):
         publisher.publish(1)
@@ -110,7 +110,7 @@ def test_an_engine_that_reports_another_version_is_an_error():
     assert publisher.version == 1
 
 
-def test_of_many_failures_the_first_are_told():
+def test_an_error_names_the_first_of_many_failures():
     publisher = Ends({f"training rank {rank}": RuntimeError("gone") for rank in range(9)}).publisher()
     with pytest.raises(PublishError, match=r"training rank 0: gone; .*training rank 3: gone; and 5 more$"):
         publisher.publish(1)

@@ -3,7 +3,7 @@
 examples/models/qwen3-moe-deepseek-v3-size (721 billion parameters, 49,927 tensors) from 1,024 training ranks, TP8 × PP16 × DP8 with EP8, to
 32 engines of TP8 and to 128 engines of TP8, nodes of 8 devices. One rank's view is every move it takes part in and the buckets, computed in
 its own process from nothing but its rank; measured for the first, a middle and the last training rank and for the first and the last engine
-worker. The whole plan is the one that tools/plan_sync.py sums up.
+worker. The whole plan is the one that `megatron-aspo plan-sync` sums up.
 
 The last line is one JSON object: `rank_seconds` and `rank_mb` (peak above the imports) of the slowest and the largest; `global_seconds` of
 the slower target.
@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).parents[2]))
 
-from plan_sync import places, planned
-
+from megatron_aspo.commands.plan_sync import fill_nodes, plan_transfer
 from megatron_aspo.hf.model import read_sizes
-from megatron_aspo.sync.plan import in_buckets, moves_of
+from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
+from megatron_aspo.sync.plan import fill_buckets, plan_moves
 from megatron_aspo.weights.families import homes
-from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
+from megatron_aspo.weights.holdings import TrainingHoldings
 from megatron_aspo.weights.layout import ParallelSizes
 
 MODEL = Path(__file__).parents[2] / "examples/models/qwen3-moe-deepseek-v3-size"
@@ -45,8 +45,8 @@ def view(rank: int, count: int) -> dict:
     architecture, dims = read_sizes(MODEL)
     source, target = TrainingHoldings(architecture, dims, TRAINING), EngineHoldings(architecture, dims, EngineSizes(8, engines=count))
     order, known = source.in_turns(), homes(architecture, dims)
-    buckets = in_buckets(order, target, lambda name: math.prod(known[name][0].rule.shape(dims)) * BYTES, BUCKET)
-    moves = moves_of(rank, order, source, target, places(source.world, target.world, 8, colocated=False))
+    buckets = fill_buckets(order, target, lambda name: math.prod(known[name][0].rule.shape(dims)) * BYTES, BUCKET)
+    moves = plan_moves(rank, order, source, target, fill_nodes(source.world, target.world, 8, colocated=False))
     return {"seconds": time.perf_counter() - started, "mb": peak_mb() - before, "moves": len(moves), "buckets": len(buckets)}
 
 
@@ -62,8 +62,8 @@ def main() -> None:
             views.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             print(f"{count} engines, rank {rank}: {views[-1]}", flush=True)
         started = time.perf_counter()
-        where = places(TRAINING.world, 8 * count, 8, colocated=False)
-        figures = planned(architecture, dims, TRAINING, EngineSizes(8, engines=count), where, BYTES, BUCKET)
+        where = fill_nodes(TRAINING.world, 8 * count, 8, colocated=False)
+        figures = plan_transfer(architecture, dims, TRAINING, EngineSizes(8, engines=count), where, BYTES, BUCKET)
         seconds.append(time.perf_counter() - started)
         print(f"{count} engines, all: {seconds[-1]:.1f} s, {figures}", flush=True)
     print(

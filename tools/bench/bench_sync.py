@@ -33,14 +33,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_aspo.common.network import free_port
 from megatron_aspo.hf.model import read_model
+from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
 from megatron_aspo.rollout.engine_settings import KEEP_FREED_MEMORY
 from megatron_aspo.rollout.options import RolloutOptions
+from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.group import stateless_group
-from megatron_aspo.sync.plan import least_traffic
-from megatron_aspo.sync.schedule import Schedule, TransferSpec, where_of
+from megatron_aspo.sync.plan import count_least_traffic
+from megatron_aspo.sync.schedule import node_map
 from megatron_aspo.weights.families import layout, tensor_shapes
-from megatron_aspo.weights.holdings import EngineHoldings, EngineSizes, TrainingHoldings
-from megatron_aspo.weights.layout import ParallelSizes
+from megatron_aspo.weights.holdings import TrainingHoldings
+from megatron_aspo.weights.layout import ParallelSizes, slices
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -86,7 +88,6 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
     from megatron_aspo.hf.tensor_meta import TensorMeta
     from megatron_aspo.hf.transfer import Gather, load
     from megatron_aspo.sync.endpoints import LocalTensors, WeightSender
-    from megatron_aspo.sync.messages import view
 
     torch.set_num_threads(1)
     described = read_model(model)
@@ -102,11 +103,11 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
         if way == "gather" and rank:
             return
         chosen, place = (single, ELSEWHERE) if way == "gather" else (spec, None)
-        group = stateless_group(HOST, port, rank, chosen.world, TIMEOUT_S, place=place, names=chosen.name)
-        senders[way] = WeightSender(Schedule(chosen, rank, where_of(group.places)), group, torch.device("cpu"))
+        group = stateless_group(HOST, port, rank, chosen.world, TIMEOUT_S, own_host=place, names=chosen.rank_name, terms=chosen.terms())
+        senders[way] = WeightSender(chosen.schedule(rank, group.hosts), group, torch.device("cpu"))
 
     def send(version: int) -> int:
-        return senders["ours"].send(LocalTensors(layouts[rank], held), version, False)
+        return senders["ours"].send_version(LocalTensors(layouts[rank], held), version, False)
 
     def gather(version: int) -> int:
         single_order = TrainingHoldings(described.architecture, described.dims, ParallelSizes()).in_turns()
@@ -120,9 +121,9 @@ def training_rank(rank: int, model: Path, spec: TransferSpec, meeting: int, pipe
             while tensor not in received:
                 name, values = next(full)
                 received[name] = values
-            return view(received[tensor], box)
+            return received[tensor][slices(box)]
 
-        return senders["gather"].send(read, version, False)
+        return senders["gather"].send_version(read, version, False)
 
     answer(pipe, {"connect": connect, "ours": send, "gather": gather})
 
@@ -138,17 +139,17 @@ def receiving_worker(worker: int, spec: TransferSpec, pipe) -> None:
 
     def connect(port: int) -> int:
         rank = spec.training.world + worker
-        group = stateless_group(HOST, port, rank, spec.world, TIMEOUT_S, names=spec.name)
-        schedule = Schedule(spec, rank, where_of(group.places))
+        group = stateless_group(HOST, port, rank, spec.world, TIMEOUT_S, names=spec.rank_name, terms=spec.terms())
+        schedule = spec.schedule(rank, group.hosts)
         found["receiver"] = WeightReceiver(schedule, group, torch.device("cpu"))
         elements = sum(message.elements for bucket in schedule.buckets for message in bucket.receives)
         found["copy"] = [torch.ones(elements, dtype=torch.bfloat16) for _ in range(2)]
         return elements
 
     def receive(version: int) -> int:
-        found["receiver"].begin(version, False)
-        while found["receiver"].left:
-            with found["receiver"].bucket():
+        found["receiver"].begin_version(version, False)
+        while found["receiver"].buckets_left:
+            with found["receiver"].next_bucket():
                 pass
         return version
 
@@ -279,24 +280,24 @@ def main() -> None:
     os.environ |= KEEP_FREED_MEMORY  # as in engines
     import torch
 
+    from megatron_aspo.commands.verify_sync import save_random_model
     from megatron_aspo.runtime.cluster import open_cluster
-    from tools.verify_sync import save_random
 
     described = read_model(parsed.model)
     spec = TransferSpec(described.architecture, described.dims, STAGES, EngineSizes(engines=2), DTYPE, parsed.bucket_mib << 20)
-    schedule = Schedule(spec, STAGES.world, where_of([""] * spec.world))
+    schedule = spec.schedule(STAGES.world, [""] * spec.world)
     bucket = max(2 * sum(message.elements for message in bucket.receives) for bucket in schedule.buckets)
     layer = 2 * largest_layer(tensor_shapes(described.architecture, described.dims))
     source = TrainingHoldings(described.architecture, described.dims, STAGES)
     target = EngineHoldings(described.architecture, described.dims, spec.engines)
-    least = 2 * least_traffic(source.in_turns(), source, target, where_of([""] * spec.world))
+    least = 2 * count_least_traffic(source.in_turns(), source, target, node_map([""] * spec.world))
     meeting = free_port(HOST)
     ranks = [Process.start(training_rank, rank, parsed.model, spec, meeting) for rank in range(STAGES.world)]
     moved = transport(spec, ranks, parsed.rounds)
     cluster = open_cluster("", 8)
     seconds: dict[str, list[float]] = {"ours": [], "gather": []}
     with tempfile.TemporaryDirectory() as other:
-        save_random(parsed.model, Path(other))
+        save_random_model(parsed.model, Path(other))
         engines = Engines(Path(other), spec, ranks)
         try:
             engines.connect("ours")

@@ -83,7 +83,7 @@ def our_step(trainer, batch) -> Callable[[], None]:
     import torch
 
     from megatron_aspo.trainer.optimizer import set_learning_rate
-    from megatron_aspo.trainer.rank import Scores
+    from megatron_aspo.trainer.update import Scores
 
     per_token = np.repeat(np.where(np.arange(batch.samples) % 2, 1.0, -1.0), np.diff(batch.response_offsets)).astype(np.float32)
     old, advantages = (torch.from_numpy(values).to(trainer.device.torch_device) for values in (batch.rollout_logprobs, per_token))
@@ -91,8 +91,8 @@ def our_step(trainer, batch) -> Callable[[], None]:
     set_learning_rate(trainer.optimizer, trainer.settings.optimizer, step=0)
 
     def step() -> None:
-        trainer.accumulate_gradients(batch, np.arange(batch.samples), scores)
-        applied, _ = trainer.apply_gradients()
+        trainer.updater.accumulate_gradients(batch, np.arange(batch.samples), scores)
+        applied, _ = trainer.updater.apply_gradients()
         assert applied
 
     return step

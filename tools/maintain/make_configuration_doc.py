@@ -3,7 +3,8 @@
 
     python tools/maintain/make_configuration_doc.py
 
-Both come from the options' fields: types, defaults, bounds, and the docstrings below them. A test checks that both are current.
+Both are read from the fields (types, defaults, bounds, docstrings) and from the signatures of the policy losses. A test
+checks that both are current.
 """
 
 import re
@@ -22,6 +23,8 @@ from megatron_aspo.commands.config import recipe_schema  # noqa: E402
 from megatron_aspo.common.option_docs import meanings  # noqa: E402
 from megatron_aspo.common.options import Choice, Condition, Rule, default_of, option_fields  # noqa: E402
 from megatron_aspo.config import Config  # noqa: E402
+from megatron_aspo.losses import registry  # noqa: E402
+from megatron_aspo.losses.options import AlgorithmOptions  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 SCHEMA = ROOT / "docs" / "recipe.schema.json"
@@ -87,6 +90,16 @@ def meaning_with_rule(meaning: str, rule: str) -> str:
     return f"{meaning} {unbroken[0].upper()}{unbroken[1:]}."
 
 
+def loss_option_rows() -> Iterator[str]:
+    """Yield the rows of the options of the built-in policy losses, which are keys of `algorithm` too, from the signatures of the losses."""
+    for name, readers in registry.builtin_options().items():
+        shared = registry.shared_defaults()[name]
+        others = [f"`{option.default}` (`{loss}`)" for loss, option in readers.items() if option.default != shared]
+        option = next(iter(readers.values()))
+        rule = bounds(FieldInfo.from_annotation(registry.option_type(option)))
+        yield f"| `algorithm.{name}` | {', '.join([shown(shared), *others])} | {meaning_with_rule(registry.option_meaning(name), rule)} |\n"
+
+
 def page() -> str:
     """Return the whole page."""
     titles = {section: f"`{section}`" if section else "Top level" for section, _, _ in sections()}
@@ -98,6 +111,8 @@ def page() -> str:
             key = f"{section}.{name}" if section else name
             meaning = meanings(kind).get(name, "").replace("|", "\\|")
             parts.append(f"| `{key}` | {shown(default_of(kind, name))} | {meaning_with_rule(meaning, bounds(field))} |\n")
+        if kind is AlgorithmOptions:
+            parts += loss_option_rows()
     return "".join(parts)
 
 

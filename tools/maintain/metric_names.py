@@ -1,7 +1,7 @@
 """Finds the names that a run can write to `metrics.jsonl`, by running the real loop with stand-ins for the processes.
 
 The loop (train.py), the collector, the rollout metrics and the objective are the real ones; engines, reward workers and training ranks are
-stand-ins. The names that a training rank adds to its report are read from the source of trainer/rank.py, since importing it needs Megatron.
+stand-ins. The names that a training rank adds to its report are read from the source of trainer/update.py: importing it needs Megatron.
 """
 
 import ast
@@ -24,7 +24,7 @@ from megatron_aspo.data.packing import PackingFigures  # noqa: E402
 from megatron_aspo.data.records import Generation, Prompt, VersionSpan  # noqa: E402
 from megatron_aspo.evaluation.options import EvaluationOptions  # noqa: E402
 from megatron_aspo.losses.aggregation import Totals  # noqa: E402
-from megatron_aspo.losses.objective import ObjectiveTokens, objective  # noqa: E402
+from megatron_aspo.losses.objective import Objective, ObjectiveTokens  # noqa: E402
 from megatron_aspo.losses.options import AlgorithmOptions  # noqa: E402
 from megatron_aspo.losses.tally import Tally  # noqa: E402
 from megatron_aspo.rewards.result import RewardResult  # noqa: E402
@@ -33,13 +33,13 @@ from megatron_aspo.rollout.options import RolloutOptions  # noqa: E402
 from megatron_aspo.runtime.run import Run  # noqa: E402
 from megatron_aspo.trainer.settings import UpdateReport  # noqa: E402
 
-RANK = ROOT / "megatron_aspo" / "trainer" / "rank.py"
+UPDATE = ROOT / "megatron_aspo" / "trainer" / "update.py"
 
 
-def rank_names() -> dict[str, list[str]]:
-    """Return the names that trainer/rank.py itself adds: in the `tally`, in the `mismatch`, and phases whose `seconds` it measures."""
+def update_names() -> dict[str, list[str]]:
+    """Return the names that trainer/update.py itself adds: in the `tally`, in the `mismatch`, and phases whose `seconds` it measures."""
     found: dict[str, list[str]] = {"tally": [], "mismatch": [], "seconds": []}
-    for node in ast.walk(ast.parse(RANK.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(UPDATE.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Subscript) and ast.unparse(target.value) == "tally":
             found["tally"].append(ast.literal_eval(target.slice))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_timed":
@@ -49,7 +49,7 @@ def rank_names() -> dict[str, list[str]]:
                 if isinstance(part, ast.Dict):
                     found["mismatch"] += [ast.literal_eval(key) for key in part.keys]
     if missing := [kind for kind, names in found.items() if not names]:
-        raise LookupError(f"{RANK} no longer names its metrics of kind {missing} as this tool expects: change rank_names")
+        raise LookupError(f"{UPDATE} no longer names its metrics of kind {missing} as this tool expects: change update_names")
     return found
 
 
@@ -67,12 +67,12 @@ def objective_tally() -> Tally:
         offsets=[0, 2, 4],
         names=("a", "b"),
     )
-    return objective(tokens, AlgorithmOptions(), Totals(tokens=4, responses=2, full_responses=2, max_response_tokens=2))[1]
+    return Objective(AlgorithmOptions())(tokens, Totals(tokens=4, responses=2, full_responses=2, max_response_tokens=2))[1]
 
 
 def full_report() -> UpdateReport:
     """Return the report of a step in which every metric is present."""
-    own = rank_names()
+    own = update_names()
     return UpdateReport(
         tally=objective_tally() | dict.fromkeys(own["tally"], (1.0, 1)),
         mismatch=dict.fromkeys(own["mismatch"], 0.0),

@@ -25,15 +25,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from colours import BLUE, GREY, RED
 
-from megatron_aspo.losses import names
-from megatron_aspo.losses.custom import find_policy_loss
-from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses import registry
+from megatron_aspo.losses.find import find_policy_loss
 from megatron_aspo.losses.policy import PolicyTokens
-from megatron_aspo.losses.presets import LOSS_DEFAULTS
+from megatron_aspo.losses.section import algorithm_options
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "docs" / "figures" / "losses"
-DRAWN = (*names.POLICY_LOSS_NAMES, "examples.losses.sapo:sapo")
+DRAWN = (*registry.POLICY_LOSSES, "examples.losses.sapo:sapo")
 SIGNS = {1: ("A > 0", BLUE), -1: ("A < 0", RED)}
 PPO_CLIP = {"color": GREY, "alpha": 0.45, "linewidth": 4}
 STYLE = {
@@ -53,27 +52,20 @@ STYLE = {
 }
 
 
-def loss_options(name: str) -> AlgorithmOptions:
-    """Return the options of a loss in a recipe that sets nothing but its name."""
-    return AlgorithmOptions(policy_loss=name, **LOSS_DEFAULTS.get(name, {}).get("algorithm", {}))
-
-
 def marks(name: str, sign: int, low_entropy: bool) -> dict[str, float]:
     """Return label → ratio at which the loss changes for tokens with this sign of A: the bounds 1 ± ε and the caps."""
-    options = loss_options(name)
-    classes = name in names.ENTROPY_CLASS_LOSSES and not low_entropy
-    below = 1 - (options.high_entropy_clip_low if classes else options.clip_low)
-    above = 1 + (options.high_entropy_clip_high if classes else options.clip_high)
-    if name == "cispo":  # bounds the weight for both signs
-        return {label: ratio for label, ratio in (("1 − ε", below), ("1 + ε", above)) if ratio > 0}
-    if name == "reinforce" or name not in names.POLICY_LOSS_NAMES:
-        return {}
-    result = {"1 + ε": above} if sign > 0 else {"1 − ε": below}
-    if sign < 0 and name in ("aspo", "ppo_clip", "archer"):
-        result["c"] = options.dual_clip_neg
-    if sign > 0 and name == "aspo":
-        result["1/c"] = 1 / options.dual_clip_pos
-    return result
+    options = algorithm_options(policy_loss=name).policy_loss_options
+    prefix = "" if low_entropy or "high_entropy_clip_low" not in options else "high_entropy_"
+    found = {}
+    if f"{prefix}clip_low" in options and (sign < 0 or name == "cispo"):  # cispo bounds the weight for both signs
+        found["1 − ε"] = 1 - options[f"{prefix}clip_low"]
+    if f"{prefix}clip_high" in options and (sign > 0 or name == "cispo"):
+        found["1 + ε"] = 1 + options[f"{prefix}clip_high"]
+    if "dual_clip_neg" in options and sign < 0:
+        found["c"] = options["dual_clip_neg"]
+    if "dual_clip_pos" in options and sign > 0:
+        found["1/c"] = 1 / options["dual_clip_pos"]
+    return {label: ratio for label, ratio in found.items() if ratio > 0}
 
 
 def curve(name: str, sign: int, low_entropy: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -92,15 +84,14 @@ def curve(name: str, sign: int, low_entropy: bool = True) -> tuple[np.ndarray, n
         low_entropy=torch.full((n,), low_entropy),
         mask=torch.ones(n, dtype=torch.bool),
         offsets=list(range(n + 1)),  # one token per response
-        options=loss_options(name),
     )
-    (gradient,) = torch.autograd.grad(find_policy_loss(tokens.options)(tokens).loss.sum(), logprobs)
+    (gradient,) = torch.autograd.grad(find_policy_loss(algorithm_options(policy_loss=name))(tokens).loss.sum(), logprobs)
     return ratio, (-gradient / sign).numpy() + 0.0  # no negative zeros
 
 
 def draw(name: str, path: Path) -> None:
     """Draw one loss, as SVG."""
-    classes = name in names.ENTROPY_CLASS_LOSSES
+    classes = not registry.is_custom(name) and registry.declaration(name).entropy_classes
     lines = {"low-entropy tokens" if classes else name.rpartition(":")[2]: {"linewidth": 2}}
     if classes:
         lines["other tokens"] = {"linewidth": 2, "linestyle": (0, (3, 1.5))}

@@ -52,10 +52,7 @@ def rehearse(place: Path, subject: str, sizes: Sizes) -> int:
     kills = faults(sizes.steps, sizes.checkpoint_every) if subject == "code" else []
     names = (["disturbed"] if kills else []) + (["undisturbed"] if sizes is WHOLE or not kills else [])
     with Hosts(place / "hosts", 2, visible=[MODEL.resolve(), place]) as hosts:
-        rehearsals = [
-            Commands(SUBJECTS[subject], sizes, MODEL, place, place / name, hosts.hostfile, hosts.ssh_options)
-            for name in names
-        ]
+        rehearsals = [Commands(SUBJECTS[subject], sizes, MODEL, place, place / name, hosts.hostfile, hosts.ssh_options) for name in names]
         for command in rehearsals[0].prepare():
             Session(hosts, rehearsals[0]).call(HEAD, command)
         left, listeners = 0, WildcardListeners(hosts)

@@ -92,7 +92,9 @@ def missing_in_trackers(commands: Commands) -> list[str]:
     expected = [*range(sizes.checkpoint_every, sizes.steps + 1, sizes.checkpoint_every)]
     evaluated = [name for name in read if name.startswith("val/") and name.endswith(f"avg@{sizes.samples}")]
     if [read[name] for name in evaluated] != [expected]:
-        found.append(f"TensorBoard has {({name: read[name] for name in evaluated})}, not one val/…/avg@{sizes.samples} of steps {expected}")
+        found.append(
+            f"TensorBoard has { ({name: read[name] for name in evaluated}) }, not one val/…/avg@{sizes.samples} of steps {expected}"
+        )
     ids = {path.stem.removeprefix("run-") for path in (commands.run / "wandb").glob("*/run-*.wandb")}
     if ids != {commands.subject.name}:
         found.append(f"W&B has the runs {sorted(ids)}, not {commands.subject.name} alone")

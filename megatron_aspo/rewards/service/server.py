@@ -47,9 +47,7 @@ class GradingServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(
-        self, address: tuple[str, int], token: str, workers: Workers, max_body_bytes: int, name: str, rules: Mapping[str, Any]
-    ):
+    def __init__(self, address: tuple[str, int], token: str, workers: Workers, max_body_bytes: int, name: str, rules: Mapping[str, Any]):
         """address: numeric. name: the reward's name in /health. rules: the answer of /rules. Raises OSError if the
         address is not available."""
         self.token, self.workers, self.max_body_bytes, self.name, self.rules = token, workers, max_body_bytes, name, rules

@@ -58,10 +58,10 @@ def cuda_ipc() -> dict:
     from megatron_aspo.common.network import free_port
     from megatron_aspo.hf.model import read_sizes
     from megatron_aspo.losses.options import AlgorithmOptions
-    from megatron_aspo.sync.schedule import TransferSpec
+    from megatron_aspo.rollout.engine_layout import EngineSizes
+    from megatron_aspo.rollout.transfer_spec import TransferSpec
     from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
     from megatron_aspo.trainer.settings import RankSettings
-    from megatron_aspo.weights.holdings import EngineSizes
     from tests.models import save_tiny
     from tests.parallel import workloads
     from tests.parallel.pool import Pool

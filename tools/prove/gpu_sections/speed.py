@@ -51,14 +51,15 @@ def figures(seconds: float, small: bool) -> dict:
 
 def our_step(small: bool, **options) -> dict:
     """Measure gradients of all samples and the optimizer's step; old log-probabilities are given."""
-    from megatron_aspo.trainer.rank import Scores, set_learning_rate  # rank.py before what imports Megatron-Core
-
     directory, model, (batch, *_), *_ = model_and_samples(small)
     model.cpu()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with training_rank(directory, small, **options) as rank:
+        from megatron_aspo.trainer.optimizer import set_learning_rate  # after rank.py, which prepares Megatron-Core
+        from megatron_aspo.trainer.update import Scores
+
         advantages = torch.randn(len(batch.mask), device=DEVICE)
         scores = Scores(torch.from_numpy(batch.rollout_logprobs).to(DEVICE), None, advantages)
         set_learning_rate(rank.optimizer, rank.settings.optimizer, 0)
@@ -66,8 +67,8 @@ def our_step(small: bool, **options) -> dict:
         for _ in range(STEPS):
             synchronize()
             start = time.perf_counter()
-            rank.accumulate_gradients(batch, np.arange(batch.samples), scores)
-            applied, norm = rank.apply_gradients()
+            rank.updater.accumulate_gradients(batch, np.arange(batch.samples), scores)
+            applied, norm = rank.updater.apply_gradients()
             synchronize()
             times.append(time.perf_counter() - start)
         found = {"passed": bool(applied) and np.isfinite(norm).item(), "first_s": round(times[0], 2)} | figures(min(times[1:]), small)
@@ -79,7 +80,7 @@ def our_step(small: bool, **options) -> dict:
 def profile(rank, batch, scores) -> list[str]:
     """Return the kernels that take most of a step, in milliseconds; write the whole table to $OUT/profile_SPEC.txt if OUT is set."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        rank.accumulate_gradients(batch, np.arange(batch.samples), scores)
+        rank.updater.accumulate_gradients(batch, np.arange(batch.samples), scores)
         synchronize()
     averages = profiler.key_averages()
     if out := os.environ.get("OUT"):
