@@ -15,7 +15,7 @@ from megatron_aspo.common.device_environment import rank_environment
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.network import free_port, interface_of
 from megatron_aspo.runtime.nodes import ranks_by_node
-from megatron_aspo.sync.group import TransferError, meeting_store
+from megatron_aspo.sync.meeting import TransferError, meeting_store
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 
 if TYPE_CHECKING:
