@@ -17,7 +17,7 @@ from megatron_aspo.config import load_config
 from megatron_aspo.doctor.files import check_model
 from megatron_aspo.doctor.recipe import check_placement
 from megatron_aspo.evaluation.target import find_target, hugging_face
-from megatron_aspo.runtime import run
+from megatron_aspo.runtime import processes, run
 from megatron_aspo.runtime.checks import check_run
 from megatron_aspo.runtime.plan import make_plan
 from tests.in_process import run_main
@@ -40,7 +40,7 @@ def dist(tmp_path, monkeypatch) -> Path:
         raise ReachedRay
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "open_cluster", started)
+    monkeypatch.setattr(processes, "open_cluster", started)
     tokenizer = byte_tokenizer()
     save_tiny("qwen2", tmp_path / "hf", tied=True, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(tmp_path / "hf")
