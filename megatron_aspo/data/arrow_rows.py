@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
@@ -32,7 +32,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Fields]]:
         rows = _batch_rows(size, file.metadata.num_rows)
         number = 0
         for batch in file.iter_batches(batch_size=rows):
-            for fields in batch.to_pylist():
+            for fields in cast("pa.Table", batch).to_pylist():
                 number += 1
                 yield number, _without_nulls(fields)
 
@@ -49,7 +49,7 @@ def read_dataset(name: str, subset: str, split: str) -> Iterator[tuple[int, Fiel
     with _reading(name, "a data set"):
         number = 0
         for batch in data.with_format("arrow").iter(batch_size=rows):
-            for fields in batch.to_pylist():
+            for fields in cast("pa.Table", batch).to_pylist():
                 number += 1
                 yield number, _without_nulls(fields)
 

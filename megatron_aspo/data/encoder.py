@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
@@ -32,7 +32,7 @@ class PromptEncoder:
         self._tokenizer, self._vocab, self._options = tokenizer, vocab, options
         self._chats = self._system_prompts = self._texts = self._kept_prefixes = 0
         if tokenizer.eos_token_id is not None:
-            self._check_ids((tokenizer.eos_token_id,))
+            self._check_ids((cast(int, tokenizer.eos_token_id),))
         if reserved := [name for name in RESERVED if name in options.chat_template_kwargs]:
             raise UserError(f"data.chat_template_kwargs.{reserved[0]} is set for each prompt by itself; remove it")
 
@@ -59,7 +59,7 @@ class PromptEncoder:
         except Exception as error:  # a template can raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"{self._template_name} fails on messages with roles {roles} ({_reason(error)}); change either") from error
-        return self._check_ids(ids)
+        return self._check_ids(cast(list[int], ids))
 
     def text(self, text: str) -> tuple[int, ...]:
         """Encode `text` unchanged, after the tokenizer's leading special tokens, such as a beginning-of-sequence token.
@@ -163,5 +163,5 @@ def read_chat_template(path: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
-    return line + one_line(error)
+    line = getattr(error, "lineno", None)
+    return (f"line {line}: " if line else "") + one_line(error)

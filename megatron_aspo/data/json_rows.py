@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from megatron_aspo.common.errors import UserError
 
@@ -117,7 +117,7 @@ class _Array:
     def _next_mark(self) -> str:
         """Return the next non-blank character without consuming it; empty at the end of the file."""
         while True:
-            self._position = _BLANKS.match(self._text, self._position).end()
+            self._position = cast(re.Match, _BLANKS.match(self._text, self._position)).end()
             if self._position < len(self._text):
                 return self._text[self._position]
             if not self._read_more():

@@ -10,7 +10,7 @@ rank, balanced tokens leave the slowest rank 4 to 10 % over the mean at hidden s
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from heapq import heappop, heappush
 from operator import itemgetter
@@ -75,7 +75,7 @@ class _Reading:
         self._responses: list[int] = (batch.lengths - batch.prompt_lengths).tolist()
         self._groups: list[int] = batch.groups.tolist() if shared_prompts else list(range(batch.samples))
 
-    def tokens_and_pairs(self, samples: Sequence[int]) -> tuple[int, int]:
+    def tokens_and_pairs(self, samples: Iterable[int]) -> tuple[int, int]:
         tokens = pairs = 0
         group = None
         for i in samples:
@@ -117,7 +117,7 @@ def place(lengths: list[int], work: list[int], ranks: int, token_budget: int, co
     while True:
         shares = [_fit(share, lengths, token_budget, count) for share in by_rank]
         if all(shares):
-            return shares
+            return [share for share in shares if share]
         if bins := _fit(everything, lengths, token_budget, ranks * count):
             dealt = partition([sum(work[i] for i in members) for members in bins], ranks, equal_counts=True)
             return [_longest_first([bins[b] for b in share], lengths) for share in dealt]

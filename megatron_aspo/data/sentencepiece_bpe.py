@@ -8,12 +8,13 @@ Can be removed once transformers follows SentencePiece.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.tokenizer_probes import PROBES, Reading, first_difference
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -30,7 +31,7 @@ def repair_sentencepiece(tokenizer: "PreTrainedTokenizerBase", read: Reading, mo
     from tokenizers.normalizers import Prepend, Replace, Sequence
 
     processor = SentencePieceProcessor(model_file=str(model_file))
-    backend = tokenizer.backend_tokenizer
+    backend = cast("Tokenizer", tokenizer.backend_tokenizer)
     if isinstance(backend.model, BPE):
         backend.model = BPE(
             vocab={processor.id_to_piece(i): i for i in range(processor.get_piece_size())},

@@ -9,7 +9,7 @@ loaded through transformers' class-less wrapper, and the two are compared on pro
 import json
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_aspo.common.errors import UserError, first_line
 from megatron_aspo.data.sentencepiece_bpe import repair_sentencepiece
@@ -49,8 +49,8 @@ def reading(tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> Read
     """Return how a transformers tokenizer reads text. special: whether it adds its special tokens around a text."""
     return Reading(
         encode=lambda text: tokenizer(text, add_special_tokens=special)["input_ids"],
-        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-        tokens=tokenizer.convert_ids_to_tokens,
+        decode=lambda ids: cast(str, tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
+        tokens=lambda ids: cast(list[str], tokenizer.convert_ids_to_tokens(ids)),
     )
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
@@ -12,6 +12,7 @@ from megatron_aspo.data.tokenizer import TOKENIZER_FILES, load_tokenizer, probe_
 from megatron_aspo.data.tokenizer_probes import first_difference
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG = "tokenizer_config.json"
@@ -30,7 +31,7 @@ def tokenizer_files(model_directory: Path, tokenizer: "PreTrainedTokenizerBase",
     config = model_directory / _CONFIG
     values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     exact = {
-        "tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer.json": cast("Tokenizer", tokenizer.backend_tokenizer).to_str(pretty=True) + "\n",
         _CONFIG: json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False) + "\n",
     }
     with tempfile.TemporaryDirectory() as name:

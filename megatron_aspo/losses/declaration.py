@@ -8,7 +8,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ CUSTOM = Declaration(entropy_classes=True)
 """Declaration of a custom loss that declares nothing: it may read the entropy classes."""
 
 
-def declares(**declared: bool | str) -> Callable[[Function], Function]:
+def declares(**declared: Any) -> Callable[[Function], Function]:
     """Mark a policy loss with a `Declaration`. Its arguments must be literals; the function itself is returned unchanged."""
     declaration = Declaration(**declared)
 

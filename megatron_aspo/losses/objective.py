@@ -1,6 +1,6 @@
 """The objective of one micro-batch: policy loss, KL and entropy terms, one normalisation, and the metrics that are logged."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def _without_uncounted(tokens: ObjectiveTokens) -> ObjectiveTokens:
     """Return the tokens with zeros where none counts: whatever is there must reach neither loss nor gradient (0 × inf is NaN)."""
     values = {f.name: getattr(tokens, f.name) for f in fields(tokens)}
     floats = {name: v for name, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return ObjectiveTokens(**values | {name: torch.where(tokens.mask, v, 0.0) for name, v in floats.items()})
+    return replace(tokens, **{name: torch.where(tokens.mask, v, 0.0) for name, v in floats.items()})
 
 
 def _inputs(tokens: ObjectiveTokens) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The table of built-in policy losses, and what a recipe needs to know of one. A new loss is one file in builtin/ and one row here."""
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from megatron_aspo.losses.declaration import CUSTOM, OPTION_TYPES, Declaration
 from megatron_aspo.losses.signature import LossOption, LossSignature, read_signature
@@ -47,7 +47,7 @@ def builtin_options() -> dict[str, dict[str, LossOption]]:
     """Return, for each option of any built-in loss, the losses that read it, in the order of the table: option → loss → its option."""
     readers: dict[str, dict[str, LossOption]] = {}
     for loss in POLICY_LOSSES:
-        for name, option in signature(loss).options.items():
+        for name, option in cast(LossSignature, signature(loss)).options.items():
             readers.setdefault(name, {})[loss] = option
     return readers
 

@@ -93,9 +93,10 @@ def check_loss_options(options: AlgorithmOptions) -> None:
 
 def option_class(policy_loss: str) -> type:
     """Return the class of a loss's options, which checks types and bounds. Of a custom loss it has those with an annotation of ours."""
+    signature = registry.signature(policy_loss)
     fields = {
         name: (registry.option_type(option), option.default)
-        for name, option in registry.signature(policy_loss).options.items()
+        for name, option in (signature.options if signature else {}).items()
         if policy_loss in registry.POLICY_LOSSES or option.annotation in OPTION_TYPES
     }
     defaults = {name: default for name, (_, default) in fields.items()}

@@ -84,7 +84,7 @@ def _signature(function: ast.FunctionDef) -> LossSignature | None:
             )
             for argument, default in named
         },
-        declaration=Declaration(**{word.arg: ast.literal_eval(word.value) for word in declared[0].keywords}) if declared else None,
+        declaration=Declaration(**{str(word.arg): ast.literal_eval(word.value) for word in declared[0].keywords}) if declared else None,
         documentation=text.strip(),
     )
 

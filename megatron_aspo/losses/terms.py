@@ -1,6 +1,5 @@
 """What stands beside the policy loss, per token: KL to the reference, entropy classes, correction of engine–trainer mismatch."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
 
@@ -43,11 +42,11 @@ def low_entropy_tokens(entropy: Tensor, mask: Tensor, offsets: list[int], q: flo
     if not len(entropy):
         return torch.zeros_like(mask)
     lengths = [stop - start for start, stop in pairwise(offsets)]
-    thresholds = _quantiles(torch.where(mask, entropy.detach().double(), inf).split(lengths), mask.split(lengths), q)
+    thresholds = _quantiles(list(torch.where(mask, entropy.detach().double(), inf).split(lengths)), list(mask.split(lengths)), q)
     return entropy.double() <= torch.cat([of.expand(length) for of, length in zip(thresholds, lengths, strict=True)])
 
 
-def _quantiles(values: Sequence[Tensor], masks: Sequence[Tensor], q: float) -> Tensor:
+def _quantiles(values: list[Tensor], masks: list[Tensor], q: float) -> Tensor:
     """`quantile` of the counted values of each response, [responses], without making the host wait for a device.
 
     values: float64, infinite where none counts.

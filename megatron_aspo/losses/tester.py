@@ -152,7 +152,8 @@ def _splitting(loss: PolicyLoss) -> str:
             "A token may depend on its own response only (tokens.offsets, tokens.response_means). A loss that depends on how a batch is\n"
             "cut gives other results with every micro-batch size and number of ranks."
         )
-        require_equal(tokens, tuple(map(torch.cat, zip(*parts, strict=True))), whole, 1e-12, names, cure)
+        losses, gradients = (torch.cat(values) for values in zip(*parts, strict=True))
+        require_equal(tokens, (losses, gradients), whole, 1e-12, names, cure)
     return "each response has the same losses and gradients alone and in every company"
 
 
@@ -176,9 +177,9 @@ def _empty(loss: PolicyLoss) -> str:
         (hollow, "a response of which no token counts", cut(tokens, 0, last)),
         (longer, "responses without tokens", tokens),
     ):
-        evaluated = evaluate(loss, batch, given, cure)
-        require_finite(batch, evaluated)
-        beside = tuple(values[: len(same.mask)] for values in evaluated)
+        losses, gradients = evaluate(loss, batch, given, cure)
+        require_finite(batch, (losses, gradients))
+        beside = losses[: len(same.mask)], gradients[: len(same.mask)]
         require_equal(same, beside, evaluate(loss, same), 1e-12, (f"beside {given}", "without"), cure)
     for offsets in ([0], [0, 0]):
         evaluate(loss, replace(cut(tokens, 0, 0), offsets=offsets), "no token at all", cure)

@@ -56,7 +56,7 @@ def extreme() -> PolicyTokens:
 
 def counting(tokens: PolicyTokens, mask: Tensor) -> PolicyTokens:
     """The same batch when only `mask` counts, bool [tokens]."""
-    return _tokens(*(getattr(tokens, name) for name in FLOATS), mask, tokens.offsets)
+    return _tokens(tokens.logprobs, tokens.old_logprobs, tokens.advantages, tokens.entropy, mask, tokens.offsets)
 
 
 def some(tokens: PolicyTokens) -> PolicyTokens:
@@ -91,7 +91,8 @@ def _tokens(logprobs, old_logprobs, advantages, entropy, mask: Tensor, offsets: 
     """As the trainer hands them over: zeros where no token counts."""
     floats = [torch.where(mask, values.float().double(), 0.0) for values in (logprobs, old_logprobs, advantages, entropy)]
     low = low_entropy_tokens(floats[3], mask, offsets, AlgorithmOptions.low_entropy_quantile)
-    return PolicyTokens(*floats, low, mask, offsets)
+    logprobs, old_logprobs, advantages, entropy = floats
+    return PolicyTokens(logprobs, old_logprobs, advantages, entropy, low, mask, offsets)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------------------------
