@@ -74,7 +74,10 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def open_manifest(directory: Path) -> tuple[Manifest, Callable[[], None]]:
-    """Return the manifest at once, and a function that waits for the concurrent check of the tensor files and raises its error."""
+    """Return the manifest, and a function that waits for the hashes of the tensor files, which a thread checks meanwhile.
+
+    The function raises UserError for a damaged file, as this one does for a damaged small file or list of files.
+    """
     if not is_checkpoint(directory):
         raise UserError(f"{directory} is no checkpoint of ours: it has no {MANIFEST}; name a directory such as checkpoints/step_10")
     try:

@@ -24,7 +24,10 @@ class NodeProbe:
         return os.getpid()
 
     def check(self, needs: RunNeeds, context: NodeContext, limit_s: float, hide: bool) -> list[Record]:
-        """Run the node's checks. hide: remove this node's secrets and user names from the records."""
+        """Run every check of `doctor/node.py` on this node, each for at most `limit_s` seconds; return their records.
+
+        hide: replace values of secret environment variables, and user names, in the records.
+        """
         return [redact(record) if hide else record for record in check_node(needs, context, limit_s)]
 
     def now(self) -> float:

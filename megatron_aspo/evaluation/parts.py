@@ -25,7 +25,10 @@ class PartStore:
         return [Part(part.number, part.start, part.stop) for part in self._parts if not self._path(part.number).exists()]
 
     def ungraded(self) -> Iterator[Part]:
-        """Yield the parts that are generated but not graded, with their responses; one part is in memory at a time."""
+        """Yield the parts of the evaluation (blocks of problems) that are generated but not graded, with their responses.
+
+        Each is read from its file when it is yielded, so that only one is in memory.
+        """
         for part in self._parts:
             path = self._path(part.number)
             if path.exists() and parquet.read_table(path, columns=["score"]).column("score").null_count:

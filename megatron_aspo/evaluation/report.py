@@ -52,7 +52,7 @@ def report(out: Path, plan: EvalPlan, against: Path | None) -> dict[str, Any]:
 
 
 def _check_failures(problems: Sequence[ProblemResult], settings: EvalSettings) -> None:
-    """Report the responses to which the reward gave no score. Raises UserError if it gave none at all."""
+    """Print how many responses the reward gave no score, if any. Raises UserError if it gave none at all."""
     failed, responses = sum(problem.failed for problem in problems), settings.samples * len(problems)
     if failed == responses:
         raise UserError(f"the reward timed out or crashed on all of {failed} responses; correct it, or raise data.reward_timeout_s")

@@ -37,9 +37,9 @@ def declaration(policy_loss: str) -> Declaration:
     return CUSTOM if is_custom(policy_loss) else Declaration()
 
 
-def losses_that_declare(what: str) -> list[str]:
-    """Return the built-in losses for which this field of the declaration is true."""
-    return [loss for loss in POLICY_LOSSES if getattr(declaration(loss), what)]
+def losses_that_declare(field: str) -> list[str]:
+    """Return the names of the built-in losses whose `Declaration` has a true value in this field."""
+    return [loss for loss in POLICY_LOSSES if getattr(declaration(loss), field)]
 
 
 @cache

@@ -102,7 +102,10 @@ class Wandb:
 
 
 class MLflow:
-    """MLflow at MLFLOW_TRACKING_URI; the run's id is kept in its directory, in `mlflow_run_id`."""
+    """A tracker that logs metrics to the MLflow server at the address in MLFLOW_TRACKING_URI.
+
+    MLflow's id of the run is saved as `mlflow_run_id` in the run directory, so that a resumed run logs to the same page.
+    """
 
     package = "mlflow"
 

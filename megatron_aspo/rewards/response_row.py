@@ -9,7 +9,10 @@ class ResponseRow:
     """One response to grade."""
 
     def __init__(self, fields: dict[str, Any], number: int):
-        """Raises ValueError naming the field that is missing or has the wrong type."""
+        """fields: those of the line or request. number: its position, which becomes the prompt's id.
+
+        Raises ValueError naming the field that is missing or has the wrong type.
+        """
         for name, kinds in (("response", str), ("data_source", str), ("extra", dict), ("prompt", str | list)):
             if name in fields and not isinstance(fields[name], kinds):
                 raise ValueError(f"{name} is a {type(fields[name]).__name__}, expected {'text' if kinds is str else name}")

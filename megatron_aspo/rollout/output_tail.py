@@ -23,7 +23,7 @@ class OutputTail:
             self._tee(descriptor)
 
     def cause(self) -> str | None:
-        """Return the last line that reports an original error, from the error's name on; None if there is none."""
+        """Return the last line that reports an error, from the error's name on, but not one about the failure of another process."""
         for line in reversed(self._lines):
             found = _ERROR.search(line)
             if found and not second_hand(line):

@@ -153,10 +153,10 @@ class EnginePool:
         return [member.info for member in self._members]
 
     def restart_dead(self) -> list[str]:
-        """Restart the engines that are dead or silent, and those that hold a mixture of weights; return the names of all restarted engines.
+        """If any engine is dead or does not answer, restart it and every engine that holds a mixture of weights; return their names.
 
-        A no-op unless one is dead. New engines hold the weights of the model's directory. Raises EngineError when they do not start in
-        three attempts, each bounded by the time of the first start.
+        Else a no-op that returns []. Restarted engines hold the weights of the model's directory. Raises EngineError when they do not start
+        in three attempts, each bounded by the time of the first start.
         """
         unfit, dead = [], []
         for member in self._members:

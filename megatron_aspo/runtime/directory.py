@@ -92,7 +92,7 @@ def _make_run_directory(directory: Path) -> None:
 
 
 def _prepare_directory(directory: Path, start: Start, config: Config, progress: Progress) -> None:
-    """Write the recipe, and set aside the files that an earlier process wrote after the step from which this one resumes."""
+    """Write the resolved recipe to config.yaml. On resume, rename what an earlier process wrote after the step resumed from."""
     with disk_errors(directory / "config.yaml"):
         write_text(directory / "config.yaml", to_yaml(config))
     if start.in_place:

@@ -60,7 +60,7 @@ class Guard:
             yield
 
     def close(self) -> None:
-        """End the remaining processes of the cluster and wait for them. Idempotent."""
+        """Kill the processes of this run's own Ray cluster that are still alive, and wait until they have ended. Idempotent."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -41,7 +41,7 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Return every complete line."""
+    """Return the events of a ledger file, one for each line; a last line without its newline is left out."""
     whole, _ = _split(path.read_bytes())
     return [json.loads(line) for line in whole.splitlines()]
 

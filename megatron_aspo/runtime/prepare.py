@@ -53,7 +53,7 @@ class Prepared:
         return self.checked.settings
 
     def in_hugging_face_format(self) -> "Prepared":
-        """Return the same with a model that ranks and engines can load: a `torch_dist` checkpoint is converted at its first use."""
+        """Return it with a model in Hugging Face format: a `torch_dist` checkpoint is converted now, unless an earlier run did so."""
         return replace(self, checked=self.checked.in_hugging_face_format())
 
 

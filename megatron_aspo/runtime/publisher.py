@@ -70,7 +70,10 @@ class Publisher:
         return sent
 
     def _repeat(self, version: int, failure: PublishError) -> int:
-        """Replace dead engines after a failed transfer, and send everything again."""
+        """Replace dead engines after a failed transfer and send all weights to all engines again; return the bytes sent.
+
+        Raises the last failure: after `_REPEATS` attempts, when a training rank is silent, or when no engine was dead.
+        """
         for _ in range(_REPEATS):
             self.say(str(failure))
             try:

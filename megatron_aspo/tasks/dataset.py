@@ -54,7 +54,10 @@ class DatasetTask:
 
     @classmethod
     def build_reward(cls, options: DataOptions) -> Reward:
-        """Return the reward. Raises UserError if neither `data.reward` nor `data.rewards` is set, or a reward cannot be loaded."""
+        """Return the reward of `data.reward`, or the weighted sum of `data.rewards`.
+
+        Raises UserError if neither is set, or a reward cannot be loaded.
+        """
         options.refuse(cls.name, *REASONING_GYM_OPTIONS)
         _require_reward(options)
         return build_rewards(options)

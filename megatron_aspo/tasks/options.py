@@ -40,7 +40,7 @@ class DataOptions(RewardOptions, PromptOptions, SourceOptions):
     """All options of the section."""
 
     def refuse(self, task: str, *names: str) -> None:
-        """Raise UserError for the first of these options that is set: the task has no use for it."""
+        """Raise UserError for the first of these options that is not at its default: the task has no use for it."""
         if name := first_changed(self, names):
             raise UserError(
                 f"data.{name}={getattr(self, name)} has no use in task={task}; remove it, or set "

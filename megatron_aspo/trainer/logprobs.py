@@ -104,7 +104,10 @@ class _Logprobs(torch.autograd.Function):
 
 
 def kernels(device: torch.device) -> ModuleType:
-    """Return the module that reads logits on this kind of device. Raises UserError if there is none or it lacks a package."""
+    """Return the module with the steps of the log-probabilities for this kind of device: in torch on a CPU, in Triton on CUDA.
+
+    Raises UserError for any other kind of device, and if a package that the module imports is not installed.
+    """
     if device.type not in _STEPS:
         raise UserError(f"log-probabilities on {device.type}: expected one of {', '.join(_STEPS)}")
     try:

@@ -64,6 +64,6 @@ def _parts(logits: Tensor) -> Iterator[slice]:
 
 
 def _columns(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the column of each target, 0 where it is not in this block, and a mask of those in this block."""
+    """Return each target's column in this block of the vocabulary, 0 where it is in another, and a mask of those in this one."""
     inside = (targets >= 0) & (targets < logits.shape[1])
     return targets.masked_fill(~inside, 0), inside

@@ -63,7 +63,9 @@ def _round_up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Segments one after another. A segment is one sample without its last token, which is only ever a target; with shared prompts it is
+    """Packed sequences ("segments"), one after another.
+
+    A segment is one sample without its last token, which is only ever a target; with shared prompts it is
     one prompt, then the responses to it, each without its last token. Under context parallelism, this rank's share of all that.
     """
 

@@ -61,7 +61,10 @@ def build_optimizer(
 
 
 def learning_rate(options: OptimizerOptions, step: int) -> float:
-    """Return the rate of rollout step `step` (from 0): linear from lr / warmup_steps, or from 0, to lr, then constant."""
+    """Return the rate of rollout step `step` (from 0): it rises linearly to lr, which step `warmup_steps` - 1 has, then stays constant.
+
+    Step 0 has lr / warmup_steps; with `warmup_from_zero` it has 0, and step `warmup_steps` is the first with lr.
+    """
     return options.lr * min(1.0, (step + (not options.warmup_from_zero)) / max(1, options.warmup_steps))
 
 

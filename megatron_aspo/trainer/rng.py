@@ -71,7 +71,7 @@ def _set_numpy_state(state: Tensor) -> None:
 
 
 def _python_state() -> Tensor:
-    """Return int64 [628]: version of Python's format, 624 words and the position in them, whether a normal number is cached, its bits."""
+    """Return the state of Python's `random`, int64 [628]: version, 624 words, position in them, whether `gauss` has a value, its bits."""
     version, words, normal = random.getstate()
     waits = normal is not None
     return torch.tensor([version, *words, waits, _bits(normal if waits else 0.0)], dtype=torch.int64)

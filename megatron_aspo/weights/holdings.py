@@ -25,7 +25,7 @@ class BoxOwners:
 
 
 class TrainingHoldings:
-    """The boxes of each Hugging Face tensor that the training ranks hold."""
+    """Which boxes of each Hugging Face tensor each training rank holds."""
 
     def __init__(self, architecture: str, dims: ModelDims, sizes: ParallelSizes):
         self.sizes, self.world = sizes, sizes.world

@@ -139,7 +139,7 @@ def _parse(text: str) -> Any:
 
 
 class _NotAStringError(Exception):
-    """A pickle contains more than one string; the text names the excess."""
+    """A pickle is anything other than one string; the message says what it holds."""
 
 
 def _unpack(text: str) -> str:

@@ -23,7 +23,7 @@ Value = Any
 
 
 class TooLarge(Exception):
-    """A number exceeds the bounds."""
+    """A number in a formula, or in its evaluation, would exceed the bounds of this module; it is not computed."""
 
 
 class Undefined(Exception):

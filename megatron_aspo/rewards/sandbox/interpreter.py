@@ -28,7 +28,7 @@ class Interpreter:
 
 
 def find_interpreter(modules: list[str], paths: list[str] | None = None) -> Interpreter:
-    """Return the interpreter below this one's virtual environment, with packages and further paths that programs may read.
+    """Return the base interpreter of this virtual environment, with the packages and paths that sandboxed programs may read.
 
     Raises UserError for a module that is not installed here, and a path that does not exist or is not absolute.
     """

@@ -67,7 +67,7 @@ class Server:
 
 
 class RemoteReward:
-    """A `Reward`: the score from a grading server."""
+    """A `Reward` that asks a grading server (`megatron-aspo grade-server`) for the score."""
 
     def __init__(self, options: ServiceOptions, wrong_score: float):
         """wrong_score: score of a program that fails a test, with SandboxFusion's protocol; our server has its own. Raises UserError."""

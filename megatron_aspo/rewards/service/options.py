@@ -24,7 +24,7 @@ class ServiceOptions:
     ends."""
 
     def check(self) -> None:
-        """Raise UserError for an address that is none."""
+        """Raise UserError unless `url` begins with http:// or https://."""
         require(
             self.url.startswith(("http://", "https://")),
             f"data.service.url={self.url or 'empty'} is no address; set it to the server's, such as http://10.0.0.5:8300",
