@@ -96,9 +96,8 @@ class Rig:
         port = free_port("127.0.0.1")
         pending = self.pool.connect("127.0.0.1", port, spec, timeout_s=30)
         group = stateless_group("127.0.0.1", port, 0, spec.world, timeout_s=30, names=spec.rank_name, terms=spec.terms())
+        self.sender = WeightSender(spec.schedule(0, group.hosts), group, torch.device("cpu"))
         pending.result(60)
-        schedule = spec.schedule(0, group.hosts)
-        self.sender = WeightSender(schedule, group, torch.device("cpu"))
 
     def update(self, state: dict[str, torch.Tensor]) -> None:
         self.version += 1
