@@ -64,6 +64,9 @@ def _parts(logits: Tensor) -> Iterator[slice]:
 
 
 def _columns(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each target's column in this block of the vocabulary, 0 where it is in another, and a mask of those in this one."""
+    """Return each target's column in this block of the rank's rows, 0 where it is outside, and a mask of those inside.
+
+    targets: int64 [tokens], relative to the block's first row. logits: [tokens, rows of the block].
+    """
     inside = (targets >= 0) & (targets < logits.shape[1])
     return targets.masked_fill(~inside, 0), inside
