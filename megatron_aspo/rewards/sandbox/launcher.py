@@ -75,7 +75,7 @@ class Launcher:
         return self.contained and kernel_version(os.uname().release) >= (5, 14)
 
     def make_cgroup(self) -> cgroup.Cgroup | None:
-        """Return a new control group for one sandbox, or None where this machine has none that may be used. Raises OSError if making it fails."""
+        """Return a new control group for one sandbox, or None where this machine has none to use. Raises OSError if making it fails."""
         if not self._cgroup_parents:
             return None
         limits = self._limits
