@@ -24,6 +24,8 @@ MARK = "MEGATRON_ASPO_LAUNCH"
 """Environment variable inherited by every process of a node: the node's id, by which `stop` finds them."""
 STARTED = "Ray runtime started."
 REFUSED = "Authentication token is missing or incorrect"
+TOO_SLOW = "The current node timed out during startup"
+"""Ray's words when its raylet takes more than 30 s, which Ray fixes, to register: a busy machine takes longer now and then."""
 _GRACE_S = 8.0
 _LINES = 20
 _UNIX_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -32,6 +34,10 @@ _UNIX_SOCKET_BYTES = 107
 
 class Refused(Exception):
     """The host cannot fulfil the request; the text is one line with the cure."""
+
+
+class TooSlow(Refused):
+    """Ray's node did not register in time."""
 
 
 def probe(request: dict) -> dict:
@@ -56,7 +62,17 @@ def probe(request: dict) -> dict:
 
 
 def start(request: dict) -> dict:
-    """Start this host's node; return once Ray reports that it runs. Raises Refused with Ray's last lines if it does not."""
+    """Start this host's node; return once Ray reports that it runs. Raises Refused with Ray's last lines if it does not.
+
+    A node that did not register in Ray's time is started once more.
+    """
+    try:
+        return _start_once(request)
+    except TooSlow:
+        return _start_once(request)
+
+
+def _start_once(request: dict) -> dict:
     if _live_node(request):
         raise Refused("a node of an earlier call runs here meanwhile; call again")
     directory = _node_directory(request)
@@ -92,7 +108,8 @@ def start(request: dict) -> dict:
             if REFUSED in text:  # Ray would retry until the timeout
                 raise Refused(f"the head refuses this host's token: give every node the same, by --token-file:\n{_tail(output)}")
             if leader.poll() is not None:
-                raise Refused(f"ray start ended with status {leader.returncode}:\n{_tail(output)}")
+                reason = TooSlow if TOO_SLOW in _read(output) else Refused
+                raise reason(f"ray start ended with status {leader.returncode}:\n{_tail(output)}")
             if time.monotonic() > deadline:
                 raise Refused(f"ray start did not finish within {request['timeout_s']:g} s:\n{_tail(output)}")
             time.sleep(0.1)

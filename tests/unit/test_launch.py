@@ -192,6 +192,40 @@ def test_a_record_from_before_a_restart_of_the_host_is_ignored(tmp_path):
     assert agent._live_node(request(tmp_path)) is None and agent.stop(request(tmp_path)) == {"ended": 0}
 
 
+RAY = """
+import pathlib, sys, time
+calls = pathlib.Path("calls")
+calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+if len(calls.read_text()) <= {failures}:
+    sys.exit("Exception: The current node timed out during startup. This could happen because ...")
+print("Ray runtime started.", flush=True)
+time.sleep(600)
+"""
+"""`ray.scripts.scripts` that is too slow the first times."""
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (1, 2), (2, 2)])
+def test_a_node_that_ray_gave_no_time_to_register_is_started_once_more(tmp_path, monkeypatch, failures, starts):
+    scripts = tmp_path / "stub" / "ray" / "scripts"
+    scripts.mkdir(parents=True)
+    for folder in (scripts, scripts.parent):
+        (folder / "__init__.py").touch()
+    (scripts / "scripts.py").write_text(RAY.format(failures=failures))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path)  # the paths of Ray's sockets must be short
+    words = {"token": "", "temp_dir": "tmp", "environment": {"PYTHONPATH": str(tmp_path / "stub")}, "arguments": []}
+    asked = request(tmp_path, **words, cluster="c", role="worker", gcs="10.0.0.1:6379", port=6380, timeout_s=60)
+    try:
+        if failures < 2:
+            agent.start(asked)
+        else:
+            with pytest.raises(agent.Refused, match="timed out during startup"):
+                agent.start(asked)
+        assert len((tmp_path / "nodes/a/calls").read_text()) == starts
+    finally:
+        agent.stop(asked)
+
+
 def test_the_agents_answer_is_found_in_the_output_of_login_scripts(tmp_path):
     reach = Reach(str(tmp_path), sys.executable, "echo welcome; echo '{}'")
     assert reach.call("stop", Host("localhost"), {}, 30) == {"ended": 0}
