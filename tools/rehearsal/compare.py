@@ -40,9 +40,12 @@ def differences(one: Commands, other: Commands) -> list[str]:
         if len(mine) != len(theirs):
             found.append(f"{kind}: {len(mine)} rows and {len(theirs)}")
         for a, b in zip(mine, theirs, strict=False):
-            names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
-            found += [f"{kind}, step {a['step']}: {name} is {a.get(name)} and {b.get(name)}" for name in names]
+            found += [f"{kind}, step {a['step']}: {line}" for line in _unequal(a, b)]
     return found
+
+
+def _unequal(a: dict, b: dict) -> list[str]:
+    return [f"{name} is {a.get(name)} and {b.get(name)}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
 
 
 def merged_differs(commands: Commands) -> list[str]:
@@ -58,7 +61,7 @@ def redone_differs(run: Path) -> list[str]:
         return []
     now = {step["step"]: step for step in timeless(run)}
     lines = [without_timings(json.loads(line)) for line in before.read_text(encoding="utf-8").splitlines()]
-    return [f"step {old['step'] + 1}, done again, differs" for old in lines if old != now[old["step"]]]
+    return [f"step {old['step'] + 1}, done again: {line}" for old in lines for line in _unequal(old, now[old["step"]])]
 
 
 def repeated(outputs: Sequence[Path]) -> int:
