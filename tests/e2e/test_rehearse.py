@@ -9,7 +9,7 @@ import pytest
 
 from tests.hosts import ROOT, why_not
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.nightly]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 
 
