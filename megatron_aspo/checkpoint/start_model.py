@@ -11,7 +11,6 @@ release/ or iter_0000010/
 import json
 from pathlib import Path
 
-from megatron_aspo.checkpoint.convert import convert, open_source
 from megatron_aspo.common.atomic import new_directory
 from megatron_aspo.common.errors import UserError
 
@@ -43,6 +42,8 @@ def hugging_face_copy(torch_dist: Path) -> Path:
     if copy := find_copy(torch_dist):
         return copy
     try:
+        from megatron_aspo.checkpoint.convert import convert, open_source  # imports torch.distributed.checkpoint: 0.3 s that `plan` saves
+
         with new_directory(torch_dist / _COPY) as directory:
             (directory / _SOURCE).write_text(json.dumps(_files(torch_dist), indent=1) + "\n", encoding="utf-8")
             convert(open_source(torch_dist), directory / "model", to="huggingface")
