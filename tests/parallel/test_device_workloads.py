@@ -58,7 +58,7 @@ def test_fp8_copies_are_offloaded_with_the_weights(pools, settings, offloaded):
 
 WAITS = {
     "losses/objective.py:_check_finite": 1,  # a number that is not finite is named before it spreads
-    "losses/objective.py:objective": 1,  # the number of counted tokens
+    "losses/objective.py:__call__": 1,  # the number of counted tokens
     "losses/objective.py:_tally": 1,  # all metrics at once
     "rerun_state_machine.py:validate_result": 2,  # once per mini-batch: neither NaN nor infinity in a bucket of gradients
 }
