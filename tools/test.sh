@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet . || { echo "test.sh: run .venv/bin/ruff format ." >&2; exit 1; }
+.venv/bin/basedpyright
 pytest=(.venv/bin/python -m pytest)
 for argument in "$@"; do
     if [[ $argument == tests || $argument == tests/* ]]; then exec "${pytest[@]}" -m "not gpu and not nightly" "$@"; fi
