@@ -319,7 +319,7 @@ def _train(parsed: argparse.Namespace) -> None:
 
     options = {"ray_address": parsed.ray_address, "resume": parsed.resume}
     overrides = [*parsed.overrides, *(f"{key}={json.dumps(value)}" for key, value in options.items() if value)]
-    config = load_config(parsed.recipe, overrides, _say)
+    config = load_config(parsed.recipe, overrides)
     if parsed.dry_run:
         _print_plan(config, "", 1, False)
         return
@@ -328,14 +328,10 @@ def _train(parsed: argparse.Namespace) -> None:
     train(config)
 
 
-def _say(line: str) -> None:
-    print(f"megatron-aspo: {line}", file=sys.stderr)
-
-
 def _plan(parsed: argparse.Namespace) -> None:
     from megatron_aspo.config import load_config
 
-    _print_plan(load_config(parsed.recipe, parsed.overrides, _say), parsed.device, parsed.nodes, parsed.json)
+    _print_plan(load_config(parsed.recipe, parsed.overrides), parsed.device, parsed.nodes, parsed.json)
 
 
 def _print_plan(config: "Config", device: str, nodes: int, as_json: bool) -> None:

@@ -4,7 +4,8 @@ Bounds and choices are beside each field, rules within a section beside its opti
 """
 
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated
@@ -83,10 +84,10 @@ class Config:
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
 
-def load_config(recipe: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda line: None) -> Config:
+def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the checked recipe with the overrides applied. Raises UserError for anything wrong, with the key and the cure.
 
-    say: called with one line if a preset among the overrides replaces values of the recipe.
+    Prints a line to standard error if a preset among the overrides replaces values of the recipe.
     """
     written = _lift(read_recipe(recipe))
     values, given = written, {}
@@ -95,7 +96,7 @@ def load_config(recipe: Path, overrides: Sequence[str] = (), say: Callable[[str]
     _check_switch(written, given)
     fixed, replaced = _replaced_by_preset(written, given)
     if replaced:
-        say(f"preset={given['preset']} replaces the recipe's {', '.join(replaced)}")
+        print(f"megatron-aspo: preset={given['preset']} replaces the recipe's {', '.join(replaced)}", file=sys.stderr)
     values = merge(values, fixed)
     implied = merge(_loss_defaults(values), PRESETS.get(str(values.get("preset", Config.preset)), {}))
     values = merge(implied, values)

@@ -15,7 +15,7 @@ def read_recipe(recipe: Path) -> dict[str, Any]:
     try:
         text = recipe.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"there is no recipe {recipe}; examples stand in examples/recipes") from error
+        raise UserError(f"there is no recipe {recipe}; examples are in examples/recipes") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {recipe} cannot be read: {error}") from error
     try:
@@ -35,13 +35,13 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         if not equals or not path:
             raise UserError(f"override {override!r} is not of the form key.path=value")
         *sections, key = path.split(".")
-        place = result
+        innermost = result
         for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
+            innermost = innermost.setdefault(section, {})
+            if not isinstance(innermost, dict):
                 raise UserError(f"override {override!r}: {section} is not a section of keys")
         try:
-            place[key] = yaml.safe_load(text) if text else ""
+            innermost[key] = yaml.safe_load(text) if text else ""
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"override {override!r}: the value is not valid YAML") from error
     return result

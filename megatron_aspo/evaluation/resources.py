@@ -1,4 +1,4 @@
-"""What an evaluation takes of this machine where nobody says: the key-value cache of its engines, and reward workers."""
+"""Defaults of an evaluation that depend on the machine: the engines' key-value cache, and the number of reward workers."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from megatron_aspo.rollout.memory import check_cache, choose_cache
 from megatron_aspo.rollout.options import RolloutOptions
 
 _SHARE = 0.9
-"""Share of the free memory that engines may plan with; the rest is for what their programs take themselves."""
+"""Share of the free memory that engines may plan with; the rest is for the memory of their programs."""
 _WORKER_BYTES = 3 << 29
 """Memory of one reward worker: 0.5 GiB for its processes, 1 GiB for the program that it runs (`data.code.limits.memory_mb`)."""
 _NVIDIA_SMI_S = 30.0
@@ -36,7 +36,7 @@ def with_cache(model: HFModel, options: RolloutOptions, given: bool, max_model_l
 
 
 def _room(device: str, workers: int) -> int | None:
-    """Return the bytes of memory for one of the workers of all engines; None where the GPUs do not tell."""
+    """Return the bytes of memory for one of the workers of all engines; None if nvidia-smi does not report it."""
     if device == "cpu":
         return int(psutil.virtual_memory().available * _SHARE) // workers
     free = free_gpu_bytes()
@@ -44,7 +44,7 @@ def _room(device: str, workers: int) -> int | None:
 
 
 def free_gpu_bytes() -> int:
-    """Return the free memory of the GPU here that has least; 0 if nvidia-smi does not tell. CUDA is not loaded in this process."""
+    """Return the least free memory of any GPU of this machine; 0 if nvidia-smi does not report it. This process does not load CUDA."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0

@@ -1,4 +1,4 @@
-"""What a policy loss declares beside its function: what it needs of the objective around it, and the bounds of its options. No torch here.
+"""Declarations beside a policy loss: the parts of the objective that it needs, and the bounds of its options. Imports no torch.
 
     @declares(entropy_classes=True)
     def my_loss(tokens: PolicyTokens, *, clip_low: LowerClip = 0.2, cap: Cap = 3.0) -> Tensor:

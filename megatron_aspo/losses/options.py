@@ -18,7 +18,7 @@ class AlgorithmOptions:
     policy_loss: Annotated[str, suggested(*POLICY_LOSSES)] = "aspo"
     """`aspo | ppo_clip | archer | gspo | cispo | reinforce | no_is`, or `package.module:function` for a custom loss."""
     policy_loss_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the policy loss, by name. An option of a built-in loss may also stand beside the other keys, as in
+    """Options of the policy loss, by name. An option of a built-in loss may also be written beside the other keys, as in
     `algorithm.clip_low`."""
     low_entropy_quantile: Annotated[float, Field(ge=0, le=1), Rule("must be in [0, 1]")] = 0.8
     """`aspo`, `archer`: tokens whose entropy is at or below this quantile are low-entropy."""

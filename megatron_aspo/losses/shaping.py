@@ -1,4 +1,4 @@
-"""What is done to rewards before they become advantages: the length penalty, and which groups are trained on."""
+"""Shaping of rewards before they become advantages: the length penalty, and which groups are trained on."""
 
 import numpy as np
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_aspo.losses.declaration import Declaration
 
 ROOT, ROOT_PACKAGE = Path(__file__).parents[2], "megatron_aspo"
-"""Where the source of this package is, however it was installed."""
+"""Directory of this package's source, however it was installed, and the package's name."""
 REQUIRED = object()
 """Default of an option that has none."""
 

@@ -1,4 +1,4 @@
-"""What stands beside the policy loss, per token: KL to the reference, entropy classes, correction of engine–trainer mismatch."""
+"""Per-token terms beside the policy loss: KL to the reference, entropy classes, correction of the engine–trainer mismatch."""
 
 from itertools import pairwise
 from math import inf
@@ -11,7 +11,7 @@ from megatron_aspo.losses.policy import LOG_RATIO_BOUND
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, value_clamp: float = 0.0) -> Tensor:
-    """Estimate of KL(π_θ ‖ π_ref) per token, [tokens], from x = ref_logprobs − logprobs bounded to ±20.
+    """Return an estimate of KL(π_θ ‖ π_ref) per token, [tokens], from x = ref_logprobs − logprobs bounded to ±20.
 
     k1 = −x, k2 = x² / 2, k3 = e^x − x − 1 (Schulman, "Approximating KL divergence", 2020). A `value_clamp` above 0 bounds the value to ±
     itself; beyond it there is no gradient.
@@ -22,7 +22,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, value_cl
 
 
 def quantile(values: Tensor, q: float) -> float:
-    """The q-quantile by linear interpolation, in float64; −inf of no value. Of any number of values, which torch.quantile is not."""
+    """Return the q-quantile by linear interpolation, in float64; −inf of no value. Unlike torch.quantile it takes any number of values."""
     if not values.numel():
         return -inf
     ordered = values.detach().double().sort().values
@@ -33,7 +33,7 @@ def quantile(values: Tensor, q: float) -> float:
 
 
 def low_entropy_tokens(entropy: Tensor, mask: Tensor, offsets: list[int], q: float, threshold: float | None = None) -> Tensor:
-    """bool [tokens]: entropy at or under `threshold`, else under the q-quantile of the counted tokens of the same response.
+    """Return bool [tokens]: entropy at or under `threshold`, else under the q-quantile of the counted tokens of the same response.
 
     entropy: [tokens]; mask: bool [tokens]; offsets: response i is tokens [offsets[i], offsets[i + 1]).
     """
@@ -47,7 +47,7 @@ def low_entropy_tokens(entropy: Tensor, mask: Tensor, offsets: list[int], q: flo
 
 
 def _quantiles(values: list[Tensor], masks: list[Tensor], q: float) -> Tensor:
-    """`quantile` of the counted values of each response, [responses], without making the host wait for a device.
+    """Return `quantile` of the counted values of each response, [responses], without making the host wait for a device.
 
     values: float64, infinite where none counts.
     """
@@ -61,7 +61,7 @@ def _quantiles(values: list[Tensor], masks: list[Tensor], q: float) -> Tensor:
 
 
 def rollout_correction(old_logprobs: Tensor, rollout_logprobs: Tensor, name: str, cap: float) -> tuple[Tensor, Tensor]:
-    """What multiplies the policy term, and where it is not u (`tis`) or 1 (bool), both [tokens]; u = exp(old − rollout).
+    """Return the weight of the policy term, and where it is not u (`tis`) or 1 (bool), both [tokens]; u = exp(old − rollout).
 
     `tis`: min(u, cap), truncated importance sampling. `mask`: 1 inside [1/cap, cap], else 0. `none`: 1.
     """

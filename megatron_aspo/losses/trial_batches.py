@@ -46,7 +46,7 @@ def ordinary() -> PolicyTokens:
 
 
 def extreme() -> PolicyTokens:
-    """Of A = 1, −1 and 0 each: r = 1, certain tokens, hopeless ones, and log-ratios over the bound; after each a token not counted."""
+    """Return tokens with A = 1, −1 and 0: r = 1, certain, hopeless, and log-ratios over the bound; each is followed by an uncounted one."""
     pairs = [(-1.0, -1.0), (0.0, 0.0), (-100.0, -100.0), (-0.001, -100.0), (-100.0, -0.001), (-1.0, -26.0), (-26.0, -1.0)]
     logprobs, old = torch.tensor([pair for pair in pairs for _ in range(2)] * 3).unbind(1)
     n = len(logprobs)
@@ -55,7 +55,7 @@ def extreme() -> PolicyTokens:
 
 
 def counting(tokens: PolicyTokens, mask: Tensor) -> PolicyTokens:
-    """The same batch when only `mask` counts, bool [tokens]."""
+    """Return the same batch with this mask, bool [tokens]."""
     return _tokens(tokens.logprobs, tokens.old_logprobs, tokens.advantages, tokens.entropy, mask, tokens.offsets)
 
 
@@ -99,7 +99,7 @@ def _tokens(logprobs, old_logprobs, advantages, entropy, mask: Tensor, offsets: 
 
 
 def sum_weights(tokens: PolicyTokens) -> Tensor:
-    """Of the sum that is differentiated: 0 where no token counts, else uneven, and each by its token alone, so that cuts leave it."""
+    """Return the weights of the sum that is differentiated: 0 on uncounted tokens, else uneven; each depends on its own token only."""
     return tokens.mask * (1 + tokens.entropy)
 
 

@@ -131,6 +131,6 @@ def check_engine_on(device: str, dims: ModelDims, sizes: EngineSizes) -> None:
     if dims.moe_ffn // sizes.tensor % _CPU_EXPERT_MULTIPLE:
         raise LayoutError(
             f"{{tensor_parallel}} leaves a worker {dims.moe_ffn // sizes.tensor} feed-forward channels of an expert; vLLM's CPU kernel "
-            f"needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads what it cannot be given anew: lower it",
+            f"needs a multiple of {_CPU_EXPERT_MULTIPLE}, and pads other sizes, whose weights could not be updated: lower it",
             tensor_parallel=sizes.tensor,
         )

@@ -6,30 +6,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import ObjectRefGenerator
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import megatron_aspo
 from megatron_aspo.common.actors import ActorGroup, Pending, require_cluster
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.process_tree import sweep, sweep_below
 from megatron_aspo.data.records import Generation
-from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo, Request
-from megatron_aspo.rollout.engine_settings import EngineSpec, environment
+from megatron_aspo.rollout.engine import EngineError, EngineInfo, Request
+from megatron_aspo.rollout.engine_settings import EngineSpec
 from megatron_aspo.rollout.liveness import Liveness
+from megatron_aspo.rollout.member import Member, explain, run_on
 from megatron_aspo.rollout.options import RolloutOptions
 from megatron_aspo.rollout.share import share
 
 if TYPE_CHECKING:
     from megatron_aspo.rollout.transfer_spec import TransferSpec
 
-_MAX_CONCURRENT_CALLS = 4096
 _SHUTDOWN_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 10.0
 """An engine that does not report its health within this time counts as dead."""
@@ -42,26 +39,7 @@ _RESTART_FACTOR, _RESTART_S = 5.0, 60.0
 may be busier. Without this bound a start that freezes would hold up the run for `start_timeout_s`."""
 
 
-@dataclass
-class _Member:
-    """One engine, seen from the driver."""
-
-    spec: EngineSpec
-    actor: Any
-    home: ray.ObjectRef | None = None
-    """The actor's answer of where it lives."""
-    info: EngineInfo | None = None
-    shared_devices: tuple[str, str] | None = None
-    """Ray's id of the node, and the devices on it, that it shares with training ranks; None: it has its own."""
-    load: int = 0
-    """Its number of unfinished requests."""
-
-    @property
-    def name(self) -> str:
-        return f"engine {self.spec.index}"
-
-
-_Streams = dict[ObjectRefGenerator, tuple[_Member, Sequence[int]]]
+_Streams = dict[ObjectRefGenerator, tuple[Member, Sequence[int]]]
 """Running calls of `Engine.generate_many`, with the engine and the positions of the requests that it was given."""
 _Lost = dict[int, tuple[Any, list[int]]]
 """Lost engines: index → actor, and positions of the requests that it had."""
@@ -102,7 +80,7 @@ class EnginePool:
         self.threads = options.threads or _even_threads(options.engines, options.resource)
         """CPU threads of each engine."""
         self._members = [
-            _Member(spec, None)
+            Member(spec, None)
             for spec in (
                 EngineSpec(
                     index=index,
@@ -173,7 +151,7 @@ class EnginePool:
         self._start_again(unfit)
         return [member.name for member in unfit]
 
-    def _start_again(self, members: Sequence[_Member]) -> None:
+    def _start_again(self, members: Sequence[Member]) -> None:
         limit_s = min(self._options.start_timeout_s, max(_RESTART_S, _RESTART_FACTOR * self._start_s))
         for _ in range(_START_TRIES):
             try:
@@ -185,7 +163,7 @@ class EnginePool:
         self.shutdown()
         raise EngineError(f"an engine was lost and did not start again in {_START_TRIES} tries: {failure}") from failure
 
-    def _is_alive(self, member: _Member) -> bool:
+    def _is_alive(self, member: Member) -> bool:
         """Whether its engine core still answers."""
         try:
             ray.get(member.actor.version.remote(), timeout=_ANSWER_TIMEOUT_S)
@@ -193,12 +171,10 @@ class EnginePool:
             return False
         return True
 
-    def _start(self, members: Sequence[_Member], limit_s: float) -> None:
+    def _start(self, members: Sequence[Member], limit_s: float) -> None:
         """Make the actors of engines, and wait until all have started. Raises TimeoutError, and what an engine raises."""
         for member in members:
-            actor_options = _actor_options(member, self._options.resource)
-            member.actor = ray.remote(Engine).options(**actor_options).remote(member.spec)
-            member.home = member.actor.home.remote()
+            member.create_actor(self._options.resource)
         for member, info in zip(members, self._on("start", members).result(limit_s), strict=True):
             member.info = info
 
@@ -283,7 +259,7 @@ class EnginePool:
         """End all engines, their child processes and shared memory. Idempotent; may be called at any time."""
         self._end([member for member in self._members if member.actor is not None])
 
-    def _end(self, running: Sequence[_Member], ask: bool = True) -> None:
+    def _end(self, running: Sequence[Member], ask: bool = True) -> None:
         """ask: give each the time to shut down, which a dead or frozen engine would not use."""
         if not running:
             return
@@ -293,12 +269,12 @@ class EnginePool:
             ray.wait(stopping, num_returns=len(stopping), timeout=_SHUTDOWN_TIMEOUT_S)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         # What an engine that has not started has made so far is known only as long as its actor lives.
-        unfinished = [home for member in running if not member.info and (home := _home(member)) and home[0] in alive]
-        ray.get([_run_on(node, sweep_below, pid) for node, pid in unfinished], timeout=_SHUTDOWN_TIMEOUT_S)
+        unfinished = [home for member in running if not member.info and (home := member.find_home()) and home[0] in alive]
+        ray.get([run_on(node, sweep_below, pid) for node, pid in unfinished], timeout=_SHUTDOWN_TIMEOUT_S)
         for member in running:
             ray.kill(member.actor)
         # vLLM leaves processes and shared memory behind where it was killed: look on each engine's node.
-        sweeps = [_run_on(info.node_id, sweep, info.remains) for member in running if (info := member.info) and info.node_id in alive]
+        sweeps = [run_on(info.node_id, sweep, info.remains) for member in running if (info := member.info) and info.node_id in alive]
         for member in running:
             member.actor = None
             member.info = None
@@ -389,7 +365,7 @@ class EnginePool:
                 del under_way[stream]
                 continue
             except (RayActorError, RayTaskError) as error:
-                reason = _explain(member.name, error)
+                reason = explain(member.name, error)
                 if self.restore is None or not isinstance(reason, EngineError) or self._is_alive(member):
                     raise reason from error
                 self._lose(member, reason, under_way, lost, losses)
@@ -402,7 +378,7 @@ class EnginePool:
                 raise reason
             self._lose(self._members[index], reason, under_way, lost, losses)
 
-    def _lose(self, member: _Member, reason: EngineError, under_way: _Streams, lost: _Lost, losses: list[EngineError]) -> None:
+    def _lose(self, member: Member, reason: EngineError, under_way: _Streams, lost: _Lost, losses: list[EngineError]) -> None:
         losses.append(reason)
         for stream in [stream for stream, (owner, _) in under_way.items() if owner is member]:
             lost.setdefault(member.spec.index, (member.actor, []))[1].extend(under_way.pop(stream)[1])
@@ -419,7 +395,7 @@ class EnginePool:
             if not {member.actor for member in self._members}.isdisjoint(lost):
                 self.restore(str(losses[-1]))
 
-    def _claim(self, count: int, gone: Collection[int]) -> _Member | None:
+    def _claim(self, count: int, gone: Collection[int]) -> Member | None:
         """Reserve `count` requests on the least loaded engine that is not gone; None if it has all it can run and a group more."""
         with self._lock:
             left = [member for member in self._members if member.spec.index not in gone]
@@ -429,7 +405,7 @@ class EnginePool:
             member.load += count
             return member
 
-    def _give_back(self, member: _Member, count: int) -> None:
+    def _give_back(self, member: Member, count: int) -> None:
         with self._lock:
             member.load -= count
 
@@ -443,46 +419,8 @@ class EnginePool:
     def _on_all(self, method: str, *arguments: Any) -> Pending:
         return self._on(method, self._members, *arguments)
 
-    def _on(self, method: str, members: Sequence[_Member], *arguments: Any) -> Pending:
-        return ActorGroup([(member.name, member.actor) for member in members], _explain).call(method, *arguments)
-
-
-def _explain(name: str, error: Exception) -> Exception:
-    """Return the exception to raise for a failed call: the engine's own if it could still raise one."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{name}: {cause}")
-    return EngineError(
-        f"{name} died: {' '.join(str(error).split())[:400]}; its last lines are in Ray's worker logs. A process that is killed without a "
-        "word usually ran out of memory"
-    )
-
-
-def _actor_options(member: _Member, resource: str) -> dict[str, Any]:
-    spec = member.spec
-    # vLLM's child processes import this package too, even from a checkout that is not installed.
-    root = str(Path(megatron_aspo.__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = environment(spec) | {"PYTHONPATH": path}
-    gpus, cpus = spec.tensor_parallel if spec.device == "cuda" else 0, 1
-    options: dict[str, Any] = {}
-    if member.shared_devices is not None:
-        node, devices = member.shared_devices
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        cpus = 0  # the rank whose device it shares has the token
-        if devices:
-            # Ray has assigned them to another actor.
-            gpus = 0
-            variables |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    return options | {
-        # One CPU is a token, not a number of threads: engines and training ranks of a node take turns, and both use all its cores.
-        "num_cpus": cpus,
-        "num_gpus": gpus,
-        "resources": {resource: 1} if resource else {},
-        "max_concurrency": _MAX_CONCURRENT_CALLS,
-        "max_restarts": 0,
-        "runtime_env": {"env_vars": variables},
-    }
+    def _on(self, method: str, members: Sequence[Member], *arguments: Any) -> Pending:
+        return ActorGroup([(member.name, member.actor) for member in members], explain).call(method, *arguments)
 
 
 def _even_threads(engines: int, resource: str) -> int:
@@ -490,19 +428,6 @@ def _even_threads(engines: int, resource: str) -> int:
     nodes = sum(1 for node in ray.nodes() if node["Alive"] and (not resource or node["Resources"].get(resource)))
     per_node = -(-engines // max(1, nodes))
     return max(1, len(os.sched_getaffinity(0)) // per_node)
-
-
-def _home(member: _Member) -> tuple[str, int] | None:
-    """Return node and process id of an engine's actor; None if it does not say."""
-    try:
-        return ray.get(member.home, timeout=1.0)
-    except (RayActorError, RayTaskError, GetTimeoutError):
-        return None
-
-
-def _run_on(node_id: str, function: Callable[..., None], *arguments: Any) -> ray.ObjectRef:
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(function).options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
 
 def _withdraw(streams: Iterable[ObjectRefGenerator]) -> None:

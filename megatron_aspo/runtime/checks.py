@@ -95,7 +95,7 @@ def expected_device(config: Config) -> str:
 
 
 def rank_settings(config: Config, model_directory: Path) -> RankSettings:
-    """What every training rank of a run is told."""
+    """Return the settings of the training ranks, the same for all."""
     return RankSettings(
         model_directory,
         config.trainer,

@@ -98,7 +98,7 @@ def _prepare_directory(directory: Path, start: Start, config: Config, progress: 
     if start.in_place:
         for aside in set_aside(directory, start.step):
             progress.say(f"the steps after {start.step} are done again: what they made is now {aside}")
-        begin = f"going on after step {start.step} from {start.checkpoint}" if start.checkpoint else "no checkpoint yet: starting anew"
+        begin = f"going on after step {start.step} from {start.checkpoint}" if start.checkpoint else "no checkpoint yet: starting at step 1"
         progress.say(begin)
 
 

@@ -1,7 +1,7 @@
 """The first step of a run: everything that can be checked and read before its processes start, in order of cost."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_aspo.checkpoint.torch_dist import TorchDistReader
@@ -51,10 +51,6 @@ class Prepared:
     @property
     def settings(self) -> RankSettings:
         return self.checked.settings
-
-    def in_hugging_face_format(self) -> "Prepared":
-        """Return it with a model in Hugging Face format: a `torch_dist` checkpoint is converted now, unless an earlier run did so."""
-        return replace(self, checked=self.checked.in_hugging_face_format())
 
 
 def prepare(config: Config) -> Prepared:

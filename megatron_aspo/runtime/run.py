@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def open_run(config: Config) -> Iterator["Run"]:
                 progress.say(remark)
         if prepared.checked.torch_dist:
             with progress.waiting("bringing the checkpoint into Hugging Face format"):
-                prepared = prepared.in_hugging_face_format()
+                prepared = replace(prepared, checked=prepared.checked.in_hugging_face_format())
         at_the_end.callback(progress.close)
         with (
             start(prepared, progress) as processes,
@@ -128,8 +128,8 @@ class Run:
         started = time.perf_counter()
         self.report_checkpoint(wait=True)
         self.placement.to_training()
-        place = {"weights_version": self.publisher.version, "drawn": self.rollouts.drawn, "ledger_lines": self.ledger.lines}
-        self.checkpoints.save(done, self.identity | place | {"threads": self.threads})
+        position = {"weights_version": self.publisher.version, "drawn": self.rollouts.drawn, "ledger_lines": self.ledger.lines}
+        self.checkpoints.save(done, self.identity | position | {"threads": self.threads})
         self.placement.to_generating(self.publisher.version, changed=False)
         self.progress.say(f"step {done}: checkpoint, training waited {time.perf_counter() - started:.2f} s")
 

@@ -85,7 +85,7 @@ class Trainers:
 
     _group: ActorGroup
     described: dict[str, str]
-    """What rank 0 reported when it had started."""
+    """Rank 0's choices (`TrainerRank.describe`)."""
 
     @classmethod
     def start(cls, settings: RankSettings, device: str, threads: int, checkpoint: Path | None, reserve: bool) -> "Trainers":

@@ -13,8 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_aspo.common.errors import first_line
 from megatron_aspo.common.network import address_towards, machine
-from megatron_aspo.sync.meeting import Meeting, Names, TransferError, first_line, meeting_store
+from megatron_aspo.sync.meeting import Meeting, Names, TransferError, meeting_store
 
 
 class Transfer:

@@ -12,6 +12,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_aspo.common.errors import first_line
+
 Names = Callable[[int], str]
 """Rank → its name for errors."""
 _POLL_S = 0.02
@@ -123,8 +125,3 @@ class Meeting:
         )
         self._store.set("refusal", reason)
         self._raise_refusal()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

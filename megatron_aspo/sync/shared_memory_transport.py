@@ -23,7 +23,7 @@ _ALIGNMENT = 64
 class SharedMemoryTransport:
     """Packs into one segment of this rank, and maps the segments of the ranks that send to it.
 
-    Two buckets may be in flight: one lies at the bottom of the segment, the next at its top, by turns.
+    Two buckets may be in flight: one lies at the bottom of the segment, the next at its top, alternately.
     """
 
     def __init__(self, schedule: Schedule, group: StatelessGroup, peers: Collection[int], dtype: torch.dtype, device: torch.device):
@@ -33,7 +33,7 @@ class SharedMemoryTransport:
         self._nbytes = max(map(sum, pairwise([*sizes, 0])), default=0)
         self._next_at_top = True
         self._offset = 0
-        """Where the next message is packed."""
+        """Offset of the next message in the segment."""
         self._memory = torch.empty(0, dtype=torch.uint8)
         """The segment's bytes; none if this rank shares no message."""
         self._mapped: dict[int, Tensor] = {}

@@ -29,11 +29,14 @@ class Device:
             torch.cuda.synchronize()
 
     def use_deterministic_kernels(self) -> None:
-        """Make torch use deterministic kernels and raise RuntimeError for operations that have none. The CPU's are deterministic."""
-        if self.is_cuda:
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a check for mistakes, paid for with every allocation
-            torch.backends.cudnn.benchmark = False
+        """Make torch use deterministic kernels and raise RuntimeError for operations that have none.
+
+        On a CPU too: with several threads, the gradient of indexing adds up repeated rows in any order, such as a prompt's last token
+        that several responses share.
+        """
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a check for mistakes, paid for with every allocation
+        torch.backends.cudnn.benchmark = False
 
     def release_cached_memory(self) -> None:
         """Return cached free memory to the CUDA driver or the system, so that other processes can use it."""

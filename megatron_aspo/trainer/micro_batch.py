@@ -1,4 +1,4 @@
-"""A packed micro-batch on the device: what the model reads and where the loss looks; and what a layout asks of packed batches."""
+"""A packed micro-batch on the device: the model's inputs and the loss's indices; and the requirements of a layout."""
 
 import math
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from megatron_aspo.weights.layout import Coordinates, ParallelSizes
 
 @dataclass(frozen=True)
 class PackingRules:
-    """What a layout asks of packed batches; the one place for it."""
+    """Requirements of a layout on packed batches, all in one record."""
 
     context: int = 1
     """Context-parallel ranks. Each segment is cut into 2 · context chunks; rank r holds the r-th and the r-th from the end, so that all
     have as much causal attention to do."""
     context_rank: int = 0
     multiple: int = 1
-    """Of the tokens that a context-parallel rank holds: sequence parallelism spreads them evenly, FP8 products take so many at a time."""
+    """The tokens of a context-parallel rank are a multiple of this: sequence parallelism spreads them evenly, FP8 products need 16."""
     count_multiple: int = 1
-    """Of the number of micro-batches. The interleaved schedule runs as many at a time as there are stages."""
+    """The number of micro-batches is a multiple of this: the interleaved schedule runs as many at a time as there are stages."""
     equal_lengths: bool = False
-    """All micro-batches of a pass have one length: pipeline stages do not tell each other (model.py)."""
+    """All micro-batches of a pass have one length: pipeline stages do not exchange lengths (model.py)."""
 
     @classmethod
     def of(cls, sizes: ParallelSizes, at: Coordinates, sequence_parallel: bool) -> "PackingRules":
@@ -44,15 +44,15 @@ class PackingRules:
         return 2 * self.context if self.context > 1 else 1
 
     def segment_tokens(self, tokens: int) -> int:
-        """Of one segment, padded at its end."""
+        """Return the length of a segment of this many tokens, padded at its end."""
         return _round_up(tokens, self.segment_multiple)
 
     def total_tokens(self, tokens: int) -> int:
-        """Of a whole micro-batch, padded by a segment that nothing looks at."""
+        """Return the length of a micro-batch of this many tokens, padded by a segment that nothing reads."""
         return _round_up(max(tokens, 1), math.lcm(self.segment_multiple, self.context * self.multiple))
 
     def holders(self, lengths: list[int]) -> np.ndarray:
-        """int64 [tokens]: the context-parallel rank that holds each token of segments of these padded lengths."""
+        """Return int64 [tokens]: the context-parallel rank that holds each token of segments of these padded lengths."""
         ranks = np.arange(self.context)
         return np.concatenate([np.repeat(np.concatenate([ranks, ranks[::-1]]), n // (2 * self.context)) for n in lengths])
 
@@ -65,25 +65,25 @@ def _round_up(number: int, multiple: int) -> int:
 class MicroBatch:
     """Packed sequences ("segments"), one after another.
 
-    A segment is one sample without its last token, which is only ever a target; with shared prompts it is
-    one prompt, then the responses to it, each without its last token. Under context parallelism, this rank's share of all that.
+    A segment is one sample without its last token, which is only ever a target; with shared prompts it is one prompt, then the responses to
+    it, each without its last token. Under context parallelism, the micro-batch is this rank's share.
     """
 
     token_ids: Tensor
     """int64 [1, tokens of this rank]"""
     position_ids: Tensor
-    """int64 [1, tokens]: the place of each token in its own sample; of all ranks' tokens."""
+    """int64 [1, tokens of all ranks]: the position of each token in its own sample."""
     cu_seqlens: Tensor
-    """int32 [segments + 1], padding included; of all ranks' tokens."""
+    """int32 [segments + 1]: offsets of segments in the tokens of all ranks, padding included."""
     lengths: list[int]
-    """Tokens of each segment, as in cu_seqlens, known to the host."""
+    """Tokens of each segment, as in cu_seqlens, on the host."""
     branches: list[Tensor] | None
     """With shared prompts, for each segment int64 [segment tokens]: −1 in the prompt, else which response a token belongs to; padding
     counts as one more."""
     local: Tensor | None
     """int64 [tokens of this rank]: which of all tokens they are; None: all of them."""
     order: Tensor | None
-    """int64 [tokens]: where each token stands when what the context-parallel ranks hold is put together rank by rank; None: as it is."""
+    """int64 [tokens]: the index of each token after concatenating the tokens of the context-parallel ranks; None: unchanged."""
     predictors: Tensor
     """int64 [response tokens of this rank]: index among this rank's tokens of the one whose hidden state predicts each."""
     targets: Tensor
@@ -91,7 +91,7 @@ class MicroBatch:
     held: Tensor | None
     """int64 [response tokens of this rank]: which of the response tokens they are; None: all of them."""
     response_index: Tensor
-    """int64 [response tokens]: where each stands in the step's response token arrays."""
+    """int64 [response tokens]: the index of each in the step's response token arrays."""
     mask: Tensor
     """bool [response tokens]"""
     offsets: list[int]
@@ -100,14 +100,14 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Of all ranks, padding included."""
+        """The number of tokens of all ranks, padding included."""
         return self.position_ids.shape[1]
 
 
 def cut_all(
     batch: TrainBatch, packs: list[np.ndarray], device: torch.device, shared_prompts: bool, rules: PackingRules
 ) -> list[MicroBatch]:
-    """The micro-batches of a pass."""
+    """Return the micro-batches of a pass."""
     tokens = max(_packed_tokens(batch, pack, shared_prompts, rules) for pack in packs) if rules.equal_lengths else 0
     return [cut(batch, pack, device, shared_prompts, rules, tokens) for pack in packs]
 
@@ -130,18 +130,18 @@ def cut(
     rules: PackingRules = PackingRules(),
     tokens: int = 0,
 ) -> MicroBatch:
-    """The micro-batch of these samples, padded as the rules say and to `tokens` at least.
+    """Return the micro-batch of these samples, padded by the rules and to at least `tokens`.
 
-    With no sample: tokens that nothing looks at, so that every rank runs the same schedule.
+    Without samples it has only padding, so that every rank runs the same schedule.
     """
     ids, positions, lengths, branches, predictors, targets, index = [], [], [], [], [], [], []
     start = 0
 
-    def close_segment(own: int, padded: int, first_place: int, branch: int) -> None:
-        """Padding after the tokens of a segment, which these do not see."""
+    def close_segment(own: int, padded: int, first_position: int, branch: int) -> None:
+        """Add padding after the tokens of a segment, which do not attend to it."""
         count = padded - own
         ids.append(np.zeros(count))
-        positions.append(first_place + np.arange(count))
+        positions.append(first_position + np.arange(count))
         branches[-1].append(np.full(count, branch))
         lengths.append(padded)
 

@@ -25,7 +25,7 @@ class RankSettings:
     """G; times mini_batch_prompts, the number of responses of a full mini-batch."""
     max_response_tokens: int
     deterministic: bool = False
-    """On a GPU: use only deterministic kernels, and refuse operations that have none."""
+    """Use only deterministic kernels, and refuse operations that have none."""
 
     @property
     def sizes(self) -> ParallelSizes:

@@ -57,12 +57,12 @@ def test_a_loss_may_be_changed_with_the_values_that_go_with_it(recipe, tmp_path)
     assert load_config(tmp_path / "again.yaml", ["algorithm.policy_loss=aspo"]).algorithm.policy_loss_options["clip_low"] == 0.2
 
 
-def test_a_preset_among_the_overrides_replaces_what_the_recipe_writes_and_says_so(recipe):
+def test_a_preset_among_the_overrides_replaces_what_the_recipe_writes_and_reports_it(recipe, capsys):
     recipe.write_text(recipe.read_text() + "algorithm: {aggregation: token_mean, clip_low: 0.2, group_filter: drop}\n")
-    said: list[str] = []
-    config = load_config(recipe, ["preset=archer_reference"], said.append)
+    config = load_config(recipe, ["preset=archer_reference"])
     assert (config.algorithm.aggregation, config.algorithm.group_filter) == ("seq_mean_token_mean", "drop_zero_or_one")
-    assert said == ["preset=archer_reference replaces the recipe's algorithm.aggregation=token_mean, algorithm.group_filter=drop"]
+    replaced = "preset=archer_reference replaces the recipe's algorithm.aggregation=token_mean, algorithm.group_filter=drop"
+    assert capsys.readouterr().err == f"megatron-aspo: {replaced}\n"
 
     resolved = recipe.with_name("resolved.yaml")
     resolved.write_text(to_yaml(load_config(recipe)))

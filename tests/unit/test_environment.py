@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -97,7 +98,7 @@ def test_an_engine_has_its_environment_before_vllm_starts(on_loopback, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_deterministic_kernels_are_chosen_on_a_gpu_and_nothing_changes_on_the_cpu(kind, tmp_path):
+def test_deterministic_kernels_are_chosen_on_every_device_and_megatrons_on_a_gpu(kind, tmp_path):
     from megatron_aspo.trainer import megatron_adapter
 
     megatron_adapter.prepare()
@@ -111,7 +112,33 @@ def test_deterministic_kernels_are_chosen_on_a_gpu_and_nothing_changes_on_the_cp
     fills = torch.utils.deterministic.fill_uninitialized_memory
     try:
         device.use_deterministic_kernels()
-        assert torch.are_deterministic_algorithms_enabled() == config.deterministic_mode == (kind == "cuda")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert config.deterministic_mode == (kind == "cuda")
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+GRADIENTS = """
+import torch
+from megatron_aspo.trainer.device import Device
+
+torch.set_num_threads(4)
+if {deterministic}:
+    Device(torch.device("cpu"), "gloo").use_deterministic_kernels()
+hidden, output_gradient = torch.randn(400, 576), torch.randn(212, 576)
+rows = torch.cat([torch.full((12,), 50), torch.arange(100, 300)])[torch.randperm(212)]
+gradients = set()
+for _ in range(100):
+    leaf = hidden.clone().requires_grad_()
+    leaf[rows].backward(output_gradient)
+    gradients.add(leaf.grad.numpy().tobytes())
+print(len(gradients))
+"""
+
+
+def test_a_gradient_of_repeated_rows_is_reproducible_on_several_threads():
+    """As that of a prompt's last token, which several responses share. Without deterministic kernels hardly two of them are equal."""
+    script = GRADIENTS.format(deterministic=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"

@@ -1,4 +1,4 @@
-"""What an evaluation takes of a machine where nobody says."""
+"""Defaults of an evaluation that depend on the machine."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Sockets of hosts on which anybody may connect, looked for while something else goes on."""
+"""Find sockets of hosts that accept connections from anywhere, while a rehearsal runs."""
 
 import threading
 
@@ -20,7 +20,8 @@ class WildcardListeners:
         self.found: set[str] = set()
         """Host, process and port of each."""
         self.looks = 0
-        """How often all hosts were looked at."""
+        """Number of times that all hosts were inspected."""
+        self._failure: Exception | None = None
 
     def __enter__(self) -> "WildcardListeners":
         self._thread.start()
@@ -29,10 +30,15 @@ class WildcardListeners:
     def __exit__(self, *_) -> None:
         self._done.set()
         self._thread.join()
+        if self._failure is not None:
+            raise RuntimeError("the sockets of the hosts could not be listed to the end") from self._failure
 
     def _watch(self) -> None:
-        while not self._done.wait(_EVERY_S):
-            for host in self._hosts.numbers:
-                open_to_all = [listener for listener in listening(self._hosts, host) if listener.open_to_all]
-                self.found |= {f"host {host}: {one.process}, port {one.port}" for one in open_to_all if one.port not in RAYS_PORTS}
-            self.looks += 1
+        try:
+            while not self._done.wait(_EVERY_S):
+                for host in self._hosts.numbers:
+                    open_to_all = [listener for listener in listening(self._hosts, host) if listener.open_to_all]
+                    self.found |= {f"host {host}: {one.process}, port {one.port}" for one in open_to_all if one.port not in RAYS_PORTS}
+                self.looks += 1
+        except Exception as error:
+            self._failure = error
