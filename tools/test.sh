@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv if needed, then runs ruff, pyright and tests. Arguments go to pytest.
-#   bash tools/test.sh                                  the short tier, under 10 minutes on 2 cores: most tests, and one short whole run
+#   bash tools/test.sh                                  the short tier, about 10 minutes on 2 cores: most tests, and one short whole run
 #   .ci/run                                             all but nightly and GPU tests, about 45 minutes; the same as -m "not gpu and not nightly"
 #   bash tools/test.sh -m nightly                       the claims of .ci/run's tests on more cases
 #   bash tools/test.sh -m gpu                           tests that need a CUDA device
