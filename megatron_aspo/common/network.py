@@ -1,6 +1,8 @@
 """Addresses, ports and interfaces of this machine."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -12,11 +14,16 @@ def machine() -> str:
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
 
 
-def free_port(host: str) -> int:
-    """Return a TCP port of `host`, an address of this machine, that nothing listens on at this moment."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+@contextmanager
+def reserved_port(host: str) -> Iterator[int]:
+    """Yield a free TCP port of `host`, an address of this machine, that the system gives to no other socket within the block.
+
+    Any process may listen there meanwhile, if its socket has SO_REUSEADDR, as that of `sync.meeting.meeting_store` has.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((host, 0))
+        yield held.getsockname()[1]
 
 
 def interface_of(ip: str) -> str:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 
-from megatron_aspo.common.network import free_port
+from megatron_aspo.common.network import reserved_port
 from megatron_aspo.doctor.gpus import child_environment
 from megatron_aspo.doctor.record import Record, failed, ok
 
+_HOST = "127.0.0.1"
 _SECONDS = 1.0
 _CURE = (
     "set NCCL_DEBUG=INFO and run it again for NCCL's own reason; a common one is the access between GPUs (nvidia-smi topo -m; "
@@ -21,24 +22,25 @@ _CURE = (
 
 def check_pair(limit_s: float, backend: str = "nccl") -> Record:
     """Send bytes between two processes, each with its own GPU, for about a second. backend: `nccl`; `gloo` needs no GPU."""
-    program = [sys.executable, "-m", "megatron_aspo.doctor.local_pair", backend, "127.0.0.1", str(free_port("127.0.0.1"))]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": child_environment(False)}
-    deadline = time.monotonic() + limit_s
-    ends = [subprocess.Popen([*program, str(rank), str(_SECONDS), str(limit_s / 3)], **pipes) for rank in (0, 1)]
-    try:
-        found = []
-        for rank, end in enumerate(ends):
-            out, error = end.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            if end.returncode:
-                lines = error.strip().splitlines()
-                return failed(backend, f"GPU {rank}: {lines[-1] if lines else f'status {end.returncode}'}", _CURE)
-            found.append(json.loads(out.splitlines()[-1]))
-    except subprocess.TimeoutExpired:
-        return failed(backend, f"two GPUs of this machine do not connect within {limit_s:g} s", _CURE)
-    finally:
-        for end in ends:
-            end.kill()
-            end.wait()
+    with reserved_port(_HOST) as port:
+        program = [sys.executable, "-m", "megatron_aspo.doctor.local_pair", backend, _HOST, str(port)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": child_environment(False)}
+        deadline = time.monotonic() + limit_s
+        ends = [subprocess.Popen([*program, str(rank), str(_SECONDS), str(limit_s / 3)], **pipes) for rank in (0, 1)]
+        try:
+            found = []
+            for rank, end in enumerate(ends):
+                out, error = end.communicate(timeout=max(0.1, deadline - time.monotonic()))
+                if end.returncode:
+                    lines = error.strip().splitlines()
+                    return failed(backend, f"GPU {rank}: {lines[-1] if lines else f'status {end.returncode}'}", _CURE)
+                found.append(json.loads(out.splitlines()[-1]))
+        except subprocess.TimeoutExpired:
+            return failed(backend, f"two GPUs of this machine do not connect within {limit_s:g} s", _CURE)
+        finally:
+            for end in ends:
+                end.kill()
+                end.wait()
     speeds = ", ".join(f"{end['bytes_per_s'] / 1e9:.1f} GB/s" for end in found)
     return ok(backend, f"GPU 0 and GPU 1 exchange {speeds}, round trip {found[0]['round_trip_s'] * 1000:.2f} ms")
 

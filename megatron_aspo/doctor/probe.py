@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,9 @@ class NodeProbe:
 class LinkEnd:
     """One end of trial connections to other nodes."""
 
+    def __init__(self) -> None:
+        self._port = ExitStack()
+
     def ready(self) -> int:
         """Import torch and choose the interface, as a training rank does; return the process id."""
         from megatron_aspo.common.device_environment import rank_environment
@@ -51,11 +55,12 @@ class LinkEnd:
         return os.getpid()
 
     def meeting_point(self) -> tuple[str, int]:
-        """Return this node's address, and a free port on it."""
-        from megatron_aspo.common.network import free_port
+        """Return this node's address, and a port on it that is reserved until the next call."""
+        from megatron_aspo.common.network import reserved_port
 
+        self._port.close()
         host = ray.util.get_node_ip_address()
-        return host, free_port(host)
+        return host, self._port.enter_context(reserved_port(host))
 
     def measure(
         self, host: str, port: int, rank: int, names: tuple[str, str], seconds: float, timeout_s: float, backend: str

@@ -40,11 +40,10 @@ def _devices(torch) -> dict:
 
 
 def _gloo(address: str) -> float:
-    from megatron_aspo.common.network import free_port
+    from megatron_aspo.common.network import reserved_port
     from megatron_aspo.doctor.link import measure_link
 
-    port = free_port(address)
-    with ThreadPoolExecutor(2) as pool:
+    with reserved_port(address) as port, ThreadPoolExecutor(2) as pool:
         ends = [pool.submit(measure_link, address, port, rank, ("rank 0", "rank 1"), _MEASURE_S, _GROUP_TIMEOUT_S) for rank in (0, 1)]
         return min(end.result().bytes_per_s for end in ends)
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from megatron_aspo.checkpoint.request import SaveRequest
 from megatron_aspo.common.actors import ActorGroup, Pending, require_cluster
 from megatron_aspo.common.device_environment import rank_environment
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.common.network import free_port, interface_of
+from megatron_aspo.common.network import interface_of, reserved_port
 from megatron_aspo.runtime.nodes import ranks_by_node
 from megatron_aspo.sync.meeting import TransferError, meeting_store
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
@@ -30,10 +31,14 @@ class TrainerError(RuntimeError):
 class TrainerActor:
     """One training rank in a separate process. Megatron and torch are imported here, never in the driver."""
 
+    def __init__(self) -> None:
+        self._port = ExitStack()
+
     def address(self) -> tuple[str, int]:
-        """Return this node's private address, and a free port on it."""
+        """Return this node's private address, and a port on it that is reserved until the next call."""
+        self._port.close()
         host = ray.util.get_node_ip_address()
-        return host, free_port(host)
+        return host, self._port.enter_context(reserved_port(host))
 
     def start(
         self, settings: RankSettings, rank: int, host: str, port: int, working_directory: str, checkpoint: Path | None, reserve: bool
@@ -123,7 +128,7 @@ class Trainers:
         return self._group.call("rank", "update", ray.put(batch), step).result()[-1]
 
     def address(self, timeout_s: float | None = None) -> tuple[str, int]:
-        """Return the private address of rank 0's node, and a free port on it."""
+        """Return the private address of rank 0's node, and a port on it that is reserved until the next call."""
         return self._group[:1].call("address").result(timeout_s)[0]
 
     def connect(self, host: str, port: int, spec: "TransferSpec") -> Pending:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.common.network import free_port
+from megatron_aspo.common.network import reserved_port
 from megatron_aspo.data.records import Generation, Prompt
 from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
@@ -93,9 +93,9 @@ class Rig:
     def connect(self, dims: ModelDims) -> None:
         """Become the only training rank of a model of these sizes."""
         spec = TransferSpec(self.architecture, dims, ParallelSizes(), self.engines, "float32", BUCKET_BYTES)
-        port = free_port("127.0.0.1")
-        pending = self.pool.connect("127.0.0.1", port, spec, timeout_s=30)
-        group = stateless_group("127.0.0.1", port, 0, spec.world, timeout_s=30, names=spec.rank_name, terms=spec.terms())
+        with reserved_port("127.0.0.1") as port:
+            pending = self.pool.connect("127.0.0.1", port, spec, timeout_s=30)
+            group = stateless_group("127.0.0.1", port, 0, spec.world, timeout_s=30, names=spec.rank_name, terms=spec.terms())
         self.sender = WeightSender(spec.schedule(0, group.hosts), group, torch.device("cpu"))
         pending.result(60)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_aspo.common.network import free_port
+from megatron_aspo.common.network import reserved_port
 from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.rollout.engine_layout import EngineSizes
@@ -29,11 +29,11 @@ def test_a_worker_holds_the_tensors_of_the_files(tmp_path, colocated: bool):
     options = TrainerOptions(dtype="float32")
     settings = RankSettings(tmp_path, options, OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
     spec = TransferSpec(*read_sizes(tmp_path), settings.sizes, EngineSizes(), "bfloat16", 60_000, colocated)
-    port, versions = free_port(HOST), [1, 2]
+    versions = [1, 2]
     device = torch.device("cuda", 0 if colocated else 1)
     pool = Pool(1)
     try:
-        with ThreadPoolExecutor(1) as threads, torch.cuda.device(device):
+        with reserved_port(HOST) as port, ThreadPoolExecutor(1) as threads, torch.cuda.device(device):
             sending = threads.submit(pool.run, workloads.send_weights, settings, port, spec, versions)
             tensors = received(spec, port, 0, versions, str(device), "gloo" if colocated else "nccl")
             sending.result(120)

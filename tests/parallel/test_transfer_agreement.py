@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import megatron_aspo
-from megatron_aspo.common.network import free_port
+from megatron_aspo.common.network import reserved_port
 from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import WeightReceiver, WeightSender
@@ -45,7 +45,8 @@ def connect(rank: int, meeting: str, port: int, sides: tuple[TransferSpec, Trans
 
 def connect_all(pools, engines: TransferSpec, version: str = "", terms: bool = True) -> list[str]:
     """Return what each of four processes raised, none of them after a timeout."""
-    results = pools(4).run(connect, free_port(HOST), (SPEC, engines), version, terms)
+    with reserved_port(HOST) as port:
+        results = pools(4).run(connect, port, (SPEC, engines), version, terms)
     assert all(seconds < TIMEOUT_S / 2 for _, seconds in results)
     return [error for error, _ in results]
 

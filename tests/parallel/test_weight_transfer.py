@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_aspo.common.network import free_port
+from megatron_aspo.common.network import reserved_port
 from megatron_aspo.hf.model import read_sizes
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.rollout.engine_layout import EngineSizes
@@ -63,8 +63,8 @@ def test_the_workers_together_hold_the_tensors_of_the_files(pools, tmp_path, fam
         tmp_path, TrainerOptions(dtype="float32", **layout), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32
     )
     spec = TransferSpec(*read_sizes(tmp_path), settings.sizes, engines, "bfloat16", 60_000)
-    port, versions = free_port(HOST), [1, 2]
-    with ThreadPoolExecutor(1 + engines.world) as threads:
+    versions = [1, 2]
+    with reserved_port(HOST) as port, ThreadPoolExecutor(1 + engines.world) as threads:
         sending = threads.submit(pools(spec.training.world).run, workloads.send_weights, settings, port, spec, versions)
         jobs = [threads.submit(received, spec, port, worker, versions) for worker in range(engines.world)]
         sent = sending.result(240)

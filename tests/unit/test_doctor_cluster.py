@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.common.network import free_port
+from megatron_aspo.common.network import reserved_port
 from megatron_aspo.config import Config
 from megatron_aspo.doctor.agreement import compare_nodes
 from megatron_aspo.doctor.clock import judge_skew, measure_skew
@@ -37,8 +37,7 @@ def test_each_pair_is_tried_once_and_no_node_is_in_two_concurrent_pairs(count):
 
 
 def both_ends(seconds: float, timeout_s: float = 20.0):
-    port = free_port(HOST)
-    with ThreadPoolExecutor(2) as pool:
+    with reserved_port(HOST) as port, ThreadPoolExecutor(2) as pool:
         ends = [pool.submit(measure_link, HOST, port, rank, NAMES, seconds, timeout_s) for rank in (0, 1)]
         return [end.result() for end in ends]
 
@@ -51,8 +50,8 @@ def test_a_connection_is_measured_in_both_directions_or_only_tried():
 
 def test_a_missing_other_end_is_named_in_time():
     started = time.monotonic()
-    with pytest.raises(TransferError, match="node b did not join"):
-        measure_link(HOST, free_port(HOST), 0, NAMES, 0, 0.5)
+    with reserved_port(HOST) as port, pytest.raises(TransferError, match="node b did not join"):
+        measure_link(HOST, port, 0, NAMES, 0, 0.5)
     assert time.monotonic() - started < 5
 
 

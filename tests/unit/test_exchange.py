@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.common.network import free_port
+from megatron_aspo.common.network import reserved_port
 from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.sync.endpoints import WeightReceiver, WeightSender
@@ -34,9 +34,8 @@ def run_ranks(
     spec: TransferSpec, hosts: list[str], work: Callable[[int, StatelessGroup, Schedule], object], timeout_s: float = 20.0
 ) -> list:
     """Run `work` on every rank of a real group; return the result of each, or the TransferError that it raised."""
-    port = free_port(HOST)
 
-    def run(rank: int):
+    def run(rank: int, port: int):
         group = stateless_group(HOST, port, rank, spec.world, timeout_s, own_host=hosts[rank], names=spec.rank_name, terms=spec.terms())
         try:
             return work(rank, group, spec.schedule(rank, group.hosts))
@@ -46,8 +45,8 @@ def run_ranks(
             groups.append(group)
 
     groups: list[StatelessGroup] = []
-    with ThreadPoolExecutor(spec.world) as ranks:
-        results = list(ranks.map(run, range(spec.world)))
+    with reserved_port(HOST) as port, ThreadPoolExecutor(spec.world) as ranks:
+        results = list(ranks.map(lambda rank: run(rank, port), range(spec.world)))
     for group in groups:  # only when all are done: rank 0 serves the store
         group.close()
     return results

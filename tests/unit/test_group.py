@@ -9,15 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_aspo.common.network import free_port, interface_of, machine
+from megatron_aspo.common.network import interface_of, machine, reserved_port
 from megatron_aspo.sync.group import TransferError, stateless_group
 
 HOST = "127.0.0.1"
 
 
 def join_all(world_size: int, timeout_s: float = 20.0):
-    port = free_port(HOST)
-    with ThreadPoolExecutor(world_size) as ranks:
+    with reserved_port(HOST) as port, ThreadPoolExecutor(world_size) as ranks:
         return list(ranks.map(lambda rank: stateless_group(HOST, port, rank, world_size, timeout_s), range(world_size)))
 
 
@@ -45,8 +44,7 @@ def test_tensors_arrive_in_order_and_groups_do_not_mix():
 
 
 def test_every_rank_knows_the_host_of_every_rank():
-    port = free_port(HOST)
-    with ThreadPoolExecutor(3) as ranks:
+    with reserved_port(HOST) as port, ThreadPoolExecutor(3) as ranks:
         groups = list(ranks.map(lambda rank: stateless_group(HOST, port, rank, 3, 20.0, own_host=["east", None, "west"][rank]), range(3)))
     assert {group.hosts for group in groups} == {("east", machine(), "west")}
     for group in groups:
@@ -64,10 +62,11 @@ def test_sockets_listen_on_the_named_address_only():
 
 
 def test_missing_ranks_are_named_after_the_timeout():
-    with pytest.raises(TransferError, match=r"rank 0 of 3: rank 1, rank 2 did not join the group at 127.0.0.1:\d+ within 0.5 s"):
-        stateless_group(HOST, free_port(HOST), 0, 3, 0.5)
-    with pytest.raises(TransferError, match=r"rank 2 of 3: rank 0 did not answer at 127.0.0.1"):
-        stateless_group(HOST, free_port(HOST), 2, 3, 0.5)
+    absent = r"rank 0 of 3: rank 1, rank 2 did not join the group at 127.0.0.1:\d+ within 0.5 s"
+    with reserved_port(HOST) as port, pytest.raises(TransferError, match=absent):
+        stateless_group(HOST, port, 0, 3, 0.5)
+    with reserved_port(HOST) as port, pytest.raises(TransferError, match=r"rank 2 of 3: rank 0 did not answer at 127.0.0.1"):
+        stateless_group(HOST, port, 2, 3, 0.5)
 
 
 def test_a_transfer_that_the_peer_never_starts_fails_and_is_named():
@@ -91,7 +90,8 @@ def test_a_wait_times_out_before_the_watchdog_of_nccl_ends_the_process(monkeypat
     Group.Options = Options
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    group = stateless_group(HOST, free_port(HOST), 0, 1, 20.0, "nccl")
+    with reserved_port(HOST) as port:
+        group = stateless_group(HOST, port, 0, 1, 20.0, "nccl")
     assert group.timeout_s == 20 and given == [timedelta(seconds=100)] * 2
 
 
@@ -113,6 +113,16 @@ def test_a_port_in_use_is_named():
         port = taken.getsockname()[1]
         with pytest.raises(TransferError, match=f"cannot listen at 127.0.0.1:{port}"):
             stateless_group(HOST, port, 0, 2, 0.5)
+
+
+def test_a_reserved_port_is_taken_only_by_a_socket_that_asks_for_it():
+    with reserved_port(HOST) as port, socket.socket() as other, socket.socket() as listener:
+        with pytest.raises(OSError, match="in use"):
+            other.bind((HOST, port))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((HOST, port))
+        listener.listen()
+        socket.create_connection((HOST, port), timeout=5).close()
 
 
 def test_the_interface_of_an_address_is_found_by_name():
