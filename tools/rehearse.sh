@@ -4,10 +4,10 @@
 #
 #   bash tools/rehearse.sh              code, undisturbed, and again while an engine, a training rank and the driver are each killed once
 #   bash tools/rehearse.sh math         mathematics, undisturbed
-#   bash tools/rehearse.sh --short      code with fewer steps and problems, with the kills only: steps that are done again are compared
+#   bash tools/rehearse.sh --short      code with a model that is made for it, with the kills only: steps that are done again are compared
 #   bash tools/rehearse.sh --keep DIR   keeps what was written in DIR, outside /tmp and the home directory
 #
-# It needs root and sshd (tools/maintain/setup_hosts.sh), and the model of tools/make_smollm2.py. Commands are printed as they are given. The last line
+# It needs root and sshd (tools/maintain/setup_hosts.sh), and without --short the model of tools/make_smollm2.py. Commands are printed as they are given. The last line
 # is {"minutes", "steps", "checkpoints_evaluated", "evaluated_twice", "kills_survived", "same_table", "wildcard_listeners", "left_processes"};
 # status 0 only if all of it is as it should be.
 set -euo pipefail

@@ -9,11 +9,9 @@ import pytest
 
 from tests.hosts import ROOT, why_not
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly]
-MODEL = ROOT / "models" / "smollm2-135m-instruct"
+pytestmark = pytest.mark.long
 
 
-@pytest.mark.skipif(not MODEL.exists(), reason="tools/make_smollm2.py has not made the model")
 def test_a_run_whose_processes_are_killed_is_trained_evaluated_and_merged_by_the_commands_of_the_manual():
     if reason := why_not():
         pytest.skip(reason)

@@ -10,27 +10,32 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.hosts import ROOT, Hosts, why_not
-from tools.rehearsal import compare
+from tools.rehearsal import compare, small_model
 from tools.rehearsal.commands import HEAD, SUBJECTS, Commands, Sizes
-from tools.rehearsal.data import write_archer_math, write_livecodebench
+from tools.rehearsal.data import laptop_code, write_archer_math, write_livecodebench
 from tools.rehearsal.faults import faults, steps_done
 from tools.rehearsal.listeners import WildcardListeners
 from tools.rehearsal.session import Session
 
-WHOLE = Sizes(ranks=2, steps=6, checkpoint_every=2, test_problems=30, samples=2, prompts=4, responses=6, response_tokens=48)
-SHORT = replace(WHOLE, ranks=1, steps=4, test_problems=4, prompts=2, responses=4)
+WHOLE = Sizes(
+    ranks=2, steps=6, checkpoint_every=2, test_problems=30, samples=2, prompts=4, responses=6, prompt_tokens=256, response_tokens=48
+)
+SHORT = replace(WHOLE, ranks=1, steps=4, test_problems=4, responses=4, prompt_tokens=384, response_tokens=96)
+"""Tokens are bytes."""
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="rehearse.sh", description=__doc__)
     parser.add_argument("subject", nargs="?", choices=SUBJECTS, default="code")
-    parser.add_argument("--short", action="store_true", help="fewer steps and problems")
+    parser.add_argument("--short", action="store_true", help="a model that is made for the purpose, fewer steps and problems; code only")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="directory to make and keep, outside /tmp and the home directory")
     parsed = parser.parse_args()
     if reason := why_not():
         parser.exit(2, f"rehearse.sh: error: {reason}\n")
-    if not MODEL.exists():
+    if parsed.short and parsed.subject != "code":
+        parser.error("--short is for code")
+    if not parsed.short and not MODEL.exists():
         parser.exit(2, f"rehearse.sh: error: there is no {MODEL}; make it with python tools/make_smollm2.py\n")
     if parsed.keep:
         parsed.keep.mkdir(parents=True)
@@ -48,13 +53,25 @@ def main() -> int:
 def rehearse(place: Path, subject: str, sizes: Sizes) -> int:
     """Rehearse in `place`. Returns the exit status."""
     started = time.monotonic()
-    (write_livecodebench if subject == "code" else write_archer_math)(place, sizes.test_problems)
+    model = MODEL if sizes is WHOLE else place / "model"
+    if subject == "math":
+        write_archer_math(place, sizes.test_problems)
+    elif sizes is WHOLE:
+        write_livecodebench(place, *laptop_code(sizes.test_problems))
+    else:
+        write_livecodebench(place, small_model.problems("train", 2 * sizes.prompts), small_model.problems("test", sizes.test_problems))
     kills = faults(sizes.steps, sizes.checkpoint_every) if subject == "code" else []
     names = (["disturbed"] if kills else []) + (["undisturbed"] if sizes is WHOLE or not kills else [])
-    with Hosts(place / "hosts", 2, visible=[MODEL.resolve(), place]) as hosts:
-        rehearsals = [Commands(SUBJECTS[subject], sizes, MODEL, place, place / name, hosts.hostfile, hosts.ssh_options) for name in names]
+    with Hosts(place / "hosts", 2, visible=[model.resolve(), place]) as hosts:
+        rehearsals = [Commands(SUBJECTS[subject], sizes, model, place, place / name, hosts.hostfile, hosts.ssh_options) for name in names]
+        first = Session(hosts, rehearsals[0])
         for command in rehearsals[0].prepare():
-            Session(hosts, rehearsals[0]).call(HEAD, command)
+            first.call(HEAD, command)
+        if sizes is SHORT:
+            prepared = [place / "train.jsonl", place / "test" / rehearsals[0].test_file]
+            rows = [json.loads(line) for path in prepared for line in path.read_text(encoding="utf-8").splitlines()]
+            small_model.save_small_model(model, [row["prompt"] for row in rows])
+        first.call(HEAD, rehearsals[0].show())
         left, listeners = 0, WildcardListeners(hosts)
         with listeners:
             for commands in rehearsals:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-_CORES, _PROMPT_TOKENS = 2, 256
+_CORES = 2
 HEAD, OTHER = 1, 2
 """Hosts: the first trains and grades; the second has the reward workers, and generates for evaluations."""
 
@@ -23,6 +23,7 @@ class Sizes:
     """Prompts of a step; the mini-batch has half of them."""
     responses: int
     """Responses to each prompt in training."""
+    prompt_tokens: int
     response_tokens: int
 
 
@@ -93,13 +94,16 @@ class Commands:
         return self.place / "merged"
 
     def prepare(self) -> list[str]:
-        """Return the commands that make training and test data, and show what was understood."""
+        """Return the commands that make training and test data."""
         made = [(self.subject.prepare, "train"), (self.subject.prepare_test, f"test/{self.subject.task}")]
         words = [(kind.replace("raw/", f"{self.data}/raw/"), f"{self.data}/{name}.jsonl") for kind, name in made if kind]
+        return [f"python tools/prepare_data.py {kind} --to {target}" for kind, target in words]
+
+    def show(self) -> str:
+        """Return the command that shows what was understood of the data."""
         reward = "code" if self.subject.lcb else "math"
         files = f"{self.data}/train.jsonl --held-out {self.data}/test/{self.test_file}"
-        look = f"megatron-aspo data {files} --model {self.model} --reward {reward}"
-        return [*(f"python tools/prepare_data.py {kind} --to {target}" for kind, target in words), look]
+        return f"megatron-aspo data {files} --model {self.model} --reward {reward}"
 
     def start_ray(self) -> str:
         options = "--resources trainers=1 --resources graders=2 --num-cpus 2 --object-store-mb 100 --export PYTHONPATH"
@@ -129,9 +133,9 @@ class Commands:
             "PROMPTS_PER_STEP": s.prompts,
             "RESPONSES_PER_PROMPT": s.responses,
             "MINI_BATCH_PROMPTS": s.prompts // 2,
-            "MAX_PROMPT_TOKENS": _PROMPT_TOKENS,
+            "MAX_PROMPT_TOKENS": s.prompt_tokens,
             "MAX_RESPONSE_TOKENS": s.response_tokens,
-            "MICRO_BATCH_TOKENS": 768,
+            "MICRO_BATCH_TOKENS": 3 * s.prompt_tokens,
             "MAX_RUNNING_REQUESTS": 32,
             "KV_CACHE_GIB": 0.25,
             "EVAL_DRAWS": 1,
@@ -153,7 +157,7 @@ class Commands:
 
     def _settings(self) -> str:
         s = self.sizes
-        sizes = f"samples={s.samples} max_response_tokens={s.response_tokens} data.max_prompt_tokens={_PROMPT_TOKENS}"
+        sizes = f"samples={s.samples} max_response_tokens={s.response_tokens} data.max_prompt_tokens={s.prompt_tokens}"
         return f"{sizes} deterministic=true{self.subject.evaluation}"
 
     def _evaluation(self) -> str:

@@ -18,16 +18,27 @@ _PUBLIC_TESTS = 2
 _SEED = 33
 
 
-def write_livecodebench(directory: Path, test_problems: int) -> None:
-    """Write `raw/train.jsonl` and `raw/test.jsonl` below `directory`.
+Tasks = list[dict[str, Any]]
+"""Rows in the layout of examples/data."""
 
-    Tasks of laptop_code_heldout.jsonl are test problems; a seeded draw from laptop_code_train.jsonl fills them up, and the rest is trained
-    on. The contest dates of the test problems lie in the window of Archer2.0's LiveCodeBench v5.
+
+def laptop_code(test_problems: int) -> tuple[Tasks, Tasks]:
+    """Return tasks to train on, and test problems.
+
+    The test problems are the tasks of laptop_code_heldout.jsonl; a seeded draw from laptop_code_train.jsonl fills them up, and the rest of
+    that is trained on.
     """
     known, held_out = (_read(LAPTOP / f"laptop_code_{part}.jsonl") for part in ("train", "heldout"))
     random.Random(_SEED).shuffle(known)
     missing = max(0, test_problems - len(held_out))
-    test, train = [*held_out, *known[:missing]][:test_problems], known[missing:]
+    return known[missing:], [*held_out, *known[:missing]][:test_problems]
+
+
+def write_livecodebench(directory: Path, train: Tasks, test: Tasks) -> None:
+    """Write `raw/train.jsonl` and `raw/test.jsonl` below `directory`.
+
+    The contest dates of the test problems lie in the window of Archer2.0's LiveCodeBench v5.
+    """
     for name, tasks, day in (("train", train, "2023-09-02"), ("test", test, "2024-09-07")):
         _write(directory / "raw" / f"{name}.jsonl", "".join(json.dumps(_livecodebench(task, day)) + "\n" for task in tasks))
 
@@ -69,7 +80,7 @@ def _livecodebench(task: dict[str, Any], day: str) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> Tasks:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
