@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_aspo.common.device_environment import engine_environment
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import ProcessError, UserError
 from megatron_aspo.common.process_tree import Remains, remains_of
 from megatron_aspo.data.records import Generation, VersionSpan
 from megatron_aspo.rollout.engine_settings import FORKS_ENGINE_CORE, EngineSpec, engine_arguments
@@ -44,7 +44,7 @@ _MEMORY = {"weights", "kv_cache"}
 """vLLM's names for the memory that a sleeping engine gives back."""
 
 
-class EngineError(RuntimeError):
+class EngineError(ProcessError):
     """An engine failed after it had started; names the engine and quotes its error."""
 
 

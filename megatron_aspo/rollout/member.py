@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import UserError, one_line
 from megatron_aspo.common.import_path import child_python_path
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo
 from megatron_aspo.rollout.engine_settings import EngineSpec, environment
@@ -75,9 +75,9 @@ def explain(name: str, error: Exception) -> Exception:
     """Return the exception to raise for a failed call: the engine's own if it could still raise one."""
     if isinstance(error, RayTaskError):
         cause = error.cause
-        return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{name}: {cause}")
+        return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{name} failed:\n{error}")
     return EngineError(
-        f"{name} died: {' '.join(str(error).split())[:400]}; its last lines are in Ray's worker logs. A process that is killed without a "
+        f"{name} died: {one_line(error)}; its last lines are in Ray's worker logs. A process that is killed without a "
         "word usually ran out of memory"
     )
 
