@@ -34,13 +34,22 @@ class Member:
     def name(self) -> str:
         return f"engine {self.spec.index}"
 
+    @property
+    def report(self) -> EngineInfo:
+        """The engine's report from its start. Raises EngineError before that, and after its end."""
+        if self.info is None:
+            raise EngineError(f"{self.name} is not running")
+        return self.info
+
     def create_actor(self, resource: str) -> None:
         """Create the engine's actor, which is not started yet. resource: Ray resource of which it takes 1; empty for none."""
         self.actor = ray.remote(Engine).options(**self._actor_options(resource)).remote(self.spec)
         self.home = self.actor.home.remote()
 
     def find_home(self) -> tuple[str, int] | None:
-        """Return node and process id of the actor; None if it does not answer."""
+        """Return node and process id of the actor; None if there is none, or it does not answer."""
+        if self.home is None:
+            return None
         try:
             return ray.get(self.home, timeout=1.0)
         except (RayActorError, RayTaskError, GetTimeoutError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.encoder import PromptEncoder
+from megatron_aspo.data.encoder import Encoder
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.last_number import last_number
@@ -21,7 +21,7 @@ class ProceduralTask:
     remarks: Sequence[str] = ()
     data_sha256 = ""
 
-    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+    def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         self._encoder = encoder
         self._max_prompt_tokens = options.max_prompt_tokens
         self.build_reward(options)  # refuses options without effect in these tasks
@@ -48,7 +48,7 @@ class SingleDigitAddition(ProceduralTask):
 
     name = "single_digit_addition"
 
-    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+    def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         super().__init__(options, encoder, seed)
         unordered = list(itertools.combinations_with_replacement(range(10), 2))
         random.Random(f"held out {seed}").shuffle(unordered)
@@ -78,7 +78,7 @@ class LargestOfThree(ProceduralTask):
     _MOST_HELD_OUT = 10_000
     """Upper bound, out of 117,480 sets of three: far more than an evaluation needs, and few enough not to constrain training."""
 
-    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+    def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         super().__init__(options, encoder, seed)
         if options.held_out_prompts > self._MOST_HELD_OUT:
             raise UserError(f"data.held_out_prompts={options.held_out_prompts} is more than {self._MOST_HELD_OUT}; lower it")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.encoder import PromptEncoder
+from megatron_aspo.data.encoder import Encoder
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.result import Reward
 from megatron_aspo.tasks import reasoning_gym
@@ -35,7 +35,7 @@ class Task(Protocol):
 TASKS = {task.name: task for task in (SingleDigitAddition, LargestOfThree, DatasetTask)}
 
 
-def build_task(name: str, options: DataOptions, encoder: PromptEncoder, seed: int) -> Task:
+def build_task(name: str, options: DataOptions, encoder: Encoder, seed: int) -> Task:
     """Return the task. Raises UserError for an unknown name, options that do not fit the task, and faulty data."""
     return _find(name)(options, encoder, seed)
 
