@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.encoder import Encoder
@@ -35,7 +36,7 @@ class DatasetTask:
     With `data.weights` each location has its own epochs and its share of the draws.
     """
 
-    name = "dataset"
+    name: ClassVar[str] = "dataset"
 
     def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         """Read and check all prompts. Raises UserError naming file and row of the first faulty one."""

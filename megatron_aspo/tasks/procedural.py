@@ -46,7 +46,7 @@ class ProceduralTask:
 class SingleDigitAddition(ProceduralTask):
     """Sums of two digits, 100 questions. A question is held out together with its mirror image, the operands exchanged."""
 
-    name = "single_digit_addition"
+    name: ClassVar[str] = "single_digit_addition"
 
     def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         super().__init__(options, encoder, seed)
@@ -73,7 +73,7 @@ class SingleDigitAddition(ProceduralTask):
 class LargestOfThree(ProceduralTask):
     """The largest of three different two-digit numbers. Held-out numbers are held out in every order."""
 
-    name = "largest_of_three"
+    name: ClassVar[str] = "largest_of_three"
     _NUMBERS = range(10, 100)
     _MOST_HELD_OUT = 10_000
     """Upper bound, out of 117,480 sets of three: far more than an evaluation needs, and few enough not to constrain training."""
