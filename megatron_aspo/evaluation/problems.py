@@ -43,9 +43,10 @@ class RecordingEncoder:
         self.messages: dict[tuple[int, ...], list[Message] | str] = {}
 
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        ids = self._encoder.chat(messages) if self._encoder else None  # it adds the system prompt itself
         if self._system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system_prompt}, *messages]
-        return self._record(self._encoder.chat(messages) if self._encoder else None, list(messages))
+        return self._record(ids, list(messages))
 
     def text(self, text: str) -> tuple[int, ...]:
         return self._record(self._encoder.text(text) if self._encoder else None, text)

@@ -42,7 +42,7 @@ class Task(Protocol):
 class TaskClass(Protocol):
     """The class of a task. Its constructor raises UserError for options that do not fit the task, and for faulty data."""
 
-    def __call__(self, options: DataOptions, encoder: PromptEncoder, seed: int) -> Task: ...
+    def __call__(self, options: DataOptions, encoder: Encoder, seed: int) -> Task: ...
 
     def build_reward(self, options: DataOptions) -> Reward:
         """Return the task's reward. Raises UserError for options without effect in the task."""
