@@ -55,9 +55,11 @@ class TrackedRun:
 class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics after `step` steps. Steps may come in any order. May raise anything."""
+        ...
 
     def close(self) -> None:
         """Send what is left. May raise anything."""
+        ...
 
 
 class TensorBoard:
@@ -88,8 +90,15 @@ class Wandb:
         import wandb
 
         settings = wandb.Settings(console="off", silent=True, init_timeout=60)
-        name = {"project": run.project, "name": run.name, "id": re.sub(r"[/\\#?%:]", "-", run.name)}
-        self._run = wandb.init(**name, resume="allow", dir=str(run.directory), config=run.recipe, settings=settings)
+        self._run = wandb.init(
+            project=run.project,
+            name=run.name,
+            id=re.sub(r"[/\\#?%:]", "-", run.name),
+            resume="allow",
+            dir=str(run.directory),
+            config=run.recipe,
+            settings=settings,
+        )
         self._run.define_metric("global_step")
         # A separate step metric, because evaluations of older checkpoints arrive later.
         self._run.define_metric("*", step_metric="global_step")
@@ -110,7 +119,7 @@ class MLflow:
     package = "mlflow"
 
     def __init__(self, run: TrackedRun):
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  optional
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
@@ -127,7 +136,7 @@ class MLflow:
         self._client.log_dict(self._id, run.recipe, "config.yaml")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]  optional
 
         now = int(time.time() * 1000)
         # MLflow's names have no @.
@@ -160,9 +169,9 @@ def check_packages(names: Sequence[str]) -> None:
 class Trackers:
     """The trackers of a run. No method raises or blocks, except that `close` waits at most 30 s."""
 
-    def __init__(self, names: Sequence[str], run: TrackedRun, say: Callable[[str], None]):
-        """say: prints a line; called once for each tracker that fails."""
-        self._threads = [_TrackerThread(name, run, say) for name in names]
+    def __init__(self, names: Sequence[str], run: TrackedRun, log: Callable[[str], None]):
+        """log: prints a line; called once for each tracker that fails."""
+        self._threads = [_TrackerThread(name, run, log) for name in names]
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the finite numbers among the metrics, after `step` steps of training."""
@@ -184,16 +193,16 @@ class Trackers:
 class _TrackerThread:
     """Feeds one tracker from a queue, until it fails."""
 
-    def __init__(self, name: str, run: TrackedRun, say: Callable[[str], None]):
+    def __init__(self, name: str, run: TrackedRun, log: Callable[[str], None]):
         self.entries: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
-        self._name, self._run, self._say = name, run, say
+        self._name, self._run, self._log = name, run, log
         self._thread = threading.Thread(target=self._feed, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def join_until(self, deadline: float) -> None:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._say(f"tracker {self._name} is not done after {_CLOSE_S:g} s and is left behind; metrics.jsonl has everything")
+            self._log(f"tracker {self._name} is not done after {_CLOSE_S:g} s and is left behind; metrics.jsonl has everything")
 
     def _feed(self) -> None:
         try:
@@ -202,4 +211,4 @@ class _TrackerThread:
                 tracker.log(*entry)
             tracker.close()
         except BaseException as error:  # whatever a tracker does, the run goes on
-            self._say(f"tracker {self._name} failed and is left out ({one_line(error)}); metrics.jsonl has everything")
+            self._log(f"tracker {self._name} failed and is left out ({one_line(error)}); metrics.jsonl has everything")

@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from megatron_aspo.checkpoint.request import SaveRequest
 from megatron_aspo.common.actors import ActorGroup, Pending, require_cluster
 from megatron_aspo.common.device_environment import rank_environment
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import ProcessError, UserError, one_line
 from megatron_aspo.common.network import interface_of, reserved_port
 from megatron_aspo.runtime.nodes import ranks_by_node
 from megatron_aspo.sync.meeting import TransferError, meeting_store
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_aspo.rollout.transfer_spec import TransferSpec
 
 
-class TrainerError(RuntimeError):
+class TrainerError(ProcessError):
     """A training rank failed; names the rank and includes its traceback."""
 
 
@@ -65,7 +65,7 @@ class TrainerActor:
             self._saver.reserve()
         return self._rank.describe()
 
-    def place(self) -> tuple[str, str]:
+    def location(self) -> tuple[str, str]:
         """Return Ray's id of this node, and of this rank's device on it ("" on CPU)."""
         context = ray.get_runtime_context()
         return context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", []))
@@ -109,7 +109,7 @@ class Trainers:
         trainers = cls(_group([ray.remote(TrainerActor).options(**options).remote() for _ in range(settings.sizes.world)]), {})
         try:
             processes = [actor for _, actor in trainers._group.actors]
-            trainers = cls(_group([processes[n] for n in ranks_by_node(trainers.places(), settings.sizes.tensor)]), {})
+            trainers = cls(_group([processes[n] for n in ranks_by_node(trainers.locations(), settings.sizes.tensor)]), {})
             common = (*trainers.address(), os.getcwd(), checkpoint, reserve)
             described = trainers._group.call_each("start", [(settings, rank, *common) for rank in range(trainers.world)]).result()
         except BaseException:
@@ -139,9 +139,9 @@ class Trainers:
         """Send the current weights to the engines, which must be receiving; each rank answers with the bytes that it sent."""
         return self._group.call("rank", "publish", version, verify)
 
-    def places(self) -> list[tuple[str, str]]:
+    def locations(self) -> list[tuple[str, str]]:
         """Return, for each rank, Ray's id of its node, and of its device on it ("" on CPU)."""
-        return self._group.call("place").result()
+        return self._group.call("location").result()
 
     def offload(self, part: str) -> None:
         """Let every rank free the device memory of its `optimizer` or its `weights`."""
@@ -175,7 +175,7 @@ def _group(actors: list) -> ActorGroup:
 
 def _explained(name: str, error: Exception) -> Exception:
     if not isinstance(error, RayTaskError):
-        return TrainerError(f"the process of {name} died: {error}")
+        return TrainerError(f"the process of {name} died: {one_line(error)}")
     if isinstance(error.cause, UserError):
         return error.cause
     if isinstance(error.cause, TransferError):
