@@ -41,7 +41,9 @@ class Shard:
         """Return the shard's tensor. Raises UserError when the file is incomplete or damaged."""
         try:
             with self.file.open("rb", buffering=0) as file:
-                tensor = torch.load(_Window(file, self.offset, self.length), map_location="cpu", weights_only=True)
+                window = _Window(file, self.offset, self.length)
+                # torch declares IO[bytes], and uses of it only what every raw file has.
+                tensor = torch.load(window, map_location="cpu", weights_only=True)  # pyright: ignore[reportArgumentType]
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.file} cannot be read ({_one_line(error)}); the file is damaged or incomplete, copy it again") from error
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != tuple(stop - start for start, stop in self.box):

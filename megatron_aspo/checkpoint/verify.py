@@ -3,6 +3,7 @@
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,8 +62,8 @@ def _megatron_logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype) -
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     parallel = parallel_states.initialize(0, sizes, dist.HashStore(), device, 60.0, seed=0)
     try:
-        built = build_model(model, transformer_config(model, parallel, device, torch.float32, "local"), parallel, "local")
-        built = built.to(device.torch_device).eval()
+        config = transformer_config(model, parallel, device, torch.float32, "local")
+        built: Any = build_model(model, config, parallel, "local").to(device.torch_device).eval()  # torch declares no `output_weight`
         here = layout(model.architecture, model.dims, sizes, sizes.coordinates(0))
         parameters = dict(built.named_parameters())
         for name, values in assemble(here, source.reader, dict.fromkeys(parameters, dtype)):

@@ -1,6 +1,7 @@
 """Run a model over the packed micro-batches of some samples: Megatron's pipeline schedule, up to the log-probability of each token."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class ForwardBackward:
         self._schedule: Callable = get_forward_backward_func()
 
     def run(
-        self, model: list[torch.nn.Module], batch: TrainBatch, samples: np.ndarray, loss: LossOfMicroBatch, *, forward_only: bool
+        self, model: Sequence[torch.nn.Module], batch: TrainBatch, samples: np.ndarray, loss: LossOfMicroBatch, *, forward_only: bool
     ) -> tuple[list[Tally], PackingFigures]:
         """Run the model chunks over this replica's micro-batches of `samples`; collective over all ranks.
 
@@ -66,7 +67,7 @@ class ForwardBackward:
         tallies = self._schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(micros) for _ in model] if len(model) > 1 else iter(micros),
-            model=model if len(model) > 1 else model[0],
+            model=list(model) if len(model) > 1 else model[0],
             num_microbatches=len(micros),
             # Shapes are exchanged for each micro-batch (variable_seq_lengths), except where all have one length.
             seq_length=micros[0].tokens,
@@ -77,24 +78,29 @@ class ForwardBackward:
 
     def _logprobs(self, model: torch.nn.Module, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return log-probability and entropy of each response token, [response tokens]; hidden: [tokens of this rank, 1, hidden size]."""
+        chunk: Any = getattr(model, "module", model)  # in training the model is wrapped; torch declares no `output_weight`
         logprob, entropy = logprobs(
             hidden[micro.predictors, 0],
-            getattr(model, "module", model).output_weight(),
+            chunk.output_weight(),
             micro.targets,
             self._settings.temperature,
             self._parallel.tp_group,
             vocab=self._hf.dims.vocab,
             chunk_tokens=self._settings.trainer.logprob_chunk_tokens,
         )
-        if micro.held is not None:
-            logprob, entropy = _whole_responses(torch.stack([logprob, entropy]), micro, self._parallel.cp_group)
+        if micro.held is None:
+            return logprob, entropy
+        assert self._parallel.cp_group is not None  # only context-parallel ranks hold a part of the response tokens
+        values, tokens = torch.stack([logprob, entropy]), len(micro.response_index)
+        logprob, entropy = _whole_responses(values, micro.held, tokens, self._parallel.cp_group)
         return logprob, entropy
 
 
-def _whole_responses(values: Tensor, micro: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
+def _whole_responses(values: Tensor, held: Tensor, tokens: int, cp_group: dist.ProcessGroup) -> Tensor:
     """Return [2, response tokens] on every context-parallel rank, from [2, response tokens of this rank] on each.
 
+    held: as in MicroBatch; tokens: the number of response tokens.
     All compute the same loss from it; in backward each rank takes the gradient of its own tokens, so that every token counts once.
     """
-    placed = values.new_zeros(2, len(micro.response_index)).index_copy(1, micro.held, values)
+    placed = values.new_zeros(2, tokens).index_copy(1, held, values)
     return reduce_from_tensor_model_parallel_region(placed, group=cp_group)

@@ -174,30 +174,30 @@ def cut(
     def flat(arrays: list[np.ndarray]) -> np.ndarray:
         return np.concatenate([*arrays, np.zeros(0)]).astype(np.int64)
 
-    def put(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(device)
+    def put(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
 
     flat_ids, flat_predictors, flat_targets, flat_index = flat(ids), flat(predictors), flat(targets), flat(index)
     local = order = held = None
     if rules.context > 1:
         holders = rules.holders(lengths)
         by_rank = np.argsort(holders, kind="stable")
-        order = np.argsort(by_rank)
-        local = np.flatnonzero(holders == rules.context_rank)
-        held = np.flatnonzero(holders[flat_predictors] == rules.context_rank)
-        flat_ids, flat_targets = flat_ids[local], flat_targets[held]
-        flat_predictors = np.searchsorted(local, flat_predictors[held])
+        own_tokens = np.flatnonzero(holders == rules.context_rank)
+        own_responses = np.flatnonzero(holders[flat_predictors] == rules.context_rank)
+        flat_ids, flat_targets = flat_ids[own_tokens], flat_targets[own_responses]
+        flat_predictors = np.searchsorted(own_tokens, flat_predictors[own_responses])
+        local, order, held = put(own_tokens), put(np.argsort(by_rank)), put(own_responses)
     return MicroBatch(
         token_ids=put(flat_ids)[None],
         position_ids=put(flat(positions))[None],
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
         lengths=lengths,
         branches=[put(flat(owners)) for owners in branches] if shared_prompts else None,
-        local=put(local),
-        order=put(order),
+        local=local,
+        order=order,
         predictors=put(flat_predictors),
         targets=put(flat_targets),
-        held=put(held),
+        held=held,
         response_index=put(flat_index),
         mask=torch.from_numpy(batch.mask[flat_index]).to(device),
         offsets=[0, *np.cumsum([len(target) for target in targets]).tolist()],

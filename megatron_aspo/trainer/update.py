@@ -9,10 +9,13 @@ built and how its weights travel (rank.py). Every public method is collective: a
 import time
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_aspo.common.host_memory import release_freed_memory
@@ -51,12 +54,13 @@ class Models:
     """The models of a rank, and its optimizer."""
 
     policy: torch.nn.Module
-    wrapped: list[torch.nn.Module]
+    wrapped: list[DistributedDataParallel]
     """The policy's chunks in Megatron's gradient buffers."""
     reference: torch.nn.Module | None
+    """Present if the algorithm has a KL term."""
     reference_memory: AbstractContextManager
     """Inside it the reference's weights are on the device."""
-    optimizer: object
+    optimizer: MegatronOptimizer
     optimizer_memory: AbstractContextManager
     """Inside it the optimizer's state is on the device."""
 
@@ -112,6 +116,7 @@ class Updater:
         old = current if algorithm.old_logprobs == "recompute" else torch.from_numpy(batch.rollout_logprobs).to(current)
         rewards, tally = batch.rewards, {}
         if penalized:
+            assert reference is not None  # has_kl: there is a reference policy, scored above
             penalty = algorithm.kl_coef * _response_kl(current, reference, batch, algorithm)
             rewards = rewards - penalty
             tally["kl_penalty"] = (float(penalty.sum()), batch.samples)
@@ -179,9 +184,10 @@ class Updater:
 
     def apply_gradients(self) -> tuple[bool, float]:
         """Clip and take one optimizer step. Return whether it was applied, and the gradient norm before clipping."""
+        optimizer: Any = self._models.optimizer  # Megatron's base class declares no result of `step`
         with self._models.optimizer_memory:
-            applied, gradient_norm, _ = self._models.optimizer.step()
-            self._models.optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
+            applied, gradient_norm, _ = optimizer.step()
+            optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
         return bool(applied), float(gradient_norm)
 
     def sum_over_replicas(self, tally: Tally) -> Tally:
