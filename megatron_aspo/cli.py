@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_aspo import __version__
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import ProcessError, UserError
 
 if TYPE_CHECKING:
     from megatron_aspo.config import Config
@@ -367,6 +367,9 @@ def _guarded(command, parsed: argparse.Namespace) -> int:
         if isinstance(error, UserError):
             print(f"megatron-aspo: error: {error}", file=sys.stderr)
             return 2
+        if isinstance(error, ProcessError):
+            print(f"megatron-aspo: error: {error}", file=sys.stderr)
+            return 1
         if isinstance(error, BrokenPipeError):
             # The reader of our output is gone; the exit handler must not try to flush it again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,8 +30,9 @@ def train(config: Config) -> None:
         run.progress.begin()
         for step in range(run.start.step, config.steps):
             metrics = train_step(run, step)
-            if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
-                accuracy = evaluate(run, step + 1).accuracy
+            due = config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps
+            if due and (during := evaluate(run, step + 1)):
+                accuracy = during.accuracy
                 metrics |= {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error}
             run.record(metrics)
             run.progress.step(step, metrics)

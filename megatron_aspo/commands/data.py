@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
@@ -124,7 +124,7 @@ def _quantile(ordered: Sequence[int], share: float) -> int:
 def _format_prompt(store: PromptStore, position: int, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     prompt = with_answer(store.read(position))
     ((source,),) = store.query("SELECT location FROM prompts WHERE position = ?", position)
-    text = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    text = cast(str, tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False))
     truth = json.dumps(prompt.ground_truth, ensure_ascii=False, default=repr)
     return [f"--- prompt {prompt.id}, {source}, {len(prompt.token_ids)} tokens", _shorten(text), f"--- ground truth: {_shorten(truth)}"]
 

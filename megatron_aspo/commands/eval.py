@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_aspo import __version__
 from megatron_aspo.commands.eval_recipe import recipe_of, recipe_settings
@@ -96,8 +96,6 @@ class Evaluation:
             directory = None if self._target.endpoint else stack.enter_context(hugging_face(self._target, self._out / "model"))
             encoder = self._encoder(directory) if directory else None
             problems = load_problems(settings, encoder, self._accept_count)
-            if encoder:
-                encoder.check_options_used()
             store = PartStore(self._out / PARTS, len(problems.prompts), settings.part_problems)
             self._agree(directory, problems)
             if store.missing():
@@ -171,7 +169,7 @@ class Evaluation:
         s, eos = self._settings, self._tokenizer.eos_token_id
         given, model = s.rollout(engine_dtype(directory)), read_model(directory)
         options = with_cache(model, given, s.engine.kv_cache_gib > 0, s.max_model_len, device, here=not self._ray_address)
-        stop_ids = () if eos is None else (eos,)
+        stop_ids = () if eos is None else (cast(int, eos),)
         engines = EnginePool(str(directory), options, s.max_model_len, device, s.seed, s.deterministic, stop_ids)
         try:
             started = time.monotonic()

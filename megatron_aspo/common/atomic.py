@@ -97,9 +97,9 @@ def disk_errors(target: Path, outcome: str = "what stood there before still does
     try:
         yield
     except OSError as error:
+        reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{target} could not be written: {error.strerror.lower()}; {outcome}; {_free_space(target)}") from error
-        reason = error.strerror or error
+            raise UserError(f"{target} could not be written: {reason.lower()}; {outcome}; {_free_space(target)}") from error
         raise UserError(f"{target} could not be written ({reason}); {outcome}; choose another place") from error
 
 

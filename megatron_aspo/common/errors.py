@@ -1,4 +1,4 @@
-"""The one exception meant for the user, and parts of error messages."""
+"""The exceptions whose message is all that the user needs, and parts of error messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,18 @@ class UserError(Exception):
     The message is one line that names the thing, what was expected, and the cure. The command line prints it without a traceback and exits
     with status 2.
     """
+
+
+class ProcessError(RuntimeError):
+    """A process of the run died or failed. The message names it, with what it said.
+
+    The command line prints it without the driver's own traceback, which would hide it, and exits with status 1: another try may succeed.
+    """
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's text in one line, cut after 400 characters, or its type if it has none."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def first_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ def _described(kind: type, schema: dict[str, Any], definitions: dict[str, Any]) 
     for name, field in option_fields(kind).items():
         meaning = {"description": meanings(kind)[name]} if name in meanings(kind) else {}
         section: Any = field.annotation
-        if is_dataclass(section):
+        if isinstance(section, type) and is_dataclass(section):
             properties[name] = meaning | _described(section, definitions[section.__name__], definitions)
             continue
         value = {key: part for key, part in schema["properties"][name].items() if key not in ("title", "default")}

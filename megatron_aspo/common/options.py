@@ -142,7 +142,7 @@ def build(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
         if key not in known:
             raise UserError(f"unknown key {prefix}{key}; {nearest(str(key), known, prefix)}")
         wanted: Any = known[key].annotation
-        if dataclasses.is_dataclass(wanted):
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} is a section of keys, not the value {value!r}")
             values[key] = build(wanted, value)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
@@ -18,6 +18,22 @@ Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": …}"""
 RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
 """Template variables that the encoder sets itself."""
+
+
+class Encoder(Protocol):
+    """Gives tasks the token ids of their prompts: `PromptEncoder`, or one that wraps it."""
+
+    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Encode the messages of a chat."""
+        ...
+
+    def text(self, text: str) -> tuple[int, ...]:
+        """Encode a text that no chat template is applied to."""
+        ...
+
+    def check_options_used(self) -> None:
+        """Raise UserError for an option of chat prompts that has changed none of the prompts encoded so far."""
+        ...
 
 
 class PromptEncoder:

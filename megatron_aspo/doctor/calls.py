@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from megatron_aspo.common.import_path import one_line
 
@@ -22,7 +23,7 @@ def gather(calls: Mapping[Key, ray.ObjectRef], limit_s: float) -> tuple[dict[Key
             continue
         try:
             answers[key] = ray.get(call, timeout=_FETCH_S)
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             failures[key] = None
         except Exception as error:
             failures[key] = getattr(error, "cause", None) or error

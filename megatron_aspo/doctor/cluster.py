@@ -4,8 +4,10 @@ import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_aspo.common.errors import UserError
@@ -71,7 +73,7 @@ class ClusterDoctor:
         yield from self._check_nodes(probes)
         yield from self._check_clocks(probes)
         if self._config is not None:
-            yield self._check_placement()
+            yield self._check_placement(self._config)
             yield from self._check_shared_directory(probes)
         yield from self._check_links(probes)
 
@@ -106,16 +108,16 @@ class ClusterDoctor:
         for label, probe in list(probes.items()):
             try:
                 yield replace(judge_skew(*measure_skew(lambda probe=probe: ray.get(probe.now.remote(), timeout=_CLOCK_S / 5))), node=label)
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 probes.pop(label)
                 yield replace(unresponsive_node("clock", label, error, _CLOCK_S), node=label)
 
-    def _check_placement(self) -> Record:
+    def _check_placement(self, config: Config) -> Record:
         self._phase("checking the recipe", 2 * self._limit_s)
         kind = "GPU" if self._cluster.device == "cuda" else "CPU"
         capacities = [NodeCapacity(int(node.resources.get(kind, 0)), node.resources) for node in self.nodes]
         try:
-            record = check_placement(self._config, self._cluster.device, capacities)
+            record = check_placement(config, self._cluster.device, capacities)
         except UserError as error:
             return refused("placement", error)
         except Exception as error:  # the connections still have to be checked
@@ -197,8 +199,8 @@ def live_nodes(driver: str) -> list[Node]:
     return found
 
 
-def start_on(node: str, kind: type, options: dict) -> object:
-    """Start an actor of the class `kind` on the node with this id, and on no other."""
+def start_on(node: str, kind: type, options: dict) -> Any:
+    """Start an actor of the class `kind` on the node with this id, and on no other. Return its handle (Ray declares no methods)."""
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(kind).options(**({"num_cpus": 0, "scheduling_strategy": strategy} | options)).remote()
 

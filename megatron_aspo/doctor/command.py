@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import IO
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import child_python_path
@@ -64,15 +65,18 @@ def _request(parsed: argparse.Namespace) -> Request:
 def examine(request: Request) -> Iterator[Record]:
     """Yield the records as the child process writes them, and, if it hangs or dies, a failure that names the phase."""
     environment = os.environ | {"PYTHONPATH": child_python_path()}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-m", "megatron_aspo.doctor.worker"]
     with contextlib.ExitStack() as stack:
         # An interrupt during Popen would leave an unknown process behind.
         with _defer_interrupts():
-            child = stack.enter_context(subprocess.Popen([sys.executable, "-m", "megatron_aspo.doctor.worker"], env=environment, **pipes))
+            child = stack.enter_context(
+                subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            )
             stack.callback(child.kill)
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None  # pipes
         child.stdin.write(json.dumps(vars(request)).encode())
         child.stdin.close()
-        yield from _read(child)
+        yield from _read(child, child.stdout, child.stderr)
 
 
 @contextlib.contextmanager
@@ -85,11 +89,11 @@ def _defer_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _read(child: subprocess.Popen) -> Iterator[Record]:
+def _read(child: subprocess.Popen, output: IO[bytes], errors: IO[bytes]) -> Iterator[Record]:
     phase, limit_s, tail, received = "starting", _START_S, b"", b""
     deadline = time.monotonic() + limit_s + GRACE_S
     with selectors.DefaultSelector() as selector:
-        for pipe in (child.stdout, child.stderr):
+        for pipe in (output, errors):
             os.set_blocking(pipe.fileno(), False)
             selector.register(pipe, selectors.EVENT_READ)
         while True:
@@ -100,10 +104,10 @@ def _read(child: subprocess.Popen) -> Iterator[Record]:
                 return
             for key, _ in events:
                 data = os.read(key.fd, 1 << 16)
-                if key.fileobj is child.stderr:
+                if key.fileobj is errors:
                     tail = (tail + data)[-_TAIL_BYTES:]
                     if not data:
-                        selector.unregister(child.stderr)
+                        selector.unregister(errors)
                     continue
                 if not data:
                     lines = tail.decode(errors="replace").strip().splitlines()

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_aspo.doctor.calls import describe_failure, gather
 from megatron_aspo.doctor.record import Record, failed, ok, warning
@@ -35,7 +36,7 @@ class Speed:
 
 
 def try_links(
-    ends: Mapping[str, object], plan: list[list[Pair]], seconds: float, backend: str, phase: Phase, transfer_s: float = TRANSFER_S
+    ends: Mapping[str, Any], plan: list[list[Pair]], seconds: float, backend: str, phase: Phase, transfer_s: float = TRANSFER_S
 ) -> Iterator[Record]:
     """Try all pairs, round by round; yield a record for each pair, the failed ones first.
 

@@ -57,15 +57,17 @@ def find_listeners() -> dict[int, str]:
     names: dict[int, str] = {}
     found: dict[int, str] = {}
     for connection in psutil.net_connections("tcp"):
-        if connection.status != psutil.CONN_LISTEN:
+        if connection.status != psutil.CONN_LISTEN or not connection.laddr:
             continue
-        pid = connection.pid
-        if pid is not None and pid not in names:
-            try:
-                names[pid] = psutil.Process(pid).name()
-            except psutil.Error:
-                names[pid] = ""
-        found[connection.laddr.port] = names.get(pid, "") or found.get(connection.laddr.port, "")
+        pid, port, name = connection.pid, connection.laddr.port, ""
+        if pid is not None:
+            if pid not in names:
+                try:
+                    names[pid] = psutil.Process(pid).name()
+                except psutil.Error:
+                    names[pid] = ""
+            name = names[pid]
+        found[port] = name or found.get(port, "")
     return found
 
 

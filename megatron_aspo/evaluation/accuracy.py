@@ -57,14 +57,14 @@ class Evaluation:
 
 def evaluation(responses: Sequence[EvalResponse]) -> Evaluation:
     """Return the evaluation of graded responses, problem by problem, the same number for each."""
-    answers = tuple(Answer(response.prompt, response.response, response.score) for response in responses)
+    answers = tuple(Answer(response.prompt, response.response, response.grade[0]) for response in responses)
     return Evaluation(accuracy(responses), answers)
 
 
 def accuracy(responses: Sequence[EvalResponse]) -> Accuracy:
     """Return the mean score. responses: as for `evaluation`."""
     prompts = responses[-1].position + 1
-    means = np.array([response.score for response in responses], dtype=np.float64).reshape(prompts, -1).mean(axis=1)
+    means = np.array([response.grade[0] for response in responses], dtype=np.float64).reshape(prompts, -1).mean(axis=1)
     return Accuracy(
         mean=float(means.mean()),
         standard_error=float(means.std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else math.nan,

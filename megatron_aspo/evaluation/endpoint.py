@@ -4,7 +4,7 @@ import os
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
@@ -13,7 +13,7 @@ from megatron_aspo.evaluation.sampling import Reply
 from megatron_aspo.rollout.engine import Request
 
 if TYPE_CHECKING:
-    import openai
+    from openai.types.chat import ChatCompletionMessage, ChatCompletionMessageParam
 
 _RETRIES = 8
 """Retries of a request after a lost connection, a timeout, or status 429 or 5xx. The pause doubles up to 8 s unless the server sets it."""
@@ -76,7 +76,8 @@ class Endpoint:
                 answer = self._client.completions.create(prompt=asked, **options)
                 text = answer.choices[0].text
             else:
-                answer = self._client.chat.completions.create(messages=asked, **options)
+                messages = cast("list[ChatCompletionMessageParam]", asked)  # a role may be any text; the server decides
+                answer = self._client.chat.completions.create(messages=messages, **options)
                 text = _text(answer.choices[0].message)
         except openai.OpenAIError as error:
             raise UserError(f"{self._url} did not answer {request.id}: {one_line(error)}; correct the request, or the server") from error
@@ -98,7 +99,7 @@ class Endpoint:
         return model or served[0]
 
 
-def _text(message: "openai.types.chat.ChatCompletionMessage") -> str:
+def _text(message: "ChatCompletionMessage") -> str:
     """Return the response as the model wrote it: servers that split off the reasoning send it in a separate field."""
     reasoning = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None)
     content = message.content or ""

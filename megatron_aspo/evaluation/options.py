@@ -97,15 +97,14 @@ class EvalSettings:
     def rollout(self, dtype: str) -> RolloutOptions:
         """Return the options of an engine pool, without a cache that is still to be chosen. dtype: the value of `auto`."""
         engine = self.engine
-        cache = {"kv_cache_gib": engine.kv_cache_gib} if engine.kv_cache_gib else {}
         return RolloutOptions(
             engines=engine.engines,
             tensor_parallel=engine.tensor_parallel,
             dtype=dtype if engine.dtype == "auto" else engine.dtype,
             max_response_tokens=self.max_response_tokens,
             max_running_requests=engine.max_running_requests,
+            kv_cache_gib=engine.kv_cache_gib or RolloutOptions.kv_cache_gib,
             threads=engine.threads,
-            **cache,
         )
 
 

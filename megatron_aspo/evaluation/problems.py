@@ -43,12 +43,17 @@ class RecordingEncoder:
         self.messages: dict[tuple[int, ...], list[Message] | str] = {}
 
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        ids = self._encoder.chat(messages) if self._encoder else None  # it adds the system prompt itself
         if self._system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system_prompt}, *messages]
-        return self._record(self._encoder.chat(messages) if self._encoder else None, list(messages))
+        return self._record(ids, list(messages))
 
     def text(self, text: str) -> tuple[int, ...]:
         return self._record(self._encoder.text(text) if self._encoder else None, text)
+
+    def check_options_used(self) -> None:
+        if self._encoder:
+            self._encoder.check_options_used()
 
     def _record(self, ids: tuple[int, ...] | None, asked: list[Message] | str) -> tuple[int, ...]:
         ids = (len(self.messages),) if ids is None else ids
@@ -59,7 +64,8 @@ class RecordingEncoder:
 def load_problems(settings: EvalSettings, encoder: "PromptEncoder | None", accept_count: bool) -> Problems:
     """Read and check all problems. encoder: None when nothing is generated or an endpoint tokenizes.
 
-    Raises UserError for a faulty row, and for a number of problems other than `settings.problems`, unless accept_count.
+    Raises UserError for a faulty row, for a number of problems other than `settings.problems`, unless accept_count, and for an option of
+    chat prompts that changes none of them.
     """
     recorder = RecordingEncoder(encoder, settings.data.system_prompt)
     counts: dict[str, int] = {}
@@ -81,6 +87,7 @@ def load_problems(settings: EvalSettings, encoder: "PromptEncoder | None", accep
         answered = with_answer(prompt)
         asked = [prompt.id, prompt.data_source, recorder.messages[prompt.token_ids], answered.ground_truth]
         digest.update(json.dumps(asked, sort_keys=True, ensure_ascii=False, default=repr).encode() + b"\n")
+    recorder.check_options_used()
     return Problems(prompts, recorder.messages, digest.hexdigest(), counts)
 
 
@@ -113,7 +120,8 @@ def _kind(settings: EvalSettings) -> tuple[Kind, Template]:
     first, last = settings.first_date or kind.first, settings.last_date or kind.last
     for name, day in (("first_date", first), ("last_date", last)):
         try:
-            day and date.fromisoformat(day)
+            if day:
+                date.fromisoformat(day)
         except ValueError as error:
             raise UserError(f"{name}={day} is not a date such as 2024-08-01") from error
     if first and last and first > last:

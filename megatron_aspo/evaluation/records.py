@@ -76,6 +76,13 @@ class EvalResponse:
         return self.score is not None
 
     @property
+    def grade(self) -> tuple[float, str]:
+        """Score and verdict of a graded response. Raises ValueError for one that is not graded."""
+        if self.score is None or self.verdict is None:
+            raise ValueError(f"response {self.index} to {self.problem} is not graded")
+        return self.score, self.verdict
+
+    @property
     def right(self) -> bool:
         return self.score is not None and self.score >= RIGHT
 

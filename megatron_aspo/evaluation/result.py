@@ -71,7 +71,8 @@ class ProblemResult:
         same: as for `votes`. Raises UserError for maj@k with a reward that reports no answers.
         """
         n, right = len(responses), sum(response.right for response in responses)
-        metrics = {f"avg@{n}": float(np.mean([response.score for response in responses]))}
+        grades = [response.grade for response in responses]
+        metrics = {f"avg@{n}": float(np.mean([score for score, _ in grades]))}
         metrics |= {f"pass@{k}": pass_at_k(n, right, k) for k in pass_at}
         if majority_at:
             voted = votes(responses, same)
@@ -85,7 +86,7 @@ class ProblemResult:
             tokens=float(np.mean([response.tokens for response in responses])),
             truncated=float(np.mean([response.finish_reason == "length" for response in responses])),
             repetition=float(np.mean([repeated_ngrams(response.response)[0] for response in responses])),
-            verdicts=dict(Counter(response.verdict for response in responses)),
+            verdicts=dict(Counter(verdict for _, verdict in grades)),
         )
 
 

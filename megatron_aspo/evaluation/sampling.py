@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.evaluation.records import EvalResponse
@@ -65,6 +65,7 @@ class Responder(Protocol):
 
         Every `samples` consecutive requests share a prompt.
         """
+        ...
 
 
 class EngineResponder:
@@ -77,7 +78,7 @@ class EngineResponder:
         with contextlib.closing(self._engines.stream(requests, samples)) as responses:
             for position, generation in responses:
                 ids = generation.token_ids.tolist()
-                text = self._tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+                text = cast(str, self._tokenizer.decode(generation.token_ids, skip_special_tokens=True))
                 on_reply(position, Reply(text, ids, len(ids), generation.finish_reason))
 
 
@@ -121,7 +122,7 @@ class Evaluator:
             if self._responder and missing:
                 self._phase("generating")
                 for batch in ([part] for part in missing) if one_by_one else (missing,):
-                    self._generate(batch)
+                    self._generate(batch, self._responder)
             if self._rewards:
                 self._phase("scoring")
                 self._finish_graded(wait=True)
@@ -130,7 +131,7 @@ class Evaluator:
                 future.cancel()
             raise
 
-    def _generate(self, batch: Sequence[Part]) -> None:
+    def _generate(self, batch: Sequence[Part], responder: Responder) -> None:
         samples = self._sampling.samples
         requests = [request for part in batch for request in self.requests(part)]
         owners = [part for part in batch for _ in range((part.stop - part.start) * samples)]
@@ -149,7 +150,7 @@ class Evaluator:
                     part.responses = []
             self._finish_graded(wait=False)
 
-        self._responder.respond(requests, samples, receive)
+        responder.respond(requests, samples, receive)
 
     def requests(self, part: Part) -> list[Request]:
         """Return the part's requests. Seeds depend only on problem, sample and `seed`, so evaluations can be compared draw by draw."""

@@ -83,6 +83,8 @@ def hugging_face(target: Target, beside: Path) -> Iterator[Path]:
     if target.directory:
         yield target.directory
         return
+    if target.checkpoint is None:
+        raise ValueError(f"{target} has no files of a model")
     from megatron_aspo.checkpoint.convert import convert, open_source
     from megatron_aspo.weights.layout import ParallelSizes
 

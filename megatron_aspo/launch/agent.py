@@ -124,7 +124,7 @@ def _start_once(request: dict) -> dict:
 def wait_for_nodes(request: dict) -> dict:
     """Wait until the nodes with these names are alive in the cluster; return those that are not at the timeout."""
     os.environ.update(_authentication(request))
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  its stub lacks it
 
     expected, deadline, missing, problem = set(request["names"]), time.monotonic() + request["timeout_s"], set(), ""
     while True:

@@ -8,7 +8,7 @@ import shlex
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +115,8 @@ class Launch:
                 "extras": ["--dashboard"] * self.spec.dashboard + ["--metrics"] * self.spec.metrics,
             }
 
-        answers = self.reach.call_all("probe", hosts, request, min(_PROBE_S, self.spec.timeout_s + _SLACK_S))
-        self._raise_failures(answers, "nothing was started")
+        called = self.reach.call_all("probe", hosts, request, min(_PROBE_S, self.spec.timeout_s + _SLACK_S))
+        answers = self._require_all(called, "nothing was started")
         for host in hosts:
             state = answers[host.name]
             self._print(
@@ -202,8 +202,8 @@ class Launch:
                 "timeout_s": limit_s,
             }
 
-        answers = self.reach.call_all("start", hosts, request, limit_s + _SLACK_S)
-        self._raise_failures(answers, "what this call started is ended again")
+        called = self.reach.call_all("start", hosts, request, limit_s + _SLACK_S)
+        answers = self._require_all(called, "what this call started is ended again")
         self._names |= {name: answer["name"] for name, answer in answers.items()}
 
     def _arguments(self, host: Host, state: dict[str, Any], gcs: str) -> list[str]:
@@ -240,9 +240,10 @@ class Launch:
             "token": self.spec.token,
         }
         try:
-            answer = self.reach.call("wait_for_nodes", observer, request, limit_s + _SLACK_S)
+            called = {observer.name: self.reach.call("wait_for_nodes", observer, request, limit_s + _SLACK_S)}
         except HostError as error:
-            self._raise_failures({observer.name: error}, "what this call started is ended again")
+            called = {observer.name: error}
+        answer = self._require_all(called, "what this call started is ended again")[observer.name]
         late = [host for host in hosts if self._names[host.name] in answer["missing"]]
         if late:
             lines = []
@@ -276,9 +277,11 @@ class Launch:
         if left := [error.host for error in failures(answers)]:
             self._print(f"could not be told to end its node: {', '.join(left)}; run tools/stop_ray.sh when it can be reached")
 
-    def _raise_failures(self, answers: dict[str, dict[str, Any] | HostError], then: str) -> None:
+    def _require_all(self, answers: Mapping[str, dict[str, Any] | HostError], then: str) -> dict[str, dict[str, Any]]:
+        """Return the answers. Raises LaunchError if a host failed."""
         if failed := failures(answers):
             raise LaunchError("\n".join(map(str, failed)) + f"\n{len(failed)} of {len(answers)} hosts failed; {then}")
+        return {name: answer for name, answer in answers.items() if not isinstance(answer, HostError)}
 
     def _is_head(self, host: Host) -> bool:
         return not self.spec.found.rank and host == self.spec.found.hosts[0]

@@ -123,7 +123,7 @@ def is_this_machine(name: str) -> bool:
     if name in ("localhost", os.uname().nodename):
         return True
     try:
-        addresses = {entry[4][0] for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
     except OSError:  # perhaps an alias in ~/.ssh/config
         return False
     return any(map(_is_own_address, addresses))

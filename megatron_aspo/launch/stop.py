@@ -23,13 +23,16 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         record = Record.read(parsed.dir)
-        found = find_hosts("", os.environ) if not parsed.hostfile and record is None else None
-        hosts = list(found.hosts if found else record.hosts if not parsed.hostfile else find_hosts(parsed.hostfile, {}).hosts)
+        if record and not parsed.hostfile:
+            hosts, rank = record.hosts, None
+        else:
+            found = find_hosts(parsed.hostfile, os.environ)
+            hosts, rank = found.hosts, found.rank
         reach = make_reach(parsed, record.reach if record else None)
     except UserError as error:
         print(f"stop_ray.sh: error: {error}", file=sys.stderr)
         return 2
-    if found and found.rank is not None:
+    if rank is not None:
         hosts = hosts[-1:]  # each node makes its own call
     answers = reach.call_all("stop", hosts, lambda host: {}, _LIMIT_S)
     for name, answer in answers.items():

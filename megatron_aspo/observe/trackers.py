@@ -55,9 +55,11 @@ class TrackedRun:
 class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics after `step` steps. Steps may come in any order. May raise anything."""
+        ...
 
     def close(self) -> None:
         """Send what is left. May raise anything."""
+        ...
 
 
 class TensorBoard:
@@ -88,8 +90,15 @@ class Wandb:
         import wandb
 
         settings = wandb.Settings(console="off", silent=True, init_timeout=60)
-        name = {"project": run.project, "name": run.name, "id": re.sub(r"[/\\#?%:]", "-", run.name)}
-        self._run = wandb.init(**name, resume="allow", dir=str(run.directory), config=run.recipe, settings=settings)
+        self._run = wandb.init(
+            project=run.project,
+            name=run.name,
+            id=re.sub(r"[/\\#?%:]", "-", run.name),
+            resume="allow",
+            dir=str(run.directory),
+            config=run.recipe,
+            settings=settings,
+        )
         self._run.define_metric("global_step")
         # A separate step metric, because evaluations of older checkpoints arrive later.
         self._run.define_metric("*", step_metric="global_step")
@@ -110,7 +119,7 @@ class MLflow:
     package = "mlflow"
 
     def __init__(self, run: TrackedRun):
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  optional
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
@@ -127,7 +136,7 @@ class MLflow:
         self._client.log_dict(self._id, run.recipe, "config.yaml")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]  optional
 
         now = int(time.time() * 1000)
         # MLflow's names have no @.

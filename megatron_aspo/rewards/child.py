@@ -46,7 +46,8 @@ def _answer_all(requests: BinaryIO, connection: socket.socket) -> None:
 
     task, options = pickle.load(requests)
     if options.reward_memory_gib:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(options.reward_memory_gib * (1 << 30)),) * 2)
+        limit = int(options.reward_memory_gib * (1 << 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         reward = build_reward(task, options)
     except UserError as error:

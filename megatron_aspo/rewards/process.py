@@ -126,7 +126,7 @@ class RewardProcess:
     def _score_in_one_child(self, batch: Sequence[tuple[Prompt, str]]) -> Iterator[RewardResult]:
         """Yield the results. Raises _ChildEnded at the response at which the child hung or died."""
         limit_s = self._options.reward_timeout_s
-        if self._child.returncode is not None:
+        if self._child is None or self._child.returncode is not None:
             self.start()
         self._send(batch, limit_s)
         for _ in batch:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.data.records import Generation, Group, Prompt, Sample
@@ -178,7 +178,7 @@ class Rollouts:
         scores: dict[int, Future[RewardResult]] = {}
 
         def score(position: int, generation: Generation) -> None:
-            texts[position] = self._tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+            texts[position] = cast(str, self._tokenizer.decode(generation.token_ids, skip_special_tokens=True))
             scores[position] = self._rewards.submit(owners[position], texts[position])
 
         phase("generating")

@@ -12,18 +12,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from megatron_aspo.common.device_environment import engine_environment
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import ProcessError, UserError
 from megatron_aspo.common.process_tree import Remains, remains_of
 from megatron_aspo.data.records import Generation, VersionSpan
 from megatron_aspo.rollout.engine_settings import FORKS_ENGINE_CORE, EngineSpec, engine_arguments
 from megatron_aspo.rollout.output_tail import OutputTail, second_hand
 
 if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
     from megatron_aspo.rollout.transfer_spec import TransferSpec
@@ -44,7 +45,7 @@ _MEMORY = {"weights", "kv_cache"}
 """vLLM's names for the memory that a sleeping engine gives back."""
 
 
-class EngineError(RuntimeError):
+class EngineError(ProcessError):
     """An engine failed after it had started; names the engine and quotes its error."""
 
 
@@ -333,7 +334,7 @@ class Engine:
             raise
         finally:
             collector.close()
-        return self._generation(request, output.outputs[0])
+        return self._generation(request, cast("RequestOutput", output).outputs[0])  # a response, no embedding
 
     def _generation(self, request: Request, output: Any) -> Generation:
         """Convert vLLM's CompletionOutput to a Generation, and check it."""
@@ -380,7 +381,7 @@ class Engine:
 
     def _death(self) -> str:
         """Return what is known about why the engine died."""
-        last = self._tail.cause()
+        last = self._tail.cause() if self._tail else None
         return f"{self._name} died: " + (
             f"the last error that it printed is {last!r}"
             if last

@@ -48,7 +48,7 @@ class EngineMemory:
 
     def locate(self, tensor: str, box: Box) -> StoredBox:
         """Return where a box lies that this worker holds entirely."""
-        own = self.own_box(tensor)
+        own = self._held_box(tensor)
         local = tuple((start - begin, stop - begin) for (start, stop), (begin, _) in zip(box, own, strict=True))
         expert = _EXPERT.fullmatch(tensor)
         if expert is not None:
@@ -57,9 +57,16 @@ class EngineMemory:
             for part in parts:
                 if f".{part}." in tensor:
                     before = parts[: parts.index(part)]
-                    rows = sum(_rows(self.own_box(tensor.replace(f".{part}.", f".{other}."))) for other in before)
+                    rows = sum(_rows(self._held_box(tensor.replace(f".{part}.", f".{other}."))) for other in before)
                     return StoredBox(tensor.replace(f".{part}.", f".{stacked}."), _shift_down(local, rows))
         return StoredBox(tensor, local)
+
+    def _held_box(self, tensor: str) -> Box:
+        """Return `own_box` of a tensor of which this worker must hold a part."""
+        own = self.own_box(tensor)
+        if own is None:
+            raise ValueError(f"worker {self._worker} holds nothing of {tensor}")
+        return own
 
     def _locate_expert(self, found: re.Match, local: Box, own: Box) -> StoredBox:
         stacked, part = _EXPERT_PARTS[found["projection"]]

@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import UserError, one_line
 from megatron_aspo.common.import_path import child_python_path
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo
 from megatron_aspo.rollout.engine_settings import EngineSpec, environment
@@ -34,13 +34,22 @@ class Member:
     def name(self) -> str:
         return f"engine {self.spec.index}"
 
+    @property
+    def report(self) -> EngineInfo:
+        """The engine's report from its start. Raises EngineError before that, and after its end."""
+        if self.info is None:
+            raise EngineError(f"{self.name} is not running")
+        return self.info
+
     def create_actor(self, resource: str) -> None:
         """Create the engine's actor, which is not started yet. resource: Ray resource of which it takes 1; empty for none."""
         self.actor = ray.remote(Engine).options(**self._actor_options(resource)).remote(self.spec)
         self.home = self.actor.home.remote()
 
     def find_home(self) -> tuple[str, int] | None:
-        """Return node and process id of the actor; None if it does not answer."""
+        """Return node and process id of the actor; None if there is none, or it does not answer."""
+        if self.home is None:
+            return None
         try:
             return ray.get(self.home, timeout=1.0)
         except (RayActorError, RayTaskError, GetTimeoutError):
@@ -75,9 +84,9 @@ def explain(name: str, error: Exception) -> Exception:
     """Return the exception to raise for a failed call: the engine's own if it could still raise one."""
     if isinstance(error, RayTaskError):
         cause = error.cause
-        return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{name}: {cause}")
+        return cause if isinstance(cause, (UserError, EngineError, ValueError)) else EngineError(f"{name} failed:\n{error}")
     return EngineError(
-        f"{name} died: {' '.join(str(error).split())[:400]}; its last lines are in Ray's worker logs. A process that is killed without a "
+        f"{name} died: {one_line(error)}; its last lines are in Ray's worker logs. A process that is killed without a "
         "word usually ran out of memory"
     )
 

@@ -5,12 +5,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray import ObjectRefGenerator
+from ray import ObjectRefGenerator  # pyright: ignore[reportAttributeAccessIssue]  Ray's stub lacks it
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from megatron_aspo.common.actors import ActorGroup, Pending, require_cluster
@@ -127,8 +127,8 @@ class EnginePool:
 
     @property
     def infos(self) -> list[EngineInfo]:
-        """The report of each engine from its start."""
-        return [member.info for member in self._members]
+        """The report of each engine from its start. Raises EngineError while one is not running."""
+        return [member.report for member in self._members]
 
     def restart_dead(self) -> list[str]:
         """If any engine is dead or does not answer, restart it and every engine that holds a mixture of weights; return their names.
@@ -153,6 +153,7 @@ class EnginePool:
 
     def _start_again(self, members: Sequence[Member]) -> None:
         limit_s = min(self._options.start_timeout_s, max(_RESTART_S, _RESTART_FACTOR * self._start_s))
+        failure: Exception | None = None
         for _ in range(_START_TRIES):
             try:
                 self._start(members, limit_s)
@@ -199,7 +200,7 @@ class EnginePool:
                 on_response(position, generation)
         return [generations[position] for position in range(len(requests))]
 
-    def stream(self, requests: Sequence[Request], group_size: int = 1) -> Iterator[tuple[int, Generation]]:
+    def stream(self, requests: Sequence[Request], group_size: int = 1) -> Generator[tuple[int, Generation], None, None]:
         """Yield (position in `requests`, response) for each response as soon as it is finished; otherwise as `generate`.
 
         Unfinished requests are cancelled when the generator is closed.
@@ -280,7 +281,7 @@ class EnginePool:
             member.info = None
         ray.get(sweeps, timeout=_SHUTDOWN_TIMEOUT_S)
 
-    def _generate_fixed(self, requests: Sequence[Request], engine_of: list[int]) -> Iterator[tuple[int, Generation]]:
+    def _generate_fixed(self, requests: Sequence[Request], engine_of: list[int]) -> Generator[tuple[int, Generation], None, None]:
         shares: dict[int, list[int]] = {}
         for position, engine in enumerate(engine_of):
             shares.setdefault(engine, []).append(position)
@@ -307,7 +308,7 @@ class EnginePool:
                 self._recover([actor for actor, _ in lost.values()], losses)
             shares = {engine: positions for engine, (_, positions) in lost.items()}
 
-    def _generate_least_loaded(self, requests: Sequence[Request], group_size: int) -> Iterator[tuple[int, Generation]]:
+    def _generate_least_loaded(self, requests: Sequence[Request], group_size: int) -> Generator[tuple[int, Generation], None, None]:
         waiting = deque(range(0, len(requests), group_size))
         given: set[int] = set()
         losses: list[EngineError] = []
@@ -357,7 +358,7 @@ class EnginePool:
         """
         # With a timeout, because another caller may have made room meanwhile, and an engine may be frozen.
         done, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
-        for stream in done:
+        for stream in cast(list[ObjectRefGenerator], done):
             member, positions = under_way[stream]
             try:
                 number, generation = ray.get(next(stream))
@@ -389,6 +390,8 @@ class EnginePool:
 
         Raises the last loss when there were too many in one call.
         """
+        if self.restore is None:
+            raise losses[-1]
         if len(losses) > _MAX_LOSSES:
             raise EngineError(f"engines were lost {len(losses)} times in one generation, at last: {losses[-1]}") from losses[-1]
         with self._restoring:

@@ -1,5 +1,6 @@
 """The Ray cluster of a run: started on this machine, or joined."""
 
+import logging
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import ray
 from ray._private import ray_constants
+from ray.exceptions import RayError
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.import_path import one_line
@@ -71,7 +73,7 @@ def open_cluster(address: str, logical_cpus: int, engines: EngineSizes | None = 
         ray.shutdown()
         if guard:
             guard.close()
-        if not isinstance(error, (OSError, RuntimeError, ValueError, ray.exceptions.RayError)):
+        if not isinstance(error, (OSError, RuntimeError, ValueError, RayError)):
             raise
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray did not start on this machine"
         raise UserError(f"{where}: {one_line(error)}") from error
@@ -92,7 +94,7 @@ def _join(address: str) -> int:
     if port.isdigit():
         # Ray itself tries for minutes before it reports that nothing listens.
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    ray.init(address=address, log_to_driver=False, logging_level="error")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     return int(min(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
 
 
@@ -106,7 +108,7 @@ def _start(logical_cpus: int, guard: Guard) -> int:
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     guard.require_watching()
     if not ip_address(address := ray.util.get_node_ip_address()).is_loopback:

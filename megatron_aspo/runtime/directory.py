@@ -109,11 +109,13 @@ def _accuracy(directory: Path, done: int) -> float | None:
 
 def check_ledger(ledger: Ledger, start: Start, directory: Path) -> None:
     """Raise UserError for a ledger with fewer lines than it had at the run's own checkpoint."""
-    ours = start.checkpoint is not None and start.checkpoint.parent.parent == directory
-    if ours and ledger.lines < (lines := start.manifest.training["ledger_lines"]):
+    checkpoint = start.checkpoint
+    if checkpoint is None or checkpoint.parent.parent != directory:
+        return
+    if ledger.lines < (lines := start.training["ledger_lines"]):
         raise UserError(
-            f"ledger.jsonl has {ledger.lines} lines, at {start.checkpoint.name} it had {lines}: it was changed since; put it back, or go "
-            f"on under another name with --resume {start.checkpoint}"
+            f"ledger.jsonl has {ledger.lines} lines, at {checkpoint.name} it had {lines}: it was changed since; put it back, or go "
+            f"on under another name with --resume {checkpoint}"
         )
 
 

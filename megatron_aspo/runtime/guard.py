@@ -46,10 +46,12 @@ class Guard:
             env=environment,
             start_new_session=True,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._input, self._output = self._process.stdin, self._process.stdout
 
     def require_watching(self) -> None:
         """Wait until the guard is watching. Raises RuntimeError if it did not start."""
-        if not self._process.stdout.readline():
+        if not self._output.readline():
             raise RuntimeError(f"the process that ends the cluster after its driver ended itself (status {self._process.wait()})")
 
     @contextmanager
@@ -62,7 +64,7 @@ class Guard:
     def close(self) -> None:
         """Kill the processes of this run's own Ray cluster that are still alive, and wait until they have ended. Idempotent."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._input.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_S + _GIVE_UP_S)
 

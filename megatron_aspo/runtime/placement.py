@@ -18,18 +18,21 @@ class Placement(Protocol):
 
     def to_training(self) -> None:
         """Stop generating; afterwards ranks may train, save and export."""
+        ...
 
     def to_generating(self, version: int, changed: bool) -> int:
         """Let engines generate with the ranks' weights as `version`; return the bytes sent.
 
         changed: whether the weights differ from those that the engines were sent last.
         """
+        ...
 
     def restore(self, reason: str) -> None:
         """Replace the engines that were lost while they generated, and bring all to the weights that they had, verified.
 
         No request may be running. An engine that was frozen and answers again is kept.
         """
+        ...
 
 
 class Split:

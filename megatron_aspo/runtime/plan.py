@@ -215,7 +215,8 @@ def _format_gb(parts: Iterable[tuple[str, int]]) -> str:
 
 
 def _format_range(found: tuple[int, ...]) -> str:
-    return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
+    first, last = found[0], found[-1]
+    return f"{first} to {last}" if first < last else str(first)
 
 
 def _format_groups(groups: list[list[int]]) -> str:

@@ -71,9 +71,9 @@ def prepare(config: Config) -> Prepared:
     # The reward workers of a cluster to join may live elsewhere; they load the reward before anything else.
     if (config.data.reward or config.data.rewards) and not config.ray_address:
         check_reward(config.task, config.data)
+    assert checked.reader is not None  # check_run required weights
     identity = _identity(config, task, checked.reader)
-    if start.checkpoint is not None:
-        _check_identity(start, config, identity, checked.model)
+    _check_identity(start, config, identity, checked.model)
     if config.evaluation.draws:
         _check_held_out(task.held_out())
     remarks = tuple(filter(None, (encoder.remark, *task.remarks)))
@@ -93,18 +93,22 @@ def _identity(config: Config, task: Task, reader: TensorReader | TorchDistReader
 
 
 def _check_identity(start: Start, config: Config, identity: dict[str, Any], model: HFModel) -> None:
+    """Raise UserError if the checkpoint to resume from, if any, is of another run or model."""
+    checkpoint = start.checkpoint
+    if checkpoint is None:
+        return
     if start.step > config.steps:
-        raise UserError(f"{start.checkpoint} is after step {start.step}, but steps={config.steps}; raise it, or resume from an earlier one")
-    other_model = UserError(f"{start.checkpoint} is of another model than {model.directory}; resume with the model that the run began with")
+        raise UserError(f"{checkpoint} is after step {start.step}, but steps={config.steps}; raise it, or resume from an earlier one")
+    other_model = UserError(f"{checkpoint} is of another model than {model.directory}; resume with the model that the run began with")
     for key, value in identity.items():
-        saved = start.manifest.training[key]
+        saved = start.training[key]
         if saved == value:
             continue
         if key == "model_sha256":
             raise other_model
         what = "the prompts or their tokens are others" if key == "prompts_sha256" else f"{key} was {saved}, the recipe says {value}"
-        raise UserError(f"{start.checkpoint}: {what}: prompts would be lost or doubled; resume with what the run began with")
-    saved = read_model(start.checkpoint / "huggingface")
+        raise UserError(f"{checkpoint}: {what}: prompts would be lost or doubled; resume with what the run began with")
+    saved = read_model(checkpoint / "huggingface")
     if (saved.architecture, saved.dims) != (model.architecture, model.dims):
         raise other_model
 

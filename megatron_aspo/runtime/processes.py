@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config
@@ -70,7 +71,7 @@ def start(prepared: Prepared, progress: Progress) -> Iterator[Processes]:
         if prepared.start.step:
             with progress.waiting("bringing the engines to the checkpoint's weights"):
                 placement.to_training()
-                placement.to_generating(prepared.start.manifest.training["weights_version"], changed=True)
+                placement.to_generating(prepared.start.training["weights_version"], changed=True)
         yield Processes(rewards, engines, trainers, publisher, placement, threads, memory if cluster.ours else None)
 
 
@@ -83,7 +84,7 @@ def _open_cluster(prepared: Prepared, progress: Progress) -> Cluster:
 def _engine_pool(prepared: Prepared, cluster: Cluster) -> EnginePool:
     """Return the run's engine pool, not started yet."""
     config, end = prepared.config, prepared.tokenizer.eos_token_id
-    directory, stop = str(prepared.model.directory), () if end is None else (end,)
+    directory, stop = str(prepared.model.directory), () if end is None else (cast(int, end),)
     return EnginePool(directory, config.rollout, config.max_model_len, cluster.device, config.seed, config.deterministic, stop)
 
 
@@ -103,7 +104,7 @@ def _start_trainers_and_engines(
             if colocated:
                 trainers.offload("optimizer")
                 trainers.offload("weights")
-            started = engines.start(shared_places(trainers.places(), config.rollout.sizes)) if colocated else starting.result()
+            started = starting.result() if starting else engines.start(shared_places(trainers.places(), config.rollout.sizes))
             if not config.ray_address:
                 rewards.ready()
         except BaseException:
@@ -163,7 +164,7 @@ def warn_if_not_bitwise_resumable(
     """Print why a resumed deterministic run cannot equal the uninterrupted one bit for bit, if it cannot."""
     if start.manifest is None or not config.deterministic:
         return
-    saved = start.manifest.training.get("threads", dict.fromkeys(threads, "not noted"))
+    saved = start.training.get("threads", dict.fromkeys(threads, "not noted"))
     differing = [f"{room}.threads was {saved[room]}, is {count}" for room, count in threads.items() if saved[room] != count]
     if start.manifest.sizes != settings.sizes:
         differing.append("the layout of the training ranks is another")

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from megatron_aspo.common.errors import ProcessError
+
 if TYPE_CHECKING:
     from megatron_aspo.common.actors import Pending
     from megatron_aspo.rollout.pool import EnginePool
@@ -17,7 +19,7 @@ _REPEATS = 3
 """Retries of a transfer after dead engines were replaced."""
 
 
-class PublishError(RuntimeError):
+class PublishError(ProcessError):
     """A transfer, or connecting for it, failed; names the first processes that failed, with their errors."""
 
     def __init__(self, what: str, failures: dict[str, Exception]):

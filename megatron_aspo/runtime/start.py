@@ -6,6 +6,7 @@ import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_aspo.checkpoint.find import find_checkpoints
 from megatron_aspo.checkpoint.manifest import Manifest, is_checkpoint, open_manifest, read_manifest
@@ -24,11 +25,17 @@ class Start:
     """Whether the run continues in its existing directory."""
     checkpoint: Path | None = None
     manifest: Manifest | None = None
+    """The checkpoint's manifest; None without one."""
 
     @property
     def step(self) -> int:
         """The number of steps that are already done."""
-        return self.manifest.training["step"] if self.manifest else 0
+        return self.training["step"] if self.manifest else 0
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The state, beside tensors, from which the run resumes; empty for a new run."""
+        return self.manifest.training if self.manifest else {}
 
 
 def find_start(config: Config, damage: bool = True) -> Start:

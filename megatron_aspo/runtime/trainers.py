@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from megatron_aspo.checkpoint.request import SaveRequest
 from megatron_aspo.common.actors import ActorGroup, Pending, require_cluster
 from megatron_aspo.common.device_environment import rank_environment
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import ProcessError, UserError, one_line
 from megatron_aspo.common.network import interface_of, reserved_port
 from megatron_aspo.runtime.nodes import ranks_by_node
 from megatron_aspo.sync.meeting import TransferError, meeting_store
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_aspo.rollout.transfer_spec import TransferSpec
 
 
-class TrainerError(RuntimeError):
+class TrainerError(ProcessError):
     """A training rank failed; names the rank and includes its traceback."""
 
 
@@ -175,7 +175,7 @@ def _group(actors: list) -> ActorGroup:
 
 def _explained(name: str, error: Exception) -> Exception:
     if not isinstance(error, RayTaskError):
-        return TrainerError(f"the process of {name} died: {error}")
+        return TrainerError(f"the process of {name} died: {one_line(error)}")
     if isinstance(error.cause, UserError):
         return error.cause
     if isinstance(error.cause, TransferError):

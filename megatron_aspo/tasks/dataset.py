@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.encoder import PromptEncoder
+from megatron_aspo.data.encoder import Encoder
 from megatron_aspo.data.order import choose_source, shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.data.sources import Row, read_rows, short_name
@@ -35,9 +36,9 @@ class DatasetTask:
     With `data.weights` each location has its own epochs and its share of the draws.
     """
 
-    name = "dataset"
+    name: ClassVar[str] = "dataset"
 
-    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+    def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         """Read and check all prompts. Raises UserError naming file and row of the first faulty one."""
         if not options.path:
             raise UserError("task=dataset needs data.path, the files of training prompts; set it")
@@ -91,7 +92,7 @@ class Loader:
         self,
         store: PromptStore,
         options: DataOptions,
-        encoder: PromptEncoder,
+        encoder: Encoder,
         read: Callable[[str], Iterable[Row]] = lambda location: read_rows(location, WANTED),
     ):
         """read: yields the rows of a location, in one of the known layouts."""

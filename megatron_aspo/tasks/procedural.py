@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.encoder import PromptEncoder
+from megatron_aspo.data.encoder import Encoder
 from megatron_aspo.data.order import shuffled_position
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.last_number import last_number
@@ -21,7 +21,7 @@ class ProceduralTask:
     remarks: Sequence[str] = ()
     data_sha256 = ""
 
-    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+    def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         self._encoder = encoder
         self._max_prompt_tokens = options.max_prompt_tokens
         self.build_reward(options)  # refuses options without effect in these tasks
@@ -46,9 +46,9 @@ class ProceduralTask:
 class SingleDigitAddition(ProceduralTask):
     """Sums of two digits, 100 questions. A question is held out together with its mirror image, the operands exchanged."""
 
-    name = "single_digit_addition"
+    name: ClassVar[str] = "single_digit_addition"
 
-    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+    def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         super().__init__(options, encoder, seed)
         unordered = list(itertools.combinations_with_replacement(range(10), 2))
         random.Random(f"held out {seed}").shuffle(unordered)
@@ -73,12 +73,12 @@ class SingleDigitAddition(ProceduralTask):
 class LargestOfThree(ProceduralTask):
     """The largest of three different two-digit numbers. Held-out numbers are held out in every order."""
 
-    name = "largest_of_three"
+    name: ClassVar[str] = "largest_of_three"
     _NUMBERS = range(10, 100)
     _MOST_HELD_OUT = 10_000
     """Upper bound, out of 117,480 sets of three: far more than an evaluation needs, and few enough not to constrain training."""
 
-    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+    def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         super().__init__(options, encoder, seed)
         if options.held_out_prompts > self._MOST_HELD_OUT:
             raise UserError(f"data.held_out_prompts={options.held_out_prompts} is more than {self._MOST_HELD_OUT}; lower it")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_aspo.common.errors import UserError, nearest
 from megatron_aspo.common.import_path import one_line
-from megatron_aspo.data.encoder import PromptEncoder
+from megatron_aspo.data.encoder import Encoder
 from megatron_aspo.data.records import Prompt
 from megatron_aspo.rewards.last_number import find_last_number
 from megatron_aspo.rewards.result import Reward, RewardResult
@@ -60,7 +60,7 @@ class ReasoningGymTask:
 
     name: ClassVar[str]
 
-    def __init__(self, options: DataOptions, encoder: PromptEncoder, seed: int):
+    def __init__(self, options: DataOptions, encoder: Encoder, seed: int):
         """Raises UserError for parameters that the package does not take, and for fewer distinct questions than must be held out."""
         self.build_reward(options)
         self._encoder, self._options = encoder, options

@@ -3,6 +3,7 @@
 One refusal runs in a new process, the others in this one.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aspo.cli import main
+from megatron_aspo.cli import _guarded, main
+from megatron_aspo.common.errors import ProcessError
 from tests.in_process import run_main
 from tests.models import save_tiny
 from tests.tokenizers import byte_tokenizer
@@ -89,6 +91,14 @@ def test_a_loss_cannot_end_the_command_silently_or_with_a_traceback(tmp_path, co
     result = run_main(main, "check-loss", "ends:f", cwd=tmp_path)
     (line,) = result.stderr.strip().splitlines()
     assert result.returncode == status and line.startswith(message)
+
+
+def test_a_process_that_failed_is_named_without_the_drivers_traceback_and_another_try_is_worth_it(tmp_path):
+    def failing(parsed: argparse.Namespace):
+        raise ProcessError("the process of training rank 1 died")
+
+    result = run_main(lambda: sys.exit(_guarded(failing, argparse.Namespace())), cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.strip() == "megatron-aspo: error: the process of training rank 1 died"
 
 
 def test_an_impossible_path_is_refused(tmp_path):

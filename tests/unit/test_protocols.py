@@ -8,11 +8,13 @@ import pytest
 from megatron_aspo.commands.eval_recipe import recipe_settings
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.common.options import build
+from megatron_aspo.data.encoder import PromptEncoder
 from megatron_aspo.evaluation.options import EvalSettings, check_settings
 from megatron_aspo.evaluation.plan import EvalRecord, make_plan
 from megatron_aspo.evaluation.problems import load_problems
 from megatron_aspo.evaluation.protocols import PROTOCOLS
 from tests.dataset_fixtures import FIXTURES, asked, save_lines
+from tests.tokenizers import byte_tokenizer
 from tests.unit.test_docs import QUICKSTART
 
 FIXTURE = {fixture.kind: fixture for fixture in FIXTURES}
@@ -178,6 +180,17 @@ def test_the_digest_of_the_data_is_that_of_questions_and_truths(tmp_path):
         for name in ("a.jsonl", "b.json", "c.jsonl")
     )
     assert a == b != c
+
+
+def test_a_system_prompt_is_in_what_is_encoded_and_in_what_is_recorded(tmp_path):
+    save_lines(tmp_path / "a.jsonl", [{"prompt": asked("2?"), "ground_truth": 2}])
+    settings = make_plan("", None, [str(tmp_path / "a.jsonl")], ["data.reward=m:f", "data.system_prompt=be kind"]).settings
+    tokenizer = byte_tokenizer()
+    encoder = PromptEncoder(tokenizer, len(tokenizer), settings.data)
+    found = load_problems(settings, encoder, True)
+    [(ids, messages)] = found.messages.items()
+    assert tokenizer.decode(ids).startswith("<system>be kind</s><user>") and messages[0] == {"role": "system", "content": "be kind"}
+    assert load_problems(settings, None, True).sha256 == found.sha256
 
 
 def test_a_record_must_match_or_is_refused(tmp_path):

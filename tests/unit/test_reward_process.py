@@ -1,6 +1,7 @@
 """A reward in a child process: the effects it may have on that process, and that nothing of it is left."""
 
 import contextlib
+import subprocess
 import time
 from pathlib import Path
 
@@ -42,6 +43,20 @@ def alive(marker: str) -> list[int]:
             if any(marker in part for part in process.cmdline()):
                 found.append(process.pid)
     return found
+
+
+def test_a_process_that_could_not_be_started_is_started_for_the_next_response(monkeypatch):
+    def full(*words, **how):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    process = RewardProcess("dataset", DataOptions(reward=DOES), ".")
+    try:
+        with monkeypatch.context() as patch, pytest.raises(BlockingIOError):
+            patch.setattr(subprocess, "Popen", full)
+            process.start()
+        assert [result.score for result in score(process, "22")] == [2.0]
+    finally:
+        process.close()
 
 
 @pytest.mark.parametrize(

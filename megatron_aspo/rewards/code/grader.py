@@ -109,11 +109,14 @@ def _run_call(test: CallTest, sandbox: Sandbox, wall_s: float) -> Failure | None
     outcome = sandbox.run("calls", json.dumps(request).encode() + b"\n", wall_s)
     if failure := failure_of(outcome):
         return failure
+    not_plain = Failure(kinds.WRONG_ANSWER, "the result is not plain data")
+    if len(outcome.output) > _RESULT_BYTES:
+        return not_plain
     try:
-        reply = json.loads(outcome.output) if len(outcome.output) <= _RESULT_BYTES else None
+        reply = json.loads(outcome.output)
         if "raised" in reply:
             return Failure(kinds.RUNTIME_ERROR, f"{reply['raised'][0]}: {reply['text']}"[:200])
         matches = "value" in reply and value_matches(reply["value"], test.expected)
     except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
-        return Failure(kinds.WRONG_ANSWER, "the result is not plain data")
+        return not_plain
     return None if matches else Failure(kinds.WRONG_ANSWER, f"{test.function} returned another value")

@@ -91,9 +91,11 @@ class ReferenceGrader:
 
 def _sample(tests: list[Test]) -> dict[str, Any] | None:
     """Return the tests in the checkout's format; None if they are of another kind."""
-    if all(isinstance(test, StdinTest) for test in tests):
-        return {"inputs": [test.input for test in tests], "outputs": [test.output for test in tests]}
-    if all(isinstance(test, CallTest) and test.function == tests[0].function for test in tests):
-        inputs = ["\n".join(map(json.dumps, test.arguments)) for test in tests]
-        return {"inputs": inputs, "outputs": [json.dumps(test.expected) for test in tests], "fn_name": tests[0].function}
+    programs = [test for test in tests if isinstance(test, StdinTest)]
+    if len(programs) == len(tests):
+        return {"inputs": [test.input for test in programs], "outputs": [test.output for test in programs]}
+    calls = [test for test in tests if isinstance(test, CallTest)]
+    if len(calls) == len(tests) and all(test.function == calls[0].function for test in calls):
+        inputs = ["\n".join(map(json.dumps, test.arguments)) for test in calls]
+        return {"inputs": inputs, "outputs": [json.dumps(test.expected) for test in calls], "fn_name": calls[0].function}
     return None

@@ -66,6 +66,7 @@ def read_tests(ground_truth: Any, prompt: str = "") -> list[Test]:
     truth = _parse(ground_truth) if isinstance(ground_truth, str) else ground_truth
     if isinstance(truth, dict) and "private_test_cases" in truth:
         truth = _livecodebench_row(truth)
+    tests: list[Test]
     if isinstance(truth, list):
         tests = [_livecodebench_test(test, number) for number, test in enumerate(truth)]
     elif isinstance(truth, dict) and "functional" in truth:

@@ -36,9 +36,9 @@ class Brackets(Cursor):
             return self.collection(token.text)
         if token.text == "{":
             # A comma inside makes it a set, written in plain text.
-            node = self.inner_list()
+            elements = self.inner_list()
             self.require("}")
-            return Node("set", node) if len(node) > 1 else node[0]
+            return elements[0] if len(elements) == 1 else Node("set", elements)
         if token.text == "|" and not self.bars:
             self.bars = True
             node = self.sum()

@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 import mpmath
+from mpmath.libmp import NoConvergence
 
 from megatron_aspo.rewards.math.tree import Node
 
@@ -52,7 +53,7 @@ class Evaluator:
         """Return the value of a formula. Raises TooLarge and Undefined."""
         try:
             return self._bounded(self._value(node))
-        except (ZeroDivisionError, ValueError, TypeError, mpmath.libmp.NoConvergence) as error:
+        except (ZeroDivisionError, ValueError, TypeError, NoConvergence) as error:
             raise Undefined(str(error)) from error
         except (OverflowError, MemoryError, RecursionError) as error:
             raise TooLarge(str(error)) from error

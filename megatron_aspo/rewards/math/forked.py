@@ -73,7 +73,7 @@ def _compare_and_exit(answer: str, gold: str, pipe: int, limit_s: float) -> None
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s) + 1, int(limit_s) + 2))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, used + _MEMORY_BYTES))
-        sys.modules["sympy.parsing.sympy_parser"].parse_expr = _read_number
+        sys.modules["sympy.parsing.sympy_parser"].parse_expr = _read_number  # pyright: ignore[reportAttributeAccessIssue]  a module
         sys.addaudithook(_refuse_to_compile)
         parsed = [_parse(text) for text in (answer, gold)]
         equal = any(_verify(*pair) for pair in (parsed, parsed[::-1]))

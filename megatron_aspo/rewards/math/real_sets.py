@@ -47,9 +47,9 @@ def _read(node: Node) -> RealSet | None:
         case "member" if node.args[0].op == "symbol" and (inner := _read(node.args[1])) and not inner.variable:
             return RealSet(inner.parts, node.args[0].value)
         case "union":
-            sets = [_read(part) for part in node.args]
-            names = {part.variable for part in sets if part}
-            if None in sets or len(names) != 1:
+            sets = [one for part in node.args if (one := _read(part))]
+            names = {one.variable for one in sets}
+            if len(sets) < len(node.args) or len(names) != 1:
                 return None
             return RealSet(tuple(part for one in sets for part in one.parts), names.pop())
         case "minus":

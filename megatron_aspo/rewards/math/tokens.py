@@ -36,6 +36,7 @@ def tokenize(text: str) -> list[Token]:
     spaced = False
     for found in _TOKEN.finditer(text):
         kind, start = found.lastgroup, found.start()
+        assert kind is not None  # each alternative of _TOKEN is a named group
         if kind == "inner" or found["text"]:
             tokens.append(_named(found, spaced))
         elif kind == "blank":

@@ -32,7 +32,7 @@ class Node:
 
     def nodes(self) -> list["Node"]:
         """Return this node and all its descendants."""
-        found = [self]
+        found: list[Node] = [self]
         for node in found:
             found.extend(node.args)
         return found

@@ -99,7 +99,8 @@ def _compare_labelled(texts: tuple[str, str], labels: list[re.Match | None], opt
     letters = [label[1] if label else _choice_letter(text) for text, label in zip(texts, labels, strict=True)]
     if all(letters):
         return Verdict(letters[0] == letters[1], "the letters of the choices")
-    return verdict(*(label[2] if label else text for text, label in zip(texts, labels, strict=True)), options, ask)
+    answer, gold = (label[2] if label else text for text, label in zip(texts, labels, strict=True))
+    return verdict(answer, gold, options, ask)
 
 
 def _choice_letter(text: str) -> str:
@@ -112,10 +113,10 @@ def is_same_text(a: str, b: str) -> bool:
     plain = [_WRAPPED.sub(r"\1", text).strip() for text in (a, b)]
     if _BLANKS.sub("", plain[0]) == _BLANKS.sub("", plain[1]):
         return True
-    choices = [_CHOICE.fullmatch(text) for text in plain]
-    if all(choices):
+    first, second = (_CHOICE.fullmatch(text) for text in plain)
+    if first and second:
         marked = any("(" in text or ")" in text for text in plain) or is_words(a) or is_words(b)
-        return marked and choices[0][1].upper() == choices[1][1].upper()
+        return marked and first[1].upper() == second[1].upper()
     return all(_WORDS.fullmatch(text) for text in plain) and _fold_case(plain[0]) == _fold_case(plain[1])
 
 

@@ -84,7 +84,7 @@ class Launcher:
     def start(self, control: int, info: int, group: cgroup.Cgroup | None, directory: str) -> subprocess.Popen:
         """Start a sandbox whose agent has the socket `control` as standard input; bubblewrap writes to the pipe `info`.
 
-        directory: the working directory if there is no sandbox.
+        directory: the working directory if there is no sandbox. The standard error of the process is a pipe.
         """
         if not self.contained:
             return self._start_uncontained(control, directory)

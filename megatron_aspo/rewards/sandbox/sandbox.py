@@ -56,6 +56,8 @@ class Sandbox:
         self._received = b""
         try:
             self._process = launcher.start(theirs.fileno(), info, self._group, self._directory)
+            assert self._process.stderr is not None  # Launcher.start makes it a pipe
+            self._errors = self._process.stderr
         except BaseException:
             self._control.close()
             os.close(self._info)
@@ -76,8 +78,8 @@ class Sandbox:
         if data != b'{"ready": true}\n':
             self._end_processes()
             # Without blocking, because a surviving process may hold the pipe open forever.
-            os.set_blocking(self._process.stderr.fileno(), False)
-            error = (self._process.stderr.read() or b"").decode(errors="replace").strip().splitlines()
+            os.set_blocking(self._errors.fileno(), False)
+            error = (self._errors.read() or b"").decode(errors="replace").strip().splitlines()
             raise SandboxError(error[-1] if error else f"no answer within {_START_S:g} s")
         if self._process.poll() is not None:
             raise SandboxError("it ended while it waited")
@@ -169,7 +171,7 @@ class Sandbox:
         if self._info < 0:
             return
         self._end_processes()
-        self._process.stderr.close()
+        self._errors.close()
         self._control.close()
         os.close(self._info)
         self._info = -1

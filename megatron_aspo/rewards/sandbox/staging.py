@@ -46,6 +46,7 @@ class Staging:
         script = "\n".join([*lines, f"mount --move '{directory}' {point}", "echo ready; read end || true"])
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh", *self.staged]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdin is not None and process.stdout is not None and process.stderr is not None  # pipes
             if process.stdout.readline() != b"ready\n":
                 process.kill()
                 why = " ".join(process.stderr.read().decode().split())

@@ -22,7 +22,7 @@ import hmac
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -79,7 +79,7 @@ class Statistics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._answers: Counter[tuple[str, int]] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def add(self, path: str, status: int, seconds: float) -> None:
         with self._lock:

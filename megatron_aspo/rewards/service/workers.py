@@ -34,20 +34,20 @@ class _Worker:
         self._process: RewardProcess | None = None
         self._sandboxes: SandboxPool | None = None
 
-    def start(self) -> None:
-        """Load the reward. Raises UserError."""
-        self._process = RewardProcess(self._task, self._options, os.getcwd())
-        self._process.start()
+    def start(self) -> RewardProcess:
+        """Load the reward in a new process and return it. Raises UserError."""
+        process = self._process = RewardProcess(self._task, self._options, os.getcwd())
+        process.start()
+        return process
 
     def score(self, prompt: Prompt, response: str) -> RewardResult:
         """Score a response. Raises UserError as a reward does; the next response then gets a new process."""
-        if self._process is None:
-            self.start()
+        process = self._process or self.start()
         try:
-            (result,) = self._process.score([(prompt, response)])
+            (result,) = process.score([(prompt, response)])
             return result
         except UserError:
-            self._process.close()
+            process.close()
             self._process = None
             raise
 
@@ -130,7 +130,7 @@ class Workers:
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *exception: Any) -> None:
         """End the threads and their processes, without waiting for responses that are being graded."""
         for _ in self._threads:
             self._jobs.put(None)

@@ -15,6 +15,10 @@ from types import ModuleType
 from plain import from_json, to_json
 from prelude import add_missing_names
 
+TYPE_CHECKING = False  # as in typing, whose import takes 10 ms
+if TYPE_CHECKING:
+    from typing import Any
+
 
 def serve(source: str, requests: Iterable[bytes], results: int) -> None:
     """Load the program, then answer until `requests` ends. An exception during loading, or an exit, ends the process."""
@@ -43,7 +47,7 @@ class Answers:
 
     def __init__(self, module: ModuleType, supplied: dict[str, object]):
         self._module, self._supplied = module, supplied
-        self._objects: list[object] = []
+        self._objects: list[Any] = []
 
     def __call__(self, request: dict) -> dict:
         try:
@@ -74,11 +78,11 @@ class Answers:
             reply["changed"] = [[position, value] for position, value in enumerate(after) if value != before[position]]
         return reply
 
-    def _entry(self, name: str) -> object:
+    def _entry(self, name: str) -> "Any":
         solution = getattr(self._module, "Solution", None)
-        return getattr(solution(), name) if hasattr(solution, name) else self._global(name)
+        return getattr(solution(), name) if solution is not None and hasattr(solution, name) else self._global(name)
 
-    def _global(self, name: str) -> object:
+    def _global(self, name: str) -> "Any":
         if name not in self._module.__dict__ or (name in self._supplied and self._module.__dict__[name] is self._supplied[name]):
             raise NameError(f"name {name!r} is not defined")
         return self._module.__dict__[name]

@@ -27,11 +27,11 @@ def add_missing_names(namespace: dict[str, object], code: CodeType) -> dict[str,
 
 def _prelude() -> dict[str, object]:
     modules = {name: importlib.import_module(name) for name in MODULES}
-    names = {}
+    names: dict[str, object] = {}
     for module in modules.values():
         public = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
         names.update((name, getattr(module, name)) for name in public)
-    return names | modules
+    return {**names, **modules}
 
 
 def collect_names(code: CodeType, loaded: set[str], stored: set[str]) -> None:
