@@ -1,7 +1,6 @@
 """Run a model over the packed micro-batches of some samples: Megatron's pipeline schedule, up to the log-probability of each token."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from megatron_aspo.trainer.attention import packed_params
 from megatron_aspo.trainer.layers import packing_rules
 from megatron_aspo.trainer.logprobs import logprobs
 from megatron_aspo.trainer.micro_batch import MicroBatch, cut_all
+from megatron_aspo.trainer.model import output_weight
 from megatron_aspo.trainer.parallel import ParallelState
 from megatron_aspo.trainer.settings import RankSettings
 
@@ -78,28 +78,25 @@ class ForwardBackward:
 
     def _logprobs(self, model: torch.nn.Module, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return log-probability and entropy of each response token, [response tokens]; hidden: [tokens of this rank, 1, hidden size]."""
-        chunk: Any = getattr(model, "module", model)  # in training the model is wrapped; torch declares no `output_weight`
         logprob, entropy = logprobs(
             hidden[micro.predictors, 0],
-            chunk.output_weight(),
+            output_weight(model),
             micro.targets,
             self._settings.temperature,
             self._parallel.tp_group,
             vocab=self._hf.dims.vocab,
             chunk_tokens=self._settings.trainer.logprob_chunk_tokens,
         )
-        if micro.held is None:
-            return logprob, entropy
-        assert self._parallel.cp_group is not None  # only context-parallel ranks hold a part of the response tokens
-        values, tokens = torch.stack([logprob, entropy]), len(micro.response_index)
-        logprob, entropy = _whole_responses(values, micro.held, tokens, self._parallel.cp_group)
+        if micro.held is not None:
+            assert self._parallel.cp_group is not None  # only context-parallel ranks hold a part of the response tokens
+            stacked, tokens = torch.stack([logprob, entropy]), len(micro.response_index)
+            logprob, entropy = _whole_responses(stacked, micro.held, tokens, self._parallel.cp_group)
         return logprob, entropy
 
 
 def _whole_responses(values: Tensor, held: Tensor, tokens: int, cp_group: dist.ProcessGroup) -> Tensor:
-    """Return [2, response tokens] on every context-parallel rank, from [2, response tokens of this rank] on each.
+    """Return [2, response tokens] on every context-parallel rank, from [2, response tokens of this rank] on each; held: of MicroBatch.
 
-    held: as in MicroBatch; tokens: the number of response tokens.
     All compute the same loss from it; in backward each rank takes the gradient of its own tokens, so that every token counts once.
     """
     placed = values.new_zeros(2, tokens).index_copy(1, held, values)

@@ -40,11 +40,10 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs):
         super().__init__()
-        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each tensor-parallel rank normalizes its own tokens: Megatron sums the gradients of parameters with this mark.
-        weight.sequence_parallel = config.sequence_parallel
-        self.weight: torch.nn.Parameter = weight
+        self.weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.eps = eps
+        # Each tensor-parallel rank normalizes its own tokens: Megatron sums the gradients of parameters with this mark.
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps)

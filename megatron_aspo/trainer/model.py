@@ -145,6 +145,12 @@ def chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(model.values()) if isinstance(model, torch.nn.ModuleDict) else [model]
 
 
+def output_weight(chunk: torch.nn.Module) -> Tensor:
+    """Return this rank's rows of the output matrix, [rows, hidden size], from a chunk of the last stage, in Megatron's wrapper or not."""
+    model: Any = getattr(chunk, "module", chunk)  # a HiddenStateModel
+    return model.output_weight()
+
+
 def _build_chunk(model: HFModel, config: TransformerConfig, parallel: ParallelState, layer_spec: str, chunk: int | None) -> torch.nn.Module:
     built = hidden_state_model()(
         config=config,

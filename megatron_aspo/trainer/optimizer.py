@@ -87,6 +87,14 @@ def set_learning_rate(optimizer: MegatronOptimizer, options: OptimizerOptions, s
     return rate
 
 
+def take_step(optimizer: MegatronOptimizer) -> tuple[bool, float]:
+    """Clip and take one step. Return whether it was applied, and the gradient norm before clipping."""
+    untyped: Any = optimizer  # Megatron's base class declares no result of `step`
+    applied, gradient_norm, _ = untyped.step()
+    optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
+    return bool(applied), float(gradient_norm)
+
+
 def fused_adam() -> str:
     """Return the name of the Adam that Megatron found at import: Transformer Engine's, apex's or torch's, in that order."""
     package = Adam.__module__.partition(".")[0]

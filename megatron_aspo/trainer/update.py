@@ -9,13 +9,10 @@ built and how its weights travel (rank.py). Every public method is collective: a
 import time
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_aspo.common.host_memory import release_freed_memory
@@ -30,7 +27,7 @@ from megatron_aspo.losses.terms import kl_estimate, quantile
 from megatron_aspo.trainer.forward_backward import ForwardBackward
 from megatron_aspo.trainer.micro_batch import MicroBatch
 from megatron_aspo.trainer.model import chunks
-from megatron_aspo.trainer.optimizer import set_learning_rate
+from megatron_aspo.trainer.optimizer import DistributedDataParallel, MegatronOptimizer, set_learning_rate, take_step
 from megatron_aspo.trainer.parallel import ParallelState
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.trainer.transformer_engine import free_fp8_weights
@@ -57,7 +54,6 @@ class Models:
     wrapped: list[DistributedDataParallel]
     """The policy's chunks in Megatron's gradient buffers."""
     reference: torch.nn.Module | None
-    """Present if the algorithm has a KL term."""
     reference_memory: AbstractContextManager
     """Inside it the reference's weights are on the device."""
     optimizer: MegatronOptimizer
@@ -116,7 +112,7 @@ class Updater:
         old = current if algorithm.old_logprobs == "recompute" else torch.from_numpy(batch.rollout_logprobs).to(current)
         rewards, tally = batch.rewards, {}
         if penalized:
-            assert reference is not None  # has_kl: there is a reference policy, scored above
+            assert reference is not None  # scored above: with has_kl there is a reference policy
             penalty = algorithm.kl_coef * _response_kl(current, reference, batch, algorithm)
             rewards = rewards - penalty
             tally["kl_penalty"] = (float(penalty.sum()), batch.samples)
@@ -184,11 +180,8 @@ class Updater:
 
     def apply_gradients(self) -> tuple[bool, float]:
         """Clip and take one optimizer step. Return whether it was applied, and the gradient norm before clipping."""
-        optimizer: Any = self._models.optimizer  # Megatron's base class declares no result of `step`
         with self._models.optimizer_memory:
-            applied, gradient_norm, _ = optimizer.step()
-            optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
-        return bool(applied), float(gradient_norm)
+            return take_step(self._models.optimizer)
 
     def sum_over_replicas(self, tally: Tally) -> Tally:
         """Return the tallies of all data-parallel replicas added up; collective over the replicas."""
