@@ -43,7 +43,7 @@ def train(config: Config) -> None:
         run.report_checkpoint(wait=True)
         after = evaluate(run, config.steps)
         if before and after and not before.same_questions(after):
-            run.progress.say("the evaluation before training asked other questions: it is left out of the comparison")
+            run.progress.log("the evaluation before training asked other questions: it is left out of the comparison")
             before = None
         run.placement.to_training()
         run.export(model_card(to_yaml(config), before, after, run.metrics.last()))
@@ -70,7 +70,7 @@ def collect(run: Run, step: int) -> Collected:
     run.ledger.append("drawn", step=step, **collected.prompts())
     if collected.missing:
         rounds = run.config.algorithm.resample_rounds
-        run.progress.say(
+        run.progress.log(
             f"step {step + 1}: {rounds} extra generations (algorithm.resample_rounds) left {collected.missing} groups "
             f"missing; the step trains on {len(collected.kept)}"
         )

@@ -73,7 +73,7 @@ def accuracy(responses: Sequence[EvalResponse]) -> Accuracy:
     )
 
 
-def keep(path: Path, responses: Sequence[EvalResponse]) -> Evaluation:
+def write_evaluation(path: Path, responses: Sequence[EvalResponse]) -> Evaluation:
     """Write `path` (JSON) and, beside it, every response with its token ids (Parquet); return the evaluation."""
     result = evaluation(responses)
     write_responses(path.with_suffix(".parquet"), responses)

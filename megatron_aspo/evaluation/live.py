@@ -23,11 +23,11 @@ def evaluate_live(
     rewards: "RewardPool",
     deterministic: bool,
     phase: Callable[[str], None],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[EvalResponse]:
     """Return the graded responses, problem by problem.
 
-    say: prints a line, for responses on which the reward fails and for lost reward workers. Raises UserError if the reward fails on every
+    log: prints a line, for responses on which the reward fails and for lost reward workers. Raises UserError if the reward fails on every
     response.
     """
     parts: dict[int, list[EvalResponse]] = {}
@@ -38,12 +38,12 @@ def evaluate_live(
     Evaluator(prompts, sampling, responder, rewards, collect, phase).run(parts_of(len(prompts), PART_PROBLEMS), deterministic)
     responses = [response for _, part in sorted(parts.items()) for response in part]
     for line in rewards.take_losses():
-        say(line)
-    report_failures(responses, rewards.name, say)
+        log(line)
+    report_failures(responses, rewards.name, log)
     return responses
 
 
-def report_failures(responses: Sequence[EvalResponse], reward: str, say: Callable[[str], None]) -> None:
+def report_failures(responses: Sequence[EvalResponse], reward: str, log: Callable[[str], None]) -> None:
     """Report the first responses on which the reward failed, and count the rest. Raises UserError if it failed on all."""
     failed = [response for response in responses if response.failure]
     if failed and len(failed) == len(responses):
@@ -53,6 +53,6 @@ def report_failures(responses: Sequence[EvalResponse], reward: str, say: Callabl
         )
     for response in failed[:_MAX_NAMED]:
         where = f"prompt {response.problem}, response {response.index}"
-        say(f"{where}: {reward} {response.reason}; its reward is {response.score:g} (data.reward_failure_score)")
+        log(f"{where}: {reward} {response.reason}; its reward is {response.score:g} (data.reward_failure_score)")
     if len(failed) > _MAX_NAMED:
-        say(f"{reward} failed on {len(failed)} of {len(responses)} responses; their reward is {failed[0].score:g}")
+        log(f"{reward} failed on {len(failed)} of {len(responses)} responses; their reward is {failed[0].score:g}")

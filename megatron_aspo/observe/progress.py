@@ -21,7 +21,7 @@ class Progress:
         self._started = time.perf_counter()
         self._done = 0
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print one line."""
         self._console.print(text, markup=False)
 
@@ -34,7 +34,7 @@ class Progress:
             yield lambda phase: self._show(f"{text}: {phase} …")
         finally:
             self._status.stop()
-        self.say(f"{text}: {time.perf_counter() - start:.1f} s")
+        self.log(f"{text}: {time.perf_counter() - start:.1f} s")
 
     def begin(self) -> None:
         """Start the clock from which the remaining time is estimated."""
@@ -52,7 +52,7 @@ class Progress:
         left = (time.perf_counter() - self._started) / self._done * (self._steps - step - 1)
         phases = " ".join(f"{name} {metrics['seconds/' + name]:.1f}" for name in _PHASES)
         entropy = f"entropy {metrics['train/entropy']:.3f}" if "train/entropy" in metrics else "no update"
-        self.say(
+        self.log(
             f"step {step + 1}/{self._steps}  reward {metrics['reward/mean']:.3f}  {entropy}  "
             f"{metrics['seconds/step']:.1f} s ({phases})  {_clock(left)} left"
         )
@@ -65,7 +65,7 @@ class Progress:
         if self._console.is_terminal:
             self._show(text)
         else:
-            self.say(text)
+            self.log(text)
 
     def _show(self, text: str) -> None:
         if self._console.is_terminal:

@@ -169,9 +169,9 @@ def check_packages(names: Sequence[str]) -> None:
 class Trackers:
     """The trackers of a run. No method raises or blocks, except that `close` waits at most 30 s."""
 
-    def __init__(self, names: Sequence[str], run: TrackedRun, say: Callable[[str], None]):
-        """say: prints a line; called once for each tracker that fails."""
-        self._threads = [_TrackerThread(name, run, say) for name in names]
+    def __init__(self, names: Sequence[str], run: TrackedRun, log: Callable[[str], None]):
+        """log: prints a line; called once for each tracker that fails."""
+        self._threads = [_TrackerThread(name, run, log) for name in names]
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the finite numbers among the metrics, after `step` steps of training."""
@@ -193,16 +193,16 @@ class Trackers:
 class _TrackerThread:
     """Feeds one tracker from a queue, until it fails."""
 
-    def __init__(self, name: str, run: TrackedRun, say: Callable[[str], None]):
+    def __init__(self, name: str, run: TrackedRun, log: Callable[[str], None]):
         self.entries: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
-        self._name, self._run, self._say = name, run, say
+        self._name, self._run, self._log = name, run, log
         self._thread = threading.Thread(target=self._feed, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def join_until(self, deadline: float) -> None:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._say(f"tracker {self._name} is not done after {_CLOSE_S:g} s and is left behind; metrics.jsonl has everything")
+            self._log(f"tracker {self._name} is not done after {_CLOSE_S:g} s and is left behind; metrics.jsonl has everything")
 
     def _feed(self) -> None:
         try:
@@ -211,4 +211,4 @@ class _TrackerThread:
                 tracker.log(*entry)
             tracker.close()
         except BaseException as error:  # whatever a tracker does, the run goes on
-            self._say(f"tracker {self._name} failed and is left out ({one_line(error)}); metrics.jsonl has everything")
+            self._log(f"tracker {self._name} failed and is left out ({one_line(error)}); metrics.jsonl has everything")

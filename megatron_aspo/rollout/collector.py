@@ -65,7 +65,7 @@ class Collected:
 class Rollouts:
     """Draws prompts from the task, lets engines respond, and reward workers score each response as soon as it is finished.
 
-    say: logs a line, such as a response on which the reward fails. drawn: number of training prompts taken so far, from which a resumed
+    log: prints a line, such as a response on which the reward fails. drawn: number of training prompts taken so far, from which a resumed
     run goes on.
     """
 
@@ -78,11 +78,11 @@ class Rollouts:
         options: RolloutOptions,
         algorithm: AlgorithmOptions,
         seed: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         drawn: int = 0,
     ):
         self._task, self._engines, self._rewards, self._tokenizer = task, engines, rewards, tokenizer
-        self._options, self._algorithm, self._seed, self._say = options, algorithm, seed, say
+        self._options, self._algorithm, self._seed, self._log = options, algorithm, seed, log
         self.drawn = drawn
 
     def collect(self, step: int, phase: Callable[[str], None]) -> Collected:
@@ -204,19 +204,19 @@ class Rollouts:
                 failed.append(position)
                 if len(failed) <= _MAX_NAMED:
                     where = f"prompt {owners[position].id}, response {position % responses}"
-                    self._say(f"{where}: {self._rewards.name} {result.reason}; its reward is {result.score:g} (data.reward_failure_score)")
+                    self._log(f"{where}: {self._rewards.name} {result.reason}; its reward is {result.score:g} (data.reward_failure_score)")
         if len(failed) > _MAX_NAMED:
             score = results[failed[0]].score
-            self._say(f"{self._rewards.name} failed on {len(failed)} of {len(results)} responses; their reward is {score:g}")
+            self._log(f"{self._rewards.name} failed on {len(failed)} of {len(results)} responses; their reward is {score:g}")
         return results
 
     def _report_losses(self) -> int:
         """Report the reward workers that were lost and replaced; return their number."""
         losses = self._rewards.take_losses()
         for line in losses[:_MAX_NAMED]:
-            self._say(line)
+            self._log(line)
         if len(losses) > _MAX_NAMED:
-            self._say(f"{len(losses)} reward workers were lost and replaced")
+            self._log(f"{len(losses)} reward workers were lost and replaced")
         return len(losses)
 
     def _require_scores(self, groups: Sequence[Group]) -> None:

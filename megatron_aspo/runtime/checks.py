@@ -17,7 +17,7 @@ from megatron_aspo.hf.model_directory import find_torch_dist, resolve_model
 from megatron_aspo.hf.tensor_files import TensorReader, has_weights
 from megatron_aspo.rollout.memory import check_cache
 from megatron_aspo.rollout.options import check_engines
-from megatron_aspo.runtime.placement import check_places
+from megatron_aspo.runtime.placement import check_placement
 from megatron_aspo.trainer.settings import RankSettings
 
 
@@ -78,7 +78,7 @@ def check_recipe(config: Config, model: HFModel, settings: RankSettings, device:
             f"{model.max_positions} positions; lower one of them"
         )
     check_cache(model, config.rollout, config.max_model_len)
-    check_places(config.placement, settings.sizes.world, config.rollout.sizes)
+    check_placement(config.placement, settings.sizes.world, config.rollout.sizes)
     if config.placement == "colocated" and config.rollout.resource:
         raise UserError(
             f"rollout.resource={config.rollout.resource} with placement=colocated: engines live where the training ranks do; set "

@@ -65,7 +65,7 @@ def open_directory(
             began = {"attempt": owner.attempt, "checkpoint": str(start.checkpoint or "")}
             ledger.append("resume" if start.checkpoint else "start", step=start.step, **began)
             tracked = TrackedRun(config.name, directory, config.observe.project, asdict(config))
-            trackers = stack.enter_context(contextlib.closing(Trackers(config.observe.trackers, tracked, progress.say)))
+            trackers = stack.enter_context(contextlib.closing(Trackers(config.observe.trackers, tracked, progress.log)))
             checkpoints = CheckpointStore(
                 directory, config.checkpoint, trainers, owner.attempt, to_yaml(config), lambda done: _accuracy(directory, done)
             )
@@ -97,9 +97,9 @@ def _prepare_directory(directory: Path, start: Start, config: Config, progress: 
         write_text(directory / "config.yaml", to_yaml(config))
     if start.in_place:
         for aside in set_aside(directory, start.step):
-            progress.say(f"the steps after {start.step} are done again: what they made is now {aside}")
+            progress.log(f"the steps after {start.step} are done again: what they made is now {aside}")
         begin = f"going on after step {start.step} from {start.checkpoint}" if start.checkpoint else "no checkpoint yet: starting at step 1"
-        progress.say(begin)
+        progress.log(begin)
 
 
 def _accuracy(directory: Path, done: int) -> float | None:

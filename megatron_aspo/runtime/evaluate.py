@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_aspo.evaluation.accuracy import Evaluation, keep
+from megatron_aspo.evaluation.accuracy import Evaluation, write_evaluation
 
 if TYPE_CHECKING:
     from megatron_aspo.runtime.run import Run
@@ -16,8 +16,8 @@ def evaluate(run: "Run", done: int) -> Evaluation | None:
     when = "before training" if not done else "after training" if done == run.config.steps else f"after step {done}"
     with run.progress.waiting(f"evaluation {when}") as phase:
         responses = run.evaluate(phase)
-    result = keep(run.evaluation_path(done), responses)
+    result = write_evaluation(run.evaluation_path(done), responses)
     accuracy = result.accuracy
     run.trackers.log(done, {"evaluation/accuracy": accuracy.mean, "evaluation/standard_error": accuracy.standard_error})
-    run.progress.say(f"held-out accuracy {when}: {accuracy} ({accuracy.prompts} prompts × {accuracy.draws} draws)")
+    run.progress.log(f"held-out accuracy {when}: {accuracy} ({accuracy.prompts} prompts × {accuracy.draws} draws)")
     return result

@@ -48,7 +48,7 @@ class Split:
         return self._publisher.publish(version) if changed else 0
 
     def restore(self, reason: str) -> None:
-        _replace_lost(self._publisher, reason)
+        _replace_dead(self._publisher, reason)
         # Version 0 is that of the model's directory, with which an engine starts.
         if self._publisher.version:
             self._publisher.publish(self._publisher.version, verify=True)
@@ -93,7 +93,7 @@ class Colocated:
 
     def restore(self, reason: str) -> None:
         self._restoring = True
-        _replace_lost(self._publisher, reason)
+        _replace_dead(self._publisher, reason)
         self._replaced = True
         self.to_training()
         self.to_generating(self._publisher.version, changed=True)
@@ -104,17 +104,17 @@ class Colocated:
         try:
             call()
         except EngineError as error:
-            _replace_lost(self._publisher, str(error))
+            _replace_dead(self._publisher, str(error))
             self._replaced = True
             call()
 
 
-def _replace_lost(publisher: Publisher, reason: str) -> None:
-    publisher.say(reason)
+def _replace_dead(publisher: Publisher, reason: str) -> None:
+    publisher.log(reason)
     publisher.replace_dead()
 
 
-def check_places(placement: str, ranks: int, engines: EngineSizes) -> None:
+def check_placement(placement: str, ranks: int, engines: EngineSizes) -> None:
     """Raise UserError when engines would share devices that do not exist."""
     if placement == "colocated" and engines.world > ranks:
         raise UserError(
@@ -123,7 +123,7 @@ def check_places(placement: str, ranks: int, engines: EngineSizes) -> None:
         )
 
 
-def shared_places(ranks: Sequence[tuple[str, str]], engines: EngineSizes) -> list[tuple[str, str]]:
+def shared_locations(ranks: Sequence[tuple[str, str]], engines: EngineSizes) -> list[tuple[str, str]]:
     """Return the node and the devices, separated by commas, of each engine: those of as many consecutive ranks.
 
     ranks: node and device of each training rank. Raises UserError when the devices of an engine would be on several nodes.

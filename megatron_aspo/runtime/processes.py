@@ -19,7 +19,7 @@ from megatron_aspo.rollout.pool import EnginePool
 from megatron_aspo.rollout.transfer_spec import TransferSpec
 from megatron_aspo.runtime.checks import check_recipe
 from megatron_aspo.runtime.cluster import Cluster, computes_bfloat16, open_cluster
-from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_places
+from megatron_aspo.runtime.placement import Colocated, Placement, Split, shared_locations
 from megatron_aspo.runtime.prepare import Prepared
 from megatron_aspo.runtime.publisher import Publisher
 from megatron_aspo.runtime.start import Start
@@ -64,7 +64,7 @@ def start(prepared: Prepared, progress: Progress) -> Iterator[Processes]:
         trainers = _start_trainers_and_engines(prepared, cluster, engines, rewards, threads["trainer"], progress, stack)
         _warn_of_slow_bfloat16(config, cluster, progress)
         spec = transfer_spec(config, prepared.model, settings)
-        publisher = Publisher(trainers, engines, spec, config.trainer.timeout_s, config.transfer_verify_every, progress.say)
+        publisher = Publisher(trainers, engines, spec, config.trainer.timeout_s, config.transfer_verify_every, progress.log)
         colocated = config.placement == "colocated"
         placement = Colocated(trainers, engines, publisher, config.rollout.sleep_level) if colocated else Split(publisher)
         engines.restore = placement.restore
@@ -104,13 +104,13 @@ def _start_trainers_and_engines(
             if colocated:
                 trainers.offload("optimizer")
                 trainers.offload("weights")
-            started = starting.result() if starting else engines.start(shared_places(trainers.places(), config.rollout.sizes))
+            started = starting.result() if starting else engines.start(shared_locations(trainers.locations(), config.rollout.sizes))
             if not config.ray_address:
                 rewards.ready()
         except BaseException:
             engines.shutdown()  # else leaving the thread pool would wait for them to come up
             raise
-    progress.say(
+    progress.log(
         f"engines: {len(started)} × vLLM {started[0].vllm_version} on {started[0].device}, {config.rollout.dtype}; training ranks: "
         f"{settings.sizes.world}, " + ", ".join(f"{key} {value}" for key, value in trainers.described.items())
     )
@@ -120,7 +120,7 @@ def _start_trainers_and_engines(
 def _warn_of_slow_bfloat16(config: Config, cluster: Cluster, progress: Progress) -> None:
     slow = [f"{room}.dtype" for room in ("trainer", "rollout") if getattr(config, room).dtype == "bfloat16"]
     if slow and cluster.device == "cpu" and not computes_bfloat16():
-        progress.say(
+        progress.log(
             f"this processor does not compute in bfloat16: with {'=float32 '.join(slow)}=float32 the run takes a quarter of the time"
         )
 
@@ -169,7 +169,7 @@ def warn_if_not_bitwise_resumable(
     if start.manifest.sizes != settings.sizes:
         differing.append("the layout of the training ranks is another")
     if differing:
-        progress.say(f"deterministic: from here on the run is not the undisturbed one bit for bit: {', '.join(differing)}")
+        progress.log(f"deterministic: from here on the run is not the undisturbed one bit for bit: {', '.join(differing)}")
 
 
 def call_with_signals_ignored(close: Callable[[], None]) -> None:

@@ -40,14 +40,14 @@ class Publisher:
         spec: "TransferSpec",
         timeout_s: float,
         verify_every: int,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
         """Form the process group of all training ranks and engine workers. Raises PublishError.
 
-        timeout_s: how long a rank waits for another; verify_every: as config.transfer_verify_every; say: logs what happens to engines.
+        timeout_s: how long a rank waits for another; verify_every: as config.transfer_verify_every; log: prints what happens to engines.
         """
         self._trainers, self._engines, self._spec, self._timeout_s = trainers, engines, spec, timeout_s
-        self._verify_every, self.say = verify_every, say
+        self._verify_every, self.log = verify_every, log
         self._published = 0
         self.version = 0
         """The version that the engines hold; 0: the weights with which they started."""
@@ -77,7 +77,7 @@ class Publisher:
         Raises the last failure: after `_REPEATS` attempts, when a training rank is silent, or when no engine was dead.
         """
         for _ in range(_REPEATS):
-            self.say(str(failure))
+            self.log(str(failure))
             try:
                 if any(name.startswith("training") for name in failure.silent) or not self.replace_dead():
                     break
@@ -93,7 +93,7 @@ class Publisher:
         """
         if not (restarted := self._engines.restart_dead()):
             return False
-        self.say(f"started again: {', '.join(restarted)}")
+        self.log(f"started again: {', '.join(restarted)}")
         self._connect()
         return True
 

@@ -50,7 +50,7 @@ def open_run(config: Config) -> Iterator["Run"]:
         with progress.waiting("checking model and data"):
             prepared = prepare(config)
             for remark in prepared.remarks:
-                progress.say(remark)
+                progress.log(remark)
         if prepared.checked.torch_dist:
             with progress.waiting("bringing the checkpoint into Hugging Face format"):
                 prepared = replace(prepared, checked=prepared.checked.in_hugging_face_format())
@@ -118,7 +118,7 @@ class Run:
         options, config = self.config.evaluation, self.config
         sampling = Sampling(options.draws, options.temperature, 1.0, config.rollout.max_response_tokens, config.seed)
         responder = EngineResponder(self.engines, self.tokenizer)
-        return evaluate_live(self.task.held_out(), sampling, responder, self.rewards, config.deterministic, phase, self.progress.say)
+        return evaluate_live(self.task.held_out(), sampling, responder, self.rewards, config.deterministic, phase, self.progress.log)
 
     def save_if_due(self, done: int) -> None:
         """Start a checkpoint if the recipe requires one after `done` steps, with the state from which the run resumes."""
@@ -131,7 +131,7 @@ class Run:
         position = {"weights_version": self.publisher.version, "drawn": self.rollouts.drawn, "ledger_lines": self.ledger.lines}
         self.checkpoints.save(done, self.identity | position | {"threads": self.threads})
         self.placement.to_generating(self.publisher.version, changed=False)
-        self.progress.say(f"step {done}: checkpoint, training waited {time.perf_counter() - started:.2f} s")
+        self.progress.log(f"step {done}: checkpoint, training waited {time.perf_counter() - started:.2f} s")
 
     def report_checkpoint(self, wait: bool = False, timeout_s: float | None = None) -> None:
         """Record a checkpoint that has been completed since the last call."""
@@ -142,7 +142,7 @@ class Run:
         """Write the final model; card: its README.md, with `{hashes}` where the tensors' hashes go."""
         files, warning = tokenizer_files(self.model_directory, self.tokenizer, self.chat_template)
         if warning:
-            self.progress.say(warning)
+            self.progress.log(warning)
             card += f"\n## Tokenizer\n\n{warning}.\n"
         self.trainers.export(self.config.export_directory, self.config.trainer.dtype, files | {"README.md": card})
 
@@ -151,7 +151,7 @@ class Run:
         try:
             self.report_checkpoint(wait=True, timeout_s=_LAST_CHECKPOINT_S)
         except Exception as error:
-            self.progress.say(f"the checkpoint that was being written is lost: {error}")
+            self.progress.log(f"the checkpoint that was being written is lost: {error}")
 
 
 def _joined(prepared: Prepared, processes: Processes, files: RunFiles, progress: Progress) -> Run:
@@ -166,7 +166,7 @@ def _joined(prepared: Prepared, processes: Processes, files: RunFiles, progress:
         identity=prepared.identity,
         model_directory=prepared.model.directory,
         task=prepared.task,
-        rollouts=Rollouts(*parts, config.rollout, config.algorithm, config.seed, progress.say, drawn),
+        rollouts=Rollouts(*parts, config.rollout, config.algorithm, config.seed, progress.log, drawn),
         progress=progress,
         **vars(processes),
         **vars(files),

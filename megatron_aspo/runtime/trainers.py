@@ -65,7 +65,7 @@ class TrainerActor:
             self._saver.reserve()
         return self._rank.describe()
 
-    def place(self) -> tuple[str, str]:
+    def location(self) -> tuple[str, str]:
         """Return Ray's id of this node, and of this rank's device on it ("" on CPU)."""
         context = ray.get_runtime_context()
         return context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", []))
@@ -109,7 +109,7 @@ class Trainers:
         trainers = cls(_group([ray.remote(TrainerActor).options(**options).remote() for _ in range(settings.sizes.world)]), {})
         try:
             processes = [actor for _, actor in trainers._group.actors]
-            trainers = cls(_group([processes[n] for n in ranks_by_node(trainers.places(), settings.sizes.tensor)]), {})
+            trainers = cls(_group([processes[n] for n in ranks_by_node(trainers.locations(), settings.sizes.tensor)]), {})
             common = (*trainers.address(), os.getcwd(), checkpoint, reserve)
             described = trainers._group.call_each("start", [(settings, rank, *common) for rank in range(trainers.world)]).result()
         except BaseException:
@@ -139,9 +139,9 @@ class Trainers:
         """Send the current weights to the engines, which must be receiving; each rank answers with the bytes that it sent."""
         return self._group.call("rank", "publish", version, verify)
 
-    def places(self) -> list[tuple[str, str]]:
+    def locations(self) -> list[tuple[str, str]]:
         """Return, for each rank, Ray's id of its node, and of its device on it ("" on CPU)."""
-        return self._group.call("place").result()
+        return self._group.call("location").result()
 
     def offload(self, part: str) -> None:
         """Let every rank free the device memory of its `optimizer` or its `weights`."""

@@ -94,7 +94,7 @@ except UserError as error:
 
 
 @pytest.mark.parametrize(
-    ("container", "said"),
+    ("container", "message"),
     [
         ([], "True"),
         (["--ro-bind", "/dev/null", "/proc/version"], "hides parts of /proc"),  # as in docker, podman and Kubernetes
@@ -102,13 +102,13 @@ except UserError as error:
     ],
     ids=["open", "masked /proc", "no user namespaces"],
 )
-def test_the_sandbox_works_in_a_container_without_root_or_names_what_the_container_lacks(sandboxed, container, said):
+def test_the_sandbox_works_in_a_container_without_root_or_names_what_the_container_lacks(sandboxed, container, message):
     """The container is one of bubblewrap's, with a user that is not root."""
     outer = ["bwrap", "--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--dev-bind", "/", "/", "--proc", "/proc"]
     command = [*outer, *container, sys.executable, "-c", IN_A_CONTAINER]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
-    assert said == "True" or "grade-server" in done.stdout
+    assert done.returncode == 0 and message in done.stdout, done.stdout + done.stderr
+    assert message == "True" or "grade-server" in done.stdout
 
 
 def test_promised_modules_are_available_and_checked(sandboxed):
@@ -129,7 +129,7 @@ def test_a_module_that_cannot_be_imported_inside_is_refused(sandboxed, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"total_s": 0}, r"data\.code\.total_s=0\.0 must be greater than 0"),
         ({"max_tests": -1}, r"data\.code\.max_tests=-1 must be 0, for all tests, or more; raise it"),
@@ -140,8 +140,8 @@ def test_a_module_that_cannot_be_imported_inside_is_refused(sandboxed, tmp_path,
     ],
     ids=str,
 )
-def test_options_out_of_bounds_are_refused(change, said):
-    with pytest.raises(UserError, match=said):
+def test_options_out_of_bounds_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
         Grader(build(CodeOptions, change))
 
 

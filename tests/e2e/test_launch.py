@@ -156,10 +156,10 @@ def test_a_node_with_another_token_does_not_join_and_its_host_is_named(hosts):
         pod = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "10.77.0.1", "RAY_AUTH_TOKEN_PATH": str(token)}
         words = ["bash", "tools/start_ray.sh", "--dir", STATE, "--num-cpus", "1", "--object-store-mb", "100", "--timeout", "25"]
         calls[host] = hosts.popen(host, *words, env=environment(**pod))
-    said = {host: call.communicate(timeout=START_S) for host, call in calls.items()}
-    assert [call.returncode for call in calls.values()] == [1, 1], said
-    assert "error: host2: the head refuses this host's token" in said[2][1] and "uthentication" in said[2][1]
-    assert "1 of 2 nodes joined within 25 s" in said[1][1]
+    printed = {host: call.communicate(timeout=START_S) for host, call in calls.items()}
+    assert [call.returncode for call in calls.values()] == [1, 1], printed
+    assert "error: host2: the head refuses this host's token" in printed[2][1] and "uthentication" in printed[2][1]
+    assert "1 of 2 nodes joined within 25 s" in printed[1][1]
     assert nothing_runs(hosts, 1, 2)
 
 

@@ -107,10 +107,10 @@ def test_ranks_checkpoint_export_and_a_fresh_engine_have_the_same_weights(workpl
         pool.start()
         prompts = [tokenizer.apply_chat_template([{"role": "user", "content": a["question"]}], add_generation_prompt=True) for a in answers]
         requests = [Request(a["question"], tuple(p["input_ids"]), seed=0, max_tokens=16, temperature=0.0) for a, p in zip(answers, prompts)]
-        said = tokenizer.batch_decode([g.token_ids for g in pool.generate(requests)], skip_special_tokens=True)
+        texts = tokenizer.batch_decode([g.token_ids for g in pool.generate(requests)], skip_special_tokens=True)
     finally:
         pool.shutdown()
-    assert said == [answer["text"] for answer in answers] and len(set(said)) > 1
+    assert texts == [answer["text"] for answer in answers] and len(set(texts)) > 1
 
 
 def test_a_branch_at_another_data_parallel_size_continues_with_the_same_prompts(workplace, whole):

@@ -144,8 +144,8 @@ def test_a_worker_that_is_killed_between_responses_ends_its_child_and_is_replace
         assert not psutil.wait_procs([child], timeout=10)[1]
         (again,) = score(rewards, batch_of("22"))
         assert (again.score, again.failure) == (2.0, "") and again.details["pid"] != child.pid
-        said = f"a reward worker {DIED} on a response to prompt train/0; a new one takes its place"
-        assert rewards.take_losses() == [said] and not rewards.take_losses()
+        loss = f"a reward worker {DIED} on a response to prompt train/0; a new one takes its place"
+        assert rewards.take_losses() == [loss] and not rewards.take_losses()
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def verify_sync(directory: Path, family: str, *overrides: str) -> tuple[int, dic
     ],
 )
 def test_the_command_reads_every_value_of_a_model_back_from_the_engines(tmp_path, family, overrides):
-    status, figures, said = verify_sync(tmp_path, family, *overrides)
-    assert status == 0, said
+    status, figures, logged = verify_sync(tmp_path, family, *overrides)
+    assert status == 0, logged
     assert figures["differences"] == 0
     assert figures["received"] >= figures["tensors"]
     assert figures["stored"] >= figures["tensors"]
@@ -122,14 +122,14 @@ def engines(ray_cluster, tmp_path_factory) -> Iterator[EnginePool]:
 
 
 @pytest.fixture(scope="module")
-def said() -> list[str]:
+def logged() -> list[str]:
     return []
 
 
 @pytest.fixture(scope="module")
-def publisher(trainers, engines, trained, said) -> Publisher:
+def publisher(trainers, engines, trained, logged) -> Publisher:
     spec = TransferSpec(*read_sizes(trained), ParallelSizes(pipeline=2), EngineSizes(engines=2), "float32", 20_000)
-    return Publisher(trainers, engines, spec, TIMEOUT_S, 0, said.append)
+    return Publisher(trainers, engines, spec, TIMEOUT_S, 0, logged.append)
 
 
 def logprob_error(engines: EnginePool, directory: Path) -> float:
@@ -162,7 +162,7 @@ def test_every_value_of_the_model_is_read_back_from_the_engines(publisher, engin
     assert logprob_error(engines, trained) < 1e-4
 
 
-def test_an_engine_killed_in_the_middle_of_a_transfer_is_restored_with_the_current_weights(publisher, engines, trained, said):
+def test_an_engine_killed_in_the_middle_of_a_transfer_is_restored_with_the_current_weights(publisher, engines, trained, logged):
     before = [info.pid for info in engines.infos]
     core = core_of(engines, 1)
     core.suspend()  # before it begins: the transfer is running on all other ranks, and waits for it
@@ -175,20 +175,20 @@ def test_an_engine_killed_in_the_middle_of_a_transfer_is_restored_with_the_curre
     assert publisher.version == 2
     assert engines.versions() == [2, 2]
     assert engines.infos[1].pid != before[1]
-    assert "engine 1: engine 1 died" in said[-2]
-    assert said[-1].startswith("started again: ")
-    assert "engine 1" in said[-1]
+    assert "engine 1: engine 1 died" in logged[-2]
+    assert logged[-1].startswith("started again: ")
+    assert "engine 1" in logged[-1]
     assert logprob_error(engines, trained) < 1e-4
 
 
-def test_a_frozen_engine_is_replaced_after_the_timeout(publisher, engines, trained, said):
+def test_a_frozen_engine_is_replaced_after_the_timeout(publisher, engines, trained, logged):
     core = core_of(engines, 0)
     core.suspend()
     publisher.publish(3)
     assert engines.versions() == [3, 3]
     assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
-    assert re.search(r"bucket \d+ of \d+ of version 3, step 0: .*weight.* engine 0 failed after \d+.\d s .timeout 8 s", said[-2])
-    assert "engine 0" in said[-1]
+    assert re.search(r"bucket \d+ of \d+ of version 3, step 0: .*weight.* engine 0 failed after \d+.\d s .timeout 8 s", logged[-2])
+    assert "engine 0" in logged[-1]
     assert logprob_error(engines, trained) < 1e-4
 
 
@@ -205,7 +205,7 @@ def requests(count: int) -> list[Request]:
     return [Request(f"{time.monotonic()}-{i}", PROMPT, i, 40 * (1 + i % 4), 1.0) for i in range(count)]
 
 
-def test_a_deterministic_generation_in_which_an_engine_is_killed_equals_the_undisturbed_one(restoring, publisher, said):
+def test_a_deterministic_generation_in_which_an_engine_is_killed_equals_the_undisturbed_one(restoring, publisher, logged):
     restoring.deterministic = True
     undisturbed = restoring.generate(requests(8), group_size=4)
     killed: list[psutil.Process] = []
@@ -218,16 +218,16 @@ def test_a_deterministic_generation_in_which_an_engine_is_killed_equals_the_undi
     pid = restoring.infos[0].pid
     again = restoring.generate(requests(8), group_size=4, on_response=kill)
     assert killed and restoring.infos[0].pid != pid and restoring.versions() == [publisher.version] * 2
-    assert any("engine 0" in line for line in said[-2:]) and said[-1] == "started again: engine 0"
+    assert any("engine 0" in line for line in logged[-2:]) and logged[-1] == "started again: engine 0"
     for one, other in zip(undisturbed, again, strict=True):
         assert np.array_equal(one.token_ids, other.token_ids) and np.array_equal(one.logprobs, other.logprobs)
         assert one.versions == other.versions
 
 
-def test_an_engine_that_freezes_while_it_generates_is_replaced_and_its_requests_are_answered(restoring, publisher, said, monkeypatch):
+def test_an_engine_that_freezes_while_it_generates_is_replaced_and_its_requests_are_answered(restoring, publisher, logged, monkeypatch):
     monkeypatch.setattr(restoring, "_options", dataclasses.replace(restoring._options, answer_timeout_s=TIMEOUT_S))
     frozen: list[psutil.Process] = []
-    before = len(said)
+    before = len(logged)
 
     def freeze(position: int, generation: object) -> None:
         if not frozen:
@@ -237,11 +237,11 @@ def test_an_engine_that_freezes_while_it_generates_is_replaced_and_its_requests_
     with ThreadPoolExecutor(1) as thread:
         answered = thread.submit(restoring.generate, requests(24), 2, freeze).result(180)
     assert len(answered) == 24 and all(len(generation.token_ids) for generation in answered)
-    assert any("engine 1 has not answered for 8 s (rollout.answer_timeout_s)" in line for line in said[before:])
+    assert any("engine 1 has not answered for 8 s (rollout.answer_timeout_s)" in line for line in logged[before:])
     assert restoring.versions() == [publisher.version] * 2 and not frozen[0].is_running()
 
 
-def test_an_engine_that_freezes_while_it_starts_again_is_ended_and_started_once_more(restoring, publisher, said, monkeypatch):
+def test_an_engine_that_freezes_while_it_starts_again_is_ended_and_started_once_more(restoring, publisher, logged, monkeypatch):
     frozen: list[psutil.Process] = []
     limits: list[float] = []
     start_engines = EnginePool._start
@@ -264,7 +264,7 @@ def test_an_engine_that_freezes_while_it_starts_again_is_ended_and_started_once_
     restoring.restore("engine 0 is gone")
     assert len(frozen) == 1 and not psutil.pid_exists(frozen[0].pid)
     assert len(limits) == 2 and 60 <= limits[0] <= restoring._options.start_timeout_s
-    assert restoring.versions() == [publisher.version] * 2 and said[-1] == "started again: engine 0"
+    assert restoring.versions() == [publisher.version] * 2 and logged[-1] == "started again: engine 0"
 
 
 def cores() -> list[psutil.Process]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_aspo.evaluation.accuracy import Evaluation, evaluation, keep
+from megatron_aspo.evaluation.accuracy import Evaluation, evaluation, write_evaluation
 from megatron_aspo.evaluation.records import EvalResponse, read_responses
 
 
@@ -27,7 +27,7 @@ def test_the_standard_error_is_over_prompts_not_draws():
 
 
 def test_a_written_evaluation_is_read_back_unchanged(tmp_path):
-    written = keep(tmp_path / "evaluations" / "step_0.json", ALL)
+    written = write_evaluation(tmp_path / "evaluations" / "step_0.json", ALL)
     read = Evaluation.read(tmp_path / "evaluations" / "step_0.json")
     assert read == written == evaluation(ALL)
     assert read_responses(tmp_path / "evaluations" / "step_0.parquet") == ALL

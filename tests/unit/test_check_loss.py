@@ -313,7 +313,7 @@ def cancels(tokens: PolicyTokens) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("loss", "failed", "said"),
+    ("loss", "failed", "message"),
     [
         (item, {"gradient"}, "autograd gives"),
         (data, {"gradient"}, "Use .detach(), not under no_grad, on what is meant to be constant"),
@@ -355,10 +355,10 @@ def cancels(tokens: PolicyTokens) -> Tensor:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_broken_loss_fails_the_check_that_is_about_it(capsys, loss, failed, said):
+def test_a_broken_loss_fails_the_check_that_is_about_it(capsys, loss, failed, message):
     text, seen = report(capsys, loss.__name__)
     assert seen == failed, text
-    assert said in text
+    assert message in text
 
 
 def test_a_failure_names_the_token_and_both_numbers(capsys):
@@ -392,7 +392,7 @@ def test_the_batches_cover_what_they_are_for():
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "said"),
+    ("name", "given", "message"),
     [
         ("asp", [], "did you mean aspo?"),
         ("no.such.module:loss", [], "importing no.such.module raised"),
@@ -402,10 +402,10 @@ def test_the_batches_cover_what_they_are_for():
         ("aspo", ["scale=2.0"], "needs a policy loss of your own"),
     ],
 )
-def test_what_cannot_be_tried_is_refused(name, given, said):
+def test_what_cannot_be_tried_is_refused(name, given, message):
     with pytest.raises(UserError) as refused:
         check_loss(name, given)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def check(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -72,7 +72,7 @@ def test_experts_that_no_model_has_cannot_be_shared_out(mixture):
 
 
 @pytest.mark.parametrize(
-    ("device", "sizes", "said"),
+    ("device", "sizes", "message"),
     [
         ("cpu", EngineSizes(2), None),
         ("cpu", EngineSizes(2, expert_parallel=True), r"expert_parallel=true: vLLM's CPU kernel"),
@@ -80,11 +80,11 @@ def test_experts_that_no_model_has_cannot_be_shared_out(mixture):
         ("cuda", EngineSizes(4, expert_parallel=True), None),
     ],
 )
-def test_what_the_kernels_of_a_device_cannot_do_is_refused(mixture, device, sizes, said):
-    if said is None:
+def test_what_the_kernels_of_a_device_cannot_do_is_refused(mixture, device, sizes, message):
+    if message is None:
         check_engine_on(device, mixture, sizes)
     else:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             check_engine_on(device, mixture, sizes)
 
 

@@ -45,7 +45,7 @@ def run_eval(directory, *words):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["model", *OWN], "an evaluation needs a directory to write; name it with --out"),
         (["model", "--out", "o", "--once", *OWN], "--once is about --watch; add that, or leave it out"),
@@ -61,9 +61,9 @@ def run_eval(directory, *words):
         (["model", "--out", "o", *SMALL, "task=no_such_task"], "task=no_such_task is unknown"),
     ],
 )
-def test_mistakes_end_with_status_2_and_one_line(directory, words, said):
+def test_mistakes_end_with_status_2_and_one_line(directory, words, message):
     done = run_eval(directory, *words)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_a_directory_in_use_is_refused(directory):

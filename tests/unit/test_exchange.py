@@ -290,4 +290,4 @@ def test_all_ranks_fail_long_before_the_timeout_when_a_sender_fails():
     senders: list[WeightSender] = []  # they live on, as in a training rank
     results = run_ranks(PAIR, ["here"] * 4, work, timeout_s=40.0)
     assert all(result is not None and result[1] < 10.0 for result in results), results
-    assert [said for said, _ in results] == ["failed with it", "no room", "failed with it", "failed with it"]
+    assert [outcome for outcome, _ in results] == ["failed with it", "no room", "failed with it", "failed with it"]

@@ -126,7 +126,7 @@ def test_anything_but_one_loss_for_each_token_is_refused(name, got):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("raising", "KeyError: 'two\\nlines'"),
         ("exiting", "SystemExit: 0"),
@@ -135,12 +135,12 @@ def test_anything_but_one_loss_for_each_token_is_refused(name, got):
         ("stopped", "ValueError: the loss carries no gradient"),
     ],
 )
-def test_what_goes_wrong_in_training_is_said_in_one_line(name, said):
+def test_a_mistake_during_training_is_reported_in_one_line(name, message):
     tokens = replace(cases.as_tokens(three_responses()), names=("a", "b", "c"))
     with pytest.raises(UserError) as error:
         cases.objective(tokens, options(name), Totals(5, 3, 3, 8))
     cure = "correct it, and try it with megatron-aspo check-loss"
-    assert str(error.value) == f"algorithm.policy_loss={HERE}:{name}: {said}; {cure}"
+    assert str(error.value) == f"algorithm.policy_loss={HERE}:{name}: {message}; {cure}"
 
 
 def test_a_gradient_that_is_not_the_policy_s_masks_every_token_with_an_advantage():

@@ -29,7 +29,7 @@ class Oven:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"heat": 20}, "oven.heat=20.0 must be greater than 20"),
         ({"heat": 301}, "oven.heat=301.0 must be at most 300: paper burns"),
@@ -45,11 +45,11 @@ class Oven:
     ],
     ids=str,
 )
-def test_a_value_is_refused_with_its_key_where_options_are_made_built_or_replaced(given, said):
+def test_a_value_is_refused_with_its_key_where_options_are_made_built_or_replaced(given, message):
     for make in (lambda: Oven(**given), lambda: build(Oven, given), lambda: replace(Oven(), **given)):
         with pytest.raises(UserError) as refused:
             make()
-        assert str(refused.value) == said
+        assert str(refused.value) == message
 
 
 def test_values_of_yaml_are_read_as_the_types_of_the_fields():

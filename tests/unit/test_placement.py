@@ -5,7 +5,7 @@ import pytest
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.rollout.engine import EngineError
 from megatron_aspo.rollout.engine_layout import EngineSizes
-from megatron_aspo.runtime.placement import Colocated, Split, check_places, shared_places
+from megatron_aspo.runtime.placement import Colocated, Split, check_placement, shared_locations
 
 
 class Recorder:
@@ -81,7 +81,7 @@ def test_lost_engines_on_separate_devices_are_replaced_and_sent_the_current_weig
     publisher = Recorder("publisher", calls)
     placement = Split(publisher)
     placement.restore("engine 0 died")
-    assert calls == [("publisher.say", "engine 0 died"), ("publisher.replace_dead",), ("publisher.publish", 5, "verify")]
+    assert calls == [("publisher.log", "engine 0 died"), ("publisher.replace_dead",), ("publisher.publish", 5, "verify")]
     calls.clear()
     publisher.version = 0  # the initial version of every engine
     placement.restore("engine 0 died")
@@ -92,7 +92,7 @@ def test_lost_engines_on_separate_devices_are_replaced_and_sent_the_current_weig
 def test_an_engine_lost_while_falling_asleep_is_replaced_before_the_ranks_reload_and_then_sent_weights(sleep_level):
     placement, calls = colocated(sleep_level, ("engines.sleep", sleep_level))
     placement.to_training()
-    replaced = [("engines.sleep", sleep_level), ("publisher.say", "engine 0 died"), ("publisher.replace_dead",)]
+    replaced = [("engines.sleep", sleep_level), ("publisher.log", "engine 0 died"), ("publisher.replace_dead",)]
     assert calls == [*replaced, ("engines.sleep", sleep_level), ("trainers.reload",)]
     assert placement.to_generating(5, changed=False) == 7  # its weights come from the model's directory
     assert ("publisher.publish", 5, "verify") in calls
@@ -115,18 +115,18 @@ RANKS = [("a", "0"), ("a", "1"), ("a", "2"), ("b", "0")]
 
 
 def test_engines_share_the_devices_of_the_ranks_in_order():
-    assert shared_places(RANKS, EngineSizes(1, engines=3)) == [("a", "0"), ("a", "1"), ("a", "2")]
-    assert shared_places(RANKS, EngineSizes(2)) == [("a", "0,1")]
-    assert shared_places([("a", ""), ("a", "")], EngineSizes(2)) == [("a", "")]  # on CPU
+    assert shared_locations(RANKS, EngineSizes(1, engines=3)) == [("a", "0"), ("a", "1"), ("a", "2")]
+    assert shared_locations(RANKS, EngineSizes(2)) == [("a", "0,1")]
+    assert shared_locations([("a", ""), ("a", "")], EngineSizes(2)) == [("a", "")]  # on CPU
 
 
 def test_an_engine_that_would_span_two_nodes_is_refused():
     with pytest.raises(UserError, match=r"engine 1 would share the devices of training ranks 2 to 3, which live on several nodes"):
-        shared_places(RANKS, EngineSizes(2, engines=2))
+        shared_locations(RANKS, EngineSizes(2, engines=2))
 
 
 def test_more_engines_than_there_are_devices_to_share_are_refused():
-    check_places("colocated", 4, EngineSizes(2, engines=2))
-    check_places("split", 1, EngineSizes(2, engines=2))
+    check_placement("colocated", 4, EngineSizes(2, engines=2))
+    check_placement("split", 1, EngineSizes(2, engines=2))
     with pytest.raises(UserError, match=r"2 engines of 2 devices need 4 training ranks to share them with, there are 3"):
-        check_places("colocated", 3, EngineSizes(2, engines=2))
+        check_placement("colocated", 3, EngineSizes(2, engines=2))

@@ -74,7 +74,7 @@ def test_a_recipe_is_evaluated_like_its_run():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["sample=2"], "unknown key sample; did you mean samples?"),
         (["samples=2", "pass_at=[1,4]"], "pass_at=[1, 4]: k=4 needs that many samples and there are 2; raise samples, or drop it"),
@@ -92,10 +92,10 @@ def test_a_recipe_is_evaluated_like_its_run():
         (["pass_at=[1.5]"], "pass_at=[1.5] is not a list of whole numbers"),
     ],
 )
-def test_impossible_values_are_reported_in_one_line(overrides, said):
+def test_impossible_values_are_reported_in_one_line(overrides, message):
     with pytest.raises(UserError) as error:
         planned("humaneval", *overrides)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_unknown_protocol_is_answered_with_the_nearest():

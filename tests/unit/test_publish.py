@@ -31,7 +31,7 @@ class Ends:
         self.sent: list[tuple] = []
         self.received: list[tuple] = []
         self.connected = 0
-        self.said: list[str] = []
+        self.logged: list[str] = []
 
     def address(self, timeout_s: float):
         return "127.0.0.1", 1
@@ -58,7 +58,7 @@ class Ends:
         return [self.received[-1][0]]
 
     def publisher(self, every: int = 0) -> Publisher:
-        return Publisher(self, self, None, 10.0, every, self.said.append)
+        return Publisher(self, self, None, 10.0, every, self.logged.append)
 
 
 @pytest.mark.parametrize(("every", "verified"), [(0, [1]), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 4, 7])])
@@ -76,7 +76,7 @@ def test_after_a_restart_the_group_forms_again_and_the_transfer_is_verified():
     assert [publisher.publish(version) for version in (1, 2, 3)] == [100] * 3
     assert ends.sent == [(1, True), (2, False), (2, True), (3, False)]
     assert ends.connected == 2
-    assert ends.said == ["the weights of version 2 did not arrive: engine 0: died", "started again: engine 0"]
+    assert ends.logged == ["the weights of version 2 did not arrive: engine 0: died", "started again: engine 0"]
 
 
 def test_an_engine_that_dies_during_the_repeated_transfer_is_replaced_too():

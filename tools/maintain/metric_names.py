@@ -115,7 +115,7 @@ def stand_in(config: Config, directory: Path) -> MagicMock:
     run.evaluate.side_effect = lambda phase: Run.evaluate(run, phase)
     run.start.step = 0
     run.publisher.version = 0
-    run.rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, say=MagicMock())
+    run.rollouts = Rollouts(task, engines, rewards, tokenizer, config.rollout, config.algorithm, config.seed, log=MagicMock())
     run.trainers.world = 1
     run.trainers.update.return_value = full_report()
     run.placement.to_generating.return_value = 0

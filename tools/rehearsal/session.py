@@ -36,8 +36,8 @@ class Session:
         """Give all commands. Returns how many processes were left on the hosts. Raises RuntimeError if one fails."""
         commands = self.commands
         commands.runs.mkdir(parents=True)
-        said = self.call(HEAD, commands.start_ray())
-        address, token = re.search(r"--ray-address (\S+)", said)[1], re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", said)[1]
+        printed = self.call(HEAD, commands.start_ray())
+        address, token = re.search(r"--ray-address (\S+)", printed)[1], re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", printed)[1]
         background: list[subprocess.Popen] = []
         try:
             watchers = [self.begin(OTHER, commands.generate(), "generate"), self.begin(HEAD, commands.grade(), "grade")]
