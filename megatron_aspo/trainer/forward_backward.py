@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_aspo.data.batch import TrainBatch
-from megatron_aspo.data.packing import PackingFigures, measure, pack
+from megatron_aspo.data.packing import PackingMetrics, measure, pack
 from megatron_aspo.hf.model import HFModel
 from megatron_aspo.losses.tally import Tally
 from megatron_aspo.trainer.attention import packed_params
@@ -35,7 +35,7 @@ class ForwardBackward:
 
     def run(
         self, model: Sequence[torch.nn.Module], batch: TrainBatch, samples: np.ndarray, loss: LossOfMicroBatch, *, forward_only: bool
-    ) -> tuple[list[Tally], PackingFigures]:
+    ) -> tuple[list[Tally], PackingMetrics]:
         """Run the model chunks over this replica's micro-batches of `samples`; collective over all ranks.
 
         Return the tallies of this rank's micro-batches (last stage; empty elsewhere) and, of a training pass, how well the samples of all
@@ -74,7 +74,7 @@ class ForwardBackward:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return tallies, PackingFigures() if forward_only else measure(batch, shares, *limits, self._hf.pair_cost)
+        return tallies, PackingMetrics() if forward_only else measure(batch, shares, *limits, self._hf.pair_cost)
 
     def _logprobs(self, model: torch.nn.Module, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return log-probability and entropy of each response token, [response tokens]; hidden: [tokens of this rank, 1, hidden size]."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_aspo.data.batch import TrainBatch
-from megatron_aspo.data.packing import unit_tokens
+from megatron_aspo.data.packing import round_up, unit_tokens
 from megatron_aspo.weights.layout import Coordinates, ParallelSizes
 
 
@@ -45,20 +45,16 @@ class PackingRules:
 
     def segment_tokens(self, tokens: int) -> int:
         """Return the length of a segment of this many tokens, padded at its end."""
-        return _round_up(tokens, self.segment_multiple)
+        return round_up(tokens, self.segment_multiple)
 
     def total_tokens(self, tokens: int) -> int:
         """Return the length of a micro-batch of this many tokens, padded by a segment that nothing reads."""
-        return _round_up(max(tokens, 1), math.lcm(self.segment_multiple, self.context * self.multiple))
+        return round_up(max(tokens, 1), math.lcm(self.segment_multiple, self.context * self.multiple))
 
     def holders(self, lengths: list[int]) -> np.ndarray:
         """Return int64 [tokens]: the context-parallel rank that holds each token of segments of these padded lengths."""
         ranks = np.arange(self.context)
         return np.concatenate([np.repeat(np.concatenate([ranks, ranks[::-1]]), n // (2 * self.context)) for n in lengths])
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True)

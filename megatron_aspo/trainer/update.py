@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_aspo.common.host_memory import release_freed_memory
 from megatron_aspo.data.batch import TrainBatch, mini_batches
-from megatron_aspo.data.packing import PackingFigures
+from megatron_aspo.data.packing import PackingMetrics
 from megatron_aspo.losses.advantages import advantages
 from megatron_aspo.losses.aggregation import Totals
 from megatron_aspo.losses.objective import Objective, ObjectiveTokens
@@ -68,12 +68,12 @@ class Updater:
         """Raises UserError if the policy loss cannot be loaded."""
         self._settings, self._parallel, self._device, self._models, self._passes = settings, parallel, device, models, passes
         self._objective = Objective(settings.algorithm)
-        self._packing = PackingFigures()
+        self._packing = PackingMetrics()
 
     def update(self, batch: TrainBatch, step: int) -> UpdateReport:
         """Compute old and reference log-probabilities, then take epochs × mini-batches of the policy loss, an optimizer step after each."""
         report = UpdateReport()
-        self._packing = PackingFigures()
+        self._packing = PackingMetrics()
         report.learning_rate = set_learning_rate(self._models.optimizer, self._settings.optimizer, step)
         with _timed(report, "logprobs"):
             scores, report.mismatch, report.tally = self.prepare(batch)
