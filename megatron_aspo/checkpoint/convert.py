@@ -25,7 +25,7 @@ from megatron_aspo.hf.model_directory import find_torch_dist, resolve_model
 from megatron_aspo.hf.small_files import copy_small_files, stated_dtype
 from megatron_aspo.hf.tensor_file import TensorFileWriter
 from megatron_aspo.hf.tensor_files import DTYPES, Reader, TensorReader
-from megatron_aspo.hf.tensor_meta import TensorMeta
+from megatron_aspo.hf.tensor_meta import TensorMeta, torch_dtype
 from megatron_aspo.hf.transfer import in_parts
 from megatron_aspo.hf.writer import SHARD_BYTES, write_weights
 from megatron_aspo.weights.families import replica_layouts
@@ -130,7 +130,7 @@ def convert(
             _write_hugging_face(source, directory, dtype, shard_bytes)
         if verify is not None:
             pair = (directory, source) if to == "huggingface" else (source.directory, open_source(directory))
-            verify(*pair, getattr(torch, dtype))
+            verify(*pair, torch_dtype(dtype))
         source.check_files()
 
 
@@ -162,7 +162,7 @@ def _write_megatron(source: Source, directory: Path, sizes: ParallelSizes, namin
         file = rank_file(directory, "model", rank)
         shapes = layout.parameter_shapes
         with TensorFileWriter(file, [TensorMeta(name, dtype, shape) for name, shape in shapes.items()]) as writer:
-            for name, parts in in_parts(layout, source.reader, dict.fromkeys(shapes, getattr(torch, dtype))):
+            for name, parts in in_parts(layout, source.reader, dict.fromkeys(shapes, torch_dtype(dtype))):
                 writer.write(name, *parts)
             files[str(file.relative_to(directory))] = writer.close().sha256
     manifest = Manifest(model.architecture, dtype, naming, sizes, {})

@@ -91,7 +91,7 @@ class LayoutReader(ABC):
             if result is None:
                 result = torch.empty([stop - start for start, stop in box], dtype=values.dtype)
             result[tuple(slice(s - b[0], e - b[0]) for (s, e), b in zip(shared, box, strict=True))] = values
-        if found != volume(box):
+        if result is None or found != volume(box):
             raise RuntimeError(f"{found} of the {volume(box)} elements of {name} {box} were found")
         return result
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,7 +165,7 @@ def restore(trainer: "TrainerRank", directory: Path, manifest: Manifest) -> None
     slabs = optimizer_slabs(trainer.model, trainer.optimizer)
 
     @torch.no_grad()
-    def fill(kind: str, targets: dict[str, torch.Tensor], whole: bool = False) -> None:
+    def fill(kind: str, targets: Mapping[str, torch.Tensor], whole: bool = False) -> None:
         reader = MegatronReader(directory, manifest, model, kind)
         wanted = {name: target.dtype for name, target in targets.items()}
         for name, values in assemble(layout, reader, wanted):

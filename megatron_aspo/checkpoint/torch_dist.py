@@ -36,6 +36,7 @@ from megatron_aspo.common.errors import UserError
 from megatron_aspo.hf.model import HFModel
 from megatron_aspo.hf.model_directory import LATEST
 from megatron_aspo.hf.tensor_files import DTYPES, Reader
+from megatron_aspo.hf.tensor_meta import torch_dtype
 from megatron_aspo.hf.transfer import assemble
 from megatron_aspo.weights.families import layout
 from megatron_aspo.weights.layout import Box, Layout, ModelDims, ParallelSizes, overlap
@@ -196,7 +197,7 @@ class _Planner(DefaultSavePlanner):
             offsets, sizes = torch.Size((*location.index, *zeros)), torch.Size((*ones, *shape))
             data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), properties, torch.Size((*location.extents, *shape)))
             self._items.append(WriteItem(MetadataIndex(location.key, offsets), WriteItemType.SHARD, tensor_data=data))
-        made = assemble(whole, reader, dict.fromkeys(whole.parameter_shapes, getattr(torch, dtype)))
+        made = assemble(whole, reader, dict.fromkeys(whole.parameter_shapes, torch_dtype(dtype)))
         self._values = zip([*self._items], made, strict=True)
         self._items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in _extra_states(whole, model.dims, naming)]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import UserError, one_line
 from megatron_aspo.weights.layout import Box
 
 _RECORDS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.planner")
@@ -41,9 +41,11 @@ class Shard:
         """Return the shard's tensor. Raises UserError when the file is incomplete or damaged."""
         try:
             with self.file.open("rb", buffering=0) as file:
-                tensor = torch.load(_Window(file, self.offset, self.length), map_location="cpu", weights_only=True)
+                window = _Window(file, self.offset, self.length)
+                # torch declares IO[bytes], and uses of it only what every raw file has.
+                tensor = torch.load(window, map_location="cpu", weights_only=True)  # pyright: ignore[reportArgumentType]
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.file} cannot be read ({_one_line(error)}); the file is damaged or incomplete, copy it again") from error
+            raise UserError(f"{self.file} cannot be read ({one_line(error)}); the file is damaged or incomplete, copy it again") from error
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != tuple(stop - start for start, stop in self.box):
             raise UserError(f"{self.file} holds something else at byte {self.offset} than .metadata says; copy the checkpoint again")
         return tensor
@@ -82,7 +84,7 @@ def read_table(directory: Path) -> dict[str, StoredTensor]:
             tensors[key] = StoredTensor(tuple(tensor.size), str(tensor.properties.dtype).removeprefix("torch."), tuple(shards))
         return tensors
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({_one_line(error)}); it is damaged, or of another kind of checkpoint") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}); it is damaged, or of another kind of checkpoint") from error
 
 
 class _Window(io.RawIOBase):
@@ -123,7 +125,3 @@ class _TableUnpickler(pickle.Unpickler):
             if isinstance(found, type) and found.__module__ == module and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
                 return found
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no part of a table of tensors")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -52,7 +52,7 @@ def _megatron_logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype) -
     from megatron_aspo.trainer import parallel as parallel_states
     from megatron_aspo.trainer.attention import causal_params
     from megatron_aspo.trainer.device import select_device
-    from megatron_aspo.trainer.model import build_model, transformer_config
+    from megatron_aspo.trainer.model import build_model, output_weight, transformer_config
     from megatron_aspo.weights.families import layout
     from megatron_aspo.weights.layout import ParallelSizes
 
@@ -61,8 +61,8 @@ def _megatron_logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype) -
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     parallel = parallel_states.initialize(0, sizes, dist.HashStore(), device, 60.0, seed=0)
     try:
-        built = build_model(model, transformer_config(model, parallel, device, torch.float32, "local"), parallel, "local")
-        built = built.to(device.torch_device).eval()
+        config = transformer_config(model, parallel, device, torch.float32, "local")
+        built = build_model(model, config, parallel, "local").to(device.torch_device).eval()
         here = layout(model.architecture, model.dims, sizes, sizes.coordinates(0))
         parameters = dict(built.named_parameters())
         for name, values in assemble(here, source.reader, dict.fromkeys(parameters, dtype)):
@@ -74,7 +74,7 @@ def _megatron_logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype) -
             attention_mask=None,
             packed_seq_params=causal_params([tokens.shape[1]] * len(tokens), tokens.device),
         )
-        logits = hidden[:, 0] @ built.output_weight().T
+        logits = hidden[:, 0] @ output_weight(built).T
         return logits[:, : model.dims.vocab].reshape(*tokens.shape, -1).cpu()
     finally:
         parallel_states.destroy()

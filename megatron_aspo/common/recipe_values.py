@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import UserError, one_line
 from megatron_aspo.common.strict_yaml import load_recipe_yaml
 
 
@@ -21,7 +21,7 @@ def read_recipe(recipe: Path) -> dict[str, Any]:
     try:
         values = load_recipe_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"recipe {recipe} is not valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {recipe} must be a mapping of keys to values")
     return values

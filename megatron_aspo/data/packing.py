@@ -112,7 +112,7 @@ def place(lengths: list[int], work: list[int], ranks: int, token_budget: int, co
     everything = list(range(len(lengths)))
     full = -(-sum(min(length, token_budget) for length in lengths) // token_budget)
     large = sum(2 * length > token_budget for length in lengths)
-    count = _round_up(-(-max(full, large, 1) // ranks), count_multiple)
+    count = round_up(-(-max(full, large, 1) // ranks), count_multiple)
     by_rank = partition(work, ranks)
     while True:
         shares = [_fit(share, lengths, token_budget, count) for share in by_rank]
@@ -124,7 +124,8 @@ def place(lengths: list[int], work: list[int], ranks: int, token_budget: int, co
         count += count_multiple
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple
 
 
@@ -247,8 +248,8 @@ def _exchange(weights: list[int], bins: Bins, equal_counts: bool) -> None:
 
 
 @dataclass(frozen=True)
-class PackingFigures:
-    """Fill and balance of micro-batches. Those of several mini-batches add up: `sum(parts, PackingFigures())`."""
+class PackingMetrics:
+    """Fill and balance of micro-batches. Those of several mini-batches add up: `sum(parts, PackingMetrics())`."""
 
     tokens: int = 0
     """Tokens that the models of all ranks read."""
@@ -277,19 +278,19 @@ class PackingFigures:
         """The same factor if ranks waited for each other at every micro-batch, as they do where experts are spread over them."""
         return self.lockstep / self.mean if self.mean else 1.0
 
-    def __add__(self, other: "PackingFigures") -> "PackingFigures":
-        return PackingFigures(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: "PackingMetrics") -> "PackingMetrics":
+        return PackingMetrics(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def measure(
     batch: TrainBatch, shares: list[list[np.ndarray]], token_budget: int, shared_prompts: bool, pair_cost: float = 0.0
-) -> PackingFigures:
+) -> PackingMetrics:
     """Return the metrics of one mini-batch's `shares` from `pack`, given the same arguments."""
     reading = _Reading(batch, shared_prompts)
     sizes = np.array([[reading.tokens_and_pairs(micro) for micro in share] for share in shares], np.float64)
     tokens, pairs = sizes[..., 0], sizes[..., 1]
     work = tokens + pair_cost * pairs
-    return PackingFigures(
+    return PackingMetrics(
         tokens=int(tokens.sum()),
         room=tokens.size * token_budget,
         mean=float(work.sum() / len(shares)),

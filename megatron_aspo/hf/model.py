@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.errors import UserError, one_line
 from megatron_aspo.weights.families import FAMILIES, tensor_shapes
 from megatron_aspo.weights.layout import ModelDims
 from megatron_aspo.weights.rope import RopeScaling, read_rope_scaling
@@ -61,11 +61,16 @@ def read_sizes(directory: Path) -> tuple[str, ModelDims]:
 def _read_config(directory: Path) -> tuple[Any, str]:
     """Return `config.json` and its architecture. Raises UserError for one that cannot be read or is not in the table."""
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the settings that it warns of are refused here, in one line
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{directory}/config.json cannot be read: {' '.join(str(error).split())[:400]}") from error
+        raise UserError(f"{directory}/config.json cannot be read: {one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     architecture = (config.architectures or ["none"])[0]
     if architecture not in FAMILIES:
         raise UserError(f"{directory}: architecture {architecture} is not supported; expected one of {sorted(FAMILIES)}")

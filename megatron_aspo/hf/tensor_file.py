@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,8 @@ class TensorFileWriter:
 
     def __init__(self, path: Path, metas: Sequence[TensorMeta], metadata: dict[str, str] | None = None, *, hashed: bool = True):
         """Create the file. Raises FileExistsError if it exists, ValueError when an offset would be misaligned for its element type."""
-        header, offset = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+        offset = 0
         for meta in metas:
             stop = offset + meta.nbytes
             if offset % _itemsize(meta):
@@ -98,7 +100,7 @@ class TensorFileWriter:
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the elements of a CPU tensor, in order, as bytes; without a copy if it is contiguous."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256_of_parts(parts: Iterable[torch.Tensor]) -> str:

@@ -28,9 +28,11 @@ class Reader(Protocol):
 
     def read(self, wanted: Sequence[tuple[str, Box]]) -> Iterator[tuple[str, Box, torch.Tensor]]:
         """Yield (name, box, tensor) for each request, in any order, in the stored dtype."""
+        ...
 
     def homes(self, name: str) -> list[Box]:
         """Return the boxes in which a tensor is stored; together they cover it."""
+        ...
 
 
 class TensorReader:

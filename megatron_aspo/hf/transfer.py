@@ -42,14 +42,14 @@ def assemble(layout: Layout, reader: Reader, dtypes: Mapping[str, torch.dtype]) 
 
 
 @torch.no_grad()
-def load(layout: Layout, parameters: dict[str, torch.Tensor], reader: Reader) -> None:
+def load(layout: Layout, parameters: Mapping[str, torch.Tensor], reader: Reader) -> None:
     """Fill this rank's parameters, cast to each parameter's dtype."""
     check_parameters(layout, parameters)
     for name, values in assemble(layout, reader, {name: parameter.dtype for name, parameter in parameters.items()}):
         parameters[name].copy_(values)
 
 
-def check_parameters(layout: Layout, parameters: dict[str, torch.Tensor]) -> None:
+def check_parameters(layout: Layout, parameters: Mapping[str, torch.Tensor]) -> None:
     """Raise RuntimeError unless the model's parameters are exactly the layout's, by name and shape."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes != layout.parameter_shapes:
@@ -64,7 +64,9 @@ class Gather:
     is sent once: the lowest rank sends a replicated box. Rank 0 must be part of the replica.
     """
 
-    def __init__(self, layouts: dict[int, Layout], rank: int, parameters: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None):
+    def __init__(
+        self, layouts: Mapping[int, Layout], rank: int, parameters: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None
+    ):
         self._rank = rank
         self._parameters = parameters
         self._group = group

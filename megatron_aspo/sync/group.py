@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,18 @@ import torch.distributed as dist
 from megatron_aspo.common.errors import first_line
 from megatron_aspo.common.network import address_towards, machine
 from megatron_aspo.sync.meeting import Meeting, Names, TransferError, meeting_store
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Backend  # dist.Backend is another class: the name of a backend
+
+
+class _Connections(NamedTuple):
+    """What `StatelessGroup.close` frees."""
+
+    groups: "tuple[Backend, Backend]"
+    """For transfers to higher ranks, and to lower ranks."""
+    store: dist.TCPStore
+    """Rank 0's store serves the others: it must live as long as the group."""
 
 
 class Transfer:
@@ -37,7 +50,7 @@ class StatelessGroup:
 
     def __init__(
         self,
-        groups: tuple[dist.Backend, dist.Backend],
+        groups: "tuple[Backend, Backend]",
         store: dist.TCPStore,
         rank: int,
         hosts: Sequence[str],
@@ -47,8 +60,7 @@ class StatelessGroup:
         device: torch.device,
         connects_lazily: bool,
     ):
-        self._groups = groups  # for transfers to higher ranks, and to lower ranks
-        self._store = store  # rank 0's store serves the others: it must live as long as the group
+        self._connections: _Connections | None = _Connections(groups, store)
         self.rank = rank
         self.name_of = names
         """Rank → its name for errors."""
@@ -109,17 +121,16 @@ class StatelessGroup:
 
     def set_value(self, key: str, value: str) -> None:
         """Make a value known to all ranks under this key."""
-        self._store.set(key, value)
+        self._connected().store.set(key, value)
 
     def wait_for_value(self, key: str) -> str:
         """Return the value that some rank sets under this key. Raises TransferError after the group's timeout."""
         with self.errors_explained(f"waiting for the {key}"):
-            self._refuse_if_left()
-            return self._store.get(key).decode()
+            return self._connected().store.get(key).decode()
 
     def close(self) -> None:
         """Leave the group and free its sockets."""
-        self._groups = self._store = None
+        self._connections = None
 
     @contextlib.contextmanager
     def errors_explained(self, what: str) -> Iterator[None]:
@@ -137,12 +148,14 @@ class StatelessGroup:
         if not tensor.is_contiguous():
             raise ValueError(f"{description}: only a contiguous tensor can be moved, this one has strides {tensor.stride()}")
         with self.errors_explained(description):
-            self._refuse_if_left()
-            return Transfer(self, getattr(self._groups[not upward], operation)([tensor], peer, lane), tensor, description)
+            work = getattr(self._connected().groups[not upward], operation)([tensor], peer, lane)
+            return Transfer(self, work, tensor, description)
 
-    def _refuse_if_left(self) -> None:
-        if self._groups is None:
+    def _connected(self) -> _Connections:
+        """Return the connections; callers keep no reference, which a traceback could hold. Raises RuntimeError after `close`."""
+        if self._connections is None:
             raise RuntimeError("this rank has left the group")
+        return self._connections
 
 
 def stateless_group(
@@ -176,18 +189,20 @@ def stateless_group(
     device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
     try:
         if backend == "gloo":
-            options = dist.ProcessGroupGloo._Options()
+            options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]  torch's stub misspells it
             options._timeout = timeout
             # The default device follows the host name, which may resolve to an address the peers cannot reach, or to all of them.
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(host))]
-            groups = (dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options),) * 2
+            both = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
+            groups = both, both
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _watchdog_timeout(timeout)
             # NCCL serialises the operations of two ranks of a communicator: two that send to each other, and receive first, would wait
             # for each other for ever.
             prefixes = ("weights upward", "weights downward")
-            groups = tuple(dist.ProcessGroupNCCL(dist.PrefixStore(name, store), rank, world_size, options) for name in prefixes)
+            upward, downward = (dist.ProcessGroupNCCL(dist.PrefixStore(name, store), rank, world_size, options) for name in prefixes)
+            groups = upward, downward
     except RuntimeError as error:
         raise TransferError(
             f"{title}: connecting to the peers of the group at {address} failed (timeout {timeout_s:g} s): {first_line(error)}"

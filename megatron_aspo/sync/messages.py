@@ -123,7 +123,7 @@ def message_label(bucket: Bucket, message: Message, version: int) -> str:
 
 def sha256_of(values: Tensor) -> bytes:
     """Return the SHA-256 of the elements in their order."""
-    return hashlib.sha256(values.contiguous().view(torch.uint8).cpu().numpy()).digest()
+    return hashlib.sha256(values.contiguous().view(torch.uint8).cpu().numpy().data).digest()
 
 
 def _wait_for_all(transfers: Sequence[Transfer]) -> None:

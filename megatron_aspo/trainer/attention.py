@@ -1,8 +1,9 @@
 """Attention of packed batches for the local layers: which token sees which, and the module that Megatron calls."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class SharedPromptParams(PackedSeqParams):
     Made once per micro-batch and read by every layer; reading it never makes the host wait for the device.
     """
 
-    lengths: list[int] | None = None
+    lengths: list[int] = field(default_factory=list)
     """Tokens of each segment, as in cu_seqlens."""
     masks: list[Tensor] | None = None
     """[segment tokens, segment tokens] bool per segment; None means plain causal attention. Rows of this context-parallel rank only."""
@@ -111,7 +112,14 @@ class PackedAttention(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number, attn_mask_type, attention_type, softmax_scale=None, pg_collection=None, **kwargs
+        self,
+        config: TransformerConfig,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        softmax_scale=None,
+        pg_collection: Any = None,
+        **kwargs,
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale

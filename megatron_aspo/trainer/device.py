@@ -35,7 +35,8 @@ class Device:
         that several responses share.
         """
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a check for mistakes, paid for with every allocation
+        # A check for mistakes, paid for with every allocation. torch adds the attribute when it runs.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.backends.cudnn.benchmark = False
 
     def release_cached_memory(self) -> None:

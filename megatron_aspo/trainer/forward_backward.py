@@ -1,6 +1,6 @@
 """Run a model over the packed micro-batches of some samples: Megatron's pipeline schedule, up to the log-probability of each token."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,13 +10,14 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_aspo.data.batch import TrainBatch
-from megatron_aspo.data.packing import PackingFigures, measure, pack
+from megatron_aspo.data.packing import PackingMetrics, measure, pack
 from megatron_aspo.hf.model import HFModel
 from megatron_aspo.losses.tally import Tally
 from megatron_aspo.trainer.attention import packed_params
 from megatron_aspo.trainer.layers import packing_rules
 from megatron_aspo.trainer.logprobs import logprobs
 from megatron_aspo.trainer.micro_batch import MicroBatch, cut_all
+from megatron_aspo.trainer.model import output_weight
 from megatron_aspo.trainer.parallel import ParallelState
 from megatron_aspo.trainer.settings import RankSettings
 
@@ -33,8 +34,8 @@ class ForwardBackward:
         self._schedule: Callable = get_forward_backward_func()
 
     def run(
-        self, model: list[torch.nn.Module], batch: TrainBatch, samples: np.ndarray, loss: LossOfMicroBatch, *, forward_only: bool
-    ) -> tuple[list[Tally], PackingFigures]:
+        self, model: Sequence[torch.nn.Module], batch: TrainBatch, samples: np.ndarray, loss: LossOfMicroBatch, *, forward_only: bool
+    ) -> tuple[list[Tally], PackingMetrics]:
         """Run the model chunks over this replica's micro-batches of `samples`; collective over all ranks.
 
         Return the tallies of this rank's micro-batches (last stage; empty elsewhere) and, of a training pass, how well the samples of all
@@ -66,20 +67,20 @@ class ForwardBackward:
         tallies = self._schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(micros) for _ in model] if len(model) > 1 else iter(micros),
-            model=model if len(model) > 1 else model[0],
+            model=list(model) if len(model) > 1 else model[0],
             num_microbatches=len(micros),
             # Shapes are exchanged for each micro-batch (variable_seq_lengths), except where all have one length.
             seq_length=micros[0].tokens,
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return tallies, PackingFigures() if forward_only else measure(batch, shares, *limits, self._hf.pair_cost)
+        return tallies, PackingMetrics() if forward_only else measure(batch, shares, *limits, self._hf.pair_cost)
 
     def _logprobs(self, model: torch.nn.Module, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return log-probability and entropy of each response token, [response tokens]; hidden: [tokens of this rank, 1, hidden size]."""
         logprob, entropy = logprobs(
             hidden[micro.predictors, 0],
-            getattr(model, "module", model).output_weight(),
+            output_weight(model),
             micro.targets,
             self._settings.temperature,
             self._parallel.tp_group,
@@ -87,14 +88,16 @@ class ForwardBackward:
             chunk_tokens=self._settings.trainer.logprob_chunk_tokens,
         )
         if micro.held is not None:
-            logprob, entropy = _whole_responses(torch.stack([logprob, entropy]), micro, self._parallel.cp_group)
+            assert self._parallel.cp_group is not None  # only context-parallel ranks hold a part of the response tokens
+            stacked, tokens = torch.stack([logprob, entropy]), len(micro.response_index)
+            logprob, entropy = _whole_responses(stacked, micro.held, tokens, self._parallel.cp_group)
         return logprob, entropy
 
 
-def _whole_responses(values: Tensor, micro: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
-    """Return [2, response tokens] on every context-parallel rank, from [2, response tokens of this rank] on each.
+def _whole_responses(values: Tensor, held: Tensor, tokens: int, cp_group: dist.ProcessGroup) -> Tensor:
+    """Return [2, response tokens] on every context-parallel rank, from [2, response tokens of this rank] on each; held: of MicroBatch.
 
     All compute the same loss from it; in backward each rank takes the gradient of its own tokens, so that every token counts once.
     """
-    placed = values.new_zeros(2, len(micro.response_index)).index_copy(1, micro.held, values)
+    placed = values.new_zeros(2, tokens).index_copy(1, held, values)
     return reduce_from_tensor_model_parallel_region(placed, group=cp_group)

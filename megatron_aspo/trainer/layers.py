@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,9 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.eps = eps
-        # Each tensor-parallel rank normalizes its own tokens: Megatron sums the gradients.
+        # Each tensor-parallel rank normalizes its own tokens: Megatron sums the gradients of parameters with this mark.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,18 +103,19 @@ class _SwiGLU(torch.autograd.Function):
 
 def _local_block(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = spec.submodules.self_attention.submodules
+    layer = _submodules(spec)
+    layer.input_layernorm = RMSNorm
+    layer.pre_mlp_layernorm = RMSNorm
+    attention = _submodules(layer.self_attention)
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    mlp = _submodules(spec.submodules.mlp)
+    mlp = _submodules(layer.mlp)
     (_submodules(mlp.experts) if config.num_moe_experts else mlp).activation_func = SwiGLU
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=RMSNorm)
+    return _block(config, chunk, spec, RMSNorm)
 
 
-def _submodules(module: ModuleSpec | functools.partial):
+def _submodules(module: ModuleSpec | functools.partial) -> Any:
     """Megatron-Core 0.16 describes a module by a ModuleSpec, 0.19 by a constructor with some arguments given."""
     return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules
 
@@ -124,7 +126,12 @@ def _transformer_engine_block(config: TransformerConfig, chunk: int | None = Non
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=TENorm)
+    return _block(config, chunk, spec, TENorm)
+
+
+def _block(config: TransformerConfig, chunk: int | None, layer: ModuleSpec, norm: Any) -> TransformerBlockSubmodules:
+    """Return equal layers and the final norm. norm: a class, where Megatron declares an instance."""
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=norm)
 
 
 LAYER_SPECS: dict[str, Callable[..., TransformerBlockSubmodules]] = {

@@ -8,6 +8,7 @@ gradient at once, so no accumulator of the output matrix's size is kept. Old, re
 The two steps that read logits, `statistics` and `gradient_`, are `logprobs_torch.py` on CPU and `logprobs_triton.py` on CUDA.
 """
 
+from functools import reduce
 from importlib import import_module
 from types import ModuleType
 
@@ -56,12 +57,13 @@ class _Logprobs(torch.autograd.Function):
         local_targets = targets - start
         blocks = _blocks(rows, hidden.shape[0], chunk_tokens)
         buffer = _buffer(hidden, blocks[0])
-        found = None
-        for block in blocks:
+
+        def measure(block: slice) -> Tensor:
             logits = torch.mm(hidden, weight[block].t(), out=_part(buffer, block))
-            more = steps.statistics(logits, temperature, local_targets - block.start)
-            found = more if found is None else _merge(found, more)
-        peak, total, weighted, at_target = _merge_ranks(found, tp_group)
+            return steps.statistics(logits, temperature, local_targets - block.start)
+
+        # Block by block: each takes the buffer of the one before, and the logits of the last stay in it.
+        peak, total, weighted, at_target = _merge_ranks(reduce(_merge, map(measure, blocks)), tp_group)
 
         ctx.save_for_backward(hidden, weight, local_targets, peak, total, weighted)
         ctx.steps, ctx.temperature, ctx.tp_group, ctx.blocks = steps, temperature, tp_group, blocks
@@ -160,6 +162,6 @@ def _move(found: Tensor, peak: Tensor) -> Tensor:
     return torch.stack([peak, scale * total, scale * (weighted + total * shift), at_target])
 
 
-def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp) -> None:
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> None:
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)

@@ -4,9 +4,11 @@ Each reads the logits once. `statistics` keeps its sums relative to the running 
 works in place. The arithmetic is float32 (float64 for float64 logits), whatever the logits' dtype.
 """
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]  installed with CUDA builds of torch only
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 _COLUMNS = 4096
@@ -20,7 +22,8 @@ def statistics(logits: Tensor, temperature: float, targets: Tensor) -> Tensor:
     found = torch.empty(4, tokens, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device)
     if tokens:
         block = min(_COLUMNS, triton.next_power_of_2(columns))
-        _statistics[(tokens,)](logits, targets, found, tokens, columns, temperature, BLOCK=block, num_warps=_WARPS)
+        kernel: Any = _statistics  # launched by the index
+        kernel[(tokens,)](logits, targets, found, tokens, columns, temperature, BLOCK=block, num_warps=_WARPS)
     return found
 
 
@@ -32,7 +35,8 @@ def gradient_(
     if tokens:
         block = min(_COLUMNS, triton.next_power_of_2(columns))
         grid = (tokens, triton.cdiv(columns, block))
-        _gradient[grid](logits, targets, peak, offset, slope, at_target, columns, temperature, BLOCK=block, num_warps=_WARPS)
+        kernel: Any = _gradient
+        kernel[grid](logits, targets, peak, offset, slope, at_target, columns, temperature, BLOCK=block, num_warps=_WARPS)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_aspo.data.batch import TrainBatch
-from megatron_aspo.data.packing import unit_tokens
+from megatron_aspo.data.packing import round_up, unit_tokens
 from megatron_aspo.weights.layout import Coordinates, ParallelSizes
 
 
@@ -45,20 +45,16 @@ class PackingRules:
 
     def segment_tokens(self, tokens: int) -> int:
         """Return the length of a segment of this many tokens, padded at its end."""
-        return _round_up(tokens, self.segment_multiple)
+        return round_up(tokens, self.segment_multiple)
 
     def total_tokens(self, tokens: int) -> int:
         """Return the length of a micro-batch of this many tokens, padded by a segment that nothing reads."""
-        return _round_up(max(tokens, 1), math.lcm(self.segment_multiple, self.context * self.multiple))
+        return round_up(max(tokens, 1), math.lcm(self.segment_multiple, self.context * self.multiple))
 
     def holders(self, lengths: list[int]) -> np.ndarray:
         """Return int64 [tokens]: the context-parallel rank that holds each token of segments of these padded lengths."""
         ranks = np.arange(self.context)
         return np.concatenate([np.repeat(np.concatenate([ranks, ranks[::-1]]), n // (2 * self.context)) for n in lengths])
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -174,30 +170,30 @@ def cut(
     def flat(arrays: list[np.ndarray]) -> np.ndarray:
         return np.concatenate([*arrays, np.zeros(0)]).astype(np.int64)
 
-    def put(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(device)
+    def put(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
 
     flat_ids, flat_predictors, flat_targets, flat_index = flat(ids), flat(predictors), flat(targets), flat(index)
     local = order = held = None
     if rules.context > 1:
         holders = rules.holders(lengths)
         by_rank = np.argsort(holders, kind="stable")
-        order = np.argsort(by_rank)
-        local = np.flatnonzero(holders == rules.context_rank)
-        held = np.flatnonzero(holders[flat_predictors] == rules.context_rank)
-        flat_ids, flat_targets = flat_ids[local], flat_targets[held]
-        flat_predictors = np.searchsorted(local, flat_predictors[held])
+        own_tokens = np.flatnonzero(holders == rules.context_rank)
+        own_responses = np.flatnonzero(holders[flat_predictors] == rules.context_rank)
+        flat_ids, flat_targets = flat_ids[own_tokens], flat_targets[own_responses]
+        flat_predictors = np.searchsorted(own_tokens, flat_predictors[own_responses])
+        local, order, held = put(own_tokens), put(np.argsort(by_rank)), put(own_responses)
     return MicroBatch(
         token_ids=put(flat_ids)[None],
         position_ids=put(flat(positions))[None],
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
         lengths=lengths,
         branches=[put(flat(owners)) for owners in branches] if shared_prompts else None,
-        local=put(local),
-        order=put(order),
+        local=local,
+        order=order,
         predictors=put(flat_predictors),
         targets=put(flat_targets),
-        held=put(held),
+        held=held,
         response_index=put(flat_index),
         mask=torch.from_numpy(batch.mask[flat_index]).to(device),
         offsets=[0, *np.cumsum([len(target) for target in targets]).tolist()],

@@ -1,7 +1,7 @@
 """Builds Megatron's GPT model for a Hugging Face model directory."""
 
 import math
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         **_moe_config(model, layer_spec),
         **_recompute_config(model, options.recompute, layer_spec),
-        fp8=None if options.fp8 == "none" else options.fp8,
+        fp8=None if options.fp8 == "none" else cast(Literal["e4m3", "hybrid"], options.fp8),
         # Scales from the tensor itself: Megatron's default uses a history of earlier steps, which checkpoints would have to hold.
         fp8_recipe="tensorwise",
         pipeline_dtype=dtype,
@@ -143,6 +143,12 @@ def build_model(model: HFModel, config: TransformerConfig, parallel: ParallelSta
 def chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the model chunks that the schedule runs, of a model that `build_model` built."""
     return list(model.values()) if isinstance(model, torch.nn.ModuleDict) else [model]
+
+
+def output_weight(chunk: torch.nn.Module) -> Tensor:
+    """Return this rank's rows of the output matrix, [rows, hidden size], from a chunk of the last stage, in Megatron's wrapper or not."""
+    model: Any = getattr(chunk, "module", chunk)  # a HiddenStateModel
+    return model.output_weight()
 
 
 def _build_chunk(model: HFModel, config: TransformerConfig, parallel: ParallelState, layer_spec: str, chunk: int | None) -> torch.nn.Module:

@@ -1,8 +1,16 @@
 """Megatron's data-parallel wrapper and optimizer, and the learning rate."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import Adam, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    Adam,  # pyright: ignore[reportAttributeAccessIssue]  from the first of three packages that it finds
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_aspo.trainer.options import OptimizerOptions
@@ -24,7 +32,7 @@ def wrap_model(
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel],
+    chunks: Sequence[DistributedDataParallel],
     config: TransformerConfig,
     options: OptimizerOptions,
     dtype: torch.dtype,
@@ -44,13 +52,14 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=distributed_optimizer,
         ),
-        chunks,
+        list(chunks),
     )
     for group in optimizer.param_groups:
         if "fused" in group:  # torch's AdamW: one pass over memory instead of ten
             group["fused"] = True
     config.grad_scale_func = optimizer.scale_loss
-    config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    no_sync: Any = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    config.no_sync_func = no_sync  # Megatron declares a function, and takes one for each of several chunks
 
     def finalize(model_chunks, num_tokens, **kwargs):
         # The schedule counts tokens to divide by; our gradients are already normalised (losses/objective.py).
@@ -76,6 +85,14 @@ def set_learning_rate(optimizer: MegatronOptimizer, options: OptimizerOptions, s
         # Megatron marks one-dimensional parameters with a multiplier of 0.
         group["weight_decay"] = options.weight_decay * (1.0 if options.decay_one_dimensional else group["wd_mult"])
     return rate
+
+
+def take_step(optimizer: MegatronOptimizer) -> tuple[bool, float]:
+    """Clip and take one step. Return whether it was applied, and the gradient norm before clipping."""
+    untyped: Any = optimizer  # Megatron's base class declares no result of `step`
+    applied, gradient_norm, _ = untyped.step()
+    optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
+    return bool(applied), float(gradient_norm)
 
 
 def fused_adam() -> str:

@@ -10,6 +10,7 @@ parallel lists of parameters and shards are read instead.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.optimizer import (
@@ -107,7 +108,9 @@ def set_updates(optimizer: MegatronOptimizer, count: int) -> None:
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
     """Yield the optimizers that hold state: the members of a chain, without the stubs that Megatron makes where nothing is trained."""
-    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    # Their base class does not declare `is_stub_optimizer`, which all of them have.
+    members: list[Any] = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    for part in members:
         if not part.is_stub_optimizer:
             yield part
 

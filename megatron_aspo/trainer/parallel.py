@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -51,15 +52,16 @@ def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Devic
     )
     seed_generators(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    megatron: Any = parallel_state  # it declares no types, and those of its globals include what they are before this
     at = sizes.coordinates(rank)
     theirs = Coordinates(
-        tensor=parallel_state.get_tensor_model_parallel_rank(),
-        data=parallel_state.get_data_parallel_rank(),
-        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
-        expert=parallel_state.get_expert_model_parallel_rank(),
-        expert_tensor=parallel_state.get_expert_tensor_parallel_rank(),
-        expert_data=parallel_state.get_expert_data_parallel_rank(),
-        context=parallel_state.get_context_parallel_rank(),
+        tensor=megatron.get_tensor_model_parallel_rank(),
+        data=megatron.get_data_parallel_rank(),
+        pipeline=megatron.get_pipeline_model_parallel_rank(),
+        expert=megatron.get_expert_model_parallel_rank(),
+        expert_tensor=megatron.get_expert_tensor_parallel_rank(),
+        expert_data=megatron.get_expert_data_parallel_rank(),
+        context=megatron.get_context_parallel_rank(),
     )
     if asdict(at) != asdict(theirs):
         raise RuntimeError(f"rank {rank}: the weight map expects {at}, Megatron placed it at {theirs}")
@@ -67,9 +69,9 @@ def initialize(rank: int, sizes: ParallelSizes, store: dist.Store, device: Devic
         rank=rank,
         sizes=sizes,
         at=at,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        cp_group=parallel_state.get_context_parallel_group() if sizes.context > 1 else None,
+        tp_group=megatron.get_tensor_model_parallel_group(),
+        dp_group=megatron.get_data_parallel_group(),
+        cp_group=megatron.get_context_parallel_group() if sizes.context > 1 else None,
     )
 
 

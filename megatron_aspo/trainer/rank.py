@@ -3,7 +3,8 @@
 Every public method is collective: all ranks call it with the same arguments.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ class TrainerRank:
         models = Models(self.model, self._wrapped, self.reference, reference_memory, self.optimizer, optimizer_memory)
         passes = ForwardBackward(settings, self.hf, self.parallel, self.device.torch_device, self.layer_spec)
         self.updater = Updater(settings, self.parallel, self.device.torch_device, models, passes)
-        self._sender = None
+        self._sender: WeightSender | None = None
         self._offloaded: dict[str, OffloadedStorage] = {}
 
     def describe(self) -> dict[str, str]:
@@ -99,7 +100,8 @@ class TrainerRank:
         for name in self.layout.expert_parameters:
             # Megatron marks them so, to be reduced over the experts' own replicas, only with expert parallelism: not where experts are
             # merely sharded less than the rest (expert_tensor_parallel < tensor_parallel).
-            parameters[name].allreduce = False
+            marked: Any = parameters[name]
+            marked.allreduce = False
         return model
 
     @torch.no_grad()
@@ -111,9 +113,10 @@ class TrainerRank:
         reader = TensorReader(self.hf)
         if self.dtype == torch.float32 or set(reader.dtypes.values()) == {"bfloat16"}:
             return
-        mains = {name: slab for name, slab in optimizer_slabs(self.model, self.optimizer).items() if slab.master is not None}
+        slabs = optimizer_slabs(self.model, self.optimizer)
+        mains = {name: slab.master for name, slab in slabs.items() if slab.master is not None}
         for name, values in assemble(self.layout, reader, dict.fromkeys(mains, torch.float32)):
-            mains[name].master.copy_(values.reshape(-1)[mains[name].start : mains[name].stop])
+            mains[name].copy_(values.reshape(-1)[slabs[name].start : slabs[name].stop])
 
     def update(self, batch: TrainBatch, step: int) -> UpdateReport:
         """Train on one step's batch; the algorithm is in update.py."""
@@ -126,7 +129,7 @@ class TrainerRank:
         return [TensorMeta(name, dtype, shape) for name, shape in self.hf.tensor_shapes.items()]
 
     def whole_tensors(
-        self, metas: list[TensorMeta], value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter
+        self, metas: Sequence[TensorMeta], value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield whole Hugging Face tensors on rank 0; the other ranks of `stored_layouts` send, the rest do nothing.
 
@@ -147,6 +150,8 @@ class TrainerRank:
 
     def publish(self, version: int, verify: bool) -> int:
         """Send this rank's part of the current weights to the engines' workers; returns the bytes sent. Raises TransferError."""
+        if self._sender is None:
+            raise RuntimeError("this rank is not connected with the engines' workers; call connect first")
         return self._sender.send_version(LocalTensors(self.layout, dict(self.model.named_parameters())), version, verify)
 
     def offload(self, part: str) -> None:
@@ -154,7 +159,8 @@ class TrainerRank:
 
         The tensors are collected again each time: the optimizer creates its state lazily and may replace it.
         """
-        options, parameters = self.settings.trainer, list(self.model.parameters())
+        options = self.settings.trainer
+        parameters: list[Any] = list(self.model.parameters())  # to which Megatron adds `main_grad`
         if part == "optimizer":
             weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
             # With trainer.offload_optimizer the state is in host memory already.

@@ -2,6 +2,7 @@
 
 import random
 import struct
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def restore_rng(states: dict[str, Tensor]) -> None:
         _tracker().set_states(tracked)
 
 
-def _tracker():
+def _tracker() -> Any:  # Megatron declares no types
     from megatron.core import tensor_parallel
 
     return tensor_parallel.get_cuda_rng_tracker()

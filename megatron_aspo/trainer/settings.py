@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.data.packing import PackingFigures
+from megatron_aspo.data.packing import PackingMetrics
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.tally import Tally
 from megatron_aspo.trainer.options import OptimizerOptions, TrainerOptions
@@ -117,7 +117,7 @@ class UpdateReport:
     skipped_updates: int = 0
     learning_rate: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
-    packing: PackingFigures = field(default_factory=PackingFigures)
+    packing: PackingMetrics = field(default_factory=PackingMetrics)
     """Packing of the mini-batches trained on."""
     tokens: int = 0
     """Tokens of the samples trained on in all passes, each prompt counted for each of its responses, shared or not."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_aspo.common.host_memory import release_freed_memory
 from megatron_aspo.data.batch import TrainBatch, mini_batches
-from megatron_aspo.data.packing import PackingFigures
+from megatron_aspo.data.packing import PackingMetrics
 from megatron_aspo.losses.advantages import advantages
 from megatron_aspo.losses.aggregation import Totals
 from megatron_aspo.losses.objective import Objective, ObjectiveTokens
@@ -27,7 +27,7 @@ from megatron_aspo.losses.terms import kl_estimate, quantile
 from megatron_aspo.trainer.forward_backward import ForwardBackward
 from megatron_aspo.trainer.micro_batch import MicroBatch
 from megatron_aspo.trainer.model import chunks
-from megatron_aspo.trainer.optimizer import set_learning_rate
+from megatron_aspo.trainer.optimizer import DistributedDataParallel, MegatronOptimizer, set_learning_rate, take_step
 from megatron_aspo.trainer.parallel import ParallelState
 from megatron_aspo.trainer.settings import RankSettings, UpdateReport
 from megatron_aspo.trainer.transformer_engine import free_fp8_weights
@@ -51,12 +51,12 @@ class Models:
     """The models of a rank, and its optimizer."""
 
     policy: torch.nn.Module
-    wrapped: list[torch.nn.Module]
+    wrapped: list[DistributedDataParallel]
     """The policy's chunks in Megatron's gradient buffers."""
     reference: torch.nn.Module | None
     reference_memory: AbstractContextManager
     """Inside it the reference's weights are on the device."""
-    optimizer: object
+    optimizer: MegatronOptimizer
     optimizer_memory: AbstractContextManager
     """Inside it the optimizer's state is on the device."""
 
@@ -68,12 +68,12 @@ class Updater:
         """Raises UserError if the policy loss cannot be loaded."""
         self._settings, self._parallel, self._device, self._models, self._passes = settings, parallel, device, models, passes
         self._objective = Objective(settings.algorithm)
-        self._packing = PackingFigures()
+        self._packing = PackingMetrics()
 
     def update(self, batch: TrainBatch, step: int) -> UpdateReport:
         """Compute old and reference log-probabilities, then take epochs × mini-batches of the policy loss, an optimizer step after each."""
         report = UpdateReport()
-        self._packing = PackingFigures()
+        self._packing = PackingMetrics()
         report.learning_rate = set_learning_rate(self._models.optimizer, self._settings.optimizer, step)
         with _timed(report, "logprobs"):
             scores, report.mismatch, report.tally = self.prepare(batch)
@@ -112,6 +112,7 @@ class Updater:
         old = current if algorithm.old_logprobs == "recompute" else torch.from_numpy(batch.rollout_logprobs).to(current)
         rewards, tally = batch.rewards, {}
         if penalized:
+            assert reference is not None  # scored above: with has_kl there is a reference policy
             penalty = algorithm.kl_coef * _response_kl(current, reference, batch, algorithm)
             rewards = rewards - penalty
             tally["kl_penalty"] = (float(penalty.sum()), batch.samples)
@@ -180,9 +181,7 @@ class Updater:
     def apply_gradients(self) -> tuple[bool, float]:
         """Clip and take one optimizer step. Return whether it was applied, and the gradient norm before clipping."""
         with self._models.optimizer_memory:
-            applied, gradient_norm, _ = self._models.optimizer.step()
-            self._models.optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
-        return bool(applied), float(gradient_norm)
+            return take_step(self._models.optimizer)
 
     def sum_over_replicas(self, tally: Tally) -> Tally:
         """Return the tallies of all data-parallel replicas added up; collective over the replicas."""

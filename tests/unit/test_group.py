@@ -106,6 +106,15 @@ def test_invalid_arguments_are_refused():
     alone.close()
 
 
+def test_a_rank_that_has_left_says_so():
+    [alone] = join_all(1)
+    alone.set_value("key", "value")
+    assert alone.wait_for_value("key") == "value"
+    alone.close()
+    with pytest.raises(RuntimeError, match="left the group"):
+        alone.set_value("key", "value")
+
+
 def test_a_port_in_use_is_named():
     with socket.socket() as taken:
         taken.bind((HOST, 0))

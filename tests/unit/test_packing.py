@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from megatron_aspo.data.batch import TrainBatch
-from megatron_aspo.data.packing import PackingFigures, best_fit, difference, measure, pack, partition, place
+from megatron_aspo.data.packing import PackingMetrics, best_fit, difference, measure, pack, partition, place
 from megatron_aspo.trainer.micro_batch import cut
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,7 +203,7 @@ def test_best_fit_prefers_the_fullest_bin_that_takes_it():
     assert best_fit([7, 6, 3, 2], 10) == [[0, 2], [1, 3]]
 
 
-def measured(packing, batch: TrainBatch, ranks: int, budget: int, shared: bool = False) -> tuple[int, PackingFigures]:
+def measured(packing, batch: TrainBatch, ranks: int, budget: int, shared: bool = False) -> tuple[int, PackingMetrics]:
     shares = packing(batch, np.arange(batch.samples), ranks, budget, shared)
     return len(shares[0]), measure(batch, shares, budget, shared)
 
@@ -255,24 +255,24 @@ SHARES = [[np.array([0, 1]), np.array([2])], [np.array([3]), np.zeros(0, np.int6
 def test_metrics_of_a_packing_match_a_hand_calculation():
     """Ranks of (5 + 4, 6) and (10, 0) tokens; budget 12."""
     figures = measure(plain(5, 4, 6, 10), SHARES, 12, shared_prompts=False)
-    assert figures == PackingFigures(tokens=25, room=48, mean=12.5, fullest=15, lockstep=16)
+    assert figures == PackingMetrics(tokens=25, room=48, mean=12.5, fullest=15, lockstep=16)
     assert (figures.fill, figures.imbalance, figures.lockstep_imbalance) == (25 / 48, 1.2, 1.28)
 
 
 def test_metrics_count_a_shared_prompt_once_per_micro_batch():
     """With prompt 3, of responses 2, 1, 3 and 4 tokens are read: 3 + 2 + 1, 3 + 3 and 3 + 4."""
     figures = measure(batch_of([(3, [3, 2, 4, 5])]), SHARES, 12, shared_prompts=True)
-    assert figures == PackingFigures(tokens=19, room=48, mean=9.5, fullest=12, lockstep=13)
+    assert figures == PackingMetrics(tokens=19, room=48, mean=9.5, fullest=12, lockstep=13)
 
 
 def test_metrics_of_mini_batches_add_up():
     first = measure(plain(5, 4, 6, 10), SHARES, 12, shared_prompts=False)
     second = measure(plain(1, 1, 1, 7), SHARES, 12, shared_prompts=False)
-    both = sum([first, second], PackingFigures())
-    assert both == PackingFigures(tokens=35, room=96, mean=17.5, fullest=22, lockstep=24)
+    both = sum([first, second], PackingMetrics())
+    assert both == PackingMetrics(tokens=35, room=96, mean=17.5, fullest=22, lockstep=24)
     assert both.imbalance == 22 / 17.5, "each mini-batch waits for its own fullest rank"
 
 
 def test_metrics_of_an_empty_packing():
-    for figures in (PackingFigures(), measure(plain(), [[np.zeros(0, np.int64)]] * 2, 8, shared_prompts=False)):
+    for figures in (PackingMetrics(), measure(plain(), [[np.zeros(0, np.int64)]] * 2, 8, shared_prompts=False)):
         assert (figures.fill, figures.imbalance, figures.lockstep_imbalance) == (0, 1, 1)

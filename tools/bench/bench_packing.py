@@ -24,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 
 from megatron_aspo.data.batch import TrainBatch
-from megatron_aspo.data.packing import PackingFigures, measure, pack
+from megatron_aspo.data.packing import PackingMetrics, measure, pack
 
 SAMPLES, RANKS = (8, 32, 128, 512), (2, 4, 8, 16, 32, 64)
 Shares = list[list[np.ndarray]]
@@ -130,7 +130,7 @@ class Means:
     def __init__(self):
         self.rows: list[tuple[float, ...]] = []
 
-    def add(self, figures: PackingFigures, shares: Shares, bound: float, seconds: float) -> None:
+    def add(self, figures: PackingMetrics, shares: Shares, bound: float, seconds: float) -> None:
         balance = figures.imbalance, figures.lockstep_imbalance, figures.fullest / bound
         self.rows.append((len(shares[0]), figures.fill, *balance, 1000 * seconds))
 

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from megatron_aspo import train as loop  # noqa: E402
 from megatron_aspo.config import Config  # noqa: E402
-from megatron_aspo.data.packing import PackingFigures  # noqa: E402
+from megatron_aspo.data.packing import PackingMetrics  # noqa: E402
 from megatron_aspo.data.records import Generation, Prompt, VersionSpan  # noqa: E402
 from megatron_aspo.evaluation.options import EvaluationOptions  # noqa: E402
 from megatron_aspo.losses.aggregation import Totals  # noqa: E402
@@ -78,7 +78,7 @@ def full_report() -> UpdateReport:
         mismatch=dict.fromkeys(own["mismatch"], 0.0),
         gradient_norms=[1.0],
         seconds=dict.fromkeys(own["seconds"], 1.0),
-        packing=PackingFigures(),
+        packing=PackingMetrics(),
         tokens=8,
     )
 
