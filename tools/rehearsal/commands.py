@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-_CORES = 2
 HEAD, OTHER = 1, 2
 """Hosts: the first trains and grades; the second has the reward workers, and generates for evaluations."""
 
@@ -116,7 +115,7 @@ class Commands:
         return f"DEVICE=cpu {self.train('', '')} --dry-run"
 
     def train(self, address: str, token: str) -> str:
-        s, threads = self.sizes, _CORES // self.sizes.ranks
+        s = self.sizes
         variables = {
             "RAY_ADDRESS": address,
             "RAY_AUTH_MODE": "token",
@@ -142,7 +141,7 @@ class Commands:
         }
         values = [
             "deterministic=true trainer.dtype=float32 rollout.dtype=float32",
-            f"trainer.threads={threads} rollout.threads={threads} trainer.recompute=none trainer.shared_prompts=true",
+            "trainer.threads=1 rollout.threads=1 trainer.recompute=none trainer.shared_prompts=true",
             "optimizer.lr=1e-5 optimizer.warmup_steps=1 transfer_bucket_mib=32",
             f"trainer.resource=trainers data.reward_resource=graders data.reward_workers=2{self.subject.training}",
             f"checkpoint.every={s.checkpoint_every} checkpoint.keep_last=0",
@@ -161,7 +160,7 @@ class Commands:
         return f"{sizes} deterministic=true{self.subject.evaluation}"
 
     def _evaluation(self) -> str:
-        return f"WANDB_MODE=offline DATA_DIR={self.data}/test TASKS={self.subject.task} ACCEPT_COUNT=1 POLL_S=15"
+        return f"WANDB_MODE=offline DATA_DIR={self.data}/test TASKS={self.subject.task} ACCEPT_COUNT=1 POLL_S=10"
 
     def generate(self) -> str:
         """Return the pipeline's command on the host that generates."""
