@@ -292,7 +292,7 @@ STOPPED = {
     "bytes that are no text": ("import os\nos.write(1, bytes(range(256)) * 100)\n", ("wrong answer",)),
 }
 CALLED = {
-    "a result of 100 MB": ("def f():\n    return 'x' * (100 << 20)\n", ("output limit", "memory limit")),
+    "a result of 20 MB": ("def f():\n    return 'x' * (20 << 20)\n", ("output limit", "memory limit")),
     "a result nested deeply": (
         "def f():\n    x = []\n    for _ in range(10 ** 5):\n        x = [x]\n    return x\n",
         ("runtime error", "wrong answer"),

@@ -31,7 +31,7 @@ def rows_of(run: Path) -> list[dict]:
 def test_each_misbehaviour_of_a_reward_ends_as_configured_and_is_named(workplace):
     shutil.copy(ROOT / "tests" / "e2e" / "misbehaving_rewards.py", workplace)
     assert len(MISBEHAVIOUR) >= 20
-    limits = ["data.reward_timeout_s=2", f"data.reward_failure_score={FAILED}", "data.reward_on_error=score", "data.reward_memory_gib=2"]
+    limits = ["data.reward_timeout_s=2", f"data.reward_failure_score={FAILED}", "data.reward_on_error=score", "data.reward_memory_gib=1"]
     many = ["rollout.prompts_per_step=8", "rollout.responses_per_prompt=8"]
     status, out, error = train(workplace, "name=misbehaving", *SMALL, *limits, *many, "data.reward=misbehaving_rewards:score")
     assert status == 0, error
