@@ -196,7 +196,7 @@ class Engine:
 
         Level 1 keeps the weights in host memory. Level 2 keeps nothing: they must be sent again.
         """
-        async with self._holding:
+        async with self._holding, self._death_explained():
             if self._asleep == _MEMORY:
                 return
             if self._asleep:  # half awake, but vLLM's allocator only sleeps as a whole
@@ -210,7 +210,7 @@ class Engine:
 
         Decoding goes on once both are allocated and nothing else holds it.
         """
-        async with self._holding:
+        async with self._holding, self._death_explained():
             missing = [tag for tag in tags if tag in self._asleep]
             self._asleep.difference_update(missing)
             if missing and await self._llm.wake_up(missing):  # fully awake: vLLM has resumed
@@ -300,7 +300,6 @@ class Engine:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         params = SamplingParams(
             temperature=request.temperature,
@@ -312,23 +311,16 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        try:
+        async with self._death_explained():
             return await self._llm.add_request(request.id, tokens_input(list(request.prompt_ids)), params)
-        except EngineDeadError as error:
-            await asyncio.sleep(_OUTPUT_LAG_S)
-            raise EngineError(self._death()) from error
 
     async def _collect(self, request: Request, collector: "RequestOutputCollector") -> Generation:
         """Return the output of a submitted request; cancelling this call aborts the request in the engine."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
-            output = await collector.get()
-            while not output.finished:
+            async with self._death_explained():
                 output = await collector.get()
-        except EngineDeadError as error:
-            await asyncio.sleep(_OUTPUT_LAG_S)
-            raise EngineError(self._death()) from error
+                while not output.finished:
+                    output = await collector.get()
         except asyncio.CancelledError:
             await self._llm.abort(collector.request_id, internal=True)
             raise
@@ -361,12 +353,12 @@ class Engine:
 
     async def _hold(self, reason: str, clear_cache: bool) -> None:
         """Halt decoding for `reason`. Several reasons may hold the engine at a time; it resumes when the last is released."""
-        async with self._holding:
+        async with self._holding, self._death_explained():
             self._holds.add(reason)
             await self._llm.pause_generation(mode="keep", clear_cache=clear_cache)
 
     async def _release(self, reason: str) -> None:
-        async with self._holding:
+        async with self._holding, self._death_explained():
             self._holds.discard(reason)
             if not self._holds:
                 await self._llm.resume_generation()
@@ -378,6 +370,17 @@ class Engine:
             raise EngineError(self._death())
         if self._spoiled:
             raise EngineError(self._spoiled)
+
+    @contextlib.asynccontextmanager
+    async def _death_explained(self) -> AsyncIterator[None]:
+        """Raise EngineError with what is known, in place of vLLM's exception for a dead engine core."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            await asyncio.sleep(_OUTPUT_LAG_S)
+            raise EngineError(self._death()) from error
 
     def _death(self) -> str:
         """Return what is known about why the engine died."""

@@ -8,6 +8,9 @@ from megatron_aspo.rollout.engine import EngineError
 from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.runtime.publisher import Publisher
 
+_REPLACEMENTS = 3
+"""Times that lost engines are replaced, one after another, before a change of sides fails."""
+
 if TYPE_CHECKING:
     from megatron_aspo.rollout.pool import EnginePool
     from megatron_aspo.runtime.trainers import Trainers
@@ -64,7 +67,8 @@ class Colocated:
         self._training = False
         self._replaced = False
         """Whether an engine was restarted and has not been sent weights since."""
-        self._restoring = False
+        self._restorations = 0
+        """Times that `restore` was called again by itself, because another engine was lost meanwhile."""
 
     def to_training(self) -> None:
         if self._training:
@@ -86,27 +90,28 @@ class Colocated:
         try:
             self._engines.wake(("kv_cache",))
         except EngineError as error:
-            if self._restoring:
+            if self._restorations == _REPLACEMENTS:
                 raise
             self.restore(str(error))
         return sent
 
     def restore(self, reason: str) -> None:
-        self._restoring = True
+        self._restorations += 1
         _replace_dead(self._publisher, reason)
         self._replaced = True
         self.to_training()
         self.to_generating(self._publisher.version, changed=True)
-        self._restoring = False
+        self._restorations = 0
 
     def _retry_with_replacement(self, call: Callable[[], None]) -> None:
-        """Call this on all engines; if one is dead or silent, replace it and call once more."""
-        try:
-            call()
-        except EngineError as error:
-            _replace_dead(self._publisher, str(error))
-            self._replaced = True
-            call()
+        """Call this on all engines; while one is dead or silent, replace it and call again, `_REPLACEMENTS` times."""
+        for _ in range(_REPLACEMENTS):
+            try:
+                return call()
+            except EngineError as error:
+                _replace_dead(self._publisher, str(error))
+                self._replaced = True
+        call()
 
 
 def _replace_dead(publisher: Publisher, reason: str) -> None:

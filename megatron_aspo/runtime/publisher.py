@@ -89,13 +89,26 @@ class Publisher:
     def replace_dead(self) -> bool:
         """Restart the engines that are dead or silent, and form the group again; return whether there were any.
 
-        The new engines hold the weights of the model's directory until the next version is published.
+        The new engines hold the weights of the model's directory until the next version is published. An engine that dies or freezes while
+        the group forms is restarted too. Raises PublishError: after `_REPEATS` attempts, when a training rank is silent, or when the group
+        does not form though no engine is dead.
         """
-        if not (restarted := self._engines.restart_dead()):
-            return False
-        self.log(f"started again: {', '.join(restarted)}")
-        self._connect()
-        return True
+        failure: PublishError | None = None
+        for _ in range(_REPEATS):
+            if not (restarted := self._engines.restart_dead()):
+                break
+            self.log(f"started again: {', '.join(restarted)}")
+            try:
+                self._connect()
+                return True
+            except PublishError as error:
+                failure = error
+                if any(name.startswith("training") for name in failure.silent):
+                    break
+                self.log(str(failure))
+        if failure is not None:
+            raise failure
+        return False
 
     def _connect(self) -> None:
         host, port = self._trainers.address(self._timeout_s)

@@ -111,6 +111,20 @@ def test_an_engine_lost_while_waking_is_replaced_and_sent_the_weights(tag):
     assert [name for name, *_ in calls if name.startswith("trainers")][-1] == "trainers.offload"
 
 
+@pytest.mark.parametrize("call", [("engines.sleep", 2), ("engines.wake", ("weights",)), ("engines.wake", ("kv_cache",))], ids=str)
+def test_engines_lost_one_after_another_are_replaced_three_times_and_then_it_is_an_error(call):
+    def change_sides(losses: int) -> list[tuple]:
+        placement, calls = colocated(2, *[call] * losses)
+        placement.to_training()
+        placement.to_generating(5, changed=True)
+        return calls
+
+    calls = change_sides(3)
+    assert calls.count(("publisher.replace_dead",)) == 3 and calls[-1] == ("engines.wake", ("kv_cache",))
+    with pytest.raises(EngineError, match="engine 0 died"):
+        change_sides(4)
+
+
 RANKS = [("a", "0"), ("a", "1"), ("a", "2"), ("b", "0")]
 
 

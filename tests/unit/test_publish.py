@@ -28,6 +28,8 @@ class Ends:
     def __init__(self, *failures: dict[str, Exception], dead: list[str] = ()):
         """failures: of one transfer after another; dead: names of dead engines."""
         self.failures, self.dead = list(failures), list(dead)
+        self.unmet: list[dict[str, Exception]] = []
+        """Failures to form the group, one attempt after another."""
         self.sent: list[tuple] = []
         self.received: list[tuple] = []
         self.connected = 0
@@ -40,7 +42,7 @@ class Ends:
         if timeout_s:
             return Ended(("engine 0",))
         self.connected += 1
-        return Ended(("training rank 0", "training rank 1"))
+        return Ended(("training rank 0", "training rank 1"), self.unmet.pop(0) if self.unmet else {})
 
     def publish(self, version: int, verify: bool) -> Ended:
         self.sent.append((version, verify))
@@ -83,6 +85,35 @@ def test_an_engine_that_dies_during_the_repeated_transfer_is_replaced_too():
     ends = Ends(*[{"engine 0": RuntimeError("died")}] * 3, dead=["engine 0"] * 3)
     assert ends.publisher().publish(1) == 100
     assert ends.sent == [(1, True)] * 4 and ends.connected == 4
+
+
+FROZEN = TimeoutError("did not answer in 20.0 s")
+
+
+def test_an_engine_that_freezes_while_the_group_forms_again_is_replaced_too():
+    ends = Ends(dead=["engine 1", "engine 0"])
+    publisher = ends.publisher()
+    ends.unmet = [{"engine 1": FROZEN}]
+    assert publisher.replace_dead() and not ends.dead
+    unmet = "training ranks and engines did not meet: engine 1: did not answer in 20.0 s"
+    assert ends.logged == ["started again: engine 0", unmet, "started again: engine 1"]
+    assert not publisher.replace_dead()
+
+
+@pytest.mark.parametrize(
+    ("unmet", "dead"),
+    [
+        ([{"engine 1": FROZEN}], ["engine 0"]),  # it is not found dead
+        ([{"training rank 1": FROZEN}], ["engine 1", "engine 0"]),
+        ([{"engine 1": FROZEN}] * 3, ["engine 1"] * 4),  # again and again
+    ],
+)
+def test_a_group_that_does_not_form_again_is_an_error(unmet, dead):
+    ends = Ends(dead=dead)
+    publisher = ends.publisher()
+    ends.unmet = unmet
+    with pytest.raises(PublishError, match=r"training ranks and engines did not meet: (engine 1|training rank 1): did not answer"):
+        publisher.replace_dead()
 
 
 @pytest.mark.parametrize(
