@@ -1,5 +1,6 @@
 """Options and declarations of policy losses: read from the source without importing it, and written in a recipe in either of two places."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -16,11 +17,12 @@ import yaml
 from megatron_aspo.common.errors import UserError
 from megatron_aspo.config import Config, load_config, to_yaml
 from megatron_aspo.losses import registry
-from megatron_aspo.losses.declaration import CUSTOM, OPTION_TYPES, Declaration, declares
+from megatron_aspo.losses.declaration import CUSTOM, OPTION_TYPES, Cap, Declaration, declares
 from megatron_aspo.losses.find import find_policy_loss
+from megatron_aspo.losses.objective import Objective
 from megatron_aspo.losses.options import AlgorithmOptions
 from megatron_aspo.losses.section import FIELDS, algorithm_options
-from megatron_aspo.losses.signature import REQUIRED, read_signature
+from megatron_aspo.losses.signature import REQUIRED, LossOption, read_signature
 from tests.unit import loss_cases as cases
 from tests.unit.test_packaging import ROOT, load_tool
 
@@ -117,8 +119,24 @@ def test_what_the_built_in_losses_declare():
         "gspo": Declaration(aggregation="seq_mean_token_mean"),
         "reinforce": Declaration(ratio=False),
     }
+    assert Declaration().kl_by_entropy_class is False and Declaration().entropy_classes is False
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Declaration().ratio = False
     assert Declaration().aggregation == AlgorithmOptions().aggregation == "token_mean"
     assert registry.signature("asbo") is None and registry.own_defaults("asbo") == {}
+
+
+def test_an_option_without_bounds_has_the_type_of_its_default():
+    assert registry.option_type(LossOption(8, "", "")) is int
+    assert registry.option_type(LossOption(8, "Cap", "")) == Cap
+
+
+@pytest.mark.parametrize(
+    ("loss", "scope", "needed"),
+    [("archer", "mini_batch", True), ("archer", "response", False), ("ppo_clip", "mini_batch", False), ("ppo_clip", "response", False)],
+)
+def test_only_entropy_classes_of_the_mini_batch_need_its_threshold(loss, scope, needed):
+    assert Objective(AlgorithmOptions(policy_loss=loss, entropy_quantile_scope=scope)).needs_entropy_threshold is needed
 
 
 def test_the_pages_are_what_the_signatures_say():
@@ -132,6 +150,9 @@ def test_the_pages_are_what_the_signatures_say():
         "`no_is`: lower ε; `gspo`: lower ε, on s; `cispo`: lower ε; 1 means no lower bound. At least\u00a00 and at most\u00a01. |"
     ) in (ROOT / "docs" / "configuration.md").read_text().splitlines()
     assert registry.option_meaning("high_entropy_clip_low") == "`aspo`, `archer`: lower ε of high-entropy tokens."
+    assert registry.option_meaning("clip_high") == (
+        "`aspo`, `archer`: upper ε of low-entropy tokens; `ppo_clip`, `cispo`, `no_is`: upper ε; `gspo`: upper ε, on s."
+    )
     schema = json.loads((ROOT / "docs" / "recipe.schema.json").read_text())["properties"]["algorithm"]["properties"]
     assert {"type": "number", "exclusiveMinimum": 1}.items() <= schema["dual_clip_pos"].items()
 
