@@ -24,7 +24,7 @@ def test_options_of_built_in_losses_are_moved_beside_the_others(section, lifted)
 
 def test_an_option_in_both_places_is_refused_or_replaced():
     both = {INSIDE: {"clip_low": 0.1}, "clip_low": 0.3}
-    with pytest.raises(UserError, match=r"algorithm\.clip_low and algorithm\.policy_loss_options\.clip_low are one option and both are set"):
+    with pytest.raises(UserError, match=r"algorithm\.clip_low and algorithm\.policy_loss_options\.clip_low are one option and both"):
         lift_loss_options(both)
     assert lift_loss_options(both, replace=True) == {"clip_low": 0.1}
 
