@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.losses.section import gather_loss_options, lift_loss_options
+from megatron_aspo.losses.options import AlgorithmOptions
+from megatron_aspo.losses.section import check_loss_options, gather_loss_options, lift_loss_options
 
 INSIDE = "policy_loss_options"
 
@@ -45,6 +46,22 @@ def test_an_option_in_both_places_is_refused_or_replaced():
 def test_a_key_that_nothing_reads_is_refused(section, message):
     with pytest.raises(UserError, match=message):
         gather_loss_options(section, {})
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "message"),
+    [
+        ("reinforce", {"clip_low": 0.1}, "algorithm.clip_low=0.1 has no effect: it needs policy_loss aspo or ppo_clip or archer or gspo"),
+        ("gspo", {"dual_clip_pos": 3.0}, "algorithm.dual_clip_pos=3.0 has no effect: it needs policy_loss aspo, not gspo; remove it"),
+        ("gspo", {"mine": 1}, "algorithm.policy_loss_options={'mine': 1} has no effect: it needs a policy loss of your own; remove it"),
+        ("gspo", {"clip_low": 1.5}, "algorithm.clip_low=1.5 must be at most 1"),
+    ],
+)
+def test_options_of_another_loss_are_refused_where_no_recipe_was_read(loss, given, message):
+    with pytest.raises(UserError) as refused:
+        check_loss_options(AlgorithmOptions(policy_loss=loss, policy_loss_options=given))
+    assert str(refused.value).startswith(message)
+    check_loss_options(AlgorithmOptions(policy_loss="asbo", policy_loss_options=given))  # refused elsewhere
 
 
 def test_an_option_of_other_losses_is_dropped_at_an_implied_value_only():
