@@ -72,11 +72,15 @@ if os.fork() == 0:
     os.setsid()
     time.sleep(5)
     os._exit(0)
-processes = [pid for pid in os.listdir("/proc") if pid.isdigit()]
-print(input(), len(processes))
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+print(input(), sum(alive(pid) for pid in os.listdir("/proc") if pid.isdigit()))
 sys.stdout.flush()
 os._exit(0)
 """
-    # bubblewrap, the agent, the program and its child
+    # bubblewrap, the agent, the program and its child; one that was killed may be there a little longer as a zombie
     verdict = grader.grade(program, [StdinTest(str(number), f"{number} 4") for number in range(3)])
     assert verdict.passed and verdict.seconds < 5, verdict

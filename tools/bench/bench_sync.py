@@ -31,7 +31,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_aspo.common.network import free_port
+from megatron_aspo.common.network import reserved_port
 from megatron_aspo.hf.model import read_model
 from megatron_aspo.rollout.engine_layout import EngineHoldings, EngineSizes
 from megatron_aspo.rollout.engine_settings import KEEP_FREED_MEMORY
@@ -170,11 +170,14 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
 def transport(spec: TransferSpec, ranks: list[Process], rounds: int) -> dict:
     """Return the seconds of receiving and of copying, without engines."""
     workers = [Process.start(receiving_worker, worker, spec) for worker in range(spec.engines.world)]
-    port = free_port(HOST)
-    for process, command in [*((rank, ("connect", "ours", port)) for rank in ranks), *((worker, ("connect", port)) for worker in workers)]:
-        process.ask(*command)
-    for process in (*ranks, *workers):
-        process.answer()
+    with reserved_port(HOST) as port:
+        for process, command in [
+            *((rank, ("connect", "ours", port)) for rank in ranks),
+            *((worker, ("connect", port)) for worker in workers),
+        ]:
+            process.ask(*command)
+        for process in (*ranks, *workers):
+            process.answer()
 
     def receive(version: int) -> None:
         for rank in ranks:
@@ -215,14 +218,14 @@ class Engines:
         self._version = 0
 
     def connect(self, way: str) -> None:
-        port = free_port(HOST)
         spec = replace(self._spec, training=ParallelSizes()) if way == "gather" else self._spec
-        joining = self.pool.connect(HOST, port, spec, TIMEOUT_S, apart=way == "gather")
-        for rank in self._ranks:
-            rank.ask("connect", way, port)
-        for rank in self._ranks:
-            rank.answer()
-        joining.result(TIMEOUT_S)
+        with reserved_port(HOST) as port:
+            joining = self.pool.connect(HOST, port, spec, TIMEOUT_S, apart=way == "gather")
+            for rank in self._ranks:
+                rank.ask("connect", way, port)
+            for rank in self._ranks:
+                rank.answer()
+            joining.result(TIMEOUT_S)
 
     def update(self, way: str) -> int:
         """Return the bytes that ranks sent to engines."""
@@ -291,9 +294,9 @@ def main() -> None:
     source = TrainingHoldings(described.architecture, described.dims, STAGES)
     target = EngineHoldings(described.architecture, described.dims, spec.engines)
     least = 2 * count_least_traffic(source.in_turns(), source, target, node_map([""] * spec.world))
-    meeting = free_port(HOST)
-    ranks = [Process.start(training_rank, rank, parsed.model, spec, meeting) for rank in range(STAGES.world)]
-    moved = transport(spec, ranks, parsed.rounds)
+    with reserved_port(HOST) as meeting:
+        ranks = [Process.start(training_rank, rank, parsed.model, spec, meeting) for rank in range(STAGES.world)]
+        moved = transport(spec, ranks, parsed.rounds)
     cluster = open_cluster("", 8)
     seconds: dict[str, list[float]] = {"ours": [], "gather": []}
     with tempfile.TemporaryDirectory() as other:

@@ -69,7 +69,7 @@ async def _generate_sleep_wake_update(spec, other, models, dtype: str, bound: fl
 
 async def _receive(running, directory, dtype: str) -> None:
     """Update the engine to the weights in `directory`, from a training rank in another process."""
-    from megatron_aspo.common.network import free_port
+    from megatron_aspo.common.network import reserved_port
     from megatron_aspo.hf.model import read_sizes
     from megatron_aspo.losses.options import AlgorithmOptions
     from megatron_aspo.rollout.engine_layout import EngineSizes
@@ -83,9 +83,9 @@ async def _receive(running, directory, dtype: str) -> None:
     settings = RankSettings(directory, TrainerOptions(dtype="float32"), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
     # On one card both sides share it, as colocated ones do: NCCL refuses two ranks on a GPU.
     spec = TransferSpec(*read_sizes(directory), settings.sizes, EngineSizes(), dtype, 1 << 20, True)
-    port, pool = free_port(HOST), Pool(1)
+    pool = Pool(1)
     try:
-        with ThreadPoolExecutor(1) as threads:
+        with reserved_port(HOST) as port, ThreadPoolExecutor(1) as threads:
             sending = threads.submit(pool.run, workloads.send_weights, settings, port, spec, [1])
             await running.connect(HOST, port, spec, 120.0, False)
             await running.receive_weights(1, True)

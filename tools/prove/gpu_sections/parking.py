@@ -55,7 +55,7 @@ def cuda_ipc() -> dict:
         return {"passed": None, "skipped": "no GPU: CUDA IPC needs one"}
     from safetensors.torch import load_file
 
-    from megatron_aspo.common.network import free_port
+    from megatron_aspo.common.network import reserved_port
     from megatron_aspo.hf.model import read_sizes
     from megatron_aspo.losses.options import AlgorithmOptions
     from megatron_aspo.rollout.engine_layout import EngineSizes
@@ -71,9 +71,9 @@ def cuda_ipc() -> dict:
     save_tiny("qwen2", directory, tied=True, num_hidden_layers=2)
     settings = RankSettings(directory, TrainerOptions(dtype="float32"), OptimizerOptions(), AlgorithmOptions(kl_coef=0.0), 1.0, 0, 2, 32)
     spec = TransferSpec(*read_sizes(directory), settings.sizes, EngineSizes(), "bfloat16", 60_000, True)
-    port, pool = free_port(HOST), Pool(1)
+    pool = Pool(1)
     try:
-        with ThreadPoolExecutor(1) as threads:
+        with reserved_port(HOST) as port, ThreadPoolExecutor(1) as threads:
             sending = threads.submit(pool.run, workloads.send_weights, settings, port, spec, [1, 2])
             tensors = received(spec, port, 0, [1, 2], "cuda")
             sending.result(120)
