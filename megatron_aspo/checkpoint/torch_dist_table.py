@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_aspo.common.errors import UserError, one_line
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.weights.layout import Box
 
 _RECORDS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.planner")

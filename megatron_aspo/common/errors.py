@@ -19,11 +19,6 @@ class ProcessError(RuntimeError):
     """
 
 
-def one_line(error: BaseException) -> str:
-    """Return an exception's text in one line, cut after 400 characters, or its type if it has none."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
-
-
 def first_line(error: Exception) -> str:
     """Return the first line of an exception's text, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

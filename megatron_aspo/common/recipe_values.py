@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from megatron_aspo.common.errors import UserError, one_line
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.common.strict_yaml import load_recipe_yaml
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.common.errors import UserError, one_line
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.weights.families import FAMILIES, tensor_shapes
 from megatron_aspo.weights.layout import ModelDims
 from megatron_aspo.weights.rope import RopeScaling, read_rope_scaling

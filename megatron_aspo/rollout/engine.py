@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_aspo.common.device_environment import engine_environment
 from megatron_aspo.common.errors import ProcessError, UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.common.process_tree import Remains, remains_of
 from megatron_aspo.data.records import Generation, VersionSpan
 from megatron_aspo.rollout.engine_settings import FORKS_ENGINE_CORE, EngineSpec, engine_arguments
@@ -130,7 +131,7 @@ class Engine:
                 self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
         except Exception as error:
             await asyncio.sleep(_OUTPUT_LAG_S)
-            cause = _one_line(error)
+            cause = one_line(error)
             if second_hand(cause):
                 cause = self._tail.cause() or cause
             raise UserError(
@@ -232,7 +233,7 @@ class Engine:
         try:
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
         except Exception as error:
-            raise EngineError(f"{self._name} could not connect to the trainer: {_one_line(error)}") from error
+            raise EngineError(f"{self._name} could not connect to the trainer: {one_line(error)}") from error
 
     async def receive_weights(self, version: int, verify: bool) -> None:
         """Replace all weights by those that the training ranks send as `version`; `verify` must be the same on both sides.
@@ -252,7 +253,7 @@ class Engine:
             if not await self._llm.reset_prefix_cache():
                 raise EngineError("the prefix cache could not be emptied")
         except Exception as error:
-            self._spoiled = f"{self._name} holds a mixture of weights since its update to version {version} failed: {_one_line(error)}"
+            self._spoiled = f"{self._name} holds a mixture of weights since its update to version {version} failed: {one_line(error)}"
             raise EngineError(self._spoiled) from error
         self._version = version
         await self._release("weights")
@@ -418,7 +419,3 @@ async def _numbered(position: int, response: Awaitable[Generation]) -> tuple[int
 
 def _version_number(label: str) -> int:
     return INITIAL_VERSION if label == _VLLM_INITIAL_VERSION else int(label)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:600]

@@ -8,8 +8,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from megatron_aspo.common.errors import UserError, one_line
-from megatron_aspo.common.import_path import child_python_path
+from megatron_aspo.common.errors import UserError
+from megatron_aspo.common.import_path import child_python_path, one_line
 from megatron_aspo.rollout.engine import Engine, EngineError, EngineInfo
 from megatron_aspo.rollout.engine_settings import EngineSpec, environment
 

@@ -8,12 +8,12 @@ from megatron_aspo.rollout.engine import EngineError
 from megatron_aspo.rollout.engine_layout import EngineSizes
 from megatron_aspo.runtime.publisher import Publisher
 
-_REPLACEMENTS = 3
-"""Times that lost engines are replaced, one after another, before a change of sides fails."""
-
 if TYPE_CHECKING:
     from megatron_aspo.rollout.pool import EnginePool
     from megatron_aspo.runtime.trainers import Trainers
+
+_REPLACEMENTS = 3
+"""Times that lost engines are replaced, one after another, before a change of sides fails."""
 
 
 class Placement(Protocol):
@@ -68,7 +68,7 @@ class Colocated:
         self._replaced = False
         """Whether an engine was restarted and has not been sent weights since."""
         self._restorations = 0
-        """Times that `restore` was called again by itself, because another engine was lost meanwhile."""
+        """Calls of `restore` in progress: it is called within itself when another engine is lost meanwhile."""
 
     def to_training(self) -> None:
         if self._training:

@@ -13,7 +13,8 @@ from ray.exceptions import RayTaskError
 from megatron_aspo.checkpoint.request import SaveRequest
 from megatron_aspo.common.actors import ActorGroup, Pending, require_cluster
 from megatron_aspo.common.device_environment import rank_environment
-from megatron_aspo.common.errors import ProcessError, UserError, one_line
+from megatron_aspo.common.errors import ProcessError, UserError
+from megatron_aspo.common.import_path import one_line
 from megatron_aspo.common.network import interface_of, reserved_port
 from megatron_aspo.runtime.nodes import ranks_by_node
 from megatron_aspo.sync.meeting import TransferError, meeting_store

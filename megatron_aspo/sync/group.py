@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Connections(NamedTuple):
-    """What `StatelessGroup.close` frees."""
+    """The process groups and the store of a `StatelessGroup`, which its `close` frees together."""
 
     groups: "tuple[Backend, Backend]"
     """For transfers to higher ranks, and to lower ranks."""

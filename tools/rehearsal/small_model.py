@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 
 from tests.tokenizers import byte_tokenizer
 
-PROGRAMS = {"x plus 1": "x + 1", "x plus 2": "x + 2"}
-"""What a problem asks for → the expression that returns it."""
-_ANSWER = "```python\nclass Solution:\n    def answer(self, x):\n        return {}\n```"
+SUMMANDS = (1, 2)
+"""Each problem asks for x plus one of them."""
+_ANSWER = "```python\nclass Solution:\n    def answer(self, x):\n        return x + {}\n```"
 _SEED = 33
 _STEPS, _BATCH = 300, 2
 
@@ -23,10 +23,10 @@ def problems(name: str, count: int) -> list[dict[str, Any]]:
     """Return rows like those of examples/data/laptop_code_train.jsonl, with ids that begin with `name`; no two ask the same question."""
     rows = []
     for number in range(count):
-        asked, expression = list(PROGRAMS.items())[number % len(PROGRAMS)]
+        summand = SUMMANDS[number % len(SUMMANDS)]
         given = [number + 2, number + 3, number + 5, number + 7]
-        question = f"Write a Python function `answer(x)` that returns {asked}. ({name} {number})"
-        truth = {"fn_name": "answer", "inputs": [[x] for x in given], "outputs": [eval(expression, {"x": x}) for x in given]}
+        question = f"Write a Python function `answer(x)` that returns x plus {summand}. ({name} {number})"
+        truth = {"fn_name": "answer", "inputs": [[x] for x in given], "outputs": [x + summand for x in given]}
         rows.append({"id": f"{name}_{number}", "prompt": [{"role": "user", "content": question}], "ground_truth": truth})
     return rows
 
@@ -51,7 +51,7 @@ def save_small_model(directory: Path, prompts: Sequence[list[dict[str, str]]]) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    examples = [_example(tokenizer, prompt, _ANSWER.format(expression)) for prompt in prompts for expression in PROGRAMS.values()]
+    examples = [_example(tokenizer, prompt, _ANSWER.format(summand)) for prompt in prompts for summand in SUMMANDS]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, _STEPS)
     for step in range(_STEPS):
