@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 
 from megatron_aspo.common.errors import UserError
-from megatron_aspo.common.import_path import one_line
 from megatron_aspo.common.strict_yaml import load_recipe_yaml
 
 
@@ -22,7 +21,7 @@ def read_recipe(recipe: Path) -> dict[str, Any]:
     try:
         values = load_recipe_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"recipe {recipe} is not valid YAML: {one_line(error)}") from error
+        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {recipe} must be a mapping of keys to values")
     return values
